@@ -1,0 +1,125 @@
+"""Configuration is plain dataclasses. This module turns them into JSON and back, and refuses what it does not know."""
+
+import dataclasses
+import types
+import typing
+from typing import Any, TypeVar
+
+from mm_gpt.errors import ConfigError, unknown_name
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as a JSON-ready dict, nested dataclasses included."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "") -> T:
+    """Build dataclass `cls` from `values`, checking every key and every type, nested dataclasses included.
+
+    `where` names the source (a file, say) in messages. Raises ConfigError naming the key and the closest right one.
+    """
+    where = where or cls.__name__
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected an object with keys, got {type(values).__name__}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"{where}: {unknown_name('key', key, fields)}")
+    built = {}
+    for name, field in fields.items():
+        if name in values:
+            built[name] = _convert(hints[name], values[name], f"{where}.{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}: missing key {name!r}")
+    try:
+        return cls(**built)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def override(config: T, assignments: list[str]) -> T:
+    """Apply command-line overrides such as `optimizer.lr=1e-3` to a (nested) dataclass and return the new one."""
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"override {assignment!r} is not of the form key=value")
+        config = _override_one(config, path.split("."), text, path)
+    return config
+
+
+def _override_one(config: Any, keys: list[str], text: str, path: str) -> Any:
+    names = [f.name for f in dataclasses.fields(config)]
+    if keys[0] not in names:
+        raise ConfigError(f"{path}: {unknown_name('key', keys[0], names)}")
+    if len(keys) > 1:
+        child = getattr(config, keys[0])
+        if not dataclasses.is_dataclass(child):
+            raise ConfigError(f"{path}: {keys[0]!r} has no keys of its own")
+        return dataclasses.replace(config, **{keys[0]: _override_one(child, keys[1:], text, path)})
+    hint = typing.get_type_hints(type(config))[keys[0]]
+    return dataclasses.replace(config, **{keys[0]: _parse(hint, text, path)})
+
+
+def _parse(hint: Any, text: str, where: str) -> Any:
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    for option in options:
+        if typing.get_origin(option) is tuple:
+            item = typing.get_args(option)[0]
+            return tuple(_parse(item, part, where) for part in text.split(",") if part)
+        try:
+            if option is bool:
+                return {"true": True, "false": False}[text.lower()]
+            if option in (int, float, str):
+                return option(text)
+        except (KeyError, ValueError):
+            continue
+        if typing.get_origin(option) is typing.Literal:
+            return _convert(option, text, where)
+    raise ConfigError(f"{where}: cannot read {text!r} as {_name(hint)}")
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if _is_union(hint):
+        errors = []
+        for option in typing.get_args(hint):
+            if option is type(None):
+                if value is None:
+                    return None
+                continue
+            try:
+                return _convert(option, value, where)
+            except ConfigError as error:
+                errors.append(error)
+        raise errors[0] if errors else ConfigError(f"{where}: must be null")
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise ConfigError(f"{where}: {unknown_name('value', str(value), map(str, typing.get_args(hint)))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        item = typing.get_args(hint)[0]
+        return tuple(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        return dict(value)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, where=where)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    raise ConfigError(f"{where}: expected {_name(hint)}, got {value!r}")
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint))

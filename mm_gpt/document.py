@@ -1,0 +1,87 @@
+"""Document: everything that people feed the model, as text and images in order.
+
+Pretraining pages, captions, questions, chats and few-shot prompts differ only in how they build Documents.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image as PILImage
+
+from mm_gpt.images import ImageSource, load_image, source_name
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of text. Special tokens written inside it stay plain text unless it is `is_control`."""
+
+    text: str
+    is_target: bool = True
+    """True: the model learns to write it. False: the model only reads it."""
+    is_control: bool = False
+    """True for text that the chat template wrote: there, and only there, special tokens are recognised."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image: path, bytes, PIL image, array or http(s) URL. Decoded when it is needed, with every check."""
+
+    source: ImageSource
+
+    def load(self) -> PILImage.Image:
+        """The decoded RGB image. Raises ImageError naming the source."""
+        return load_image(self.source)
+
+    @property
+    def name(self) -> str:
+        return source_name(self.source)
+
+
+Segment = Text | Image
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text and images in order.
+
+    `branches` are alternative continuations of `segments`, each blind to the others: five captions of one photo, or
+    many questions about it, share one encoding of that photo instead of repeating it.
+    """
+
+    segments: tuple[Segment, ...]
+    branches: tuple[tuple[Segment, ...], ...] = ()
+    id: str = ""
+
+    @property
+    def images(self) -> list[Image]:
+        everything = [*self.segments, *(s for branch in self.branches for s in branch)]
+        return [s for s in everything if isinstance(s, Image)]
+
+
+Message = dict[str, Any]
+"""`{"role": "system" | "user" | "assistant", "content": str | [part, ...]}`; a part is
+`{"type": "text", "text": ...}` or `{"type": "image", "image": source}` (also `url`, `path` or `image_url`)."""
+
+
+def interleave(parts: str | Iterable[Any], *, is_target: bool = False) -> list[Segment]:
+    """A list of strings and image sources as segments. Strings are text; wrap a path or URL in `Image`.
+
+    `interleave(["Left: ", Image("a.jpg"), "right: ", pil_image])`
+    """
+    if isinstance(parts, str | Text | Image):
+        parts = [parts]
+    segments: list[Segment] = []
+    for part in parts:
+        if isinstance(part, Text | Image):
+            segments.append(part)
+        elif isinstance(part, str):
+            segments.append(Text(part, is_target=is_target))
+        else:
+            segments.append(Image(part))
+    return segments
+
+
+def concatenate(documents: Sequence[Document]) -> list[Segment]:
+    """The segments of several documents one after another."""
+    return [segment for document in documents for segment in document.segments]

@@ -1,0 +1,446 @@
+"""Images from files, bytes, arrays and URLs, for input that nobody has checked.
+
+A picture from the web may be broken, mislabelled or made to do harm. So: only a few decoders ever run, sizes are read
+from the header and refused before a pixel is decoded, and a URL is fetched only from a public address, the very one
+that was checked. What comes out is always an upright RGB image; everything else is an `ImageError` of one line.
+"""
+
+import base64
+import binascii
+import http.client
+import io
+import ipaddress
+import os
+import re
+import socket
+import ssl
+import stat
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
+
+from PIL import BmpImagePlugin, GifImagePlugin, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image as PILImage
+
+from mm_gpt.errors import ImageError, URLError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | PILImage.Image | np.ndarray"
+"""A path, an http(s) or data URL, the bytes of an image file, a PIL image, or an array (see `load_image`)."""
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What is refused. The pixel limit holds for every source, the byte limit for files, bytes and downloads."""
+
+    max_pixels: int = 64_000_000
+    """Width x height. 64 megapixels hold any ordinary camera's photo and decode into 256 MB."""
+    max_bytes: int = 64 * 2**20
+    timeout_s: float = 15.0
+    """For a whole download: connecting, TLS, headers, redirects and body together (a slow DNS server comes on top)."""
+    max_redirects: int = 5
+    allow_private_addresses: bool = False
+    """True: also fetch from localhost and the local network. Never for URLs that strangers write."""
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+# The decoders are called by class, not through Image.open: no other decoder can run, and Image.open's own bomb check
+# would warn or raise by a global that belongs to the application. TIFF, AVIF, PSD, EPS... are left out on purpose:
+# rare on the web and behind most of the decoder bugs. Whoever needs them opens them with PIL and passes the PIL image.
+_DECODERS: tuple[tuple[re.Pattern[bytes], type[ImageFile.ImageFile]], ...] = (
+    (re.compile(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImagePlugin.WebPImageFile),
+    (re.compile(rb"GIF8[79]a"), GifImagePlugin.GifImageFile),
+    (re.compile(rb"BM"), BmpImagePlugin.BmpImageFile),
+)
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PILImage.Transpose.ROTATE_180,
+    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PILImage.Transpose.TRANSPOSE,
+    6: PILImage.Transpose.ROTATE_270,
+    7: PILImage.Transpose.TRANSVERSE,
+    8: PILImage.Transpose.ROTATE_90,
+}
+
+# Small files that keep a decoder busy for hours although they have few pixels.
+_MAX_JPEG_SCANS = 100  # encoders write about 10; each one costs a pass over the whole image
+_MAX_JPEG_SEGMENTS = 600  # Pillow joins EXIF segments one by one: time grows with their square
+_MAX_GIF_PREAMBLE = 2**19  # bytes before the first frame; likewise for blocks of a comment
+
+
+def is_url(source: object) -> bool:
+    """Whether `source` is a string that `load_image` takes for a URL (http, https or an image data URL)."""
+    return isinstance(source, str) and source[:11].lower().startswith(("http://", "https://", "data:image/"))
+
+
+def source_name(source: ImageSource) -> str:
+    """What messages call this image: path, URL (without password) or `<bytes, 123 long>`, on one line."""
+    if isinstance(source, PILImage.Image):
+        return "<PIL image>"
+    if isinstance(source, bytes | bytearray):
+        return f"<bytes, {len(source)} long>"
+    if isinstance(source, str) and is_url(source):
+        if source[:5].lower() == "data:":
+            return f"<data URL, {len(source)} long>"
+        name = re.sub(r"//[^/?#]*@", "//***@", source)
+    elif isinstance(source, str | os.PathLike):
+        name = os.fsdecode(source) or "<empty path>"
+    else:
+        return f"<{type(source).__name__}>"
+    name = _one_line(name)
+    return name if len(name) <= 300 else f"{name[:200]}...{name[-60:]}"
+
+
+def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> PILImage.Image:
+    """Any image source as a new RGB image: upright (EXIF), transparency on white, the first frame of an animation.
+
+    Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 or float in [0, 1]. 16-bit greyscale is scaled, not
+    clipped, to 8 bits. The format is told by content, never by file name: JPEG, PNG, WEBP, GIF or BMP.
+
+    A string that is no URL is read as a path. A server must not pass a stranger's string here without `is_url`.
+    Raises ImageError (URLError for URLs), one line that names the source.
+    """
+    name = source_name(source)
+    numpy = sys.modules.get("numpy")  # whoever holds an array has imported it
+    if isinstance(source, PILImage.Image):
+        return _to_rgb(source, name, limits)
+    if isinstance(source, bytes | bytearray):
+        return _decode(bytes(source), name, limits)
+    if isinstance(source, str) and is_url(source):
+        is_data = source[:5].lower() == "data:"
+        data = _data_url_bytes(source, limits) if is_data else fetch_image_bytes(source, limits)
+        return _decode(data, name, limits)
+    if isinstance(source, str | os.PathLike):
+        return _decode(_read_file(source, name, limits), name, limits)
+    if numpy is not None and isinstance(source, numpy.ndarray):
+        return _from_array(source, name, limits)
+    raise ImageError(f"{name}: not an image; give a path, URL, bytes, PIL image or numpy array")
+
+
+def _one_line(text: object) -> str:
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+
+
+def _read_file(path: str | os.PathLike[str], name: str, limits: ImageLimits) -> bytes:
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise ImageError(f"{name}: is a folder, not an image")
+        if not stat.S_ISREG(mode):  # opening a pipe or a device could block, or never end
+            raise ImageError(f"{name}: not a regular file")
+        with open(path, "rb") as file:
+            data = file.read(limits.max_bytes + 1)
+    except OSError as error:
+        raise ImageError(f"{name}: {error.strerror or _one_line(error)}") from error
+    except ImageError:
+        raise
+    except ValueError as error:  # a zero byte inside the path
+        raise ImageError(f"{name}: {_one_line(error)}") from error
+    return data
+
+
+def _decode(data: bytes, name: str, limits: ImageLimits) -> PILImage.Image:
+    if not data:
+        raise ImageError(f"{name}: empty")
+    if len(data) > limits.max_bytes:
+        raise ImageError(f"{name}: larger than the limit of {limits.max_bytes:,} bytes")
+    decoder = next((decoder for magic, decoder in _DECODERS if magic.match(data)), None)
+    if decoder is None:
+        raise ImageError(f"{name}: not a JPEG, PNG, WEBP, GIF or BMP image")
+    if decoder is JpegImagePlugin.JpegImageFile:
+        _check_jpeg_segments(data, name)
+    try:
+        if decoder is GifImagePlugin.GifImageFile:
+            decoder(io.BytesIO(data[:_MAX_GIF_PREAMBLE]))  # raises unless the first frame starts in there
+        image = decoder(io.BytesIO(data))
+    except Exception as error:  # decoders raise anything at all on hostile bytes
+        raise ImageError(f"{name}: broken image ({_one_line(error) or type(error).__name__})") from error
+    return _to_rgb(image, name, limits)
+
+
+def _check_jpeg_segments(data: bytes, name: str) -> None:
+    marker = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # those with a length: no stuffed zero, fill byte or restart
+    num_scans = num_segments = 0
+    position = 2
+    while found := marker.search(data, position):
+        code = data[found.end() - 1]
+        if code == 0xD9:  # end of image; phones append videos after it
+            return
+        num_segments += 1
+        num_scans += code == 0xDA
+        if num_scans > _MAX_JPEG_SCANS or num_segments > _MAX_JPEG_SEGMENTS:
+            raise ImageError(f"{name}: a JPEG of {num_scans} scans in {num_segments} segments or more")
+        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+
+
+def _check_size(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name}: has no pixels ({width} x {height})")
+    if width * height > limits.max_pixels:
+        raise ImageError(f"{name}: {width} x {height} pixels, over the limit of {limits.max_pixels:,} pixels")
+
+
+def _to_rgb(image: PILImage.Image, name: str, limits: ImageLimits) -> PILImage.Image:
+    _check_size(image.size, name, limits)  # opened, not yet decoded
+    try:
+        image.load()
+        upright = _UPRIGHT.get(_orientation(image))
+        if image.mode.startswith("I") or image.mode == "F":
+            rgb = _from_deep_grey(image, name, limits)
+        elif image.has_transparency_data:
+            rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+            white = PILImage.new("RGBA", rgba.size, "white")
+            rgb = PILImage.alpha_composite(white, rgba).convert("RGB")
+        else:
+            rgb = image.convert("RGB")
+        if upright is not None:
+            rgb = rgb.transpose(upright)
+    except ImageError:
+        raise
+    except Exception as error:  # as above: truncated data, broken palettes, bad chunks
+        raise ImageError(f"{name}: broken image ({_one_line(error) or type(error).__name__})") from error
+    rgb.info = {}  # an orientation left behind would turn the image again the next time it is loaded
+    return rgb
+
+
+def _orientation(image: PILImage.Image) -> int:
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # broken EXIF around a sound picture is common: show it as stored, as browsers do
+        return 1
+
+
+def _from_deep_grey(image: PILImage.Image, name: str, limits: ImageLimits) -> PILImage.Image:
+    """Modes I;16*, I (Pillow's other home of 16-bit greyscale) and F (range 0 to 1). PIL's own convert() clips them."""
+    import numpy as np
+
+    grey = np.asarray(image)
+    if image.mode == "F":
+        return _from_array(grey, name, limits)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise ImageError(f"{name}: 32-bit greyscale with values outside 0 to 65535")
+    transparent = grey == image.info.get("transparency", -1)  # PNG's tRNS: this one grey is see-through
+    eight_bit = (grey.astype(np.uint32) * 255 + 32767) // 65535
+    return _from_array(np.where(transparent, 255, eight_bit).astype(np.uint8), name, limits)
+
+
+def _from_array(array: "np.ndarray", name: str, limits: ImageLimits) -> PILImage.Image:
+    import numpy as np
+
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ImageError(f"{name}: shape {array.shape} is not (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)")
+    _check_size((array.shape[1], array.shape[0]), name, limits)
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = float(array.min()), float(array.max())
+        if not (low >= 0 and high <= 1):  # written so that NaN is refused
+            raise ImageError(f"{name}: float values must lie in [0, 1], these span [{low:g}, {high:g}]")
+        array = np.rint(array * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ImageError(f"{name}: dtype {array.dtype} is neither uint8 nor float")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    return _to_rgb(PILImage.fromarray(np.ascontiguousarray(array)), name, limits)
+
+
+def _data_url_bytes(url: str, limits: ImageLimits) -> bytes:
+    header, comma, payload = url.partition(",")
+    if not comma or not header.lower().endswith(";base64"):
+        raise URLError(f"{source_name(url)}: not of the form data:image/...;base64,...")
+    if len(payload) // 4 * 3 > limits.max_bytes + 3:
+        raise URLError(f"{source_name(url)}: larger than the limit of {limits.max_bytes:,} bytes")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise URLError(f"{source_name(url)}: {_one_line(error)}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fetching. A URL from a document or a chat must not reach into the network that the program runs in (SSRF): cloud
+# metadata at 169.254.169.254, databases, the router. Checking the URL's text is not enough, since any name can resolve
+# to any address, and to another one a second later.
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_IPV6_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+# What `is_global` of Python 3.11 still lets through. Tunnels (2001::/23 has Teredo, 2002::/16 is 6to4) lead to an IPv4
+# address inside; no public website resolves to one.
+_NOT_PUBLIC_V6 = [ipaddress.IPv6Network(n) for n in ("2001::/23", "2002::/16", "2001:db8::/32", "3fff::/20")]
+_NOT_PUBLIC_V4 = [
+    ipaddress.IPv4Network(n)
+    for n in (
+        "192.0.0.0/24",  # protocol assignments; Oracle's metadata service
+        "192.88.99.0/24",  # 6to4 relays
+        "168.63.129.16/32",  # Azure's metadata service, on an address that looks public
+    )
+]
+
+
+def is_public_address(address: str) -> bool:
+    """Whether an IP address belongs to the public internet.
+
+    Not public: private, loopback, link-local, carrier-grade NAT, multicast, reserved and unspecified addresses, IPv6
+    spellings of IPv4 (mapped, compatible), 6to4 and Teredo. NAT64 (64:ff9b::/96) is how IPv6-only networks reach IPv4
+    sites, so there the address inside is judged.
+    """
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip in _NAT64:
+            return is_public_address(str(ipaddress.IPv4Address(ip.packed[-4:])))
+        return ip in _IPV6_GLOBAL_UNICAST and ip.is_global and not any(ip in network for network in _NOT_PUBLIC_V6)
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_PUBLIC_V4)
+
+
+def fetch_image_bytes(url: str, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """The body behind an http(s) URL, from public addresses only.
+
+    Each host is resolved once; if any of its addresses is not public the URL is refused, otherwise the connection goes
+    to a checked address itself, so that a second DNS answer cannot change the goal. Redirects start over. Proxies set
+    in the environment are not used: a proxy would resolve the name again, where no check reaches.
+    Raises URLError naming `url`.
+    """
+    name = source_name(url)
+    deadline = time.monotonic() + limits.timeout_s
+    target = url
+    try:
+        for _ in range(limits.max_redirects + 1):
+            body, location = _request(target, limits, deadline)
+            if location is None:
+                return body
+            target = urljoin(target, location)
+    except URLError as error:
+        via = "" if target == url else f" (redirected to {source_name(target)})"
+        raise URLError(f"{name}{via}: {error}") from error.__cause__
+    except TimeoutError as error:
+        raise URLError(f"{name}: no complete answer within {limits.timeout_s:g} s") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise URLError(f"{name}: {_one_line(error) or type(error).__name__}") from error
+    raise URLError(f"{name}: more than {limits.max_redirects} redirects")
+
+
+def _request(url: str, limits: ImageLimits, deadline: float) -> tuple[bytes, str | None]:
+    """One GET: (body, None), or (b"", where it redirects to). URLError here holds the reason only."""
+    parts = urlsplit(url)
+    host, port = _checked_host(parts)
+    addresses = _resolve(host, port)
+    if not limits.allow_private_addresses:
+        for address in addresses:
+            if not is_public_address(address):
+                raise URLError(f"{host} is at {address}, which is not a public address")
+    sock = _connect_any(addresses, port, deadline)
+    try:
+        if parts.scheme == "https":
+            # the certificate is checked for the name in the URL, although the connection went to an address
+            sock.settimeout(_remaining(deadline))
+            sock = _tls_context().wrap_socket(sock, server_hostname=host)
+        connection = http.client.HTTPConnection(host, port)
+        connection.sock = _DeadlineSocket(sock, deadline)
+        path = quote(parts.path or "/", safe="/%:=&~+!$,;'@()*[]")
+        query = f"?{quote(parts.query, safe='/%:=&~+!$,;@()*[]?')}" if parts.query else ""
+        netloc = f"[{host}]" if ":" in host else host
+        headers = {"Host": netloc if parts.port is None else f"{netloc}:{port}"}
+        headers |= {"User-Agent": "mm-gpt", "Accept": "image/*,*/*;q=0.5", "Connection": "close"}
+        connection.request("GET", path + query, headers=headers)
+        return _read_response(connection.getresponse(), limits)
+    finally:
+        sock.close()
+
+
+def _read_response(response: http.client.HTTPResponse, limits: ImageLimits) -> tuple[bytes, str | None]:
+    location = response.headers.get("Location")
+    if response.status in (301, 302, 303, 307, 308) and location:
+        return b"", location.encode("latin-1", "replace").decode("utf-8", "replace")
+    if not 200 <= response.status < 300:
+        raise URLError(f"the server answered {response.status} {_one_line(response.reason)}".rstrip())
+    expected = response.length
+    too_large = URLError(f"larger than the limit of {limits.max_bytes:,} bytes")
+    if expected is not None and expected > limits.max_bytes:
+        raise too_large
+    body = response.read(limits.max_bytes + 1)
+    if len(body) > limits.max_bytes:
+        raise too_large
+    if expected is not None and len(body) < expected:
+        raise URLError(f"the connection closed after {len(body):,} of {expected:,} bytes")
+    return body, None
+
+
+def _checked_host(parts: SplitResult) -> tuple[str, int]:
+    if parts.scheme not in ("http", "https"):
+        raise URLError(f"only http and https are fetched, not {parts.scheme or 'a URL without scheme'}")
+    if "@" in parts.netloc:
+        raise URLError("user names and passwords in a URL are refused")
+    host = parts.hostname or ""
+    if ":" in host:
+        ipaddress.IPv6Address(host)  # ValueError if it is none
+        if "%" in host:
+            raise URLError("an address with a zone is refused")
+    else:
+        host = host.encode("idna").decode("ascii")
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", host):
+            raise URLError("the host name is malformed")
+    return host, parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def _resolve(host: str, port: int) -> list[str]:
+    """All addresses of `host`. The resolver also turns odd spellings (2130706433, 0x7f.1) into what they mean."""
+    answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in answers))
+
+
+def _connect_any(addresses: list[str], port: int, deadline: float) -> socket.socket:
+    for address in addresses[:-1]:  # half of what is left, so that one dead address does not use up the time
+        try:
+            return _connect(address, port, _remaining(deadline) / 2)
+        except OSError:
+            continue
+    return _connect(addresses[-1], port, _remaining(deadline))
+
+
+def _connect(address: str, port: int, timeout_s: float) -> socket.socket:
+    return socket.create_connection((address, port), timeout=timeout_s)
+
+
+def _tls_context() -> ssl.SSLContext:
+    return ssl.create_default_context()
+
+
+def _remaining(deadline: float) -> float:
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    return seconds
+
+
+class _DeadlineSocket(io.RawIOBase):
+    """What http.client needs of a socket, with one deadline for everything.
+
+    A socket's own timeout starts again with every byte, so a server that sends one now and then would never end.
+    """
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock, self._deadline = sock, deadline
+
+    def sendall(self, data: bytes) -> None:
+        self._sock.settimeout(_remaining(self._deadline))
+        self._sock.sendall(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_DeadlineSocket(self._sock, self._deadline))  # http.client closes self early
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        self._sock.settimeout(_remaining(self._deadline))
+        return self._sock.recv_into(buffer)

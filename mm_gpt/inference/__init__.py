@@ -1,0 +1,1 @@
+"""Inference: one engine behind the Python API, the command line, the demo and evaluation."""

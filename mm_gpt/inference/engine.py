@@ -1,0 +1,347 @@
+"""The engine: Documents in, answers out. Left-padded batches, a cache of keys and values, streaming, beam search.
+
+Shapes: B rows, T prompt tokens, S tokens so far, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mm_gpt.document import Document
+from mm_gpt.errors import ConfigError, ContextOverflowError
+from mm_gpt.inference.sampling import choose
+from mm_gpt.model.decoder import KVCache
+from mm_gpt.model.mmgpt import MMGPT
+from mm_gpt.processor import Batch, Example, Processor, collate
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 takes the most likely token each time."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all."""
+    num_beams: int = 1
+    length_penalty: float = 0.6
+    """Beam search divides a score by ((5 + length) / 6) ** length_penalty (GNMT, 1609.08144)."""
+    stop: tuple[str, ...] = ()
+    """Texts before which the answer ends."""
+    seed: int = 0
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        checks = {
+            "max_new_tokens": self.max_new_tokens >= 1,
+            "temperature": self.temperature >= 0 and math.isfinite(self.temperature),
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 0,
+            "num_beams": self.num_beams >= 1,
+            "stop": all(self.stop),
+        }
+        for name, fine in checks.items():
+            if not fine:
+                raise ConfigError(f"{name} cannot be {getattr(self, name)!r}")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ConfigError("beam search does not sample: set temperature to 0 or num_beams to 1")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    token: str
+    id: int
+    logprob: float
+    """Natural logarithm of the model's own probability, before temperature and truncation."""
+
+
+class Answer(str):
+    """The generated text, and what it took. `str(answer)` and everything else that a string does work."""
+
+    text: str
+    prompt_tokens: int
+    """Tokens of the prompt, images included."""
+    image_tokens: int
+    completion_tokens: int
+    """Tokens generated, the end mark included."""
+    finish_reason: str
+    """"stop": the model ended, or a stop text came. "length": max_new_tokens or the context was reached."""
+    logprobs: list[TokenLogprob] | None
+
+    def __new__(
+        cls,
+        text: str,
+        *,
+        prompt_tokens: int,
+        image_tokens: int,
+        completion_tokens: int,
+        finish_reason: str,
+        logprobs: list[TokenLogprob] | None = None,
+    ) -> "Answer":
+        answer = super().__new__(cls, text)
+        answer.text = text
+        answer.prompt_tokens, answer.image_tokens = prompt_tokens, image_tokens
+        answer.completion_tokens, answer.finish_reason = completion_tokens, finish_reason
+        answer.logprobs = logprobs
+        return answer
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class _Row:
+    """One prompt's growing answer: its ids, its text so far, and whether it has ended."""
+
+    def __init__(self, example: Example, processor: Processor, config: GenerationConfig):
+        self.tokenizer, self.config, self.example = processor.tokenizer, config, example
+        self.image_tokens = int((example.input_ids >= processor.image_start_id).sum())
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.text = ""
+        self.finish_reason = ""
+
+    def add(self, id: int, logprob: float | None) -> str:
+        """Take the next token; return the text that is now certain to be part of the answer."""
+        if self.finish_reason:
+            return ""
+        self.ids.append(id)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        if id in self.tokenizer.end_ids:
+            self.finish_reason = "stop"
+        text = self.tokenizer.decode(self.ids)
+        cuts = [at for stop in self.config.stop if (at := text.find(stop)) >= 0]
+        if cuts:
+            text, self.finish_reason = text[: min(cuts)], "stop"
+        if not self.finish_reason:
+            text = text[: _certain(text, self.config.stop)]
+            if len(self.ids) == self.config.max_new_tokens:
+                text, self.finish_reason = self.tokenizer.decode(self.ids), "length"
+        new = text[len(self.text) :]
+        self.text += new
+        return new
+
+    def answer(self) -> Answer:
+        pieces = zip(self.ids, self.logprobs, strict=True) if self.config.logprobs else ()
+        return Answer(
+            self.text.strip(),
+            prompt_tokens=len(self.example),
+            image_tokens=self.image_tokens,
+            completion_tokens=len(self.ids),
+            finish_reason=self.finish_reason or "length",
+            logprobs=[TokenLogprob(self.tokenizer.decode([i], keep_special=True), i, p) for i, p in pieces]
+            if self.config.logprobs
+            else None,
+        )
+
+
+def _certain(text: str, stops: Sequence[str]) -> int:
+    """How much of `text` cannot change any more: not a half character, nor the beginning of a stop text."""
+    end = len(text.rstrip("�")) if text.endswith("�") else len(text)
+    for stop in stops:
+        for size in range(min(len(stop) - 1, end), 0, -1):
+            if text[:end].endswith(stop[:size]):
+                end -= size
+                break
+    return end
+
+
+class Engine:
+    """Generates from a model. It holds no state between calls."""
+
+    def __init__(self, model: MMGPT, processor: Processor):
+        self.model, self.processor = model, processor
+
+    def generate(self, documents: Sequence[Document], config: GenerationConfig) -> list[Answer]:
+        """One answer for each document, all in one batch. Raises ContextOverflowError naming a prompt too long."""
+        if not documents:
+            return []
+        examples = [self.processor(document) for document in documents]
+        if config.num_beams > 1:
+            return self._beam_search(examples, config)
+        rows = [_Row(example, self.processor, config) for example in examples]
+        for _ in self._steps(rows, config):
+            pass
+        return [row.answer() for row in rows]
+
+    def stream(self, document: Document, config: GenerationConfig) -> "Stream":
+        """Pieces of the answer as they are generated."""
+        if config.num_beams > 1:
+            raise ConfigError("beam search cannot stream: it knows its answer only at the end")
+        return Stream(self, self.processor(document), config)
+
+    # ---- token by token ----
+
+    @torch.inference_mode()
+    def _steps(self, rows: list[_Row], config: GenerationConfig) -> Iterator[list[str]]:
+        """Run until every row has ended, yielding each step's new text of every row."""
+        batch, cache = self._prefill([row.example for row in rows], config.max_new_tokens)
+        generators = None
+        if config.temperature > 0:
+            generators = [torch.Generator().manual_seed(config.seed) for _ in rows]
+        hidden = self.model(batch, cache)[:, -1]
+        keys = _visible_keys(batch, cache)
+        positions = batch.position_ids[:, -1:]
+        while True:
+            logits = self.model.decoder.logits(hidden)  # (B, V)
+            tokens = choose(
+                logits,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                generators=generators,
+            )
+            logprobs: list[float | None] = [None] * len(rows)
+            if config.logprobs:
+                logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
+            yield [row.add(id, p) for row, id, p in zip(rows, tokens.tolist(), logprobs, strict=True)]
+            if all(row.finish_reason for row in rows) or cache.length == cache.keys.shape[3]:
+                return
+            positions = positions + 1
+            mask = None if keys is None else keys[..., : cache.length + 1]
+            hidden = self.model.decoder(
+                self.model.decoder.embedding(tokens[:, None]), positions, mask=mask, cache=cache
+            )[:, -1]
+
+    def _prefill(self, examples: Sequence[Example], max_new_tokens: int) -> tuple[Batch, KVCache]:
+        """The left-padded batch of prompts, and an empty cache with room for them and for what follows."""
+        config = self.model.decoder.config
+        longest = max(examples, key=len)
+        if len(longest) >= config.max_length:
+            raise ContextOverflowError(
+                f"the prompt has {len(longest)} tokens; the context holds {config.max_length} with the answer"
+            )
+        images = [self.processor.transform(image.load()) for example in examples for image in example.images]
+        size = self.processor.config.image.size
+        pixels = torch.stack(images) if images else torch.zeros(0, 3, size, size)
+        batch = collate([[example] for example in examples], pixels, pad_left=True).to(self.model.device)
+        capacity = min(len(longest) + max_new_tokens, config.max_length)
+        dtype = self.model.decoder.embedding.weight.dtype
+        cache = KVCache(config, len(examples), capacity, dtype=dtype, device=self.model.device)
+        return batch, cache
+
+    # ---- beams ----
+
+    @torch.inference_mode()
+    def _beam_search(self, examples: list[Example], config: GenerationConfig) -> list[Answer]:
+        """Keep the `num_beams` best beginnings of every prompt; an ended one competes with its length penalty."""
+        W, B = config.num_beams, len(examples)
+        decoder, device = self.model.decoder, self.model.device
+        batch, cache = self._prefill(examples, config.max_new_tokens)
+        hidden = self.model(batch, cache)[:, -1]
+        each = torch.arange(B, device=device).repeat_interleave(W)  # (B·W,) every prompt W times
+        cache.select_rows(each)
+        keys = _visible_keys(batch, cache)
+        keys = None if keys is None else keys[each]
+        positions = batch.position_ids[each, -1:]
+        hidden = hidden[each]
+        rows = [[_Row(example, self.processor, config) for _ in range(W)] for example in examples]
+        scores = torch.full((B, W), -torch.inf, device=device)
+        scores[:, 0] = 0  # all beams are equal at first: only one of them counts
+        ended: list[list[tuple[float, _Row]]] = [[] for _ in range(B)]
+        done = [False] * B
+        for step in range(1, config.max_new_tokens + 1):
+            logprobs = decoder.logits(hidden).log_softmax(-1).view(B, W, -1)
+            V = logprobs.shape[-1]
+            best = (scores[:, :, None] + logprobs).view(B, -1).topk(2 * W, dim=-1)  # enough even if W of them end
+            parents, tokens = best.indices // V, best.indices % V
+            new_rows: list[list[_Row]] = []
+            chosen = torch.zeros(B, W, dtype=torch.long, device=device)
+            chosen_tokens = torch.zeros(B, W, dtype=torch.long, device=device)
+            for b in range(B):
+                survivors: list[tuple[float, int, int, _Row]] = []
+                candidates = zip(best.values[b].tolist(), parents[b].tolist(), tokens[b].tolist(), strict=True)
+                for rank, (score, parent, token) in enumerate(candidates):
+                    if len(survivors) == W or not math.isfinite(score):
+                        break
+                    row = _copy(rows[b][parent])
+                    row.add(token, float(logprobs[b, parent, token]) if config.logprobs else None)
+                    if row.finish_reason == "stop":
+                        if rank < W:
+                            ended[b].append((score / _length_penalty(step, config), row))
+                    else:
+                        survivors.append((score, parent, token, row))
+                ended[b] = sorted(ended[b], key=lambda item: -item[0])[:W]
+                if not survivors:
+                    done[b] = True
+                for i in range(W):
+                    score, parent, token, row = survivors[min(i, len(survivors) - 1)] if survivors else (
+                        -math.inf, 0, 0, rows[b][0]
+                    )
+                    scores[b, i] = score if i < len(survivors) else -torch.inf
+                    chosen[b, i], chosen_tokens[b, i] = parent, token
+                    survivors_row = row
+                    if i == 0:
+                        new_rows.append([])
+                    new_rows[b].append(survivors_row)
+                if len(ended[b]) == W and survivors:
+                    # A score only falls, and the longest answer has the mildest penalty: that bounds what may come.
+                    bound = survivors[0][0] / _length_penalty(config.max_new_tokens, config)
+                    done[b] = done[b] or ended[b][-1][0] >= bound
+            rows = new_rows
+            if all(done) or cache.length == cache.keys.shape[3] or step == config.max_new_tokens:
+                break
+            cache.select_rows((torch.arange(B, device=device)[:, None] * W + chosen).flatten())
+            positions = positions + 1
+            mask = None if keys is None else keys[..., : cache.length + 1]
+            embedded = decoder.embedding(chosen_tokens.flatten()[:, None])
+            hidden = decoder(embedded, positions, mask=mask, cache=cache)[:, -1]
+        answers = []
+        for b in range(B):
+            unfinished = [
+                (score / _length_penalty(len(row.ids), config), row)
+                for score, row in zip(scores[b].tolist(), rows[b], strict=True)
+                if math.isfinite(score)
+            ]
+            answers.append(max([*ended[b], *([] if done[b] else unfinished)], key=lambda item: item[0])[1].answer())
+        return answers
+
+
+class Stream(Iterator[str]):
+    """Pieces of text; when they are used up, `answer` holds the whole."""
+
+    def __init__(self, engine: Engine, example: Example, config: GenerationConfig):
+        self._row = _Row(example, engine.processor, config)
+        self._pieces = self._run(engine, config)
+
+    def _run(self, engine: Engine, config: GenerationConfig) -> Iterator[str]:
+        for (piece,) in engine._steps([self._row], config):
+            if piece:
+                yield piece
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def answer(self) -> Answer:
+        """The answer so far; complete when the pieces are used up."""
+        return self._row.answer()
+
+
+def _visible_keys(batch: Batch, cache: KVCache) -> Tensor | None:
+    """(B, 1, 1, capacity), False at the padding on the left; None when no row is padded."""
+    real = batch.document_ids > 0  # (B, T)
+    if real.all():
+        return None
+    B, T = real.shape
+    keys = torch.ones(B, cache.keys.shape[3], dtype=torch.bool, device=real.device)
+    keys[:, :T] = real
+    return keys[:, None, None, :]
+
+
+def _length_penalty(length: int, config: GenerationConfig) -> float:
+    return ((5 + length) / 6) ** config.length_penalty
+
+
+def _copy(row: _Row) -> _Row:
+    new = object.__new__(_Row)
+    new.__dict__.update(row.__dict__)
+    new.ids, new.logprobs = list(row.ids), list(row.logprobs)
+    return new
+
+

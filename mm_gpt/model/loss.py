@@ -1,0 +1,60 @@
+"""Next-token loss that never holds the logits of all positions.
+
+A vocabulary of 49,152 makes logits the largest tensor of training. Here only supervised positions are projected, in
+chunks, and each chunk's gradient is taken at once, so that one chunk of logits exists at a time.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm_gpt.processor import IGNORE_INDEX
+
+CHUNK = 512  # positions projected at a time: 512 · 49,152 float32 logits are 100 MB
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(labels), CHUNK):
+            rows = slice(start, start + CHUNK)
+            logits = F.linear(hidden[rows], weight.to(hidden.dtype)).float()
+            total += F.cross_entropy(logits, labels[rows], reduction="sum")
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad = logits.softmax(dim=-1)
+            grad[torch.arange(len(grad), device=grad.device), labels[rows]] -= 1
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ weight.to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight += (grad.T @ hidden[rows]).float()
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_output
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
+            None,
+        )
+
+
+def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed cross-entropy (nats) over supervised positions, and their count.
+
+    hidden (B, T, D), weight (V, D), labels (B, T) already shifted. The caller divides by the step's global count, so
+    that micro-batches with more targets weigh more.
+    """
+    supervised = labels != IGNORE_INDEX
+    rows = hidden[supervised]  # (M, D)
+    loss = _ChunkedCrossEntropy.apply(rows, weight, labels[supervised])
+    return loss, supervised.sum()

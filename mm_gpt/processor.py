@@ -1,0 +1,220 @@
+"""From Documents to numbers: Document -> Example -> Batch.
+
+Shapes: T tokens of one example, B rows, N images of the whole batch, k tokens per image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from mm_gpt.document import Document, Image, Message, Segment, Text
+from mm_gpt.errors import ContextOverflowError, MMGPTError
+from mm_gpt.tokenizer import Tokenizer
+from mm_gpt.vision.transforms import ImageTransform, ImageTransformConfig
+
+IGNORE_INDEX = -100
+"""The label of a position where nothing is learned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessorConfig:
+    image: ImageTransformConfig
+    tokens_per_image: int
+    """k, the number of placeholders an image takes; the connector's output length."""
+    max_length: int
+    """Longest example in tokens."""
+
+
+@dataclass
+class Example:
+    """One Document in numbers."""
+
+    input_ids: Tensor  # (T,)
+    labels: Tensor  # (T,) the next token, already shifted; IGNORE_INDEX where nothing is learned
+    position_ids: Tensor  # (T,) every branch continues from the end of the shared part
+    branch_ids: Tensor  # (T,) 0 in the shared part, 1, 2, ... in the branches
+    images: list[Image]
+    id: str = ""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass
+class Batch:
+    """What the model eats. Attention never crosses documents; `document_ids` 0 is padding."""
+
+    input_ids: Tensor  # (B, T)
+    labels: Tensor  # (B, T)
+    position_ids: Tensor  # (B, T)
+    document_ids: Tensor  # (B, T)
+    branch_ids: Tensor  # (B, T)
+    image_rows: Tensor  # (N,) the row that owns each image, ascending
+    pixel_values: Tensor  # (N, 3, H, W)
+    ids: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+
+class Processor:
+    """Tokenizer and image transform together. `<image>`, placeholder and `</image>` are ids behind the vocabulary."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ProcessorConfig, *, vocab_size: int):
+        """`vocab_size` is the decoder's: some pad their tables beyond the tokenizer's ids."""
+        self.tokenizer, self.config = tokenizer, config
+        self.transform = ImageTransform(config.image)
+        first = vocab_size
+        self.image_start_id, self.image_patch_id, self.image_end_id = first, first + 1, first + 2
+        self._image_ids = [first, *[first + 1] * config.tokens_per_image, first + 2]
+
+    # ---- Documents from what people write ----
+
+    def chat(self, messages: Sequence[Message], *, answer_starts: bool = True) -> Document:
+        """Render chat messages in the ChatML form. Assistant turns are targets, up to and with their end mark.
+
+        `answer_starts` opens the assistant's next turn. Raises MMGPTError naming the message that is malformed.
+        """
+        segments: list[Segment] = []
+        for index, message in enumerate(messages):
+            segments += self._message(index, message)
+        if answer_starts:
+            segments.append(Text("<|im_start|>assistant\n", is_target=False, is_control=True))
+        return Document(tuple(segments))
+
+    def _message(self, index: int, message: Message) -> list[Segment]:
+        if not isinstance(message, dict) or "content" not in message:
+            raise MMGPTError(f"message {index} is not a dict with 'role' and 'content'")
+        role = message.get("role")
+        if role not in ("system", "user", "assistant"):
+            raise MMGPTError(f"message {index} has role {role!r}; use 'system', 'user' or 'assistant'")
+        target = role == "assistant"
+        return [
+            Text(f"<|im_start|>{role}\n", is_target=False, is_control=True),
+            *(_content_part(index, part, target) for part in _content_parts(message["content"])),
+            Text("<|im_end|>", is_target=target, is_control=True),
+            Text("\n", is_target=False),
+        ]
+
+    def question(self, images: Sequence[Image], pairs: Sequence[tuple[str, str]], *, id: str = "") -> Document:
+        """Images, then questions about them with their answers, each pair in a branch of its own, for training."""
+        shared = [Text("<|im_start|>user\n", is_target=False, is_control=True), *images]
+        branches = [
+            (
+                Text(question, is_target=False),
+                Text("<|im_end|>", is_target=False, is_control=True),
+                Text("\n", is_target=False),
+                Text("<|im_start|>assistant\n", is_target=False, is_control=True),
+                Text(answer),
+                Text("<|im_end|>", is_control=True),
+            )
+            for question, answer in pairs
+        ]
+        return Document(tuple(shared), tuple(branches), id=id)
+
+    # ---- Document -> Example ----
+
+    def __call__(self, document: Document) -> Example:
+        """Raises ContextOverflowError when the document is longer than the context: images are never cut."""
+        ids, targets = self._encode(document.segments)
+        positions, branches = list(range(len(ids))), [0] * len(ids)
+        labels = _next_token_labels(ids, targets)
+        shared = len(ids)
+        for number, branch in enumerate(document.branches, start=1):
+            branch_ids, branch_targets = self._encode(branch)
+            ids += branch_ids
+            labels += _next_token_labels(branch_ids, branch_targets)
+            positions += range(shared, shared + len(branch_ids))
+            branches += [number] * len(branch_ids)
+        if len(ids) > self.config.max_length:
+            raise ContextOverflowError(
+                f"{document.id or 'the prompt'} has {len(ids)} tokens ({len(document.images)} images of "
+                f"{len(self._image_ids)} tokens); the context holds {self.config.max_length}"
+            )
+        as_tensor = lambda values: torch.tensor(values, dtype=torch.long)  # noqa: E731
+        return Example(
+            as_tensor(ids), as_tensor(labels), as_tensor(positions), as_tensor(branches), document.images, document.id
+        )
+
+    def _encode(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
+        ids: list[int] = []
+        targets: list[bool] = []
+        runs: list[tuple[str, bool, bool]] = []
+        for segment in [*segments, None]:
+            if isinstance(segment, Text):
+                runs.append((segment.text, segment.is_target, segment.is_control))
+                continue
+            run_ids, run_targets = self.tokenizer.encode_runs(runs)
+            runs = []
+            ids += run_ids
+            targets += run_targets
+            if segment is not None:
+                ids += self._image_ids
+                targets += [False] * len(self._image_ids)  # an image is read, never predicted, its marks included
+        return ids, targets
+
+
+def _next_token_labels(ids: list[int], targets: list[bool]) -> list[int]:
+    """Labels are shifted here, once: position t learns token t+1 where that one is a target."""
+    shifted = [id if target else IGNORE_INDEX for id, target in zip(ids[1:], targets[1:], strict=True)]
+    return [*shifted, IGNORE_INDEX][: len(ids)]
+
+
+def _content_parts(content: object) -> list[object]:
+    return list(content) if isinstance(content, list | tuple) else [content]
+
+
+def _content_part(index: int, part: object, target: bool) -> Segment:
+    if isinstance(part, str):
+        return Text(part, is_target=target)
+    if isinstance(part, Image | Text):
+        return part
+    if isinstance(part, dict):
+        if part.get("type") == "text" and isinstance(part.get("text"), str):
+            return Text(part["text"], is_target=target)
+        if part.get("type") in ("image", "image_url"):
+            for key in ("image", "url", "path", "image_url"):
+                if key in part:
+                    source = part[key]["url"] if isinstance(part[key], dict) else part[key]
+                    return Image(source)
+    raise MMGPTError(f"message {index} has a part that is neither text nor image: {str(part)[:80]!r}")
+
+
+def collate(
+    rows: Sequence[Sequence[Example]],
+    pixel_values: Tensor,
+    *,
+    pad_id: int = 0,
+    pad_left: bool = False,
+    pad_to_multiple: int = 1,
+) -> Batch:
+    """Rows of packed Examples as one Batch, padded to the longest row; `pixel_values` (N, 3, H, W) in row order."""
+    length = max((sum(map(len, row)) for row in rows), default=0)
+    length = -(-length // pad_to_multiple) * pad_to_multiple
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("input", "label", "position", "document", "branch")}
+    for row in rows:
+        pad = length - sum(map(len, row))
+        parts = {
+            "input": ([e.input_ids for e in row], pad_id),
+            "label": ([e.labels for e in row], IGNORE_INDEX),
+            "position": ([e.position_ids for e in row], 0),
+            "document": ([torch.full_like(e.input_ids, n) for n, e in enumerate(row, start=1)], 0),
+            "branch": ([e.branch_ids for e in row], 0),
+        }
+        for name, (tensors, value) in parts.items():
+            padding = torch.full((pad,), value, dtype=torch.long)
+            columns[name].append(torch.cat([padding, *tensors] if pad_left else [*tensors, padding]))
+    image_rows = [n for n, row in enumerate(rows) for example in row for _ in example.images]
+    return Batch(
+        input_ids=torch.stack(columns["input"]),
+        labels=torch.stack(columns["label"]),
+        position_ids=torch.stack(columns["position"]),
+        document_ids=torch.stack(columns["document"]),
+        branch_ids=torch.stack(columns["branch"]),
+        image_rows=torch.tensor(image_rows, dtype=torch.long),
+        pixel_values=pixel_values,
+        ids=[" ".join(example.id for example in row) for row in rows],
+    )

@@ -1,0 +1,102 @@
+"""Checkpoints of a run: the model, and beside it what it takes to continue.
+
+`OUT/step-000200/` holds the complete model and `training_state.safetensors` (optimizer moments and every trainable
+parameter in its training precision). A checkpoint is written to a temporary folder and renamed, so that a folder with
+its final name is always whole. `OUT/best` is the model with the lowest validation loss.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mm_gpt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from mm_gpt.training.loop import Task
+
+STATE_FILE = "training_state.safetensors"
+KEEP = 2  # step folders; older ones are deleted
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def save(task: "Task", optimizer: torch.optim.Optimizer, step: int, out: Path, *, best: bool) -> None:
+    """Write `OUT/step-NNNNNN`, and `OUT/best` when `best`."""
+    folder = out / f"step-{step:06d}"
+    temporary = _empty(out / f".tmp-step-{step:06d}")
+    task.save(temporary)
+    save_file(_training_state(task.model, optimizer), temporary / STATE_FILE, metadata={"step": str(step)})
+    (temporary / "training_state.json").write_text(json.dumps({"step": step}) + "\n")
+    _replace(temporary, folder)
+    if best:
+        temporary = _empty(out / ".tmp-best")
+        task.save(temporary)
+        _replace(temporary, out / "best")
+    for old in sorted(out.glob("step-*"))[:-KEEP]:
+        shutil.rmtree(old)
+
+
+def latest(out: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    return max(out.glob("step-*"), default=None)
+
+
+def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put parameters and optimizer moments back; returns the number of steps done.
+
+    Raises CheckpointError when the state is missing, corrupt, or of another model.
+    """
+    path = folder / STATE_FILE
+    try:
+        tensors = load_file(path)
+        step = json.loads((folder / "training_state.json").read_text())["step"]
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise CheckpointError(f"{path}: cannot continue from it ({error})") from None
+    names = _trainable(model)
+    expected = {f"{kind}.{name}" for name in names for kind in ("parameter", "exp_avg", "exp_avg_sq")}
+    if expected != set(tensors):
+        wrong = sorted(expected ^ set(tensors))
+        raise CheckpointError(f"{path}: {len(wrong)} tensors do not match this model, such as {wrong[0]}")
+    with torch.no_grad():
+        for name, parameter in names.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
+            }
+    return step
+
+
+def _training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, parameter in _trainable(model).items():
+        tensors[f"parameter.{name}"] = parameter.detach().contiguous()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state = optimizer.state[parameter]
+            tensors[f"{moment}.{name}"] = state[moment].contiguous() if state else torch.zeros_like(parameter)
+    return tensors
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _empty(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)

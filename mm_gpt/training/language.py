@@ -1,0 +1,346 @@
+"""The language stage: connector alignment, low-rank adaptation or full training on next-token prediction."""
+
+import dataclasses
+import json
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mm_gpt.datasets.caption_questions import derive_questions
+from mm_gpt.datasets.packing import pack
+from mm_gpt.datasets.sources import ErrorCounter, Record, clean_caption, read_records
+from mm_gpt.document import Document, Image
+from mm_gpt.errors import ConfigError, ImageError, MMGPTError
+from mm_gpt.hub.checkpoint import fill, load_decoder, load_model, save_model
+from mm_gpt.model.decoder import Decoder
+from mm_gpt.model.mmgpt import MMGPT, ModelConfig
+from mm_gpt.processor import Batch, Example, Processor, ProcessorConfig, collate
+from mm_gpt.tokenizer import Tokenizer
+from mm_gpt.training.loop import ParameterGroup, TrainConfig
+from mm_gpt.vision.transforms import ImageTransformConfig, TrainTransform
+
+logger = logging.getLogger(__name__)
+
+CAPTION_PROMPT = "Describe the image in one sentence."
+OTHER_CAPTION_PROMPTS = (
+    "Describe this image.",
+    "Write a caption for this photo.",
+    "What is in the picture?",
+    "What do you see in this image?",
+    "Caption this image.",
+    "Describe the photo.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    path: str
+    """A tar, a folder of tars, a folder of captioned images, or a `.jsonl` of text chats; relative to the data folder."""
+    repeat: float = 1.0
+    """How many times an epoch; 0.5 is half of it, another half each time."""
+    derived_questions: int = 0
+    """Question-answer pairs made by rules from each photo's captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageRecipe:
+    """A complete description of one language-stage run."""
+
+    train: TrainConfig
+    model: ModelConfig
+    image: ImageTransformConfig
+    sources: tuple[SourceConfig, ...]
+    validation: tuple[SourceConfig, ...]
+    start: str | None = None
+    """A model folder to start from; its configuration must be `model`."""
+    vision_weights: str | None = None
+    """Folder of a contrastive run whose vision tower is taken."""
+    decoder: Literal["frozen", "full"] = "frozen"
+    """`full` trains every weight of the decoder; with `model.lora` it stays frozen under its adaptation."""
+    train_connector: bool = True
+    vision_blocks: int = 0
+    """How many of the vision tower's last blocks are trained."""
+    connector_lr: float = 1.0
+    vision_lr: float = 0.1
+    """Learning rates as multiples of `train.lr`."""
+    row_length: int = 768
+    """Tokens in a packed row."""
+    rows: int = 4
+    """Rows in a micro-batch."""
+    max_captions: int = 5
+    max_questions: int = 8
+    """Captions and questions of one image that are learned together in one document."""
+    augment: bool = True
+    validation_images: int = 200
+    data: str = "."
+    """The folder that `sources` are in."""
+
+
+class LanguageTask:
+    """A `Task` for the loop. The whole plan of an epoch follows from (seed, epoch)."""
+
+    def __init__(self, recipe: LanguageRecipe, tokenizer: Tokenizer | None = None):
+        self.recipe = recipe
+        self.errors = ErrorCounter()
+        self.model, self.processor = build_model(recipe, tokenizer)
+        self.records = [self._read(source) for source in recipe.sources]
+        self.validation_records = [self._read(source) for source in recipe.validation]
+        self._plans: dict[int, tuple[list[Document], list[list[list[int]]]]] = {}
+        self._first_steps: list[int] = [0]  # the first micro-batch of each epoch
+        if self.errors.total:
+            logger.warning(self.errors.summary())
+
+    # ---- what is trained ----
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        recipe, model = self.recipe, self.model
+        model.vision.unfreeze(recipe.vision_blocks)
+        model.connector.requires_grad_(recipe.train_connector)
+        model.image_marks.requires_grad_(recipe.train_connector)
+        if recipe.decoder == "full" and recipe.model.lora is None:
+            model.decoder.requires_grad_(True)
+        elif recipe.model.lora is None:
+            model.decoder.requires_grad_(False)
+        if recipe.train.precision == "bf16":
+            _frozen_to_bf16(model.decoder)
+        return [
+            ParameterGroup("decoder", [p for p in model.decoder.parameters() if p.requires_grad]),
+            ParameterGroup("connector", [*model.connector.parameters(), model.image_marks], recipe.connector_lr),
+            ParameterGroup("vision", list(model.vision.parameters()), recipe.vision_lr),
+        ]
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.model.loss(batch)
+
+    # ---- what it is trained on ----
+
+    def micro_batches(self, step: int, count: int) -> list[Batch]:
+        return [self._batch(step * count + i) for i in range(count)]
+
+    def epoch_length(self, epoch: int) -> int:
+        """Micro-batches in an epoch."""
+        return len(self._plan(epoch)[1])
+
+    def _batch(self, index: int) -> Batch:
+        epoch = 0
+        while True:
+            if epoch + 1 == len(self._first_steps):
+                self._first_steps.append(self._first_steps[epoch] + self.epoch_length(epoch))
+            if index < self._first_steps[epoch + 1]:
+                break
+            epoch += 1
+        documents, plan = self._plan(epoch)
+        rows = [[documents[i] for i in row] for row in plan[index - self._first_steps[epoch]]]
+        seed = hash((self.recipe.train.seed, epoch, index))
+        return self._collate([[self.processor(document) for document in row] for row in rows], seed)
+
+    def _plan(self, epoch: int) -> tuple[list[Document], list[list[list[int]]]]:
+        """The documents of an epoch, and its micro-batches as lists of rows of document indices."""
+        if epoch not in self._plans:
+            rng = random.Random(f"{self.recipe.train.seed}/{epoch}")
+            documents: list[Document] = []
+            for source, records in zip(self.recipe.sources, self.records, strict=True):
+                for record in _share(records, source.repeat, epoch, self.recipe.train.seed):
+                    if isinstance(record, Document):
+                        documents.append(record)
+                    elif document := self._document(record, source, rng):
+                        documents.append(document)
+            rng.shuffle(documents)
+            lengths = [len(self.processor(document)) for document in documents]
+            fits = [i for i, length in enumerate(lengths) if length <= self.recipe.row_length]
+            if len(fits) < len(documents):
+                logger.warning("%d documents are longer than a row and left out", len(documents) - len(fits))
+            rows = [[fits[i] for i in row] for row in pack([lengths[i] for i in fits], self.recipe.row_length)]
+            rng.shuffle(rows)
+            size = self.recipe.rows
+            batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+            if not batches:
+                raise MMGPTError("the sources hold no usable record: " + self.errors.summary())
+            self._plans = {epoch: (documents, batches)}  # one epoch's plan in memory at a time
+        return self._plans[epoch]
+
+    def _document(self, record: Record, source: SourceConfig, rng: random.Random) -> Document | None:
+        pairs = training_pairs(record, source, rng, self.recipe.max_captions, self.recipe.max_questions)
+        return self.processor.question([Image(record.image)], pairs, id=record.key) if pairs else None
+
+    def _collate(self, rows: Sequence[Sequence[Example]], seed: int | None) -> Batch:
+        pixels = []
+        for number, image in enumerate(image for row in rows for example in row for image in example.images):
+            if seed is not None and self.recipe.augment:
+                generator = torch.Generator().manual_seed((seed * 31 + number) % 2**63)
+                transform: object = TrainTransform(self.recipe.image, generator)
+            else:
+                transform = self.processor.transform
+            pixels.append(transform(image.load()))  # type: ignore[operator]
+        size = self.recipe.image.size
+        return collate(rows, torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size), pad_to_multiple=64)
+
+    def _read(self, source: SourceConfig) -> list[Record | Document]:
+        path = Path(self.recipe.data) / source.path
+        if path.suffix == ".jsonl":
+            return list(read_chats(path, self.processor))
+        records = []
+        for record in read_records(path, self.errors):
+            image = Image(record.image)
+            try:
+                image.load()  # decoded once at the start, so that a broken file is known before hours of training
+            except ImageError as error:
+                self.errors.add("broken image", f"{path.name}:{record.key}: {error}")
+                continue
+            records.append(record)
+        logger.info("%s: %d images", source.path, len(records))
+        return list(records)
+
+    # ---- how it is judged ----
+
+    def validate(self) -> dict[str, float]:
+        """Mean loss per target in nats: over all validation sources, and of each."""
+        total, count = 0.0, 0
+        values: dict[str, float] = {}
+        for source, records in zip(self.recipe.validation, self.validation_records, strict=True):
+            rng = random.Random(0)
+            source_total, source_count = 0.0, 0
+            documents = []
+            for record in records[: self.recipe.validation_images]:
+                document = record if isinstance(record, Document) else self._document(record, source, rng)
+                if document is not None:
+                    documents.append(document)
+            examples = [self.processor(document) for document in documents]
+            packed = pack([len(e) for e in examples], max(self.recipe.row_length, max(map(len, examples), default=1)))
+            for row in packed:
+                batch = self._collate([[examples[i] for i in row]], None).to(self.model.device)
+                loss, targets = self.model.loss(batch)
+                source_total += loss.item()
+                source_count += int(targets)
+            values[f"loss {source.path}"] = source_total / max(1, source_count)
+            total, count = total + source_total, count + source_count
+        return {"loss": total / max(1, count), **values}
+
+    def samples(self) -> list[str]:
+        """Greedy captions of the first validation photos."""
+        from mm_gpt.inference.engine import Engine, GenerationConfig
+
+        images = [r for records in self.validation_records for r in records[:4] if isinstance(r, Record)][:4]
+        engine = Engine(self.model.eval(), self.processor)
+        documents = [self.processor.chat([_user(record, CAPTION_PROMPT)]) for record in images]
+        answers = engine.generate(documents, GenerationConfig(max_new_tokens=24)) if documents else []
+        self.model.train()
+        return [f"{record.key}: {answer.text}" for record, answer in zip(images, answers, strict=True)]
+
+    def save(self, folder: Path) -> None:
+        save_model(self.model, self.processor, folder)
+        (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(self.recipe), indent=2) + "\n")
+
+
+def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MMGPT, Processor]:
+    """The recipe's model, from `start` or from the decoder's own weights (random ones for a complete config)."""
+    torch.manual_seed(recipe.train.seed)
+    if recipe.start is not None:
+        model, processor = load_model(Path(recipe.start))
+        if model.config != recipe.model:
+            raise ConfigError(f"{recipe.start} holds another model than the recipe describes")
+    else:
+        decoder: Decoder | None = None
+        if isinstance(recipe.model.decoder, str):
+            decoder, tokenizer = load_decoder(recipe.model.decoder)
+        if tokenizer is None:
+            raise ConfigError("a decoder that is not in the registry needs a tokenizer")
+        model = MMGPT(recipe.model, decoder)
+        config = ProcessorConfig(
+            image=recipe.image,
+            tokens_per_image=model.tokens_per_image,
+            max_length=model.decoder.config.max_length,
+        )
+        processor = Processor(tokenizer, config, vocab_size=model.decoder.config.vocab_size)
+    if recipe.vision_weights is not None:
+        load_vision(model.vision, recipe.vision_weights)
+    return model, processor
+
+
+def load_vision(vision: nn.Module, name: str) -> None:
+    """Weights for a vision tower: a registry name (ImageNet trunk) or the folder of a contrastive run."""
+    if Path(name).is_dir():
+        fill(vision, Path(name) / "model.safetensors", prefix="vision.")
+        return
+    from mm_gpt.hub import download
+    from mm_gpt.vision.encoder import load_efficientnet_lite
+
+    path = next(iter(download.fetch(name).values()))
+    vision.tower.trunk.load_state_dict(load_efficientnet_lite(path), strict=True)  # type: ignore[union-attr]
+
+
+def training_pairs(
+    record: Record, source: SourceConfig, rng: random.Random, max_captions: int, max_questions: int
+) -> list[tuple[str, str]]:
+    """(prompt, answer) pairs about one image: its captions, its questions, and questions derived from its captions."""
+    pairs = []
+    captions = list(record.captions)
+    rng.shuffle(captions)
+    for number, caption in enumerate(captions[:max_captions]):
+        prompt = CAPTION_PROMPT if number or rng.random() < 0.5 else rng.choice(OTHER_CAPTION_PROMPTS)
+        pairs.append((prompt, clean_caption(caption)))
+    questions = [(q.question, q.answer) for q in record.questions]
+    rng.shuffle(questions)
+    questions = questions[:max_questions]
+    if record.captions and source.derived_questions:
+        derived = derive_questions(record.captions, rng, max_questions=source.derived_questions)
+        questions += [(q.question, q.answer) for q in derived]
+    for question, answer in questions:
+        pairs.append((question_prompt(question, answer, rng), answer))
+    return pairs
+
+
+def question_prompt(question: str, answer: str, rng: random.Random) -> str:
+    """A question as a user may type it; a statement with the answer true or false asks for it."""
+    question = question.strip()
+    if answer in ("true", "false"):
+        return f"True or false: {question}"
+    return question[0].upper() + question[1:] if rng.random() < 0.5 else question
+
+
+def read_chats(path: Path, processor: Processor) -> list[Document]:
+    """Text-only chats from a .jsonl of `{"messages": [...]}`. Raises MMGPTError naming file and line."""
+    documents = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise MMGPTError(f"{path}: {error.strerror or error}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            messages = json.loads(line)["messages"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise MMGPTError(f"{path}:{number}: not an object with 'messages'") from None
+        document = processor.chat(messages, answer_starts=False)
+        documents.append(dataclasses.replace(document, id=f"{path.name}:{number}"))
+    return documents
+
+
+def _share(records: Sequence[Record | Document], repeat: float, epoch: int, seed: int) -> list[Record | Document]:
+    """`repeat` times the records. The fraction walks through a fixed shuffle, so that nothing repeats before all came."""
+    whole = int(repeat)
+    chosen = list(records) * whole
+    part = round((repeat - whole) * len(records))
+    if part:
+        order = list(range(len(records)))
+        random.Random(seed).shuffle(order)
+        chosen += [records[order[(epoch * part + i) % len(records)]] for i in range(part)]
+    return chosen
+
+
+def _user(record: Record, text: str) -> dict[str, object]:
+    return {"role": "user", "content": [{"type": "image", "image": record.image}, {"type": "text", "text": text}]}
+
+
+def _frozen_to_bf16(decoder: nn.Module) -> None:
+    """Frozen weights are only read: bf16 halves their memory and saves autocast its casts."""
+    for parameter in decoder.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+

@@ -1,0 +1,280 @@
+"""One loop for every stage of training.
+
+What is trained, on what, and how it is judged is a `Task`; the loop adds accumulation, clipping, the schedule, logging,
+validation, checkpoints and exact resumption. A task's micro-batches are a pure function of the step number and all
+randomness inside a step is seeded by it, so a stopped run continues as if it had never been stopped.
+"""
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.training import checkpoint, plot
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int
+    """Optimizer steps."""
+    lr: float
+    """Peak learning rate; a task's parameter groups scale it."""
+    accumulate: int = 1
+    """Micro-batches per step."""
+    warmup_steps: int = 0
+    """Linear warm-up from 0."""
+    final_lr: float = 0.0
+    """Where the cosine ends, as a fraction of the peak."""
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    clip: float = 1.0
+    """Largest norm of all gradients together."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    device: str = "auto"
+    seed: int = 0
+    log_every: int = 10
+    validate_every: int = 200
+    save_every: int = 200
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "log_every", "validate_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.lr <= 0 or self.clip <= 0:
+            raise ConfigError(f"lr and clip must be positive, not {self.lr} and {self.clip}")
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    name: str
+    parameters: list[nn.Parameter]
+    lr_scale: float = 1.0
+
+
+class Task(Protocol):
+    """What a stage of training is made of."""
+
+    model: nn.Module
+
+    def parameter_groups(self) -> list[ParameterGroup]: ...
+
+    def micro_batches(self, step: int, count: int) -> Sequence[Any]:
+        """The `count` micro-batches of a step: the same ones each time it is called."""
+
+    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Summed loss and the count it is divided by, once a step's micro-batches are summed."""
+
+    def validate(self) -> dict[str, float]:
+        """Metrics on held-out data; `loss` among them decides which checkpoint is the best."""
+
+    def samples(self) -> list[str]:
+        """A few outputs to read."""
+
+    def save(self, folder: Path) -> None:
+        """Write the model, complete, into an existing empty folder."""
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then cosine to `final_lr`; steps count from 0."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    floor = config.final_lr
+    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def make_optimizer(groups: Sequence[ParameterGroup], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay touches matrices only, never biases and norms."""
+    settings = []
+    for group in groups:
+        for decay in (True, False):
+            parameters = [p for p in group.parameters if p.requires_grad and (p.dim() >= 2) == decay]
+            if parameters:
+                weight_decay = config.weight_decay if decay else 0.0
+                settings.append({"params": parameters, "lr_scale": group.lr_scale, "weight_decay": weight_decay})
+    if not settings:
+        raise ConfigError("nothing is trainable")
+    return torch.optim.AdamW(settings, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, foreach=True)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA when there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {name!r}; use auto, cpu or cuda") from None
+
+
+def train(task: Task, config: TrainConfig, out: Path, *, resume: bool = False, progress: bool = True) -> None:
+    """Train `task` and leave checkpoints, `log.jsonl` and `loss.png` in `out`.
+
+    Ctrl-C (or SIGTERM) finishes the step, saves, and raises KeyboardInterrupt. Raises MMGPTError when `out` already
+    holds a run and `resume` is not set, or when the loss is not finite.
+    """
+    device = pick_device(config.device)
+    task.model.to(device)
+    groups = task.parameter_groups()
+    optimizer = make_optimizer(groups, config)
+    log = RunLog(out, config, groups, resume=resume)
+    step = 0
+    if resume and (latest := checkpoint.latest(out)):
+        step = checkpoint.load_training_state(latest, task.model, optimizer)
+        log.cut(step)
+        logger.info("continuing from %s", latest)
+    task.model.train()
+    best = log.best_loss()
+    stopper = Stopper()
+    bar = tqdm(total=config.steps, initial=step, unit="step", disable=not progress, dynamic_ncols=True)
+    with stopper, bar:
+        while step < config.steps:
+            metrics = training_step(task, optimizer, config, step, device)
+            step += 1
+            bar.update()
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
+            last = step == config.steps or stopper.requested
+            log.train(step, metrics, flush=step % config.log_every == 0 or last)
+            improved = False
+            if step % config.validate_every == 0 or step == config.steps:
+                values = evaluate(task, config, device)
+                improved = values["loss"] < best
+                best = min(best, values["loss"])
+                log.validation(step, values, task.samples())
+            if step % config.save_every == 0 or last or improved:
+                checkpoint.save(task, optimizer, step, out, best=improved)
+            if stopper.requested:
+                raise KeyboardInterrupt(f"stopped after step {step}; continue with --resume")
+
+
+def training_step(
+    task: Task, optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, device: torch.device
+) -> dict[str, float]:
+    """One optimizer step; returns its loss, gradient norm, learning rate and speed. Raises MMGPTError on NaN."""
+    start = time.perf_counter()
+    torch.manual_seed(config.seed * 1_000_003 + step)  # dropout; augmentation is seeded by the task in the same way
+    lr = learning_rate(config, step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    total_loss, total_count = 0.0, 0
+    for batch in task.micro_batches(step, config.accumulate):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss, count = task.loss(batch.to(device))
+        if int(count) > 0:
+            loss.backward()
+        total_loss += loss.item()
+        total_count += int(count)
+    if not math.isfinite(total_loss):
+        raise MMGPTError(f"the loss is {total_loss} at step {step}: lower the learning rate ({config.lr})")
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad /= max(1, total_count)  # a mean over the whole step's targets, not a mean of means
+    norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - start
+    return {
+        "loss": total_loss / max(1, total_count),
+        "grad_norm": float(norm),
+        "lr": lr,
+        "targets_per_s": total_count / seconds,
+        "seconds": seconds,
+    }
+
+
+@torch.no_grad()
+def evaluate(task: Task, config: TrainConfig, device: torch.device) -> dict[str, float]:
+    """The task's validation metrics, in evaluation mode and the training precision."""
+    task.model.eval()
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            return task.validate()
+    finally:
+        task.model.train()
+
+
+class Stopper:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stopper":
+        try:
+            self._previous = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: nobody can press Ctrl-C there
+            self._previous = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        logger.warning("stopping after this step (again to stop at once)")
+
+
+class RunLog:
+    """`log.jsonl` (one object a line), `config.json` and `loss.png` of a run folder."""
+
+    def __init__(self, out: Path, config: TrainConfig, groups: Sequence[ParameterGroup], *, resume: bool):
+        self.path = out / "log.jsonl"
+        if self.path.exists() and not resume:
+            raise MMGPTError(f"{out} already holds a run: continue it with --resume, or choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        self.out = out
+        self.rows: list[dict[str, Any]] = []
+        self._pending: list[dict[str, float]] = []
+        if resume and self.path.exists():
+            self.rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+        for group in groups:
+            trainable = sum(p.numel() for p in group.parameters if p.requires_grad)
+            logger.info("training %s: %s parameters, lr × %g", group.name, f"{trainable:,}", group.lr_scale)
+        (out / "train_config.json").write_text(json.dumps(checkpoint.config_dict(config), indent=2) + "\n")
+
+    def cut(self, step: int) -> None:
+        """Forget what was logged after `step`: those steps are about to be repeated."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def best_loss(self) -> float:
+        return min((row["validation"]["loss"] for row in self.rows if "validation" in row), default=math.inf)
+
+    def train(self, step: int, metrics: dict[str, float], *, flush: bool) -> None:
+        self._pending.append(metrics)
+        if flush:
+            mean = {key: sum(m[key] for m in self._pending) / len(self._pending) for key in metrics}
+            self._pending = []
+            self._write({"step": step, **mean})
+
+    def validation(self, step: int, values: dict[str, float], samples: list[str]) -> None:
+        self._write({"step": step, "validation": values, "samples": samples})
+        logger.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        for sample in samples:
+            logger.info("  %s", sample)
+        plot.loss_curve(self.rows, self.out / "loss.png")
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,176 @@
+"""Questions from captions: each rule on captions as people write them, and what no rule may ever claim."""
+
+import random
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mm_gpt.datasets import caption_questions
+from mm_gpt.datasets.caption_questions import derive_questions
+from mm_gpt.datasets.sources import QuestionAnswer
+
+DOG = [
+    "A brown dog is running through the grass .",
+    "A brown dog runs across the lawn .",
+    "A dog running in the green grass .",
+]
+TWO_DOGS = ["Two dogs run on the beach .", "Two dogs are playing on a beach .", "Two brown dogs on the sand ."]
+MAN = [
+    "A man in a red shirt is riding a horse .",
+    "A man wearing a red shirt rides a horse .",
+    "A man on a brown horse .",
+]
+COUCH = ["A baby sleeping on a couch .", "A baby sleeps on the sofa in a living room .", "A baby is asleep indoors ."]
+
+
+def every_question(captions: list[str], rolls: int = 30) -> list[QuestionAnswer]:
+    found = []
+    for seed in range(rolls):
+        found += derive_questions(captions, random.Random(seed), max_questions=50)
+    return list(dict.fromkeys(found))
+
+
+def answers(captions: list[str], pattern: str) -> set[str]:
+    return {q.answer for q in every_question(captions) if re.search(pattern, q.question, re.IGNORECASE)}
+
+
+@pytest.mark.parametrize(
+    ("captions", "pattern", "expected"),
+    [
+        (DOG, "colou?r .*dog", {"brown"}),
+        (DOG, "what is the dog doing", {"running"}),
+        (DOG, "where is the dog", {"in the grass"}),
+        (DOG, "animal", {"dog"}),
+        (DOG, "indoors or outdoors", {"outdoors"}),
+        (DOG, r"\b(a dog|any dogs)\b", {"yes"}),
+        (DOG, "how many dogs", {"1"}),
+        (TWO_DOGS, "how many dogs", {"2"}),
+        (TWO_DOGS, "where are the dogs", {"on the beach"}),
+        (MAN, "colou?r .*shirt", {"red"}),
+        (MAN, "colou?r .*horse", {"brown"}),
+        (MAN, "what is the man wearing", {"shirt"}),
+        (MAN, "what is the man riding", {"horse"}),
+        (MAN, r"\b(a man|any men|a person|any people)\b", {"yes"}),
+        (COUCH, "indoors or outdoors", {"indoors"}),
+        (COUCH, "inside or outside", {"inside"}),
+        (COUCH, "what is the baby doing", {"sleeping"}),
+        (["Two men playing soccer .", "Men play a game of soccer ."], "sport", {"soccer"}),
+        (["A man and a woman sit .", "A man and a woman on a bench .", "Two people sit ."], "how many people", {"2"}),
+    ],
+)
+def test_each_rule(captions: list[str], pattern: str, expected: set[str]) -> None:
+    assert answers(captions, pattern) == expected
+
+
+def test_both_spellings_and_several_phrasings() -> None:
+    asked = {q.question for q in every_question(DOG) if "colo" in q.question.lower()}
+    assert asked == {
+        "What colour is the dog?",
+        "What color is the dog?",
+        "What is the colour of the dog?",
+        "What is the color of the dog?",
+    }
+
+
+@pytest.mark.parametrize(
+    ("captions", "pattern"),
+    [
+        (["A brown dog runs .", "A black dog runs ."], "colou?r"),  # people disagree
+        (["A brown dog chases a white dog .", "A brown dog ."], "colou?r .*dog"),
+        (["A brown dog .", "Two dogs ."], "colou?r .*dog"),
+        (["A black man sits .", "A white man sits ."], "colou?r"),  # people have no colour
+        (["Two dogs run .", "Three dogs run ."], "how many"),
+        (["Two dogs run .", "Another dog joins two dogs ."], "how many"),
+        (["A man in front of a crowd .", "A man talks to a crowd .", "A man speaks ."], "how many people"),
+        (["A dog in the snow .", "A dog on a couch ."], "indoors|inside"),
+        (["A statue of a horse .", "A man near a horse statue ."], "a horse|any horses|what animal"),
+        (["A toy dog on a table .", "A stuffed dog ."], "a dog|any dogs|what animal"),
+        (["A man without a hat .", "A man with no dog ."], "a dog|any dogs"),
+        (["A dog runs toward the camera .", "A dog ."], "camera"),
+        (["A boy hangs in a subway car .", "A boy on a train ."], r"\b(a car|any cars)\b"),
+        (["A girl climbs inside a slide .", "A child inside a red tube ."], "indoors|inside"),
+        (["A dog runs .", "A dog stands ."], "doing"),
+        (["A biker on a dirt bike .", "A man on a bike .", "A man rides a bike ."], "bicycle"),
+    ],
+)
+def test_what_is_unsure_is_not_asked(captions: list[str], pattern: str) -> None:
+    assert answers(captions, pattern) == set()
+
+
+def test_a_red_ball_and_an_orange_ball_are_two_colours() -> None:
+    """Compound nouns of the lexicon once swallowed the colour, so that the disagreement went unseen."""
+    assert answers(["A dog with a red ball .", "A dog with an orange ball ."], "colou?r .*ball") == set()
+
+
+_ABSENT = re.compile(
+    r"^(?:is there (?:an? |any )?|are there any |can you see (?:an? |any )?|do you see any |does the \w+ show an? )"
+    r"([a-z -]+?)(?: in (?:the|this) \w+)?\?$",
+    re.IGNORECASE,
+)
+_words = sorted(" ".join(words) for words in caption_questions._SURFACES)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(_words), min_size=1, max_size=4), min_size=1, max_size=5), st.integers(0, 10**6)
+)
+def test_no_is_never_said_of_what_is_mentioned(nouns: list[list[str]], seed: int) -> None:
+    """Nor of a synonym, of what it is a kind of, or of a kind of it: `_SURFACES` maps every word to its noun."""
+    captions = [f"A {' and a '.join(words)} ." for words in nouns]
+    mentioned = {caption_questions._SURFACES[tuple(word.split())][0] for words in nouns for word in words}
+    kin = mentioned | {parent for name in mentioned for parent in caption_questions._NOUNS[name].parents}
+    for question in derive_questions(captions, random.Random(seed), max_questions=20):
+        if question.answer == "no":
+            match = _ABSENT.match(question.question)
+            assert match, question
+            name, _ = caption_questions._SURFACES[tuple(match[1].split())]
+            assert name not in kin
+            assert not set(caption_questions._NOUNS[name].parents) & (
+                mentioned - {"vehicle", "sport", "furniture", "object"}
+            )
+
+
+def test_implied_things_are_not_denied() -> None:
+    surfing = ["A surfer on a wave .", "A person surfs a big wave .", "Someone surfing ."]
+    denied = {q.question for q in every_question(surfing, 200) if q.answer == "no"}
+    assert denied
+    assert not [q for q in denied if re.search("surfboard|water|boat|person|people|man|woman|child|boy|girl", q)]
+
+
+def test_yes_and_no_are_balanced() -> None:
+    """A model that has seen mostly "yes" answers yes to everything."""
+    rng = random.Random(0)
+    subjects = ["A dog", "Two men", "A woman", "A brown horse", "A little girl", "Three children", "A man and a dog"]
+    actions = ["runs through the snow", "sits on a bench", "plays with a ball", "stands near a car", "holds a guitar"]
+    given_answers = []
+    for _ in range(400):
+        subject = rng.choice(subjects)
+        captions = [f"{subject} {rng.choice(actions)} ." for _ in range(5)]
+        given_answers += [q.answer for q in derive_questions(captions, rng, max_questions=rng.randint(1, 8))]
+    yes, no = given_answers.count("yes"), given_answers.count("no")
+    assert yes + no > 500
+    assert abs(yes - no) < 0.1 * (yes + no)
+
+
+@given(st.lists(st.text(max_size=80), max_size=5), st.integers(0, 100), st.integers(0, 10))
+@settings(deadline=None)
+def test_any_text_is_deterministic_and_within_the_limit(captions: list[str], seed: int, limit: int) -> None:
+    first = derive_questions(captions, random.Random(seed), max_questions=limit)
+    assert first == derive_questions(captions, random.Random(seed), max_questions=limit)
+    assert len(first) <= limit
+
+
+def test_answers_are_short_lower_case_and_without_an_article() -> None:
+    for captions in (DOG, TWO_DOGS, MAN, COUCH):
+        for question in every_question(captions):
+            assert question.question[0].isupper()
+            assert question.question.endswith("?")
+            assert question.answer == question.answers[0] == question.answer.strip().lower()
+            assert not re.match(r"(a|an|the)\b", question.answer)
+            assert "{" not in question.question
+
+
+def test_no_captions_no_questions() -> None:
+    assert derive_questions([], random.Random(0), max_questions=5) == []

@@ -1,0 +1,737 @@
+import base64
+import http.server
+import io
+import os
+import random
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from mm_gpt import images
+from mm_gpt.errors import ImageError, URLError
+from mm_gpt.images import ImageLimits, fetch_image_bytes, is_public_address, is_url, load_image, source_name
+
+LOCAL = ImageLimits(timeout_s=5, allow_private_addresses=True)
+
+
+def encode(image: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def photo(width: int = 40, height: int = 24) -> Image.Image:
+    y, x = np.mgrid[0:height, 0:width]
+    return Image.fromarray(np.stack([x * 255 // width, y * 255 // height, 0 * x + 90], axis=2).astype(np.uint8))
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, depth: int, color: int, rows: bytes, extra: bytes = b"") -> bytes:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+
+
+# --- formats and modes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_every_format_from_every_source(format, tmp_path):
+    data = encode(photo(), format)
+    path = tmp_path / "photo.bin"
+    path.write_bytes(data)
+    url = f"data:image/{format.lower()};base64,{base64.b64encode(data).decode()}"
+    expected = Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+    for source in (data, path, str(path), url, Image.open(path)):
+        image = load_image(source)
+        assert image.mode == "RGB"
+        assert image.size == (40, 24)
+        assert image.tobytes() == expected
+
+
+def test_gif_named_jpg(tmp_path):
+    path = tmp_path / "cat.jpg"
+    path.write_bytes(encode(photo(), "GIF"))
+    assert load_image(path).size == (40, 24)
+
+
+def test_cmyk_jpeg():
+    # Stops: inverted colours. Adobe's CMYK JPEGs store 255 - ink.
+    red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    data = encode(red, "JPEG", quality=95)
+    assert Image.open(io.BytesIO(data)).mode == "CMYK"
+    r, g, b = load_image(data).getpixel((8, 8))
+    assert r > 240
+    assert g < 15
+    assert b < 15
+
+
+def test_16_bit_png_is_scaled_not_clipped():
+    # Stops: PIL's convert("L") turns every 16-bit value above 255 to white.
+    values = np.array([[0, 257, 128 * 257, 65535]], dtype=">u2")
+    image = load_image(png(4, 1, 16, 0, b"\0" + values.tobytes()))
+    assert [image.getpixel((x, 0)) for x in range(4)] == [(v, v, v) for v in (0, 1, 128, 255)]
+    seen_through = png_chunk(b"tRNS", struct.pack(">H", 257))
+    image = load_image(png(4, 1, 16, 0, b"\0" + values.tobytes(), seen_through))
+    assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 255, 128, 255]
+
+
+def test_16_bit_colour_png():
+    values = np.array([[[65535, 128 * 257, 0]]], dtype=">u2")
+    assert load_image(png(1, 1, 16, 2, b"\0" + values.tobytes())).getpixel((0, 0)) == (255, 128, 0)
+
+
+def test_deep_pil_modes():
+    assert load_image(Image.new("I", (2, 2), 65535)).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(Image.new("I;16", (2, 2), 128 * 257)).getpixel((0, 0)) == (128, 128, 128)
+    assert load_image(Image.new("F", (2, 2), 1.0)).getpixel((0, 0)) == (255, 255, 255)
+    with pytest.raises(ImageError, match="0 to 65535"):
+        load_image(Image.new("I", (2, 2), 70_000))
+    with pytest.raises(ImageError, match=r"\[0, 1\]"):
+        load_image(Image.new("F", (2, 2), 255.0))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
+    # Stops: sideways phone photos, and a second rotation when the result is loaded again.
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photo(), "JPEG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    image = load_image(data)
+    assert image.size == expected.size == ((40, 24) if orientation < 5 else (24, 40))
+    assert image.tobytes() == expected.tobytes()
+    assert load_image(image).tobytes() == image.tobytes()
+    assert load_image(Image.open(io.BytesIO(data))).tobytes() == image.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_does_not_cost_the_picture():
+    data = encode(photo(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert load_image(data).size == (40, 24)
+
+
+def palette_image() -> Image.Image:
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 0, 255, 255, 0, 0])
+    image.putpixel((1, 0), 1)
+    return image
+
+
+TRANSPARENT = {
+    "RGBA": encode(Image.new("RGBA", (2, 1), (0, 0, 255, 0)), "PNG"),
+    "LA": encode(Image.new("LA", (2, 1), (0, 0)), "PNG"),
+    "P, one index": encode(palette_image(), "PNG", transparency=0),
+    "P, alpha table": encode(palette_image(), "PNG", transparency=b"\0\xff"),
+    "L, tRNS": encode(Image.new("L", (2, 1), 7), "PNG", transparency=7),
+    "RGB, tRNS": encode(Image.new("RGB", (2, 1), (1, 2, 3)), "PNG", transparency=(1, 2, 3)),
+    "GIF": encode(palette_image(), "GIF", transparency=0),
+    "WEBP": encode(Image.new("RGBA", (2, 1), (0, 0, 255, 0)), "WEBP", lossless=True),
+}
+
+
+@pytest.mark.parametrize("data", TRANSPARENT.values(), ids=TRANSPARENT.keys())
+def test_transparency_becomes_white(data):
+    # Stops: convert("RGB") shows the colour hidden behind alpha 0, mostly black.
+    assert load_image(data).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_half_transparent_and_premultiplied():
+    half = Image.new("RGBA", (2, 2), (200, 0, 0, 128))
+    r, g, b = load_image(half).getpixel((0, 0))
+    assert abs(r - 227) <= 1
+    assert abs(g - 127) <= 1
+    assert g == b
+    assert load_image(half.convert("RGBa")).getpixel((0, 0))[1] == g
+    assert load_image(Image.new("La", (2, 2), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "RGBX", "PA"])
+def test_other_pil_modes(mode):
+    assert load_image(Image.new(mode, (3, 2))).mode == "RGB"
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_animation_gives_its_first_frame(format):
+    frames = [Image.new("RGB", (8, 8), color) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encode(frames[0], format, save_all=True, append_images=frames[1:], duration=50, **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    assert load_image(data).getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_the_given_pil_image_stays_as_it_was():
+    image = photo()
+    image.info["note"] = "mine"
+    load_image(image).putpixel((0, 0), (1, 2, 3))
+    assert image.getpixel((0, 0)) != (1, 2, 3)
+    assert image.info == {"note": "mine"}
+
+
+def test_arrays():
+    rgb = np.asarray(photo())
+    assert load_image(rgb).tobytes() == photo().tobytes()
+    assert load_image(rgb / 255.0).tobytes() == photo().tobytes()
+    assert load_image((rgb / 255).astype(np.float16)).size == (40, 24)
+    assert load_image(rgb[:, ::-1]).getpixel((0, 0)) == photo().getpixel((39, 0))
+    for grey in (np.full((3, 5), 7, np.uint8), np.full((3, 5, 1), 7, np.uint8)):
+        assert load_image(grey).getpixel((4, 2)) == (7, 7, 7)
+    assert load_image(np.zeros((3, 5, 4), np.uint8)).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(np.zeros((3, 5, 4), np.float32)).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((3, 224, 224), np.uint8), "shape"),  # channels first
+        (np.zeros((2, 3, 4, 3), np.uint8), "shape"),
+        (np.zeros(5, np.uint8), "shape"),
+        (np.zeros((0, 5, 3), np.uint8), "no pixels"),
+        (np.zeros((4, 4), np.int64), "dtype int64"),
+        (np.zeros((4, 4), bool), "dtype bool"),
+        (np.full((4, 4), 255.0), r"\[0, 1\]"),  # floats that are really 0 to 255
+        (np.full((4, 4), -0.1), r"\[0, 1\]"),
+        (np.full((4, 4), np.nan), r"\[0, 1\]"),
+    ],
+)
+def test_wrong_arrays(array, message):
+    with pytest.raises(ImageError, match=message):
+        load_image(array)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refusal(source, **limits) -> str:
+    with pytest.raises(ImageError) as caught:
+        load_image(source, limits=ImageLimits(**limits))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(source_name(source))
+    return message
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_truncated_files(format, share):
+    data = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)), format)
+    assert "broken image" in refusal(data[: int(len(data) * share)])
+
+
+def test_broken_files(tmp_path):
+    for name, content, message in (
+        ("empty.jpg", b"", "empty"),
+        ("text.png", b"<html>404 not found</html>", "not a JPEG, PNG, WEBP, GIF or BMP image"),
+        ("vector.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a JPEG"),
+        ("page.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a JPEG"),  # EPS would start Ghostscript
+        ("only magic.png", b"\x89PNG\r\n\x1a\n", "broken image"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert message in refusal(path)
+        assert name in refusal(str(path))
+    assert "No such file" in refusal(tmp_path / "missing.png")
+    assert "folder" in refusal(tmp_path)
+    assert "<empty path>" in refusal("")
+    refusal("zero\0byte.png")
+    refusal("two\nlines.png")
+    refusal("x" * 5000)
+
+
+def test_formats_that_pil_knows_but_we_refuse():
+    for format in ("TIFF", "PPM", "ICO", "TGA", "PCX", "EPS", "PDF"):
+        assert "not a JPEG" in refusal(encode(photo(), format))
+
+
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "mkfifo"), reason="needs a named pipe")
+def test_pipes_and_devices_are_not_opened(tmp_path):
+    # Stops: a read that blocks for ever (pipe) or never ends (/dev/zero).
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "not a regular file" in refusal(tmp_path / "pipe.png")
+    assert "not a regular file" in refusal("/dev/zero")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root reads everything")
+def test_unreadable_file(tmp_path):
+    path = tmp_path / "secret.png"
+    path.write_bytes(encode(photo(), "PNG"))
+    path.chmod(0)
+    assert "Permission denied" in refusal(path)
+
+
+def test_other_types_are_refused():
+    for source in (None, 3, ["a.jpg"], object()):
+        with pytest.raises(ImageError, match="not an image"):
+            load_image(source)
+
+
+@pytest.mark.filterwarnings("error")
+def test_huge_png_header_is_refused_before_decoding(monkeypatch):
+    # Stops: 20,000 x 20,000 pixels from a few bytes; also Pillow's own warning or error in place of ours.
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    message = refusal(png(20_000, 20_000, 8, 2, b""))
+    assert "20000 x 20000" in message
+    assert "64,000,000" in message
+    assert "10000 x 10000" in refusal(png(10_000, 10_000, 8, 2, b""))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_decompression_bombs_of_every_format(format):
+    # Stops: a decoder that allocates or decodes when the file is merely opened.
+    bomb = encode(Image.new("L" if format in ("PNG", "GIF") else "RGB", (3000, 2000)), format)
+    assert "3000 x 2000" in refusal(bomb, max_pixels=5_000_000)
+    assert load_image(bomb, limits=ImageLimits(max_pixels=6_000_000)).size == (3000, 2000)
+
+
+def test_pixel_limit_holds_for_pil_images_and_arrays():
+    limits = ImageLimits(max_pixels=99)
+    for source in (Image.new("RGB", (10, 10)), np.zeros((10, 10), np.uint8)):
+        with pytest.raises(ImageError, match="10 x 10 pixels, over the limit of 99"):
+            load_image(source, limits=limits)
+
+
+def test_pil_globals_are_neither_set_nor_needed(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # what OBELICS and others do
+    assert "20000 x 20000" in refusal(png(20_000, 20_000, 8, 2, b""))
+    assert Image.MAX_IMAGE_PIXELS is None
+
+
+def test_byte_limit(tmp_path):
+    data = encode(photo(), "PNG")
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    for source in (data, path, "data:image/png;base64," + base64.b64encode(data).decode()):
+        assert "limit of 50 bytes" in refusal(source, max_bytes=50)
+        assert load_image(source, limits=ImageLimits(max_bytes=len(data))).size == (40, 24)
+
+
+def test_jpeg_of_thousands_of_scans_is_refused():
+    # Stops: a small progressive file whose every scan costs a pass over all pixels (hours for 1 MB).
+    data = encode(photo(), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    assert load_image(data).size == (40, 24)
+    assert "scans" in refusal(data[:-2] + data[last:-2] * 200 + b"\xff\xd9")
+    # a fake segment length may not hide scans: decoders looking for a restart marker ignore such lengths
+    assert "scans" in refusal(data[:-2] + b"\xff\x02\xff\xff" + data[last:-2] * 200 + b"\xff\xd9")
+    assert load_image(data + data[last:-2] * 200).size == (40, 24)  # behind the end: a phone's video, say
+
+
+def test_headers_that_cost_quadratic_time_are_refused():
+    # Stops: Pillow joins EXIF segments and GIF comment blocks one at a time; 20 MB of them took minutes.
+    jpeg, gif = encode(photo(), "JPEG"), encode(photo(), "GIF")
+    segment = b"\xff\xe1\x00\x0aExif\0\0xx"
+    assert "segments" in refusal(jpeg[:2] + segment * 1_000_000 + jpeg[2:])
+    comment = b"!\xfe" + b"\x01x" * 5_000_000 + b"\0"
+    start = 13 + (3 << ((gif[10] & 7) + 1))  # behind header and palette
+    assert "broken image" in refusal(gif[:start] + comment + gif[start:])
+    assert load_image(gif[:start] + b"!\xfe\x05hello\0" + gif[start:]).size == (40, 24)
+
+
+SEEDS = [encode(photo(), format) for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP")] + list(TRANSPARENT.values())
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.sampled_from(SEEDS), st.integers(0, 2**32), st.integers(1, 12))
+def test_mutated_files_load_or_raise_image_error(data, seed, num_changes):
+    # Stops: struct.error, IndexError, SyntaxError... that would kill a training run at one bad image.
+    rng, broken = random.Random(seed), bytearray(data)
+    for _ in range(num_changes):
+        broken[rng.randrange(8, len(broken))] = rng.randrange(256)
+    try:
+        image = load_image(bytes(broken), limits=ImageLimits(max_pixels=100_000))
+    except ImageError:
+        return
+    assert image.mode == "RGB"
+
+
+def test_names():
+    assert source_name(b"abc") == "<bytes, 3 long>"
+    assert source_name(photo()) == "<PIL image>"
+    assert source_name(np.zeros((2, 2))) == "<ndarray>"
+    assert source_name("a/b.png") == "a/b.png"
+    assert source_name("https://me:secret@host/a.png") == "https://***@host/a.png"
+    assert source_name("data:image/png;base64,AAAA") == "<data URL, 26 long>"
+    assert len(source_name("https://host/" + "a" * 5000)) < 300
+    assert is_url("HTTPS://host/a.png")
+    assert not is_url("http.png")
+    assert not is_url("file:///etc/passwd")
+
+
+@pytest.mark.parametrize(
+    "url", ["data:image/png;base64,@@@", "data:image/png,abc", "data:image/png;base64", "data:image/"]
+)
+def test_bad_data_urls(url):
+    with pytest.raises(URLError):
+        load_image(url)
+
+
+def test_import_is_light():
+    code = "import sys, mm_gpt.images; sys.exit(bool({'torch', 'numpy', 'requests'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --- fetching --------------------------------------------------------------------------------------------------------
+
+PHOTO = encode(photo(), "PNG")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.server.seen.append((self.path, self.headers["Host"]))
+        route = getattr(self, "do_" + self.path.split("?")[0].strip("/").split(".")[0].replace("-", "_"), None)
+        if self.path.startswith("/to?"):
+            self.send_response(302)
+            self.send_header("Location", self.path[4:])
+            self.end_headers()
+        elif route:
+            route()
+        else:
+            self.send_error(404)
+
+    def body(self, data, **headers):
+        self.send_response(200)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_photo(self):
+        self.body(PHOTO, Content_Length=str(len(PHOTO)))
+
+    def do_unsized(self):
+        self.body(PHOTO)
+
+    def do_chunked(self):
+        self.protocol_version = "HTTP/1.1"
+        self.body(b"%x\r\n%s\r\n0\r\n\r\n" % (len(PHOTO), PHOTO), Transfer_Encoding="chunked")
+
+    def do_announced_large(self):
+        self.body(b"", Content_Length="10000000000")
+
+    def do_endless(self):
+        self.body(b"")
+        try:
+            for _ in range(2000):
+                self.wfile.write(b"x" * 10_000)
+        except OSError:
+            self.server.hung_up.set()
+
+    def do_cut_off(self):
+        self.body(PHOTO[:-20], Content_Length=str(len(PHOTO)))
+
+    def do_drip(self):
+        self.drip(b"HTTP/1.0 200 OK\r\n\r\n", PHOTO * 100)
+
+    def do_drip_header(self):
+        self.drip(b"HTTP/1.0 200 OK\r\nX: ", b"x" * 10_000)
+
+    def drip(self, start, slow):
+        self.wfile.write(start)
+        try:
+            for byte in slow:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.03)
+        except OSError:
+            self.server.hung_up.set()
+
+    def do_loop(self):
+        self.send_response(301)
+        self.send_header("Location", "/loop")
+        self.end_headers()
+
+
+def start_server(tls: ssl.SSLContext | None = None) -> http.server.ThreadingHTTPServer:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.handle_error = lambda *args: None
+    server.seen, server.hung_up = [], threading.Event()
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    return server
+
+
+@pytest.fixture
+def server():
+    server = start_server()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def url(server):
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+@pytest.fixture
+def internet(monkeypatch, server):
+    """A pretend internet: names resolve by a table, and every public address leads to the local server."""
+    names = {"photos.test": ["93.184.215.14"]}
+    log = {"resolved": [], "connected": []}
+    connect = images._connect
+
+    def fake_resolve(host, port):
+        log["resolved"].append(host)
+        answer = names.get(host, [host])
+        return answer.pop(0) if isinstance(answer[0], list) else answer
+
+    def fake_connect(address, port, timeout_s):
+        log["connected"].append(address)
+        return connect("127.0.0.1", server.server_port, timeout_s)
+
+    monkeypatch.setattr(images, "_resolve", fake_resolve)
+    monkeypatch.setattr(images, "_connect", fake_connect)
+    return names, log
+
+
+@pytest.mark.parametrize("path", ["/photo", "/unsized", "/chunked", "/to?/photo", "/to?photo", "/to?/to?/to?/photo"])
+def test_fetch(url, path):
+    assert fetch_image_bytes(url + path, LOCAL) == PHOTO
+    assert load_image(url + path, limits=LOCAL).size == (40, 24)
+
+
+def test_unusual_characters_in_the_path(server, url):
+    with pytest.raises(URLError, match="404"):
+        fetch_image_bytes(url + "/ein bild ü%20.png?a=b c#part", LOCAL)
+    assert server.seen[0][0] == "/ein%20bild%20%C3%BC%20.png?a=b%20c"
+
+
+def test_private_addresses_are_refused_before_connecting(server):
+    # Stops: SSRF by every spelling of a private address. Nothing may reach the server.
+    hosts = ["127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0x7f.0.0.1", "0177.0.0.1", "0", "0.0.0.0"]
+    hosts += [
+        "127.0.0.1.",
+        "１２７.０.０.１",
+        "[::1]",
+        "[::]",
+        "[::ffff:127.0.0.1]",
+        "[::ffff:7f00:1]",
+        "[::127.0.0.1]",
+    ]
+    for host in hosts:
+        for path in ("/photo", ":80@127.0.0.1/photo"):
+            with pytest.raises(URLError) as caught:
+                load_image(f"http://{host}:{server.server_port}{path}")
+            assert "http://" in str(caught.value)
+    assert server.seen == []
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "10.1.2.3", "192.168.1.1", "[fd00:ec2::254]", "[64:ff9b::a00:1]"])
+def test_private_networks_are_refused(host, monkeypatch):
+    monkeypatch.setattr(images, "_connect", lambda *a: pytest.fail("connected"))
+    for scheme in ("http", "https"):
+        with pytest.raises(URLError, match="not a public address"):
+            load_image(f"{scheme}://{host}/latest/meta-data/")
+
+
+PRIVATE = """
+    127.0.0.1 127.255.1.1 0.0.0.0 0.1.2.3 10.0.0.1 172.16.0.1 172.31.255.255 192.168.0.1 169.254.169.254 100.64.0.1
+    100.100.100.200 192.0.0.192 192.0.2.1 198.18.0.1 198.51.100.1 203.0.113.1 224.0.0.1 239.1.1.1 240.0.0.1
+    255.255.255.255 168.63.129.16 192.88.99.1
+    :: ::1 ::ffff:127.0.0.1 ::ffff:8.8.8.8 ::8.8.8.8 ::ffff:0:8.8.8.8 64:ff9b::7f00:1 64:ff9b::a9fe:a9fe 64:ff9b:1::1
+    100::1 2001::1 2001:0:4136:e378:8000:63bf:3fff:fdd2 2001:db8::1 2002:7f00:1:: 2002:808:808::1 3fff::1 fc00::1
+    fd00:ec2::254 fe80::1 fe80::1%eth0 fec0::1 ff02::1 ff0e::1 5f00::1 localhost 127.1
+"""
+PUBLIC = "8.8.8.8 1.1.1.1 93.184.215.14 172.32.0.1 2606:4700:4700::1111 2a00:1450::1 64:ff9b::808:808"
+
+
+def test_public_addresses():
+    assert [a for a in PRIVATE.split() if is_public_address(a)] == []
+    assert [a for a in PUBLIC.split() if not is_public_address(a)] == []
+
+
+@given(st.ip_addresses(v=4))
+def test_no_ipv6_spelling_makes_a_private_address_public(ip):
+    for spelling in (f"::ffff:{ip}", f"::{ip}", f"64:ff9b::{ip}", f"2002:{int(ip) >> 16:x}:{int(ip) & 0xFFFF:x}::1"):
+        assert is_public_address(str(ip)) or not is_public_address(spelling)
+
+
+def test_redirect_to_a_private_address(internet, server):
+    # Stops: a check of the first URL only.
+    names, log = internet
+    names["intranet.test"] = ["10.0.0.5"]
+    for target in (
+        "http://169.254.169.254/latest/",
+        "http://127.0.0.1/photo",
+        "//intranet.test/photo",
+        "http://[::1]/",
+    ):
+        with pytest.raises(URLError, match="not a public address") as caught:
+            load_image(f"http://photos.test/to?{target}")
+        assert "http://photos.test/to?" in str(caught.value)
+        assert "redirected to http" in str(caught.value)
+    assert set(log["connected"]) == {"93.184.215.14"}
+    assert load_image("http://photos.test/to?http://photos.test/photo").size == (40, 24)
+
+
+@pytest.mark.parametrize(
+    "target", ["file:///etc/passwd", "ftp://photos.test/a", "data:image/png;base64,AAAA", "gopher://x"]
+)
+def test_redirect_to_another_scheme(internet, target):
+    with pytest.raises(URLError, match="only http and https"):
+        load_image(f"http://photos.test/to?{target}")
+
+
+def test_dns_rebinding(internet):
+    # Stops: resolving once for the check and once more for the connection.
+    names, log = internet
+    names["rebind.test"] = [["93.184.215.14"], ["127.0.0.1"]]
+    assert load_image("http://rebind.test/photo").size == (40, 24)
+    assert log == {"resolved": ["rebind.test"], "connected": ["93.184.215.14"]}
+    with pytest.raises(URLError, match=r"127\.0\.0\.1"):
+        load_image("http://rebind.test/photo")
+
+
+def test_one_private_answer_among_public_ones(internet):
+    names, log = internet
+    names["mixed.test"] = ["93.184.215.14", "10.0.0.1"]
+    with pytest.raises(URLError, match=r"10\.0\.0\.1"):
+        load_image("http://mixed.test/photo")
+    assert log["connected"] == []
+
+
+def test_a_dead_address_is_followed_by_the_next(internet, monkeypatch):
+    names, _ = internet
+    names["two.test"] = ["2606:4700::1", "93.184.215.14"]
+    connect = images._connect
+
+    def first_is_dead(address, port, timeout_s):
+        if ":" in address:
+            raise OSError("no route")
+        return connect(address, port, timeout_s)
+
+    monkeypatch.setattr(images, "_connect", first_is_dead)
+    assert load_image("http://two.test/photo").size == (40, 24)
+
+
+def test_host_header_names_the_host(internet, server):
+    load_image("http://photos.test/photo")
+    load_image("http://photos.test:8080/photo")
+    names, _ = internet
+    names["xn--bcher-kva.test"] = ["93.184.215.14"]
+    load_image("http://bücher.test/photo")
+    assert [host for _, host in server.seen] == ["photos.test", "photos.test:8080", "xn--bcher-kva.test"]
+
+
+def test_proxies_of_the_environment_are_ignored(url, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert fetch_image_bytes(url + "/photo", LOCAL) == PHOTO
+
+
+def test_oversize_bodies(server, url):
+    limits = ImageLimits(max_bytes=100_000, timeout_s=5, allow_private_addresses=True)
+    for path in ("/announced-large", "/endless"):
+        with pytest.raises(URLError, match="limit of 100,000 bytes"):
+            fetch_image_bytes(url + path, limits)
+    assert server.hung_up.wait(5)
+
+
+@pytest.mark.parametrize("path", ["/drip", "/drip-header"])
+def test_slow_drip(server, url, path):
+    # Stops: a timeout per read, which a byte now and then resets for ever.
+    limits = ImageLimits(timeout_s=0.3, allow_private_addresses=True)
+    with pytest.raises(URLError, match=r"within 0\.3 s"):
+        fetch_image_bytes(url + path, limits)
+    assert server.hung_up.wait(5)
+
+
+def test_server_that_never_answers():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        for scheme in ("http", "https"):
+            with pytest.raises(URLError, match=r"within 0\.2 s"):
+                fetch_image_bytes(
+                    f"{scheme}://127.0.0.1:{port}/", ImageLimits(timeout_s=0.2, allow_private_addresses=True)
+                )
+
+
+def test_redirect_loop(server, url):
+    with pytest.raises(URLError, match="more than 5 redirects"):
+        fetch_image_bytes(url + "/loop", LOCAL)
+    assert len(server.seen) == 6
+
+
+def test_failures_name_the_url(url):
+    with pytest.raises(URLError, match=r"/missing\.png: the server answered 404"):
+        load_image(url + "/missing.png", limits=LOCAL)
+    with pytest.raises(URLError, match="/cut-off: the connection closed after"):
+        load_image(url + "/cut-off", limits=LOCAL)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(URLError, match=f":{port}/a.png: .*refused"):
+        load_image(f"http://127.0.0.1:{port}/a.png", limits=LOCAL)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "http://",
+        "http:///a.png",
+        "http://a b/c",
+        "http://a..b/",
+        "http://[::1/",
+        "http://[zz]/",
+        "http://[fe80::1%25eth0]/",
+        "http://host:99999/",
+        "http://host:x/",
+        "http://user@host/",
+        "http://user:secret@host/",
+        "http://host\\@evil/",
+        "http://" + "a" * 300 + ".test/",
+        "http://a%0d%0a.test/",
+    ],
+)
+def test_malformed_urls(bad, internet):
+    with pytest.raises(URLError) as caught:
+        load_image(bad)
+    assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert internet[1]["connected"] == []
+
+
+def test_line_breaks_cannot_add_headers(internet, server):
+    with pytest.raises(URLError, match="404"):
+        load_image("http://photos.test/a\r\nX-Evil: 1\r\n\r\nGET /b")
+    assert len(server.seen) == 1
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_tls_is_checked_by_name_though_connected_by_address(tmp_path, monkeypatch):
+    # Stops: a pinned address that switches the certificate's name check off.
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=photos.test"
+    command += f" -addext subjectAltName=DNS:photos.test -keyout {key} -out {certificate}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_side.load_cert_chain(certificate, key)
+    server, connect = start_server(server_side), images._connect
+    monkeypatch.setattr(images, "_resolve", lambda host, port: ["93.184.215.14"])
+    monkeypatch.setattr(images, "_connect", lambda a, p, timeout_s: connect("127.0.0.1", server.server_port, timeout_s))
+    with pytest.raises(URLError, match="certificate verify failed"):
+        load_image("https://photos.test/photo")  # unknown authority
+    monkeypatch.setattr(images, "_tls_context", lambda: ssl.create_default_context(cafile=str(certificate)))
+    assert load_image("https://photos.test/photo").size == (40, 24)
+    with pytest.raises(URLError, match="certificate"):
+        load_image("https://other.test/photo")
+    server.shutdown()
+    server.server_close()

@@ -1,0 +1,262 @@
+"""Reading records: what people have on disk, and what is broken in it."""
+
+import io
+import json
+import logging
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mm_gpt.datasets.sources import ErrorCounter, QuestionAnswer, Record, clean_caption, read_records
+from mm_gpt.errors import MMGPTError
+
+JPEG = b"\xff\xd8 not decoded here"
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def read(path: Path) -> tuple[list[Record], ErrorCounter]:
+    errors = ErrorCounter()
+    return list(read_records(path, errors)), errors
+
+
+def captions(*texts: str) -> bytes:
+    return json.dumps({"captions": texts}).encode()
+
+
+def test_tar_with_captions_and_questions(tmp_path: Path) -> None:
+    qa = {"qa": [{"question": "how many?", "answer": "2, 3", "answers": ["2", "3"]}, {"question": "q", "answer": "a"}]}
+    tar = write_tar(
+        tmp_path / "train.tar",
+        [
+            ("a.jpg", JPEG),
+            ("a.json", captions("one", "two", "one")),
+            ("sub/b.PNG", b"png"),
+            ("sub/b.json", json.dumps({**qa, "source": "daquar"}).encode()),
+        ],
+    )
+    records, errors = read(tar)
+    assert errors.total == 0
+    assert records[0] == Record("a", JPEG, ("one", "two"), (), "train")
+    assert records[1].key == "sub/b"
+    assert records[1].source == "daquar"
+    assert records[1].questions == (QuestionAnswer("how many?", "2, 3", ("2", "3")), QuestionAnswer("q", "a", ("a",)))
+
+
+def test_img2dataset_tar_counts_its_caption_once(tmp_path: Path) -> None:
+    meta = {"caption": "a dog", "url": "http://x/y.jpg", "status": "success", "width": 3}
+    tar = write_tar(
+        tmp_path / "00000.tar", [("0.jpg", JPEG), ("0.txt", b"a dog"), ("0.json", json.dumps(meta).encode())]
+    )
+    records, _ = read(tar)
+    assert [r.captions for r in records] == [("a dog",)]
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("k.jpg", JPEG)], "no captions or questions"),
+        ([("k.json", captions("x"))], "no image"),
+        ([("k.jpg", b""), ("k.json", captions("x"))], "empty image"),
+        ([("k.jpg", JPEG), ("k.json", b"{broken")], "bad JSON"),
+        ([("k.jpg", JPEG), ("k.json", b"[" * 100_000)], "bad JSON"),
+        ([("k.jpg", JPEG), ("k.json", b"[1]")], "JSON is not an object"),
+        ([("k.jpg", JPEG), ("k.json", b'{"captions": [1]}')], "captions are not text"),
+        ([("k.jpg", JPEG), ("k.json", b'{"qa": [{"question": "q"}]}')], "question without text or answer"),
+        ([("k.jpg", JPEG), ("k.txt", b"\xff\xfe\x00")], "text is not UTF-8"),
+    ],
+)
+def test_bad_records_are_counted_named_and_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, members: list[tuple[str, bytes]], reason: str
+) -> None:
+    good = [("ok.jpg", JPEG), ("ok.json", captions("fine"))]
+    tar = write_tar(tmp_path / "t.tar", [*members, *good])
+    with caplog.at_level(logging.WARNING):
+        records, errors = read(tar)
+    assert [r.key for r in records] == ["ok"]
+    assert errors.counts == {reason: 1}
+    assert "t.tar:k" in caplog.text
+    assert errors.summary() == f"1 record skipped: 1 {reason} (t.tar:k)"
+
+
+def test_pickle_members_are_never_loaded(tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+
+    class Attack:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (str(marker),)
+
+    members = [("a.jpg", JPEG), ("a.pkl", pickle.dumps(Attack())), ("a.pyd", pickle.dumps(Attack()))]
+    records, errors = read(write_tar(tmp_path / "t.tar", [*members, ("a.json", captions("x"))]))
+    assert [r.captions for r in records] == [("x",)]
+    assert errors.total == 0
+    assert not marker.exists()
+
+
+def test_pipe_urls_are_only_missing_files(tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    with pytest.raises(MMGPTError, match="no such file"):
+        read_records(f"pipe:touch {marker}", ErrorCounter())
+    assert not marker.exists()
+
+
+def test_huge_member_refuses_its_whole_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropping only the large image would leave its smaller sibling to stand for the record."""
+    monkeypatch.setattr("mm_gpt.datasets.sources.MAX_MEMBER_BYTES", 50)
+    members = [("a.jpg", b"x" * 51), ("a.png", b"small"), ("a.txt", b"x"), ("b.jpg", b"x" * 50), ("b.txt", b"y")]
+    records, errors = read(write_tar(tmp_path / "t.tar", members))
+    assert [r.key for r in records] == ["b"]
+    assert errors.counts == {"member too large": 1}
+
+
+def test_links_in_a_tar_are_not_followed(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "t.tar", [("a.txt", b"x")])
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("a.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    records, errors = read(path)
+    assert records == []
+    assert errors.counts == {"no image": 1}
+
+
+def test_truncated_tar_gives_what_is_whole(tmp_path: Path) -> None:
+    members = [(f"{i}.{suffix}", b"x" * 2000) for i in range(5) for suffix in ("jpg", "txt")]
+    tar = write_tar(tmp_path / "t.tar", members)
+    tar.write_bytes(tar.read_bytes()[:9000])
+    records, errors = read(tar)
+    assert [r.key for r in records] == ["0"]
+    assert any(reason.startswith("broken tar") for reason in errors.counts)
+
+
+def test_duplicate_member_keeps_the_first(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "t.tar", [("a.jpg", b"1"), ("a.jpg", b"2"), ("a.txt", b"x")])
+    records, errors = read(tar)
+    assert [r.image for r in records] == [b"1"]
+    assert errors.counts == {"duplicate member": 1}
+
+
+def test_folder_of_images(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.jpg").write_bytes(JPEG)
+        (tmp_path / f"{name}.txt").write_text(f"{name} one\n\n{name} two\n")
+    (tmp_path / "lonely.png").write_bytes(b"png")
+    records, errors = read(tmp_path)
+    assert [(r.key, r.captions) for r in records] == [("a", ("a one", "a two")), ("b", ("b one", "b two"))]
+    assert records[0].image == tmp_path / "a.jpg"
+    assert errors.counts == {"no captions or questions": 1}
+
+
+def test_csv_merges_the_lines_of_an_image(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    (tmp_path / "b.jpg").write_bytes(JPEG)
+    lines = [
+        "\ufeffimage,caption",
+        'b.jpg,"a dog, wet"',
+        "a.jpg,a cat",
+        "b.jpg,brown dog",
+        "no.jpg,x",
+        "../x.jpg,x",
+        "a.jpg,",
+    ]
+    text = "\n".join(lines)
+    (tmp_path / "captions.csv").write_text(text, encoding="utf-8")
+    records, errors = read(tmp_path)
+    assert [(r.key, r.captions) for r in records] == [("b", ("a dog, wet", "brown dog")), ("a", ("a cat",))]
+    assert errors.counts == {"no image": 1, "image outside the folder": 1, "no captions or questions": 1}
+
+
+def test_csv_without_the_columns_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").write_text("file,text\n")
+    with pytest.raises(MMGPTError, match=r"captions\.csv: no column caption or image"):
+        list(read_records(tmp_path, ErrorCounter()))
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    lines = ['{"image": "a.jpg", "captions": ["x", "y"]}', "", "{bad", '{"caption": "z"}']
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    records, errors = read(tmp_path)
+    assert [r.captions for r in records] == [("x", "y")]
+    assert errors.examples == {"bad JSON": ["captions.jsonl:3"], "no image named": ["captions.jsonl:4"]}
+
+
+def test_folder_of_tars_in_order_of_names(tmp_path: Path) -> None:
+    for name in ("2.tar", "1.tar"):
+        write_tar(tmp_path / name, [(f"{name[0]}.jpg", JPEG), (f"{name[0]}.txt", b"x")])
+    assert [r.key for r in read(tmp_path)[0]] == ["1", "2"]
+
+
+def test_wrong_paths_are_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "notes.tar").write_text("hello")
+    (tmp_path / "a.zip").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    for name, message in (("nowhere", "no such file"), ("a.zip", "expected a .tar"), ("empty", "holds no .tar")):
+        with pytest.raises(MMGPTError, match=message):  # not an iterator that fails later
+            read_records(tmp_path / name, ErrorCounter())
+    with pytest.raises(MMGPTError, match=r"notes\.tar: not an uncompressed tar"):
+        list(read_records(tmp_path / "notes.tar", ErrorCounter()))
+
+
+def test_error_counter_names_only_the_first(caplog: pytest.LogCaptureFixture) -> None:
+    errors = ErrorCounter(max_examples=2)
+    for i in range(5):
+        errors.add("bad JSON", f"r{i}")
+    errors.add("no image", "r9")
+    assert errors.summary() == "6 records skipped: 5 bad JSON (r0, r1, ...); 1 no image (r9)"
+    assert len(caplog.records) == 3
+    assert ErrorCounter().summary() == "no records skipped"
+
+
+@pytest.mark.parametrize(
+    ("tokenised", "natural"),
+    [
+        ("A brown dog , on a rocky ground .", "A brown dog, on a rocky ground."),
+        ("A baby touching a woman 's face .", "A baby touching a woman's face."),
+        ("A boy does n't look", "A boy doesn't look."),
+        ("two girls ' hats  in   the snow", "Two girls' hats in the snow."),
+        ('holding a sign saying " the rescue " .', 'Holding a sign saying "the rescue".'),
+        ('A card says " know what this is ? "', 'A card says "know what this is?"'),
+        ("There is an open ' Abarrotes Mexico ' store .", "There is an open 'Abarrotes Mexico' store."),
+        ("Three boys ( one in red , two in blue ) play .", "Three boys (one in red, two in blue) play."),
+        ("The # 2 greyhound ; it runs .", "The #2 greyhound; it runs."),
+        ("Two dogs run . One has a ball .", "Two dogs run. One has a ball."),
+        ("A man runs ,", "A man runs."),
+        ("Already natural, as it should be!", "Already natural, as it should be!"),
+        ("A S.C.U.B.A. diver in a t-shirt .", "A S.C.U.B.A. diver in a t-shirt."),
+        ("  ", ""),
+    ],
+)
+def test_clean_caption(tokenised: str, natural: str) -> None:
+    assert clean_caption(tokenised) == natural
+
+
+_tokens = st.sampled_from(
+    ["a", "dog", "dogs", "'", "'s", '"', ",", ".", "..", "!", ";", "(", ")", "#", "n't", "-", " "]
+)
+
+
+@given(st.one_of(st.text(), st.lists(_tokens).map(" ".join), st.lists(_tokens).map("".join)))
+def test_clean_caption_is_stable(text: str) -> None:
+    """Data that was cleaned when it was written is cleaned again when it is read."""
+    once = clean_caption(text)
+    assert clean_caption(once) == once
+    assert "  " not in once
+    assert not once or once[0] == once[0].upper()[:1]
+    assert not once or once.rstrip("\"')")[-1] in ".!?" or not once.rstrip("\"')")
+
+
+@given(st.lists(st.from_regex(r"[a-z]+", fullmatch=True), min_size=1))
+def test_clean_caption_keeps_every_word(words: list[str]) -> None:
+    assert clean_caption(" ".join(words)).rstrip(".").lower().split() == words

@@ -1,0 +1,182 @@
+"""Connectors: patch tokens of a vision encoder to tokens of the language model.
+
+Shapes: N images, P patch tokens of width D_v in, k tokens of width D out. Every connector maps (N, P, D_v) to
+(N, k, D) and has `num_tokens` (k). None of them adds positions: the encoder's tokens carry what they need.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mm_gpt.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorConfig:
+    kind: Literal["linear", "mlp", "pixel_shuffle", "resampler", "xconnector"] = "mlp"
+    """linear: one projection per patch (k = P). mlp: Linear, GELU, Linear per patch (k = P; LLaVA-1.5, arXiv
+    2310.03744). pixel_shuffle: `scale` x `scale` neighbours side by side, then a Linear (k = P / scale**2; Idefics3,
+    arXiv 2408.12637). resampler: Flamingo's perceiver (k = num_latents; arXiv 2204.14198). xconnector: KOSMOS-2's one
+    cross-attention (k = num_latents; arXiv 2306.14824)."""
+    scale: int = 2
+    """pixel_shuffle: how many patches a side go into one token."""
+    num_latents: int = 64
+    """resampler, xconnector: learned queries, and so tokens per image."""
+    depth: int = 6
+    """resampler: number of layers."""
+    num_heads: int = 8
+    """resampler, xconnector: attention heads."""
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "num_latents", "depth", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def build_connector(config: ConnectorConfig, in_width: int, out_width: int, num_patches: int) -> nn.Module:
+    """The connector from (N, `num_patches`, `in_width`) to (N, `num_tokens`, `out_width`).
+
+    Raises ConfigError where the sizes do not fit: patches that are no square grid or do not divide by `scale`, widths
+    that do not divide by `num_heads`.
+    """
+    match config.kind:
+        case "linear":
+            return LinearConnector(in_width, out_width, num_patches)
+        case "mlp":
+            return MLPConnector(in_width, out_width, num_patches)
+        case "pixel_shuffle":
+            return PixelShuffleConnector(in_width, out_width, num_patches, scale=config.scale)
+        case "resampler":
+            return Resampler(in_width, out_width, config)
+        case "xconnector":
+            return XConnector(in_width, out_width, config)
+
+
+class LinearConnector(nn.Module):
+    def __init__(self, in_width: int, out_width: int, num_patches: int) -> None:
+        super().__init__()
+        self.num_tokens = num_patches
+        self.projection = nn.Linear(in_width, out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection(x)
+
+
+class MLPConnector(nn.Module):
+    """Linear (D_v to D), GELU, Linear (D to D), no norm."""
+
+    def __init__(self, in_width: int, out_width: int, num_patches: int) -> None:
+        super().__init__()
+        self.num_tokens = num_patches
+        self.fc1 = nn.Linear(in_width, out_width)
+        self.fc2 = nn.Linear(out_width, out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class PixelShuffleConnector(nn.Module):
+    """Space to depth: each token is the projection of a `scale` x `scale` square of patches, read row by row."""
+
+    def __init__(self, in_width: int, out_width: int, num_patches: int, *, scale: int) -> None:
+        super().__init__()
+        self.grid = math.isqrt(num_patches)
+        if self.grid**2 != num_patches:
+            raise ConfigError(f"pixel_shuffle needs a square grid of patches, got {num_patches}")
+        if self.grid % scale:
+            raise ConfigError(f"pixel_shuffle: a {self.grid} x {self.grid} grid does not divide by scale {scale}")
+        self.scale = scale
+        self.num_tokens = num_patches // scale**2
+        self.projection = nn.Linear(in_width * scale**2, out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection(self.shuffle(x))
+
+    def shuffle(self, x: Tensor) -> Tensor:
+        """(N, P, D_v) to (N, P / scale**2, scale**2 * D_v)."""
+        rows, s = self.grid // self.scale, self.scale
+        return rearrange(x, "n (h a w b) d -> n (h w) (a b d)", h=rows, w=rows, a=s, b=s)
+
+
+class Resampler(nn.Module):
+    """Flamingo's perceiver resampler (Alayrac et al. 2022), at the encoder's width, then a projection to D.
+
+    Each layer: latents attend to [x; latents], both normalised first; residual; feed-forward of 4 x width; residual.
+    A final LayerNorm. Heads are 64 wide whatever D_v is, projections have no bias. Without positions in `x` the result
+    does not depend on the order of the patches.
+    """
+
+    def __init__(self, in_width: int, out_width: int, config: ConnectorConfig) -> None:
+        super().__init__()
+        self.num_tokens = config.num_latents
+        self.latents = nn.Parameter(torch.randn(config.num_latents, in_width))
+        self.layers = nn.ModuleList(ResamplerLayer(in_width, config.num_heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(in_width)
+        self.projection = nn.Linear(in_width, out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents = repeat(self.latents, "k d -> n k d", n=len(x))
+        for layer in self.layers:
+            latents = layer(x, latents)
+        return self.projection(self.norm(latents))
+
+
+class ResamplerLayer(nn.Module):
+    HEAD_WIDTH = 64
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        inner = num_heads * self.HEAD_WIDTH
+        self.num_heads = num_heads
+        self.input_norm = nn.LayerNorm(width)
+        self.latent_norm = nn.LayerNorm(width)
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.kv_proj = nn.Linear(width, 2 * inner, bias=False)
+        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.ffn = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width, bias=False),
+            nn.GELU(),
+            nn.Linear(4 * width, width, bias=False),
+        )
+
+    def forward(self, x: Tensor, latents: Tensor) -> Tensor:
+        normed = self.latent_norm(latents)
+        keys, values = self.kv_proj(torch.cat([self.input_norm(x), normed], dim=1)).chunk(2, dim=-1)
+        latents = latents + self.out_proj(_attend(self.q_proj(normed), keys, values, self.num_heads))
+        return latents + self.ffn(latents)
+
+
+class XConnector(nn.Module):
+    """KOSMOS-2's connector: Linear, learned queries, ONE cross-attention over [x; queries]. No norm, feed-forward or
+    residual, so the output is a projection of a weighted mean of projected patches and queries."""
+
+    def __init__(self, in_width: int, out_width: int, config: ConnectorConfig) -> None:
+        super().__init__()
+        if out_width % config.num_heads:
+            raise ConfigError(f"xconnector: width {out_width} does not divide by num_heads {config.num_heads}")
+        self.num_tokens = config.num_latents
+        self.num_heads = config.num_heads
+        self.dense = nn.Linear(in_width, out_width)
+        self.latent_query = nn.Parameter(torch.randn(config.num_latents, out_width))
+        self.q_proj = nn.Linear(out_width, out_width)
+        self.k_proj = nn.Linear(out_width, out_width)
+        self.v_proj = nn.Linear(out_width, out_width)
+        self.out_proj = nn.Linear(out_width, out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = repeat(self.latent_query, "k d -> n k d", n=len(x))
+        memory = torch.cat([self.dense(x), queries], dim=1)
+        attended = _attend(self.q_proj(queries), self.k_proj(memory), self.v_proj(memory), self.num_heads)
+        return self.out_proj(attended)
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, num_heads: int) -> Tensor:
+    # (N, k, H * d), (N, S, H * d), (N, S, H * d) -> (N, k, H * d)
+    q, k, v = (rearrange(t, "n s (h d) -> n h s d", h=num_heads) for t in (queries, keys, values))
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "n h s d -> n s (h d)")
