@@ -50,10 +50,11 @@ he she they him her his hers them himself herself themselves who human hand arm 
 """
 _THINGS = """
 vehicle: car 21 (jeep, taxi, suv, sedan, minivan, race car); truck 4 (pickup, pickup truck); bus/buses 2 (school
-bus/school buses); train 4 (subway train, subway car, train car); motorcycle 16 (motorbike, dirt bike, dirtbike, harley, moped); bicycle 42
-(bike, mountain bike, bmx bike, tricycle); boat 16 (canoe, kayak, sailboat, raft, ship, rowboat, speedboat); airplane
-1 (plane, helicopter, jet); scooter; wagon; sled; tractor; van; cart; carriage; wheelchair; stroller; unicycle; atv;
-go-kart
+bus/school buses); train 4 (subway train, subway car, train car);
+motorcycle 16 (motorbike, dirt bike, dirtbike, harley, moped);
+bicycle 42 (bike, mountain bike, bmx bike, tricycle); boat 16 (canoe, kayak, sailboat, raft, ship, rowboat, speedboat);
+airplane 1 (plane, helicopter, jet); scooter; wagon; sled; tractor; van; cart; carriage; wheelchair; stroller; unicycle;
+atv; go-kart
 sport: skateboard 24; surfboard 7; snowboard 6; ski; frisbee 11 (disc); ball 74 (tennis ball, soccer ball, basketball,
 football, baseball, volleyball, soccerball, beach ball, rugby ball, golf ball); trampoline 2; tennis racket 3 (racket,
 racquet); kite 0.5; hula hoop 0.5; bat (baseball bat); trophy; parachute; net; hoop; hurdle; paddle

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 from mm_gpt.errors import ConfigError
@@ -164,6 +166,18 @@ def clip_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor
     logits = scale * images @ texts.T  # (N, N), rows are images
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def gather_features(features: Tensor) -> Tensor:
+    """Features (N, E) of this rank to those of all ranks (world * N, E), in rank order, with gradients.
+
+    Apply it to both sides before `clip_loss`, so that every text is a negative of every image. Each rank then computes
+    the whole loss, and gradients averaged over ranks (DDP, FSDP) are those of one process with the whole batch. N must
+    be the same on every rank. Without torch.distributed it returns `features`.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return features
+    return torch.cat(all_gather(features.contiguous()))
 
 
 def ensemble(text_features: Tensor) -> Tensor:

@@ -1,0 +1,163 @@
+"""The contrastive stage: tune the vision tower on captioned images with CLIP's symmetric loss."""
+
+import dataclasses
+import json
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mm_gpt.datasets.sources import ErrorCounter, Record, clean_caption, read_records
+from mm_gpt.document import Image
+from mm_gpt.errors import ConfigError, ImageError, MMGPTError
+from mm_gpt.hub.checkpoint import load_decoder
+from mm_gpt.training.language import SourceConfig, load_vision
+from mm_gpt.training.loop import ParameterGroup, TrainConfig
+from mm_gpt.vision.contrastive import ContrastiveConfig, ContrastiveModel
+from mm_gpt.vision.transforms import ImageTransform, ImageTransformConfig, TrainTransform
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveRecipe:
+    """A complete description of one contrastive run. An epoch shows every image once, with one of its captions."""
+
+    train: TrainConfig
+    model: ContrastiveConfig
+    image: ImageTransformConfig
+    sources: tuple[SourceConfig, ...]
+    validation: tuple[SourceConfig, ...]
+    decoder: str
+    """Whose tokenizer and frozen token embeddings the text tower uses; its width must be the text tower's."""
+    vision_weights: str | None = None
+    """A registry name (ImageNet trunk) or the folder of a contrastive run."""
+    vision_blocks: int = 3
+    vision_lr: float = 0.3
+    batch_size: int = 96
+    """Pairs in a micro-batch, that is, the number of candidates each one is told from."""
+    validation_images: int = 500
+    data: str = "."
+
+
+@dataclass
+class PairBatch:
+    pixel_values: Tensor  # (N, 3, H, W)
+    input_ids: Tensor  # (N, T), padded on the right
+    lengths: Tensor  # (N,)
+
+    def to(self, device: torch.device | str) -> "PairBatch":
+        return PairBatch(self.pixel_values.to(device), self.input_ids.to(device), self.lengths.to(device))
+
+
+class ContrastiveTask:
+    """A `Task` for the loop."""
+
+    def __init__(self, recipe: ContrastiveRecipe):
+        self.recipe = recipe
+        torch.manual_seed(recipe.train.seed)
+        decoder, self.tokenizer = load_decoder(recipe.decoder)
+        self.model = ContrastiveModel(recipe.model)
+        if recipe.vision_weights is not None:
+            load_vision(self.model.vision, recipe.vision_weights)
+        if self.model.text is None or recipe.model.text is None:
+            raise ConfigError("contrastive training needs a text tower (model.text)")
+        table = decoder.embedding.weight.detach()
+        if table.shape != self.model.text.token_embedding.weight.shape:
+            raise ConfigError(f"the text tower's embeddings must be {tuple(table.shape)}, as the decoder's")
+        # Six thousand images teach no vocabulary: the decoder's embeddings already know which words are alike.
+        self.model.text.token_embedding = nn.Embedding.from_pretrained(table / table.std() * 0.02, freeze=True)
+        self.context_length = recipe.model.text.context_length
+        self.errors = ErrorCounter()
+        self.records = self._read(recipe.sources)
+        self.validation_records = self._read(recipe.validation)[: recipe.validation_images]
+        if len(self.records) < recipe.batch_size:
+            raise MMGPTError(f"{len(self.records)} captioned images are fewer than a batch of {recipe.batch_size}")
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        self.model.vision.unfreeze(self.recipe.vision_blocks)
+        vision = list(self.model.vision.parameters())
+        ours = {id(p) for p in vision}
+        rest = [p for p in self.model.parameters() if id(p) not in ours]
+        return [ParameterGroup("projections and text", rest), ParameterGroup("vision", vision, self.recipe.vision_lr)]
+
+    def micro_batches(self, step: int, count: int) -> list[PairBatch]:
+        size, batches = self.recipe.batch_size, []
+        per_epoch = len(self.records) // size
+        for index in range(step * count, (step + 1) * count):
+            epoch, position = divmod(index, per_epoch)
+            order = list(range(len(self.records)))
+            random.Random(f"{self.recipe.train.seed}/{epoch}").shuffle(order)
+            chosen = [self.records[i] for i in order[position * size : (position + 1) * size]]
+            batches.append(self._batch(chosen, random.Random(f"{self.recipe.train.seed}/{index}")))
+        return batches
+
+    def _batch(self, records: list[Record], rng: random.Random | None) -> PairBatch:
+        """`rng` chooses captions and crops; without one, the first caption and the whole image."""
+        plain = ImageTransform(self.recipe.image)
+        pixels, texts = [], []
+        for record in records:
+            image = Image(record.image).load()
+            if rng is None:
+                pixels.append(plain(image))
+                texts.append(record.captions[0])
+            else:
+                generator = torch.Generator().manual_seed(rng.getrandbits(48))
+                pixels.append(TrainTransform(self.recipe.image, generator)(image))
+                texts.append(rng.choice(record.captions))
+        ids = [self.tokenizer.encode(clean_caption(text))[: self.context_length] for text in texts]
+        lengths = torch.tensor([len(i) for i in ids])
+        padded = nn.utils.rnn.pad_sequence([torch.tensor(i) for i in ids], batch_first=True)
+        return PairBatch(torch.stack(pixels), padded, lengths)
+
+    def loss(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        self.model.clamp_logit_scale()
+        images, texts = self.model.encode_image(batch.pixel_values), self.model.encode_text(batch.input_ids, batch.lengths)
+        count = torch.tensor(len(images))
+        return self.model.loss(images, texts) * count, count
+
+    def validate(self) -> dict[str, float]:
+        """Contrastive loss among all validation pairs, and how often the right one is found (recall at 1 and 5)."""
+        images, texts = [], []
+        device = self.model.logit_scale.device
+        for start in range(0, len(self.validation_records), 16):
+            batch = self._batch(self.validation_records[start : start + 16], None).to(device)
+            images.append(self.model.encode_image(batch.pixel_values))
+            texts.append(self.model.encode_text(batch.input_ids, batch.lengths))
+        image, text = torch.cat(images).float(), torch.cat(texts).float()
+        similarity = nn.functional.normalize(image, dim=-1) @ nn.functional.normalize(text, dim=-1).T
+        found = (similarity >= similarity.diag()[:, None]).sum(dim=1)  # rank of the right text for each image
+        return {
+            "loss": float(self.model.loss(image, text)),
+            "image_to_text_recall_1": float((found <= 1).float().mean()),
+            "image_to_text_recall_5": float((found <= 5).float().mean()),
+        }
+
+    def samples(self) -> list[str]:
+        return []
+
+    def save(self, folder: Path) -> None:
+        """The whole model; the language stage takes the tensors under `vision.`."""
+        state = {k: v.contiguous() for k, v in self.model.state_dict().items() if k != "text.token_embedding.weight"}
+        save_file(state, folder / "model.safetensors")
+        (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(self.recipe), indent=2) + "\n")
+
+    def _read(self, sources: tuple[SourceConfig, ...]) -> list[Record]:
+        records = []
+        for source in sources:
+            for record in read_records(Path(self.recipe.data) / source.path, self.errors):
+                if not record.captions:
+                    continue
+                try:
+                    Image(record.image).load()
+                except ImageError as error:
+                    self.errors.add("broken image", str(error))
+                    continue
+                records.append(record)
+        if self.errors.total:
+            logger.warning(self.errors.summary())
+        return records
