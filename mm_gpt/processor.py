@@ -99,17 +99,30 @@ class Processor:
             Text("\n", is_target=False),
         ]
 
-    def question(self, images: Sequence[Image], pairs: Sequence[tuple[str, str]], *, id: str = "") -> Document:
-        """Images, then questions about them with their answers, each pair in a branch of its own, for training."""
-        shared = [Text("<|im_start|>user\n", is_target=False, is_control=True), *images]
+    def captions(self, image: Image, prompt: str, captions: Sequence[str], *, id: str = "") -> Document:
+        """One image and prompt with several captions, each in a branch of its own, for training."""
+        # The branches begin with the header's last token: what it predicts, the caption's first token, differs.
+        shared = [
+            Text("<|im_start|>user\n", is_target=False, is_control=True),
+            image,
+            Text(prompt, is_target=False),
+            Text("<|im_end|>", is_target=False, is_control=True),
+            Text("\n", is_target=False),
+            Text("<|im_start|>assistant", is_target=False, is_control=True),
+        ]
+        branches = [(Text("\n", is_target=False), *_answer(caption)) for caption in captions]
+        return Document(tuple(shared), tuple(branches), id=id)
+
+    def questions(self, image: Image, pairs: Sequence[tuple[str, str]], *, id: str = "") -> Document:
+        """One image with (question, answer) pairs, each in a branch of its own, for training."""
+        shared = [Text("<|im_start|>user\n", is_target=False, is_control=True), image]
         branches = [
             (
                 Text(question, is_target=False),
                 Text("<|im_end|>", is_target=False, is_control=True),
                 Text("\n", is_target=False),
                 Text("<|im_start|>assistant\n", is_target=False, is_control=True),
-                Text(answer),
-                Text("<|im_end|>", is_control=True),
+                *_answer(answer),
             )
             for question, answer in pairs
         ]
@@ -157,8 +170,15 @@ class Processor:
         return ids, targets
 
 
+def _answer(text: str) -> tuple[Text, Text]:
+    return Text(text), Text("<|im_end|>", is_control=True)
+
+
 def _next_token_labels(ids: list[int], targets: list[bool]) -> list[int]:
-    """Labels are shifted here, once: position t learns token t+1 where that one is a target."""
+    """Labels are shifted here, once: position t learns token t+1 where that one is a target.
+
+    The first token of a part is therefore never learned: what comes before it belongs to other parts as well.
+    """
     shifted = [id if target else IGNORE_INDEX for id, target in zip(ids[1:], targets[1:], strict=True)]
     return [*shifted, IGNORE_INDEX][: len(ids)]
 

@@ -25,9 +25,7 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, *, end_of_text: str, end_of_turn: str):
         self.backend = backend
-        self.special = {
-            token.content: id for id, token in backend.get_added_tokens_decoder().items() if token.special
-        }
+        self.special = {token.content: id for id, token in backend.get_added_tokens_decoder().items() if token.special}
         for token in (end_of_text, end_of_turn):
             if token not in self.special:
                 raise CheckpointError(f"the tokenizer has no special token {token!r}")
@@ -108,7 +106,9 @@ class Tokenizer:
         backend = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
         backend.pre_tokenizer = GGUF_PRE_TOKENIZERS[pre]()
         backend.decoder = decoders.ByteLevel()
-        control = [t for t, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == GGUF_CONTROL]
+        control = [
+            t for t, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == GGUF_CONTROL
+        ]
         backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
         return cls(
             backend,

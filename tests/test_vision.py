@@ -1,6 +1,5 @@
 """Vision encoders, EfficientNet-Lite weights and connectors."""
 
-import hashlib
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,12 @@ from torch.nn import functional as F
 
 from mm_gpt.config import from_dict, to_dict
 from mm_gpt.errors import CheckpointError, ConfigError
+from mm_gpt.hub.download import cache_folder
+from mm_gpt.hub.registry import lookup
 from mm_gpt.vision.connectors import ConnectorConfig, PixelShuffleConnector, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder, load_efficientnet_lite, rename_efficientnet_lite
 
-CNN = "timm/mobilenetv2_035"
+CNN = "timm/test_efficientnet"
 LITE = "timm/tf_efficientnet_lite0"
 VIT = "ViT-S-32-alt"
 
@@ -46,15 +47,18 @@ def test_every_kind_of_tower_gives_the_announced_tokens(model: str, size: int, n
     assert tokens.isfinite().all()
 
 
-def test_convolutional_tokens_are_rows_from_top_to_bottom() -> None:
-    """Stops a transposed flatten: a change in the top right corner must move token 3 of a 4 x 4 grid most."""
-    vision = encoder("timm/resnet18", 128)
-    image = torch.zeros(1, 3, 128, 128)
-    changed = image.clone()
-    changed[:, :, :16, -16:] = 3.0
+@pytest.mark.parametrize("model", ["timm/test_resnet", "timm/swin_tiny_patch4_window7_224"])
+def test_tokens_of_a_feature_map_are_its_rows_from_top_to_bottom(model: str) -> None:
+    """Stops a transposed flatten, for both layouts of timm: (N, C, h, w) and (N, h, w, C)."""
+    vision = encoder(model, 128)
+    pixels = torch.randn(1, 3, 128, 128)
     with torch.inference_mode():
-        difference = (vision(changed) - vision(image)).norm(dim=-1)[0]
-    assert difference.argmax() == 3
+        tokens = vision(pixels)
+        features = vision.tower.trunk.forward_features(pixels)
+    if features.shape[1] == vision.width:
+        features = features.permute(0, 2, 3, 1)
+    for row, column in ((0, 3), (2, 1)):
+        torch.testing.assert_close(tokens[:, 4 * row + column], features[:, row, column])
 
 
 def test_vit_tokens_are_what_open_clip_calls_tokens() -> None:
@@ -207,7 +211,7 @@ def test_lite_batch_norm_epsilon_is_tensorflows() -> None:
 
 def test_unexpected_lite_keys_are_named() -> None:
     state = {name: torch.zeros(1) for name in original_lite_names(16)}
-    with pytest.raises(CheckpointError, match="_blocks.3._se_reduce.weight"):
+    with pytest.raises(CheckpointError, match=r"_blocks\.3\._se_reduce\.weight"):
         rename_efficientnet_lite(state | {"_blocks.3._se_reduce.weight": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="3 blocks"):
         rename_efficientnet_lite({f"_blocks.{i}._bn1.weight": torch.zeros(1) for i in range(3)})
@@ -230,23 +234,12 @@ def test_bad_weight_files_are_named(tmp_path: Path) -> None:
         load_efficientnet_lite(tmp_path / "missing.pth")
 
 
-LITE2_SHA256 = "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"
-
-
-def lite2_weights() -> Path | None:
-    folders = [Path.home() / ".cache" / "mm-gpt", Path("/tmp/dl")]
-    for folder in folders:
-        for path in folder.rglob("*efficientnet-lite2*.pth"):
-            if hashlib.sha256(path.read_bytes()).hexdigest() == LITE2_SHA256:
-                return path
-    return None
-
-
 def test_lite2_imagenet_weights_recognise_photos() -> None:
     """The real weights, in the wrong place or with the wrong epsilon or pixel range, would not know a cat."""
-    path = lite2_weights()
-    if path is None:
-        pytest.skip("EfficientNet-Lite2 weights are not in the cache")
+    file = lookup("efficientnet-lite2").files[0]
+    path = cache_folder() / file.name
+    if not path.exists():
+        pytest.skip(f"{file.name} is not in the cache")
     data = pytest.importorskip("skimage.data")
     model = timm.create_model("tf_efficientnet_lite2").eval()
     model.load_state_dict(load_efficientnet_lite(path, with_classifier=True), strict=True)

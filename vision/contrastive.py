@@ -63,16 +63,10 @@ class TextTower(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Parameter(torch.empty(config.context_length, config.width))
-        self.layers = nn.ModuleList(TextLayer(config.width, config.num_heads) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width)
-        # CLIP's initialisation.
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.01)
-        for layer in self.layers:
-            nn.init.normal_(layer.qkv.weight, std=config.width**-0.5)
-            nn.init.normal_(layer.fc1.weight, std=(2 * config.width) ** -0.5)
-            for residual in (layer.out, layer.fc2):
-                nn.init.normal_(residual.weight, std=(2 * config.num_layers * config.width) ** -0.5)
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Token ids (N, T), padded on the right, and lengths (N,) in tokens to features (N, D).
@@ -88,22 +82,28 @@ class TextTower(nn.Module):
         x = self.token_embedding(input_ids) + self.positions[:num_tokens]  # (N, T, D)
         for layer in self.layers:
             x = layer(x)
-        last = x[torch.arange(len(x), device=x.device), lengths - 1]  # (N, D): the end-of-text token, where there is one
+        last = x[torch.arange(len(x), device=x.device), lengths - 1]  # (N, D)
         return self.norm(last)
 
 
 class TextLayer(nn.Module):
     """Pre-norm causal attention and feed-forward."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, config: TextTowerConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        width = config.width
+        self.num_heads = config.num_heads
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
+        # CLIP's initialisation: what is added to the residual stream shrinks with depth.
+        nn.init.normal_(self.qkv.weight, std=width**-0.5)
+        nn.init.normal_(self.fc1.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(self.out.weight, std=(2 * config.num_layers * width) ** -0.5)
+        nn.init.normal_(self.fc2.weight, std=(2 * config.num_layers * width) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(self.norm1(x)), "n t (three h d) -> three n h t d", three=3, h=self.num_heads)

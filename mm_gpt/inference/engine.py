@@ -270,8 +270,8 @@ class Engine:
                 if not survivors:
                     done[b] = True
                 for i in range(W):
-                    score, parent, token, row = survivors[min(i, len(survivors) - 1)] if survivors else (
-                        -math.inf, 0, 0, rows[b][0]
+                    score, parent, token, row = (
+                        survivors[min(i, len(survivors) - 1)] if survivors else (-math.inf, 0, 0, rows[b][0])
                     )
                     scores[b, i] = score if i < len(survivors) else -torch.inf
                     chosen[b, i], chosen_tokens[b, i] = parent, token
@@ -343,5 +343,3 @@ def _copy(row: _Row) -> _Row:
     new.__dict__.update(row.__dict__)
     new.ids, new.logprobs = list(row.ids), list(row.logprobs)
     return new
-
-

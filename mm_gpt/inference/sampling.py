@@ -27,7 +27,7 @@ def next_token_probabilities(logits: Tensor, *, temperature: float, top_k: int, 
 def choose(
     logits: Tensor, *, temperature: float, top_k: int, top_p: float, generators: list[torch.Generator] | None
 ) -> Tensor:
-    """One token for each row: (B, V) -> (B,). Each row draws from its own generator, so that a batch changes nothing."""
+    """One token for each row: (B, V) -> (B,). Each row has its own generator, so that its batch changes nothing."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     assert generators is not None

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mm_gpt.errors import MMGPTError
 from mm_gpt.model.decoder import Decoder, DecoderConfig, KVCache, init_weights
-from mm_gpt.model.loss import next_token_loss
 from mm_gpt.model.lora import LoRAConfig, add_lora
+from mm_gpt.model.loss import next_token_loss
 from mm_gpt.processor import Batch
 from mm_gpt.vision.connectors import ConnectorConfig, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder

@@ -116,7 +116,10 @@ class ContrastiveTask:
 
     def loss(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         self.model.clamp_logit_scale()
-        images, texts = self.model.encode_image(batch.pixel_values), self.model.encode_text(batch.input_ids, batch.lengths)
+        images, texts = (
+            self.model.encode_image(batch.pixel_values),
+            self.model.encode_text(batch.input_ids, batch.lengths),
+        )
         count = torch.tensor(len(images))
         return self.model.loss(images, texts) * count, count
 

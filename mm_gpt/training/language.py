@@ -22,7 +22,7 @@ from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Batch, Example, Processor, ProcessorConfig, collate
 from mm_gpt.tokenizer import Tokenizer
-from mm_gpt.training.loop import ParameterGroup, TrainConfig
+from mm_gpt.training.loop import ParameterGroup, TrainConfig, use_bf16
 from mm_gpt.vision.transforms import ImageTransformConfig, TrainTransform
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ class SourceConfig:
     """A tar, a folder of tars, a folder of captioned images, or a `.jsonl` of text chats; relative to the data folder."""
     repeat: float = 1.0
     """How many times an epoch; 0.5 is half of it, another half each time."""
-    derived_questions: int = 0
-    """Question-answer pairs made by rules from each photo's captions."""
+    derived_share: float = 0.0
+    """The share of captioned photos that also come with questions derived by rules from their captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +69,9 @@ class LanguageRecipe:
     connector_lr: float = 1.0
     vision_lr: float = 0.1
     """Learning rates as multiples of `train.lr`."""
-    row_length: int = 768
+    row_length: int = 512
     """Tokens in a packed row."""
-    rows: int = 4
+    rows: int = 6
     """Rows in a micro-batch."""
     max_captions: int = 5
     max_questions: int = 8
@@ -107,7 +107,7 @@ class LanguageTask:
             model.decoder.requires_grad_(True)
         elif recipe.model.lora is None:
             model.decoder.requires_grad_(False)
-        if recipe.train.precision == "bf16":
+        if use_bf16(recipe.train.precision, model.device):
             _frozen_to_bf16(model.decoder)
         return [
             ParameterGroup("decoder", [p for p in model.decoder.parameters() if p.requires_grad]),
@@ -147,10 +147,7 @@ class LanguageTask:
             documents: list[Document] = []
             for source, records in zip(self.recipe.sources, self.records, strict=True):
                 for record in _share(records, source.repeat, epoch, self.recipe.train.seed):
-                    if isinstance(record, Document):
-                        documents.append(record)
-                    elif document := self._document(record, source, rng):
-                        documents.append(document)
+                    documents += [record] if isinstance(record, Document) else self._documents(record, source, rng)
             rng.shuffle(documents)
             lengths = [len(self.processor(document)) for document in documents]
             fits = [i for i, length in enumerate(lengths) if length <= self.recipe.row_length]
@@ -165,9 +162,17 @@ class LanguageTask:
             self._plans = {epoch: (documents, batches)}  # one epoch's plan in memory at a time
         return self._plans[epoch]
 
-    def _document(self, record: Record, source: SourceConfig, rng: random.Random) -> Document | None:
-        pairs = training_pairs(record, source, rng, self.recipe.max_captions, self.recipe.max_questions)
-        return self.processor.question([Image(record.image)], pairs, id=record.key) if pairs else None
+    def _documents(self, record: Record, source: SourceConfig, rng: random.Random) -> list[Document]:
+        """A document of the record's captions and one of its questions, as far as it has them."""
+        documents, image = [], Image(record.image)
+        if record.captions:
+            captions = rng.sample(record.captions, min(len(record.captions), self.recipe.max_captions))
+            prompt = CAPTION_PROMPT if rng.random() < 0.6 else rng.choice(OTHER_CAPTION_PROMPTS)
+            cleaned = [clean_caption(caption) for caption in captions]
+            documents.append(self.processor.captions(image, prompt, cleaned, id=record.key))
+        if pairs := training_questions(record, source, rng, self.recipe.max_questions):
+            documents.append(self.processor.questions(image, pairs, id=record.key))
+        return documents
 
     def _collate(self, rows: Sequence[Sequence[Example]], seed: int | None) -> Batch:
         pixels = []
@@ -208,9 +213,7 @@ class LanguageTask:
             source_total, source_count = 0.0, 0
             documents = []
             for record in records[: self.recipe.validation_images]:
-                document = record if isinstance(record, Document) else self._document(record, source, rng)
-                if document is not None:
-                    documents.append(document)
+                documents += [record] if isinstance(record, Document) else self._documents(record, source, rng)
             examples = [self.processor(document) for document in documents]
             packed = pack([len(e) for e in examples], max(self.recipe.row_length, max(map(len, examples), default=1)))
             for row in packed:
@@ -275,25 +278,14 @@ def load_vision(vision: nn.Module, name: str) -> None:
     vision.tower.trunk.load_state_dict(load_efficientnet_lite(path), strict=True)  # type: ignore[union-attr]
 
 
-def training_pairs(
-    record: Record, source: SourceConfig, rng: random.Random, max_captions: int, max_questions: int
+def training_questions(
+    record: Record, source: SourceConfig, rng: random.Random, max_questions: int
 ) -> list[tuple[str, str]]:
-    """(prompt, answer) pairs about one image: its captions, its questions, and questions derived from its captions."""
-    pairs = []
-    captions = list(record.captions)
-    rng.shuffle(captions)
-    for number, caption in enumerate(captions[:max_captions]):
-        prompt = CAPTION_PROMPT if number or rng.random() < 0.5 else rng.choice(OTHER_CAPTION_PROMPTS)
-        pairs.append((prompt, clean_caption(caption)))
-    questions = [(q.question, q.answer) for q in record.questions]
-    rng.shuffle(questions)
-    questions = questions[:max_questions]
-    if record.captions and source.derived_questions:
-        derived = derive_questions(record.captions, rng, max_questions=source.derived_questions)
-        questions += [(q.question, q.answer) for q in derived]
-    for question, answer in questions:
-        pairs.append((question_prompt(question, answer, rng), answer))
-    return pairs
+    """(question, answer) pairs about one image: its own, and with some chance ones derived from its captions."""
+    questions = rng.sample(record.questions, min(len(record.questions), max_questions))
+    if record.captions and rng.random() < source.derived_share:
+        questions += derive_questions(record.captions, rng, max_questions=max_questions)
+    return [(question_prompt(q.question, q.answer, rng), q.answer) for q in questions]
 
 
 def question_prompt(question: str, answer: str, rng: random.Random) -> str:
@@ -342,5 +334,3 @@ def _frozen_to_bf16(decoder: nn.Module) -> None:
     for parameter in decoder.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
-
-

@@ -1,0 +1,215 @@
+"""The Python API: `mm_gpt.load()` gives an `Assistant` that answers questions about images, captions and chats."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack, cast, overload
+
+import torch
+from torch import nn
+
+from mm_gpt.config import from_dict
+from mm_gpt.document import Document, Image, Message, Text, interleave
+from mm_gpt.errors import ConfigError, MMGPTError, unknown_name
+from mm_gpt.hub.checkpoint import load_model
+from mm_gpt.images import ImageSource
+from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream
+from mm_gpt.model.lora import merge_lora
+from mm_gpt.model.mmgpt import MMGPT
+from mm_gpt.processor import Processor
+
+logger = logging.getLogger(__name__)
+
+CAPTION_PROMPT = "Describe the image in one sentence."
+SHIPPED = Path(__file__).resolve().parent.parent / "weights"
+"""Models inside the package, one folder each."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Keyword arguments of `ask`, `caption`, `chat` and `complete`; `GenerationConfig` describes them."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    num_beams: int
+    length_penalty: float
+    stop: tuple[str, ...]
+    seed: int
+    logprobs: bool
+
+
+def shipped_models() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(folder.name for folder in SHIPPED.iterdir() if (folder / "config.json").exists())
+
+
+def load(name: str | Path = "default", *, device: str = "auto") -> "Assistant":
+    """A model by name (`default` comes with the package) or from the folder of a training run.
+
+    `device` is `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`. The first call may download the decoder's
+    weights; see `mm_gpt.hub.download` for where they go. Raises MMGPTError for an unknown name, CheckpointError for a
+    broken folder, DownloadError when weights are out of reach.
+    """
+    from mm_gpt.training.loop import pick_device
+
+    folder = Path(name)
+    if not folder.is_dir():
+        if str(name) not in shipped_models():
+            raise MMGPTError(f"{unknown_name('model', str(name), shipped_models())}; a path must be an existing folder")
+        folder = SHIPPED / str(name)
+    model, processor = load_model(folder)
+    return Assistant(model, processor, device=pick_device(device))
+
+
+class Assistant:
+    """A loaded model, ready to answer. Calls do not depend on each other."""
+
+    def __init__(self, model: MMGPT, processor: Processor, *, device: torch.device | None = None):
+        """Takes `model` over: its low-rank updates are merged and its layout is changed for speed."""
+        device = device or torch.device("cpu")
+        merge_lora(model.decoder)
+        model.eval().requires_grad_(False)
+        if device.type == "cuda":
+            model.to(device, torch.bfloat16)
+        else:
+            _transpose_for_cpu(model.decoder)
+        self.model, self.processor = model, processor
+        self.engine = Engine(model, processor)
+
+    def ask(
+        self,
+        image: ImageSource | Image | Sequence[ImageSource | Image] | None,
+        question: str,
+        *,
+        examples: Sequence[tuple[ImageSource | Image, str, str]] = (),
+        **options: Unpack[GenerationOptions],
+    ) -> Answer:
+        """The answer to a question about an image, several images, or none.
+
+        Images are paths, bytes, PIL images, arrays or http(s) URLs. `examples` are demonstrations (image, question,
+        answer) shown before. Raises ImageError for an unreadable image, ConfigError for an impossible option.
+        """
+        messages: list[Message] = []
+        for shown, asked, answered in examples:
+            messages.append(_user([shown], asked))
+            messages.append({"role": "assistant", "content": answered})
+        messages.append(_user(_as_images(image), question))
+        return self.chat(messages, **options)
+
+    @overload
+    def caption(
+        self, images: str | Path | bytes | Image, *, batch_size: int = 8, **options: Unpack[GenerationOptions]
+    ) -> Answer: ...
+    @overload
+    def caption(
+        self, images: Iterable[Any], *, batch_size: int = 8, **options: Unpack[GenerationOptions]
+    ) -> list[Answer]: ...
+    def caption(
+        self, images: Any, *, batch_size: int = 8, **options: Unpack[GenerationOptions]
+    ) -> Answer | list[Answer]:
+        """One sentence about each image: an Answer for one image, a list in the same order for several.
+
+        Captions use beam search with 3 beams unless `num_beams` or `temperature` says otherwise.
+        Raises ImageError naming the first image that cannot be read.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
+        single = not isinstance(images, list | tuple) and not _is_iterable_of_images(images)
+        sources = [images] if single else list(images)
+        if "temperature" not in options:
+            options.setdefault("num_beams", 3)
+        options.setdefault("max_new_tokens", 40)
+        config = generation_config(options)
+        answers: list[Answer] = []
+        for start in range(0, len(sources), batch_size):
+            batch = [self.processor.chat([_user([s], CAPTION_PROMPT)]) for s in sources[start : start + batch_size]]
+            answers += self.engine.generate(batch, config)
+        return answers[0] if single else answers
+
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Unpack[GenerationOptions]
+    ) -> Answer: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[True], **options: Unpack[GenerationOptions]
+    ) -> Stream: ...
+    def chat(
+        self, messages: Sequence[Message], *, stream: bool = False, **options: Unpack[GenerationOptions]
+    ) -> Answer | Stream:
+        """The assistant's next turn.
+
+        messages: `{"role": "user" | "assistant" | "system", "content": text or a list of parts}`; a part is
+        `{"type": "text", "text": ...}`, `{"type": "image", "image": source}`, a plain string, or an `Image`.
+        With `stream`, an iterator of pieces of text, whose `answer` is complete at the end.
+        """
+        if not messages:
+            raise MMGPTError("chat needs at least one message")
+        return self._run(self.processor.chat(messages), stream, options)
+
+    def complete(self, parts: str | Iterable[Any], **options: Unpack[GenerationOptions]) -> Answer:
+        """Continue an interleaved prompt as it stands, without a chat template.
+
+        `parts`: strings are text; `Image(source)`, PIL images, arrays and bytes are images.
+        `model.complete([Image("a.jpg"), "A photo of a cat. ", Image("b.jpg"), "A photo of"])`
+        """
+        return cast(Answer, self._run(Document(tuple(interleave(parts))), False, options))
+
+    def logprob(self, parts: str | Iterable[Any], continuation: str) -> float:
+        """The summed natural log-probability of `continuation` after an interleaved prompt."""
+        return float(self.token_logprobs(parts, continuation).sum())
+
+    @torch.inference_mode()
+    def token_logprobs(self, parts: str | Iterable[Any], continuation: str) -> torch.Tensor:
+        """Natural log-probabilities of the continuation's tokens, (tokens,)."""
+        from mm_gpt.processor import IGNORE_INDEX, collate
+
+        document = Document((*interleave(parts), Text(continuation, is_target=True)))
+        example = self.processor(document)
+        pixels = [self.processor.transform(image.load()) for image in example.images]
+        size = self.processor.config.image.size
+        batch = collate([[example]], torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size))
+        batch = batch.to(self.model.device)
+        wanted = batch.labels[0] != IGNORE_INDEX
+        logits = self.model.decoder.logits(self.model(batch)[0, wanted])
+        return logits.log_softmax(-1).gather(1, batch.labels[0, wanted][:, None])[:, 0]
+
+    def _run(self, document: Document, stream: bool, options: GenerationOptions) -> Answer | Stream:
+        config = generation_config(options)
+        if stream:
+            return self.engine.stream(document, config)
+        return self.engine.generate([document], config)[0]
+
+
+def generation_config(options: GenerationOptions) -> GenerationConfig:
+    """Checked options. Raises ConfigError naming a wrong one and the closest right one."""
+    values = dict(options)
+    if isinstance(values.get("stop"), str):
+        values["stop"] = [values["stop"]]
+    return from_dict(GenerationConfig, values, where="generation options")
+
+
+def _user(images: Sequence[Any], text: str) -> Message:
+    return {"role": "user", "content": [*(i if isinstance(i, Image) else Image(i) for i in images), text]}
+
+
+def _as_images(image: Any) -> list[Any]:
+    if image is None:
+        return []
+    return list(image) if isinstance(image, list | tuple) else [image]
+
+
+def _is_iterable_of_images(images: Any) -> bool:
+    """A generator or another lazy iterable; strings, bytes, arrays and PIL images are single images."""
+    return hasattr(images, "__next__")
+
+
+def _transpose_for_cpu(decoder: nn.Module) -> None:
+    """Store each matrix (out, in) by columns: the product with one row, which is what decoding does, reads it in order.
+
+    Twice as fast as the usual layout with torch's CPU kernels; shapes and results stay the same.
+    """
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.t().contiguous().t()
