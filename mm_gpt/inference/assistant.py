@@ -1,5 +1,7 @@
 """The Python API: `mm_gpt.load()` gives an `Assistant` that answers questions about images, captions and chats."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path

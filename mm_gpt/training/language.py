@@ -41,7 +41,7 @@ OTHER_CAPTION_PROMPTS = (
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     path: str
-    """A tar, a folder of tars, a folder of captioned images, or a `.jsonl` of text chats; relative to the data folder."""
+    """A tar, a folder of tars or of captioned images, or a `.jsonl` of text chats; relative to the data folder."""
     repeat: float = 1.0
     """How many times an epoch; 0.5 is half of it, another half each time."""
     derived_share: float = 0.0
@@ -314,7 +314,7 @@ def read_chats(path: Path, processor: Processor) -> list[Document]:
 
 
 def _share(records: Sequence[Record | Document], repeat: float, epoch: int, seed: int) -> list[Record | Document]:
-    """`repeat` times the records. The fraction walks through a fixed shuffle, so that nothing repeats before all came."""
+    """`repeat` times the records; a fraction walks through a fixed shuffle, so that all come before one repeats."""
     whole = int(repeat)
     chosen = list(records) * whole
     part = round((repeat - whole) * len(records))
