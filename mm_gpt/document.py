@@ -61,7 +61,8 @@ class Document:
 
 Message = dict[str, Any]
 """`{"role": "system" | "user" | "assistant", "content": str | [part, ...]}`; a part is
-`{"type": "text", "text": ...}` or `{"type": "image", "image": source}` (also `url`, `path` or `image_url`)."""
+`{"type": "text", "text": ...}` or `{"type": "image", "image": source}` (also `url`, `path` or `image_url`).
+An assistant turn with `"complete": False` was cut off: its end is not learned."""
 
 
 def interleave(parts: str | Iterable[Any], *, is_target: bool = False) -> list[Segment]:

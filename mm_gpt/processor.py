@@ -92,10 +92,11 @@ class Processor:
         if role not in ("system", "user", "assistant"):
             raise MMGPTError(f"message {index} has role {role!r}; use 'system', 'user' or 'assistant'")
         target = role == "assistant"
+        ends = target and message.get("complete", True)  # an answer that was cut off does not teach to end there
         return [
             Text(f"<|im_start|>{role}\n", is_target=False, is_control=True),
             *(_content_part(index, part, target) for part in _content_parts(message["content"])),
-            Text("<|im_end|>", is_target=target, is_control=True),
+            Text("<|im_end|>", is_target=ends, is_control=True),
             Text("\n", is_target=False),
         ]
 

@@ -1,12 +1,12 @@
 """Byte-level BPE tokenizers, from a `tokenizer.json` or from the vocabulary inside a GGUF file (via `tokenizers`)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from mm_gpt.errors import CheckpointError
 
@@ -115,3 +115,19 @@ class Tokenizer:
             end_of_text="<|endoftext|>",
             end_of_turn=tokens[fields["tokenizer.ggml.eos_token_id"]],
         )
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A byte-level BPE learned from `texts`, with at most `vocab_size` ids."""
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = GGUF_PRE_TOKENIZERS["smollm"]()
+        backend.decoder = decoders.ByteLevel()
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend, end_of_text="<|endoftext|>", end_of_turn="<|im_end|>")

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
-from tokenizers import Tokenizer as Backend
 
 from mm_gpt.hub.checkpoint import save_model
 from mm_gpt.inference.assistant import Assistant
@@ -21,21 +19,12 @@ from mm_gpt.vision.transforms import ImageTransformConfig
 
 torch.set_num_threads(1)
 IMAGE_SIZE = 32
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def make_tokenizer() -> Tokenizer:
-    """A byte-level BPE of 400 tokens, trained on a few sentences."""
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    """A byte-level BPE of a few hundred tokens, learned from a few sentences."""
     text = ["user assistant system", "Describe the image in one sentence.", "A red circle on a blue ground."] * 4
-    backend.train_from_iterator(text, trainer)
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    return Tokenizer(backend, end_of_text="<|endoftext|>", end_of_turn="<|im_end|>")
+    return Tokenizer.train(text, 400)
 
 
 def tiny_config(vocab_size: int, *, connector: str = "mlp") -> ModelConfig:

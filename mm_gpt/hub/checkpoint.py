@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mm_gpt import config as configs
-from mm_gpt.errors import CheckpointError, MMGPTError
+from mm_gpt.errors import CheckpointError, MMGPTError, unknown_name
 from mm_gpt.hub import download, llama, registry
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
@@ -25,6 +25,32 @@ from mm_gpt.tokenizer import Tokenizer
 class TokenizerConfig:
     end_of_text: str
     end_of_turn: str
+
+
+SHIPPED = Path(__file__).resolve().parent.parent / "weights"
+"""Models inside the package, one folder each."""
+
+
+def shipped_models() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of a model that the package ships, or `name` itself if it is a folder. Raises MMGPTError otherwise."""
+    if Path(name).is_dir():
+        return Path(name)
+    if str(name) not in shipped_models():
+        raise MMGPTError(f"{unknown_name('model', str(name), shipped_models())}; or give the folder of a trained model")
+    return SHIPPED / str(name)
+
+
+def read_configs(folder: Path) -> tuple[ModelConfig, ProcessorConfig]:
+    """What a model folder says about its model. Raises CheckpointError or ConfigError naming the file and key."""
+    values = llama.read_json(folder / "config.json")
+    model = configs.from_dict(ModelConfig, values, where=f"{folder}/config.json")
+    values = llama.read_json(folder / "processor.json")
+    return model, configs.from_dict(ProcessorConfig, values, where=f"{folder}/processor.json")
 
 
 def load_decoder(name: str) -> tuple[Decoder, Tokenizer]:
@@ -68,7 +94,7 @@ def load_model(folder: Path) -> tuple[MMGPT, Processor]:
     """The model in a folder, in float32 on the CPU. Raises CheckpointError naming what is missing or left over."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such model folder")
-    config = configs.from_dict(ModelConfig, llama.read_json(folder / "config.json"), where=f"{folder}/config.json")
+    config, processor_config = read_configs(folder)
     if isinstance(config.decoder, str):
         decoder, tokenizer = load_decoder(config.decoder)
     else:
@@ -78,8 +104,6 @@ def load_model(folder: Path) -> tuple[MMGPT, Processor]:
         tokenizer = Tokenizer.from_file(
             folder / "tokenizer.json", end_of_text=ends.end_of_text, end_of_turn=ends.end_of_turn
         )
-    where = f"{folder}/processor.json"
-    processor_config = configs.from_dict(ProcessorConfig, llama.read_json(folder / "processor.json"), where=where)
     model = MMGPT(config, decoder)
     if tokenizer.vocab_size > decoder.config.vocab_size:
         raise CheckpointError(

@@ -12,19 +12,17 @@ from torch import nn
 
 from mm_gpt.config import from_dict
 from mm_gpt.document import Document, Image, Message, Text, interleave
-from mm_gpt.errors import ConfigError, MMGPTError, unknown_name
-from mm_gpt.hub.checkpoint import load_model
+from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.hub.checkpoint import load_model, model_folder
 from mm_gpt.images import ImageSource
 from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream
 from mm_gpt.model.lora import merge_lora
-from mm_gpt.model.mmgpt import MMGPT
+from mm_gpt.model.mmgpt import MMGPT, pick_device
 from mm_gpt.processor import Processor
 
 logger = logging.getLogger(__name__)
 
 CAPTION_PROMPT = "Describe the image in one sentence."
-SHIPPED = Path(__file__).resolve().parent.parent / "weights"
-"""Models inside the package, one folder each."""
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -41,26 +39,14 @@ class GenerationOptions(TypedDict, total=False):
     logprobs: bool
 
 
-def shipped_models() -> list[str]:
-    """Names of the models inside the package."""
-    return sorted(folder.name for folder in SHIPPED.iterdir() if (folder / "config.json").exists())
-
-
-def load(name: str | Path = "default", *, device: str = "auto") -> "Assistant":
+def load(name: str | Path = "default", *, device: str = "auto") -> Assistant:
     """A model by name (`default` comes with the package) or from the folder of a training run.
 
     `device` is `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`. The first call may download the decoder's
     weights; see `mm_gpt.hub.download` for where they go. Raises MMGPTError for an unknown name, CheckpointError for a
     broken folder, DownloadError when weights are out of reach.
     """
-    from mm_gpt.training.loop import pick_device
-
-    folder = Path(name)
-    if not folder.is_dir():
-        if str(name) not in shipped_models():
-            raise MMGPTError(f"{unknown_name('model', str(name), shipped_models())}; a path must be an existing folder")
-        folder = SHIPPED / str(name)
-    model, processor = load_model(folder)
+    model, processor = load_model(model_folder(name))
     return Assistant(model, processor, device=pick_device(device))
 
 

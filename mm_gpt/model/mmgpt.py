@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mm_gpt.errors import MMGPTError
+from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.model.decoder import Decoder, DecoderConfig, KVCache, init_weights
 from mm_gpt.model.lora import LoRAConfig, add_lora
 from mm_gpt.model.loss import next_token_loss
@@ -113,3 +113,13 @@ def attention_mask(batch: Batch) -> Tensor | None:
     causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
     # Padding sees padding only: a row of the mask without any True would make its softmax NaN.
     return (same & visible & causal).unsqueeze(1)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA when there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {name!r}; use auto, cpu or cuda") from None

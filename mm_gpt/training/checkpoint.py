@@ -5,11 +5,10 @@ parameter in its training precision). A checkpoint is written to a temporary fol
 its final name is always whole. `OUT/best` is the model with the lowest validation loss.
 """
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -23,10 +22,6 @@ if TYPE_CHECKING:
 
 STATE_FILE = "training_state.safetensors"
 KEEP = 2  # step folders; older ones are deleted
-
-
-def config_dict(config: Any) -> dict[str, Any]:
-    return dataclasses.asdict(config)
 
 
 def save(task: "Task", optimizer: torch.optim.Optimizer, step: int, out: Path, *, best: bool) -> None:

@@ -1,7 +1,5 @@
 """The contrastive stage: tune the vision tower on captioned images with CLIP's symmetric loss."""
 
-import dataclasses
-import json
 import logging
 import random
 from dataclasses import dataclass
@@ -147,7 +145,6 @@ class ContrastiveTask:
         """The whole model; the language stage takes the tensors under `vision.`."""
         state = {k: v.contiguous() for k, v in self.model.state_dict().items() if k != "text.token_embedding.weight"}
         save_file(state, folder / "model.safetensors")
-        (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(self.recipe), indent=2) + "\n")
 
     def _read(self, sources: tuple[SourceConfig, ...]) -> list[Record]:
         records = []

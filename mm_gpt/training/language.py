@@ -18,7 +18,7 @@ from mm_gpt.datasets.sources import ErrorCounter, Record, clean_caption, read_re
 from mm_gpt.document import Document, Image
 from mm_gpt.errors import ConfigError, ImageError, MMGPTError
 from mm_gpt.hub.checkpoint import fill, load_decoder, load_model, save_model
-from mm_gpt.model.decoder import Decoder
+from mm_gpt.model.decoder import Block, Decoder
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Batch, Example, Processor, ProcessorConfig, collate
 from mm_gpt.tokenizer import Tokenizer
@@ -64,8 +64,8 @@ class LanguageRecipe:
     decoder: Literal["frozen", "full"] = "frozen"
     """`full` trains every weight of the decoder; with `model.lora` it stays frozen under its adaptation."""
     train_connector: bool = True
-    vision_blocks: int = 0
-    """How many of the vision tower's last blocks are trained."""
+    vision_blocks: int | None = 0
+    """How many of the vision tower's last blocks are trained; None trains the whole tower."""
     connector_lr: float = 1.0
     vision_lr: float = 0.1
     """Learning rates as multiples of `train.lr`."""
@@ -77,6 +77,9 @@ class LanguageRecipe:
     max_questions: int = 8
     """Captions and questions of one image that are learned together in one document."""
     augment: bool = True
+    compile: bool = False
+    """Compile the decoder's blocks for training (torch.compile): 1.4 times as fast on a CPU after a minute; needs a C++
+    compiler."""
     validation_images: int = 200
     data: str = "."
     """The folder that `sources` are in."""
@@ -88,9 +91,13 @@ class LanguageTask:
     def __init__(self, recipe: LanguageRecipe, tokenizer: Tokenizer | None = None):
         self.recipe = recipe
         self.errors = ErrorCounter()
+        sources = [(source, self._records(source)) for source in (*recipe.sources, *recipe.validation)]
+        if tokenizer is None and recipe.start is None and not isinstance(recipe.model.decoder, str):
+            texts = (text for _, records in sources for record in records for text in _texts(record))
+            tokenizer = Tokenizer.train(texts, recipe.model.decoder.vocab_size)
         self.model, self.processor = build_model(recipe, tokenizer)
-        self.records = [self._read(source) for source in recipe.sources]
-        self.validation_records = [self._read(source) for source in recipe.validation]
+        documents = [self._chats(source) or records for source, records in sources]
+        self.records, self.validation_records = documents[: len(recipe.sources)], documents[len(recipe.sources) :]
         self._plans: dict[int, tuple[list[Document], list[list[list[int]]]]] = {}
         self._first_steps: list[int] = [0]  # the first micro-batch of each epoch
         if self.errors.total:
@@ -109,6 +116,8 @@ class LanguageTask:
             model.decoder.requires_grad_(False)
         if use_bf16(recipe.train.precision, model.device):
             _frozen_to_bf16(model.decoder)
+        if recipe.compile:
+            compile_blocks(model.decoder)
         return [
             ParameterGroup("decoder", [p for p in model.decoder.parameters() if p.requires_grad]),
             ParameterGroup("connector", [*model.connector.parameters(), model.image_marks], recipe.connector_lr),
@@ -184,13 +193,21 @@ class LanguageTask:
                 transform = self.processor.transform
             pixels.append(transform(image.load()))  # type: ignore[operator]
         size = self.recipe.image.size
-        return collate(rows, torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size), pad_to_multiple=64)
+        multiple = (
+            self.recipe.row_length if seed is not None and self.recipe.compile else 64
+        )  # one shape, one compilation
+        pixel_values = torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size)
+        return collate(rows, pixel_values, pad_to_multiple=multiple)
 
-    def _read(self, source: SourceConfig) -> list[Record | Document]:
+    def _chats(self, source: SourceConfig) -> list[Record | Document]:
+        path = Path(self.recipe.data) / source.path
+        return list(read_chats(path, self.processor)) if path.suffix == ".jsonl" else []
+
+    def _records(self, source: SourceConfig) -> list[Record | Document]:
         path = Path(self.recipe.data) / source.path
         if path.suffix == ".jsonl":
-            return list(read_chats(path, self.processor))
-        records = []
+            return []
+        records: list[Record | Document] = []
         for record in read_records(path, self.errors):
             image = Image(record.image)
             try:
@@ -200,7 +217,7 @@ class LanguageTask:
                 continue
             records.append(record)
         logger.info("%s: %d images", source.path, len(records))
-        return list(records)
+        return records
 
     # ---- how it is judged ----
 
@@ -238,7 +255,6 @@ class LanguageTask:
 
     def save(self, folder: Path) -> None:
         save_model(self.model, self.processor, folder)
-        (folder / "recipe.json").write_text(json.dumps(dataclasses.asdict(self.recipe), indent=2) + "\n")
 
 
 def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MMGPT, Processor]:
@@ -264,6 +280,16 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
     if recipe.vision_weights is not None:
         load_vision(model.vision, recipe.vision_weights)
     return model, processor
+
+
+def compile_blocks(decoder: Decoder) -> None:
+    """Run each block compiled while it trains. Evaluation, with its many shapes, stays as it is."""
+    compiled = torch.compile(Block.forward, dynamic=False)
+    for block in decoder.blocks:
+        plain = block.forward
+        block.forward = lambda *args, block=block, plain=plain: (  # type: ignore[method-assign, misc]
+            compiled(block, *args) if block.training else plain(*args)
+        )
 
 
 def load_vision(vision: nn.Module, name: str) -> None:
@@ -323,6 +349,14 @@ def _share(records: Sequence[Record | Document], repeat: float, epoch: int, seed
         random.Random(seed).shuffle(order)
         chosen += [records[order[(epoch * part + i) % len(records)]] for i in range(part)]
     return chosen
+
+
+def _texts(record: Record | Document) -> list[str]:
+    if isinstance(record, Document):
+        return []
+    return [clean_caption(caption) for caption in record.captions] + [
+        text for q in record.questions for text in (q.question, q.answer)
+    ]
 
 
 def _user(record: Record, text: str) -> dict[str, object]:

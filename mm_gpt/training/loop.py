@@ -5,6 +5,7 @@ validation, checkpoints and exact resumption. A task's micro-batches are a pure 
 randomness inside a step is seeded by it, so a stopped run continues as if it had never been stopped.
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.model.mmgpt import pick_device
 from mm_gpt.training import checkpoint, plot
 
 logger = logging.getLogger(__name__)
@@ -114,16 +116,6 @@ def make_optimizer(groups: Sequence[ParameterGroup], config: TrainConfig) -> tor
     return torch.optim.AdamW(settings, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, foreach=True)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA when there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"unknown device {name!r}; use auto, cpu or cuda") from None
-
-
 def use_bf16(precision: str, device: torch.device) -> bool:
     """Whether a precision setting means bfloat16 on this device."""
     if precision == "auto":
@@ -133,8 +125,16 @@ def use_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16"
 
 
-def train(task: Task, config: TrainConfig, out: Path, *, resume: bool = False, progress: bool = True) -> None:
-    """Train `task` and leave checkpoints, `log.jsonl` and `loss.png` in `out`.
+def train(
+    task: Task,
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    describe: dict[str, Any] | None = None,
+) -> None:
+    """Train `task` and leave checkpoints, `log.jsonl`, `loss.png` and `recipe.json` (what `describe` says) in `out`.
 
     Ctrl-C (or SIGTERM) finishes the step, saves, and raises KeyboardInterrupt. Raises MMGPTError when `out` already
     holds a run and `resume` is not set, or when the loss is not finite.
@@ -143,7 +143,8 @@ def train(task: Task, config: TrainConfig, out: Path, *, resume: bool = False, p
     task.model.to(device)
     groups = task.parameter_groups()
     optimizer = make_optimizer(groups, config)
-    log = RunLog(out, config, groups, resume=resume)
+    log = RunLog(out, groups, resume=resume)
+    (out / "recipe.json").write_text(json.dumps(describe or {"train": dataclasses.asdict(config)}, indent=2) + "\n")
     step = 0
     if resume and (latest := checkpoint.latest(out)):
         step = checkpoint.load_training_state(latest, task.model, optimizer)
@@ -246,9 +247,9 @@ class Stopper:
 
 
 class RunLog:
-    """`log.jsonl` (one object a line), `config.json` and `loss.png` of a run folder."""
+    """`log.jsonl` (one object a line) and `loss.png` of a run folder."""
 
-    def __init__(self, out: Path, config: TrainConfig, groups: Sequence[ParameterGroup], *, resume: bool):
+    def __init__(self, out: Path, groups: Sequence[ParameterGroup], *, resume: bool):
         self.path = out / "log.jsonl"
         if self.path.exists() and not resume:
             raise MMGPTError(f"{out} already holds a run: continue it with --resume, or choose another --out")
@@ -261,7 +262,6 @@ class RunLog:
         for group in groups:
             trainable = sum(p.numel() for p in group.parameters if p.requires_grad)
             logger.info("training %s: %s parameters, lr × %g", group.name, f"{trainable:,}", group.lr_scale)
-        (out / "train_config.json").write_text(json.dumps(checkpoint.config_dict(config), indent=2) + "\n")
 
     def cut(self, step: int) -> None:
         """Forget what was logged after `step`: those steps are about to be repeated."""

@@ -1,0 +1,162 @@
+"""Recipes: functions that return a complete description of a training run. A new one is a few lines on another.
+
+`mm-gpt train NAME --data FOLDER key=value ...` calls one by name.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mm_gpt import config as configs
+from mm_gpt.errors import MMGPTError
+from mm_gpt.hub.checkpoint import model_folder, read_configs
+from mm_gpt.model.decoder import DecoderConfig
+from mm_gpt.model.lora import LoRAConfig
+from mm_gpt.model.mmgpt import ModelConfig
+from mm_gpt.training.contrastive import ContrastiveRecipe, ContrastiveTask
+from mm_gpt.training.language import LanguageRecipe, LanguageTask, SourceConfig
+from mm_gpt.training.loop import TrainConfig, train
+from mm_gpt.vision.connectors import ConnectorConfig
+from mm_gpt.vision.contrastive import ContrastiveConfig, TextTowerConfig
+from mm_gpt.vision.encoder import VisionConfig
+from mm_gpt.vision.transforms import ImageTransformConfig
+
+Recipe = LanguageRecipe | ContrastiveRecipe
+
+HALF = (0.5, 0.5, 0.5)
+LITE2 = VisionConfig(model="timm/tf_efficientnet_lite2", image_size=256)
+LITE2_IMAGE = ImageTransformConfig(size=256, mode="squash", mean=HALF, std=HALF)
+FLICKR8K_TRAIN = ("flickr8k/train-000000.tar", "flickr8k/train-000001.tar")
+FLICKR8K_VALIDATION = "flickr8k/val-000000.tar"
+
+
+def tiny(data: str) -> LanguageRecipe:
+    """From nothing to captions in under a minute on two cores: every weight, on a folder of simple pictures."""
+    return LanguageRecipe(
+        train=TrainConfig(
+            steps=200, lr=3e-3, warmup_steps=20, weight_decay=0.01, log_every=10, validate_every=100, save_every=100
+        ),
+        model=ModelConfig(
+            decoder=DecoderConfig(
+                vocab_size=512,
+                width=96,
+                num_layers=3,
+                num_heads=6,
+                num_kv_heads=2,
+                head_size=16,
+                mlp_width=256,
+                max_length=512,
+            ),
+            vision=VisionConfig(model="timm/test_vit2", image_size=64),
+            connector=ConnectorConfig(kind="linear"),
+        ),
+        image=ImageTransformConfig(size=64, mean=HALF, std=HALF),
+        sources=(SourceConfig(path="."),),
+        validation=(SourceConfig(path="."),),
+        decoder="full",
+        vision_blocks=None,
+        vision_lr=1.0,
+        row_length=256,
+        rows=4,
+        augment=False,
+        validation_images=16,
+        data=data,
+    )
+
+
+def default_vision(data: str) -> ContrastiveRecipe:
+    """The default model's vision tower: an ImageNet trunk tuned on Flickr8k's captions."""
+    return ContrastiveRecipe(
+        train=TrainConfig(
+            steps=192, lr=1e-3, warmup_steps=20, weight_decay=0.05, precision="fp32", validate_every=63, save_every=63
+        ),
+        model=ContrastiveConfig(
+            vision=LITE2,
+            text=TextTowerConfig(vocab_size=49_152, context_length=40, width=576, num_layers=2, num_heads=9),
+        ),
+        image=LITE2_IMAGE,
+        sources=(*(SourceConfig(path=path) for path in FLICKR8K_TRAIN), SourceConfig(path="coco2017_mini")),
+        validation=(SourceConfig(path=FLICKR8K_VALIDATION),),
+        decoder="smollm2-135m-instruct",
+        vision_weights="efficientnet-lite2",
+        data=data,
+    )
+
+
+def default(data: str) -> LanguageRecipe:
+    """The model that the package ships: connector and low-rank adaptation on captions, questions and text chats."""
+    return LanguageRecipe(
+        train=TrainConfig(steps=700, lr=1e-3, warmup_steps=30, final_lr=0.02, validate_every=100, save_every=50),
+        model=ModelConfig(
+            decoder="smollm2-135m-instruct",
+            vision=LITE2,
+            connector=ConnectorConfig(kind="pixel_shuffle", scale=2),
+            lora=LoRAConfig(rank=16, alpha=32),
+        ),
+        image=LITE2_IMAGE,
+        sources=(
+            *(SourceConfig(path=path, derived_share=0.5) for path in FLICKR8K_TRAIN),
+            SourceConfig(path="coco2017_mini", derived_share=0.5),
+            SourceConfig(path="daquar/train-000000.tar"),
+            SourceConfig(path="easy_vqa/train-000000.tar"),
+            SourceConfig(path="nlvr1/train-000000.tar"),
+            SourceConfig(path=str(Path("examples/data/text_chats.jsonl").absolute())),
+        ),
+        validation=(
+            SourceConfig(path=FLICKR8K_VALIDATION),
+            SourceConfig(path="daquar/val-000000.tar"),
+            SourceConfig(path="easy_vqa/val-000000.tar"),
+            SourceConfig(path="nlvr1/val-000000.tar"),
+        ),
+        vision_weights="runs/default_vision/best",
+        validation_images=60,
+        compile=True,
+        data=data,
+    )
+
+
+def finetune(data: str) -> LanguageRecipe:
+    """The default model on your own folder of captioned photos."""
+    folder = model_folder("default")
+    model, processor = read_configs(folder)
+    return LanguageRecipe(
+        train=TrainConfig(steps=200, lr=2e-4, warmup_steps=10, validate_every=50, save_every=50),
+        model=model,
+        image=processor.image,
+        sources=(SourceConfig(path="."),),
+        validation=(SourceConfig(path="."),),
+        start=str(folder),
+        rows=2,
+        data=data,
+    )
+
+
+RECIPES: dict[str, Callable[[str], Recipe]] = {
+    "tiny": tiny,
+    "finetune": finetune,
+    "default_vision": default_vision,
+    "default": default,
+}
+
+
+def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> None:
+    """Train a recipe into `out`; its best model is then in `out/best`. Raises what `train` raises."""
+    task = LanguageTask(recipe) if isinstance(recipe, LanguageRecipe) else ContrastiveTask(recipe)
+    if resume and (out / "recipe.json").exists():
+        _check_same(recipe, out / "recipe.json")
+    train(task, recipe.train, out, resume=resume, progress=progress, describe=configs.to_dict(recipe))
+
+
+def _check_same(recipe: Recipe, path: Path) -> None:
+    """A run continues only as what it was; the number of steps may grow."""
+    import json
+
+    before = json.loads(path.read_text())
+    now = json.loads(json.dumps(configs.to_dict(recipe)))
+    for values in (before, now):
+        for key in ("log_every", "validate_every", "save_every"):
+            values["train"].pop(key, None)
+    for key in now:
+        if now[key] != before.get(key):
+            raise MMGPTError(
+                f"{path.parent} was trained with another {key}: use the same recipe and overrides to resume"
+            )
