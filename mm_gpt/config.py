@@ -91,6 +91,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
                 if value is None:
                     return None
                 continue
+            if isinstance(value, dict) and dataclasses.is_dataclass(option):
+                return _convert(option, value, where)  # its message names the wrong key inside
             try:
                 return _convert(option, value, where)
             except ConfigError as error:

@@ -198,8 +198,10 @@ def _content_part(index: int, part: object, target: bool) -> Segment:
             return Text(part["text"], is_target=target)
         if part.get("type") in ("image", "image_url"):
             for key in ("image", "url", "path", "image_url"):
-                if key in part:
-                    source = part[key]["url"] if isinstance(part[key], dict) else part[key]
+                source = part.get(key)
+                if isinstance(source, dict):  # OpenAI's form: {"image_url": {"url": ...}}
+                    source = source.get("url")
+                if source is not None:
                     return Image(source)
     raise MMGPTError(f"message {index} has a part that is neither text nor image: {str(part)[:80]!r}")
 

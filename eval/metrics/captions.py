@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mm_gpt.errors import MMGPTError
-from mm_gpt.eval.metrics.statistics import bootstrap_interval, bootstrap_statistic
+from mm_gpt.eval.metrics.statistics import bootstrap_statistic
 from mm_gpt.eval.metrics.tokenize import ptb_tokenize
 
 _MAX_N = 4
@@ -39,17 +39,19 @@ class CaptionScore:
 
     def interval(self, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
         """Bootstrap interval over images. For CIDEr-D the document frequencies stay those of the whole set."""
+        return bootstrap_statistic(
+            self.resampled, len(self.per_item), confidence=confidence, resamples=resamples, seed=seed
+        )
+
+    def resampled(self, indices: np.ndarray) -> np.ndarray:
+        """The score of each resample, (R,), for image indices (R, N)."""
         counts = self.bleu_counts
         if counts is None:
-            return bootstrap_interval(self.per_item, confidence=confidence, resamples=resamples, seed=seed)
+            return self.per_item[indices].mean(axis=1)
         n = len(counts)
-
-        def resampled_bleu(indices: np.ndarray) -> np.ndarray:
-            offsets = np.arange(len(indices))[:, None] * n
-            times_drawn = np.bincount((indices + offsets).ravel(), minlength=len(indices) * n).reshape(-1, n)
-            return _bleu_from_counts(times_drawn @ counts)[:, -1]
-
-        return bootstrap_statistic(resampled_bleu, n, confidence=confidence, resamples=resamples, seed=seed)
+        offsets = np.arange(len(indices))[:, None] * n
+        times_drawn = np.bincount((indices + offsets).ravel(), minlength=len(indices) * n).reshape(-1, n)
+        return _bleu_from_counts(times_drawn @ counts)[:, -1]
 
 
 def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScore:

@@ -24,6 +24,7 @@ HF_NAMES = {
     "blocks.{i}.attention.qkv.weight": tuple(f"model.layers.{{i}}.self_attn.{p}_proj.weight" for p in "qkv"),
     "blocks.{i}.attention.qkv.bias": tuple(f"model.layers.{{i}}.self_attn.{p}_proj.bias" for p in "qkv"),
     "blocks.{i}.attention.out.weight": ("model.layers.{i}.self_attn.o_proj.weight",),
+    "blocks.{i}.attention.out.bias": ("model.layers.{i}.self_attn.o_proj.bias",),
     "blocks.{i}.mlp_norm.weight": ("model.layers.{i}.post_attention_layernorm.weight",),
     "blocks.{i}.mlp.gate_up.weight": tuple(f"model.layers.{{i}}.mlp.{p}_proj.weight" for p in ("gate", "up")),
     "blocks.{i}.mlp.down.weight": ("model.layers.{i}.mlp.down_proj.weight",),
@@ -36,6 +37,7 @@ GGUF_NAMES = {
     "blocks.{i}.attention.qkv.weight": tuple(f"blk.{{i}}.attn_{p}.weight" for p in "qkv"),
     "blocks.{i}.attention.qkv.bias": tuple(f"blk.{{i}}.attn_{p}.bias" for p in "qkv"),
     "blocks.{i}.attention.out.weight": ("blk.{i}.attn_output.weight",),
+    "blocks.{i}.attention.out.bias": ("blk.{i}.attn_output.bias",),
     "blocks.{i}.mlp_norm.weight": ("blk.{i}.ffn_norm.weight",),
     "blocks.{i}.mlp.gate_up.weight": ("blk.{i}.ffn_gate.weight", "blk.{i}.ffn_up.weight"),
     "blocks.{i}.mlp.down.weight": ("blk.{i}.ffn_down.weight",),
@@ -67,6 +69,7 @@ def load_gguf(path: Path) -> tuple[Decoder, dict[str, Any]]:
             norm_eps=_short(fields["llama.attention.layer_norm_rms_epsilon"]),
             rope_theta=fields.get("llama.rope.freq_base", 10_000.0),
             tie_embeddings="output.weight" not in tensors,
+            attention_bias="blk.0.attn_q.bias" in tensors,
         )
     except KeyError as error:
         raise CheckpointError(f"{path}: the metadata lacks {error}") from None
@@ -75,8 +78,12 @@ def load_gguf(path: Path) -> tuple[Decoder, dict[str, Any]]:
         from gguf import dequantize
 
         tensor = tensors[name]
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
-        if name.endswith(("attn_q.weight", "attn_k.weight")):
+        try:
+            weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise CheckpointError(f"{path}: tensor {name} has the unsupported quantisation {kind}") from None
+        if name.endswith(("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")):
             weight = _rotary_halves(weight, head_size)
         return weight
 
@@ -101,13 +108,13 @@ def load_hf_folder(folder: Path) -> Decoder:
     values = read_json(folder / "config.json")
     if values.get("model_type") not in ("llama",):
         raise CheckpointError(f"{folder}: model type {values.get('model_type')!r} is not of the Llama family")
-    if values.get("rope_scaling"):
-        raise CheckpointError(f"{folder}/config.json: rope_scaling {values['rope_scaling']} is not supported")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # the newer and the older name
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise CheckpointError(f"{folder}/config.json: rope scaling {rope} is not supported")
     if values.get("mlp_bias") or values.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{folder}/config.json: only silu without MLP bias is supported")
     try:
         heads = values["num_attention_heads"]
-        rope = values.get("rope_parameters") or {}
         config = DecoderConfig(
             vocab_size=values["vocab_size"],
             width=values["hidden_size"],
@@ -120,6 +127,7 @@ def load_hf_folder(folder: Path) -> Decoder:
             norm_eps=values["rms_norm_eps"],
             rope_theta=float(values.get("rope_theta") or rope.get("rope_theta", 10_000.0)),
             tie_embeddings=values.get("tie_word_embeddings", False),
+            attention_bias=values.get("attention_bias", False),
         )
     except KeyError as error:
         raise CheckpointError(f"{folder}/config.json lacks the key {error}") from None
@@ -129,6 +137,8 @@ def load_hf_folder(folder: Path) -> Decoder:
 
     def read(name: str) -> Tensor:
         with open_safetensors(where[name]) as file:
+            if name not in file.keys():  # noqa: SIM118 (not a dict)
+                raise CheckpointError(f"{where[name]}: lacks {name}, which the index says is here")
             return file.get_tensor(name)
 
     return _fill(config, HF_NAMES, set(where), read, str(folder))
@@ -138,7 +148,10 @@ def safetensors_index(folder: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it, for `model.safetensors` or its shards."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(f == Path(str(f)).name for f in files.values()):
+            raise CheckpointError(f"{index}: no weight_map of tensor names to files in this folder")
+        return {name: folder / file for name, file in files.items()}
     single = folder / "model.safetensors"
     with open_safetensors(single) as file:
         return dict.fromkeys(file.keys(), single)
@@ -185,7 +198,7 @@ def _fill(
         if missing:
             raise CheckpointError(f"{where}: missing tensor {missing[0]}")
         tensors = [read(part) for part in parts]
-        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        tensor = (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).float()
         if tensor.shape != parameter.shape:
             raise CheckpointError(f"{where}: {parts[0]} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
         state[ours] = tensor
@@ -203,8 +216,8 @@ def _fill(
 
 def _rotary_halves(weight: Tensor, head_size: int) -> Tensor:
     """GGUF interleaves each head's rotary pairs (i, i+1); the decoder pairs (i, i + C/2)."""
-    out, width = weight.shape
-    return weight.view(out // head_size, head_size // 2, 2, width).transpose(1, 2).reshape(out, width).contiguous()
+    heads = weight.shape[0] // head_size
+    return weight.view(heads, head_size // 2, 2, -1).transpose(1, 2).reshape(weight.shape).contiguous()
 
 
 def _short(value: float) -> float:

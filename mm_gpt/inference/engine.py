@@ -6,6 +6,7 @@ Shapes: B rows, T prompt tokens, S tokens so far, V vocabulary.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class GenerationConfig:
             "top_p": 0 < self.top_p <= 1,
             "top_k": self.top_k >= 0,
             "num_beams": self.num_beams >= 1,
+            "length_penalty": math.isfinite(self.length_penalty),
             "stop": all(self.stop),
         }
         for name, fine in checks.items():
@@ -93,12 +95,16 @@ class Answer(str):
     def __str__(self) -> str:
         return self.text
 
+    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, Any]]:
+        return (self.text,), {k: v for k, v in self.__dict__.items() if k != "text"}  # for pickle and copy
+
 
 class _Row:
     """One prompt's growing answer: its ids, its text so far, and whether it has ended."""
 
-    def __init__(self, example: Example, processor: Processor, config: GenerationConfig):
+    def __init__(self, example: Example, processor: Processor, config: GenerationConfig, context: int):
         self.tokenizer, self.config, self.example = processor.tokenizer, config, example
+        self.limit = min(config.max_new_tokens, context - len(example))  # its own, whatever else is in the batch
         self.image_tokens = int((example.input_ids >= processor.image_start_id).sum())
         self.ids: list[int] = []
         self.logprobs: list[float] = []
@@ -120,7 +126,7 @@ class _Row:
             text, self.finish_reason = text[: min(cuts)], "stop"
         if not self.finish_reason:
             text = text[: _certain(text, self.config.stop)]
-            if len(self.ids) == self.config.max_new_tokens:
+            if len(self.ids) == self.limit:
                 text, self.finish_reason = self.tokenizer.decode(self.ids), "length"
         new = text[len(self.text) :]
         self.text += new
@@ -164,7 +170,7 @@ class Engine:
         examples = [self.processor(document) for document in documents]
         if config.num_beams > 1:
             return self._beam_search(examples, config)
-        rows = [_Row(example, self.processor, config) for example in examples]
+        rows = [self._row(example, config) for example in examples]
         for _ in self._steps(rows, config):
             pass
         return [row.answer() for row in rows]
@@ -175,12 +181,15 @@ class Engine:
             raise ConfigError("beam search cannot stream: it knows its answer only at the end")
         return Stream(self, self.processor(document), config)
 
+    def _row(self, example: Example, config: GenerationConfig) -> _Row:
+        return _Row(example, self.processor, config, self.model.decoder.config.max_length)
+
     # ---- token by token ----
 
     @torch.inference_mode()
     def _steps(self, rows: list[_Row], config: GenerationConfig) -> Iterator[list[str]]:
         """Run until every row has ended, yielding each step's new text of every row."""
-        batch, cache = self._prefill([row.example for row in rows], config.max_new_tokens)
+        batch, cache = self._prefill(rows)
         generators = None
         if config.temperature > 0:
             generators = [torch.Generator().manual_seed(config.seed) for _ in rows]
@@ -200,17 +209,22 @@ class Engine:
             if config.logprobs:
                 logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
             yield [row.add(id, p) for row, id, p in zip(rows, tokens.tolist(), logprobs, strict=True)]
-            if all(row.finish_reason for row in rows) or cache.length == cache.keys.shape[3]:
+            if all(row.finish_reason for row in rows):
                 return
-            positions = positions + 1
+            positions = self._next(positions)
             mask = None if keys is None else keys[..., : cache.length + 1]
             hidden = self.model.decoder(
                 self.model.decoder.embedding(tokens[:, None]), positions, mask=mask, cache=cache
             )[:, -1]
 
-    def _prefill(self, examples: Sequence[Example], max_new_tokens: int) -> tuple[Batch, KVCache]:
+    def _next(self, positions: Tensor) -> Tensor:
+        """A row that has reached the context's end is finished, but goes on with the batch: its positions stop."""
+        return (positions + 1).clamp_max(self.model.decoder.config.max_length - 1)
+
+    def _prefill(self, rows: Sequence[_Row]) -> tuple[Batch, KVCache]:
         """The left-padded batch of prompts, and an empty cache with room for them and for what follows."""
         config = self.model.decoder.config
+        examples = [row.example for row in rows]
         longest = max(examples, key=len)
         if len(longest) >= config.max_length:
             raise ContextOverflowError(
@@ -220,7 +234,7 @@ class Engine:
         size = self.processor.config.image.size
         pixels = torch.stack(images) if images else torch.zeros(0, 3, size, size)
         batch = collate([[example] for example in examples], pixels, pad_left=True).to(self.model.device)
-        capacity = min(len(longest) + max_new_tokens, config.max_length)
+        capacity = len(longest) + max(row.limit for row in rows)
         dtype = self.model.decoder.embedding.weight.dtype
         cache = KVCache(config, len(examples), capacity, dtype=dtype, device=self.model.device)
         return batch, cache
@@ -232,7 +246,8 @@ class Engine:
         """Keep the `num_beams` best beginnings of every prompt; an ended one competes with its length penalty."""
         W, B = config.num_beams, len(examples)
         decoder, device = self.model.decoder, self.model.device
-        batch, cache = self._prefill(examples, config.max_new_tokens)
+        prompts = [self._row(example, config) for example in examples]
+        batch, cache = self._prefill(prompts)
         hidden = self.model(batch, cache)[:, -1]
         each = torch.arange(B, device=device).repeat_interleave(W)  # (B·W,) every prompt W times
         cache.select_rows(each)
@@ -240,7 +255,7 @@ class Engine:
         keys = None if keys is None else keys[each]
         positions = batch.position_ids[each, -1:]
         hidden = hidden[each]
-        rows = [[_Row(example, self.processor, config) for _ in range(W)] for example in examples]
+        rows = [[prompt] * W for prompt in prompts]
         scores = torch.full((B, W), -torch.inf, device=device)
         scores[:, 0] = 0  # all beams are equal at first: only one of them counts
         ended: list[list[tuple[float, _Row]]] = [[] for _ in range(B)]
@@ -248,12 +263,16 @@ class Engine:
         for step in range(1, config.max_new_tokens + 1):
             logprobs = decoder.logits(hidden).log_softmax(-1).view(B, W, -1)
             V = logprobs.shape[-1]
-            best = (scores[:, :, None] + logprobs).view(B, -1).topk(2 * W, dim=-1)  # enough even if W of them end
+            # Enough even when every beam's best tokens are the two end marks.
+            best = (scores[:, :, None] + logprobs).view(B, -1).topk(min(3 * W, W * V), dim=-1)
             parents, tokens = best.indices // V, best.indices % V
             new_rows: list[list[_Row]] = []
             chosen = torch.zeros(B, W, dtype=torch.long, device=device)
             chosen_tokens = torch.zeros(B, W, dtype=torch.long, device=device)
             for b in range(B):
+                if done[b]:
+                    new_rows.append(rows[b])
+                    continue
                 survivors: list[tuple[float, int, int, _Row]] = []
                 candidates = zip(best.values[b].tolist(), parents[b].tolist(), tokens[b].tolist(), strict=True)
                 for rank, (score, parent, token) in enumerate(candidates):
@@ -266,47 +285,38 @@ class Engine:
                             ended[b].append((score / _length_penalty(step, config), row))
                     else:
                         survivors.append((score, parent, token, row))
+                if step == prompts[b].limit:
+                    ended[b] += [(score / _length_penalty(step, config), row) for score, _, _, row in survivors]
+                    survivors = []
                 ended[b] = sorted(ended[b], key=lambda item: -item[0])[:W]
+                scores[b] = -torch.inf
+                for i, (score, parent, token, _) in enumerate(survivors):
+                    scores[b, i], chosen[b, i], chosen_tokens[b, i] = score, parent, token
+                new_rows.append([*(row for *_, row in survivors), *[rows[b][0]] * (W - len(survivors))])
                 if not survivors:
                     done[b] = True
-                for i in range(W):
-                    score, parent, token, row = (
-                        survivors[min(i, len(survivors) - 1)] if survivors else (-math.inf, 0, 0, rows[b][0])
-                    )
-                    scores[b, i] = score if i < len(survivors) else -torch.inf
-                    chosen[b, i], chosen_tokens[b, i] = parent, token
-                    survivors_row = row
-                    if i == 0:
-                        new_rows.append([])
-                    new_rows[b].append(survivors_row)
-                if len(ended[b]) == W and survivors:
-                    # A score only falls, and the longest answer has the mildest penalty: that bounds what may come.
-                    bound = survivors[0][0] / _length_penalty(config.max_new_tokens, config)
-                    done[b] = done[b] or ended[b][-1][0] >= bound
+                elif len(ended[b]) == W:
+                    # A score only falls, and the penalty is mildest at one end of the lengths to come: what may come
+                    # is not above this.
+                    lengths = (step + 1, prompts[b].limit)
+                    bound = max(survivors[0][0] / _length_penalty(length, config) for length in lengths)
+                    done[b] = ended[b][-1][0] >= bound
             rows = new_rows
-            if all(done) or cache.length == cache.keys.shape[3] or step == config.max_new_tokens:
+            if all(done):
                 break
             cache.select_rows((torch.arange(B, device=device)[:, None] * W + chosen).flatten())
-            positions = positions + 1
+            positions = self._next(positions)
             mask = None if keys is None else keys[..., : cache.length + 1]
             embedded = decoder.embedding(chosen_tokens.flatten()[:, None])
             hidden = decoder(embedded, positions, mask=mask, cache=cache)[:, -1]
-        answers = []
-        for b in range(B):
-            unfinished = [
-                (score / _length_penalty(len(row.ids), config), row)
-                for score, row in zip(scores[b].tolist(), rows[b], strict=True)
-                if math.isfinite(score)
-            ]
-            answers.append(max([*ended[b], *([] if done[b] else unfinished)], key=lambda item: item[0])[1].answer())
-        return answers
+        return [max(answers, key=lambda item: item[0])[1].answer() for answers in ended]
 
 
 class Stream(Iterator[str]):
     """Pieces of text; when they are used up, `answer` holds the whole."""
 
     def __init__(self, engine: Engine, example: Example, config: GenerationConfig):
-        self._row = _Row(example, engine.processor, config)
+        self._row = engine._row(example, config)
         self._pieces = self._run(engine, config)
 
     def _run(self, engine: Engine, config: GenerationConfig) -> Iterator[str]:

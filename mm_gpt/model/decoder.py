@@ -33,6 +33,7 @@ class DecoderConfig:
     tie_embeddings: bool = True
     """The output layer is the input embedding table."""
     attention_bias: bool = False
+    """The four projections of attention have biases."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -45,10 +46,6 @@ class KVCache:
     """Keys and values of the tokens seen so far, in buffers allocated once for `capacity` tokens."""
 
     def __init__(self, config: DecoderConfig, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device):
-        if capacity > config.max_length:
-            raise ContextOverflowError(
-                f"{capacity} tokens of prompt and answer do not fit into the context of {config.max_length}"
-            )
         shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_size)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -68,7 +65,7 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight, in float32 inside. Root Mean Square Layer Normalization, 1910.07467."""
+    """x / rms(x) · weight, in float32 (or better) inside. Root Mean Square Layer Normalization, 1910.07467."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -76,7 +73,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(precise), self.weight.shape, self.weight.to(precise), self.eps).to(x.dtype)
 
 
 def rotary_table(config: DecoderConfig) -> tuple[Tensor, Tensor]:
@@ -100,7 +98,7 @@ class Attention(nn.Module):
         bias = config.attention_bias
         qkv_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
         self.qkv = nn.Linear(config.width, qkv_width, bias=bias)
-        self.out = nn.Linear(config.num_heads * config.head_size, config.width, bias=False)
+        self.out = nn.Linear(config.num_heads * config.head_size, config.width, bias=bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         H, K, C = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
@@ -190,8 +188,9 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(…, D) -> (…, V) in float32."""
-        return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+        """(…, D) -> (…, V) in float32, or float64 when `hidden` is."""
+        logits = F.linear(hidden, self.head_weight.to(hidden.dtype))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def init_weights(decoder: Decoder, generator: torch.Generator | None = None) -> None:

@@ -18,12 +18,13 @@ CHUNK = 512  # positions projected at a time: 512 · 49,152 float32 logits are 1
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        total = hidden.new_zeros((), dtype=precise)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if ctx.needs_input_grad[1] else None
         for start in range(0, len(labels), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = F.linear(hidden[rows], weight.to(hidden.dtype)).float()
+            logits = F.linear(hidden[rows], weight.to(hidden.dtype)).to(precise)
             total += F.cross_entropy(logits, labels[rows], reduction="sum")
             if grad_hidden is None and grad_weight is None:
                 continue
@@ -33,7 +34,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight.to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight += (grad.T @ hidden[rows]).float()
+                grad_weight += (grad.T @ hidden[rows]).to(precise)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 

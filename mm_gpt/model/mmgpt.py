@@ -78,9 +78,11 @@ class MMGPT(nn.Module):
     def _see(self, pixel_values: Tensor) -> Tensor:
         """Patch tokens (N, P, D_v). On the CPU in float32, also inside autocast: bf16 convolutions are slower there."""
         with torch.autocast(pixel_values.device.type, enabled=pixel_values.is_cuda and torch.is_autocast_enabled()):
-            return self.vision(pixel_values)
+            return self.vision(pixel_values.to(next(self.vision.parameters()).dtype))
 
     def _check_rows(self, placeholders: Tensor, batch: Batch) -> None:
+        if len(batch.pixel_values) != len(batch.image_rows):
+            raise MMGPTError(f"{len(batch.pixel_values)} images came for {len(batch.image_rows)} places in the batch")
         given = torch.bincount(batch.image_rows, minlength=len(placeholders)) * self.tokens_per_image
         wanted = placeholders.sum(dim=1)
         if not torch.equal(given, wanted):

@@ -53,33 +53,44 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
     path = folder / STATE_FILE
     try:
         tensors = load_file(path)
-        step = json.loads((folder / "training_state.json").read_text())["step"]
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        step = int(json.loads((folder / "training_state.json").read_text())["step"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot continue from it ({error})") from None
-    names = _trainable(model)
-    expected = {f"{kind}.{name}" for name in names for kind in ("parameter", "exp_avg", "exp_avg_sq")}
-    if expected != set(tensors):
-        wrong = sorted(expected ^ set(tensors))
+    expected = {name: tensor.shape for name, tensor in _training_state(model, optimizer).items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
         raise CheckpointError(f"{path}: {len(wrong)} tensors do not match this model, such as {wrong[0]}")
     with torch.no_grad():
-        for name, parameter in names.items():
+        for name, buffer in _buffers(model).items():
+            buffer.copy_(tensors[f"buffer.{name}"])
+        for name, parameter in _trainable(model).items():
             parameter.copy_(tensors[f"parameter.{name}"])
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
-            }
+            if steps := tensors[f"step.{name}"]:  # 0: it had no gradient yet, and so has no moments
+                optimizer.state[parameter] = {
+                    "step": steps,
+                    "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
+                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
+                }
     return step
 
 
 def _training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {}
+    tensors = {f"buffer.{name}": buffer.contiguous() for name, buffer in _buffers(model).items()}
     for name, parameter in _trainable(model).items():
+        state = optimizer.state.get(parameter, {})
         tensors[f"parameter.{name}"] = parameter.detach().contiguous()
+        # Each parameter counts its own steps: those without a gradient (no image in any batch) are not among them.
+        tensors[f"step.{name}"] = state.get("step", torch.tensor(0.0))
         for moment in ("exp_avg", "exp_avg_sq"):
-            state = optimizer.state[parameter]
-            tensors[f"{moment}.{name}"] = state[moment].contiguous() if state else torch.zeros_like(parameter)
+            tensors[f"{moment}.{name}"] = state.get(moment, torch.zeros_like(parameter)).contiguous()
     return tensors
+
+
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes without gradients: the running statistics of BatchNorm."""
+    saved = model.state_dict(keep_vars=True)
+    return {name: saved[name] for name, _ in model.named_buffers() if name in saved}
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

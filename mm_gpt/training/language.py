@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from mm_gpt.datasets.caption_questions import derive_questions
 from mm_gpt.datasets.packing import pack
 from mm_gpt.datasets.sources import ErrorCounter, Record, clean_caption, read_records
 from mm_gpt.document import Document, Image
-from mm_gpt.errors import ConfigError, ImageError, MMGPTError
+from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.hub.checkpoint import fill, load_decoder, load_model, save_model
 from mm_gpt.model.decoder import Block, Decoder
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
@@ -158,11 +159,11 @@ class LanguageTask:
                 for record in _share(records, source.repeat, epoch, self.recipe.train.seed):
                     documents += [record] if isinstance(record, Document) else self._documents(record, source, rng)
             rng.shuffle(documents)
-            lengths = [len(self.processor(document)) for document in documents]
+            lengths = [self._length(document) for document in documents]
             fits = [i for i, length in enumerate(lengths) if length <= self.recipe.row_length]
             if len(fits) < len(documents):
                 logger.warning("%d documents are longer than a row and left out", len(documents) - len(fits))
-            rows = [[fits[i] for i in row] for row in pack([lengths[i] for i in fits], self.recipe.row_length)]
+            rows = [[fits[i] for i in row] for row in pack([int(lengths[i]) for i in fits], self.recipe.row_length)]
             rng.shuffle(rows)
             size = self.recipe.rows
             batches = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -170,6 +171,12 @@ class LanguageTask:
                 raise MMGPTError("the sources hold no usable record: " + self.errors.summary())
             self._plans = {epoch: (documents, batches)}  # one epoch's plan in memory at a time
         return self._plans[epoch]
+
+    def _length(self, document: Document) -> float:
+        try:
+            return len(self.processor(document))
+        except ContextOverflowError:
+            return math.inf
 
     def _documents(self, record: Record, source: SourceConfig, rng: random.Random) -> list[Document]:
         """A document of the record's captions and one of its questions, as far as it has them."""
@@ -193,9 +200,8 @@ class LanguageTask:
                 transform = self.processor.transform
             pixels.append(transform(image.load()))  # type: ignore[operator]
         size = self.recipe.image.size
-        multiple = (
-            self.recipe.row_length if seed is not None and self.recipe.compile else 64
-        )  # one shape, one compilation
+        # Blocks are compiled once for each shape: all training batches have the same one.
+        multiple = self.recipe.row_length if seed is not None and self.recipe.compile else 64
         pixel_values = torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size)
         return collate(rows, pixel_values, pad_to_multiple=multiple)
 
@@ -279,6 +285,9 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
         processor = Processor(tokenizer, config, vocab_size=model.decoder.config.vocab_size)
     if recipe.vision_weights is not None:
         load_vision(model.vision, recipe.vision_weights)
+    if recipe.decoder == "full" and isinstance(model.config.decoder, str) and model.config.lora is None:
+        # Its weights are no longer those that the name stands for: they are saved with the model.
+        model.config = dataclasses.replace(model.config, decoder=model.decoder.config)
     return model, processor
 
 
@@ -319,22 +328,31 @@ def question_prompt(question: str, answer: str, rng: random.Random) -> str:
     question = question.strip()
     if answer in ("true", "false"):
         return f"True or false: {question}"
-    return question[0].upper() + question[1:] if rng.random() < 0.5 else question
+    return question[:1].upper() + question[1:] if rng.random() < 0.5 else question
 
 
 def read_chats(path: Path, processor: Processor) -> list[Document]:
     """Text-only chats from a .jsonl of `{"messages": [...]}`. Raises MMGPTError naming file and line."""
     documents = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at U+2028 inside a string
     except OSError as error:
         raise MMGPTError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise MMGPTError(f"{path}: not UTF-8") from None
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             messages = json.loads(line)["messages"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            raise MMGPTError(f"{path}:{number}: not an object with 'messages'") from None
-        document = processor.chat(messages, answer_starts=False)
+            messages = None
+        if not isinstance(messages, list):
+            raise MMGPTError(f"{path}:{number}: not an object with a list of 'messages'")
+        try:
+            document = processor.chat(messages, answer_starts=False)
+        except MMGPTError as error:
+            raise MMGPTError(f"{path}:{number}: {error}") from None
         documents.append(dataclasses.replace(document, id=f"{path.name}:{number}"))
     return documents
 

@@ -11,7 +11,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -146,10 +146,11 @@ def train(
     log = RunLog(out, groups, resume=resume)
     (out / "recipe.json").write_text(json.dumps(describe or {"train": dataclasses.asdict(config)}, indent=2) + "\n")
     step = 0
-    if resume and (latest := checkpoint.latest(out)):
-        step = checkpoint.load_training_state(latest, task.model, optimizer)
+    if resume:
+        if latest := checkpoint.latest(out):
+            step = checkpoint.load_training_state(latest, task.model, optimizer)
+            logger.info("continuing from %s", latest)
         log.cut(step)
-        logger.info("continuing from %s", latest)
     task.model.train()
     best = log.best_loss()
     stopper = Stopper()
@@ -160,17 +161,19 @@ def train(
             step += 1
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-            last = step == config.steps or stopper.requested
-            log.train(step, metrics, flush=step % config.log_every == 0 or last)
-            improved = False
-            if step % config.validate_every == 0 or step == config.steps:
+            last = step == config.steps
+            values: dict[str, float] = {}
+            if step % config.validate_every == 0 or last:
                 values = evaluate(task, config, device)
-                improved = values["loss"] < best
+            improved = bool(values) and values["loss"] < best
+            stop = stopper.requested  # read once: what is raised below must have been saved
+            log.train(step, metrics, flush=step % config.log_every == 0 or last or stop)
+            if values:
                 best = min(best, values["loss"])
                 log.validation(step, values, task.samples())
-            if step % config.save_every == 0 or last or improved:
+            if step % config.save_every == 0 or last or stop or improved:
                 checkpoint.save(task, optimizer, step, out, best=improved)
-            if stopper.requested:
+            if stop:
                 raise KeyboardInterrupt(f"stopped after step {step}; continue with --resume")
 
 
@@ -192,12 +195,14 @@ def training_step(
         total_loss += loss.item()
         total_count += int(count)
     if not math.isfinite(total_loss):
-        raise MMGPTError(f"the loss is {total_loss} at step {step}: lower the learning rate ({config.lr})")
+        raise MMGPTError(f"the loss is {total_loss} at step {step + 1}: lower the learning rate ({config.lr})")
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     for parameter in parameters:
         assert parameter.grad is not None
         parameter.grad /= max(1, total_count)  # a mean over the whole step's targets, not a mean of means
     norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+    if not math.isfinite(norm):  # one step further every weight would be NaN, and perhaps saved
+        raise MMGPTError(f"the gradient is {float(norm)} at step {step + 1}: lower the learning rate ({config.lr})")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - start
@@ -246,6 +251,16 @@ class Stopper:
         logger.warning("stopping after this step (again to stop at once)")
 
 
+def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a log, up to one that a killed process left half written."""
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            logger.warning("%s: half a line is dropped", path)
+            return
+
+
 class RunLog:
     """`log.jsonl` (one object a line) and `loss.png` of a run folder."""
 
@@ -258,7 +273,7 @@ class RunLog:
         self.rows: list[dict[str, Any]] = []
         self._pending: list[dict[str, float]] = []
         if resume and self.path.exists():
-            self.rows = [json.loads(line) for line in self.path.read_text().splitlines()]
+            self.rows = list(_whole_rows(self.path))
         for group in groups:
             trainable = sum(p.numel() for p in group.parameters if p.requires_grad)
             logger.info("training %s: %s parameters, lr × %g", group.name, f"{trainable:,}", group.lr_scale)

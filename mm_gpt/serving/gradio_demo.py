@@ -1,0 +1,308 @@
+"""A web page to chat with the model about pictures, made with Gradio.
+
+It listens on this machine only unless told otherwise, sends nothing anywhere, and loads nothing from the internet.
+What a visitor types is text and never a path: pictures come from the page's own upload folder.
+Importing this module without Gradio raises MMGPTError.
+"""
+
+import html
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
+
+try:  # before torch, which takes seconds
+    import gradio as gr
+except ImportError as missing:
+    raise MMGPTError('the demo needs Gradio: pip install "mm-gpt[demo]"') from missing
+
+from mm_gpt.document import Image, Message
+from mm_gpt.images import load_image, source_name
+from mm_gpt.inference.assistant import CAPTION_PROMPT, Assistant, GenerationOptions, load
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = Path(__file__).resolve().parent / "samples"
+"""Photos to try, free for any use; LICENCES.txt there says where they are from."""
+EXAMPLES = {
+    "cat.jpg": "What animal is in the picture?",
+    "coffee.jpg": "What is on the table?",
+    "astronaut.jpg": "What is the person wearing?",
+    "rocket.jpg": "Where was this picture taken?",
+}
+MAX_FILE_SIZE = "20mb"
+MAX_IMAGES = 16
+"""Pictures in one message. No shipped model has room for more, and each one is decoded."""
+_SECONDS_BETWEEN_UPDATES = 0.05  # the whole chat travels through Gradio each time; the eye wants no more than this
+_UPLOADS_LIVE_S = 24 * 3600
+_CSS = """
+.gradio-container { max-width: 900px !important; width: 100% !important; margin: 0 auto !important; }
+.gradio-container main { width: 100%; }
+#title { text-align: center; }
+#title h1 { margin: 0; }
+#title p { margin: 0; color: var(--neutral-500); }
+#chat .message-content span { white-space: pre-wrap; }
+#chat .message img { max-height: 220px; width: auto; border-radius: var(--radius-md); }
+#chat button[aria-label="Share"] { display: none; }
+#chat .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); width: 100%; }
+#chat .example { padding: 8px; }
+#chat .example-image-container, #chat .example-image { width: 100%; height: 110px; object-fit: cover; }
+#chat .example-text { font-size: 14px; }
+#box .submit-button { background: var(--primary-600); color: white; }
+"""
+
+
+def build(assistant: Assistant) -> gr.Blocks:
+    """The page, not yet served."""
+
+    def idle(**changes: Any) -> Any:
+        return gr.MultimodalTextbox(submit_btn=True, stop_btn=False, **changes)
+
+    def busy(**changes: Any) -> Any:
+        return gr.MultimodalTextbox(submit_btn=False, stop_btn=True, **changes)
+
+    def refused(error: Exception, text: str, paths: Sequence[str], history: list[Message]) -> tuple[Any, ...]:
+        """A notice, with the conversation as it was and what was entered back in the box."""
+        gr.Warning(html.escape(explain(error)))
+        return idle(value={"text": text, "files": readable(paths)}), shown(history), history
+
+    def answer(entry: dict[str, Any], history: list[Message], *sampling: Any) -> Iterator[tuple[Any, ...]]:
+        text, paths = entry["text"] or "", entry["files"]
+        try:
+            message = user_message(text.strip() or CAPTION_PROMPT, paths, needs_image=not text.strip())
+            stream = assistant.chat([*history, message], stream=True, **_options(*sampling))
+            said = ""
+            yield busy(value=None), shown([*history, message]), [*history, message, _said("")]
+            updated = time.monotonic()
+            for piece in stream:
+                said += piece
+                if said.strip() and time.monotonic() - updated >= _SECONDS_BETWEEN_UPDATES:
+                    turns = [*history, message, _said(said.lstrip())]
+                    yield gr.skip(), shown(turns), turns
+                    updated = time.monotonic()
+            turns = [*history, message, _said(stream.answer.text)]
+            yield idle(), shown(turns), turns
+        except Exception as error:
+            yield refused(error, text, paths, history)
+
+    def caption(entry: dict[str, Any], history: list[Message], *sampling: Any) -> Iterator[tuple[Any, ...]]:
+        text, paths = entry["text"] or "", entry["files"]
+        try:
+            if paths:
+                asked = [user_message(CAPTION_PROMPT, [path]) for path in paths[:MAX_IMAGES]]
+                images = [part for message in asked for part in message["content"] if isinstance(part, Image)]
+            else:
+                asked = [user_message(CAPTION_PROMPT, [])]
+                images = last_images(history)[-1:]
+            if not images:
+                raise MMGPTError("Add a picture first.")
+            yield busy(value={"text": text, "files": []}), shown([*history, *asked]), history
+            options = _options(*sampling)
+            captions = assistant.caption(images, **(options if options["temperature"] > 0 else {}))
+            turns = list(history)
+            for message, written in zip(asked, captions, strict=True):
+                turns += [message, _said(written.text)]
+            yield idle(), shown(turns), turns
+        except Exception as error:
+            yield refused(error, text, paths, history)
+
+    def new_chat() -> tuple[Any, ...]:
+        return idle(value=None), [], []
+
+    def try_example(event: gr.SelectData) -> dict[str, Any]:
+        name = list(EXAMPLES)[event.index if isinstance(event.index, int) else event.index[0]]
+        return {"text": EXAMPLES[name], "files": [str(SAMPLES / name)]}
+
+    # Uploads older than a day are deleted, every hour.
+    with gr.Blocks(
+        title="mm-gpt", analytics_enabled=False, fill_height=True, delete_cache=(3600, _UPLOADS_LIVE_S)
+    ) as demo:
+        gr.Markdown("# mm-gpt\nAsk about your pictures. Answers can be wrong.", elem_id="title")
+        # On the server: a browser can show another conversation, but not make the model read other files.
+        history = gr.State([], time_to_live=_UPLOADS_LIVE_S)
+        chat = gr.Chatbot(
+            show_label=False,
+            scale=1,
+            min_height=360,
+            buttons=["copy"],
+            render_markdown=False,  # the model writes plain text, and must not place links or images into the page
+            allow_tags=False,
+            latex_delimiters=[],
+            feedback_options=None,
+            allow_file_downloads=False,
+            elem_id="chat",
+            placeholder="Add one picture or several and ask, or try one of these.",
+            examples=[
+                {"text": question, "icon": str(SAMPLES / name), "files": [str(SAMPLES / name)]}
+                for name, question in EXAMPLES.items()
+            ],
+        )
+        box = gr.MultimodalTextbox(
+            show_label=False,
+            file_types=["image"],
+            file_count="multiple",
+            placeholder="Ask about a picture ...",
+            max_plain_text_length=100_000,  # a longer text is pasted as a file
+            autofocus=True,
+            elem_id="box",
+        )
+        with gr.Row():
+            caption_button = gr.Button("Caption the picture", size="md", elem_id="caption")
+            new_button = gr.Button("New chat", size="md", elem_id="new")
+        with gr.Accordion("Settings", open=False, elem_id="settings"):
+            with gr.Row():
+                temperature = gr.Slider(
+                    0, 2, value=0, step=0.05, label="Temperature", info="0: always the likeliest word"
+                )
+                max_new_tokens = gr.Slider(1, 512, value=128, step=1, label="Longest answer", info="in tokens")
+            with gr.Row():
+                top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p", info="1: keep all words")
+                top_k = gr.Slider(0, 200, value=0, step=1, label="Top-k", info="0: keep all words")
+                seed = gr.Number(0, precision=0, minimum=0, maximum=2**31 - 1, label="Seed", info="of the sampling")
+        # One call of the model at a time, whoever asks. The functions are for the page only, not an API.
+        inputs = [box, history, temperature, top_p, top_k, max_new_tokens, seed]
+        outputs = [box, chat, history]
+        model_call: dict[str, Any] = {
+            "inputs": inputs,
+            "outputs": outputs,
+            "concurrency_id": "model",
+            "concurrency_limit": 1,
+            "show_progress": "hidden",
+            "api_visibility": "private",
+        }
+        page_call: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        running: list[Any] = [box.submit(answer, **model_call), caption_button.click(caption, **model_call)]
+        box.stop(idle, outputs=box, cancels=running, **page_call)
+        new_button.click(new_chat, outputs=outputs, cancels=running, **page_call)
+        chat.clear(new_chat, outputs=outputs, cancels=running, **page_call)
+        chat.example_select(try_example, outputs=box, **page_call)
+    return demo
+
+
+def serve(demo: gr.Blocks, *, host: str = "127.0.0.1", port: int = 7860, block: bool = True) -> None:
+    """Serve a page from `build`. With `block` false it returns once the page answers; `demo.close()` ends it.
+
+    Raises MMGPTError when the port is taken.
+    """
+    try:
+        demo.queue(default_concurrency_limit=1, max_size=32, api_open=False).launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            prevent_thread_lock=not block,
+            allowed_paths=[str(SAMPLES)],
+            max_file_size=MAX_FILE_SIZE,
+            enable_monitoring=False,
+            run_history=False,
+            ssr_mode=False,
+            footer_links=[],
+            theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            css=_CSS,
+        )
+    except OSError as error:
+        raise MMGPTError(f"cannot listen on {host} port {port}: {error}") from error
+
+
+def launch(model: str = "default", host: str = "127.0.0.1", port: int = 7860, device: str = "auto") -> None:
+    """Load a model (`mm_gpt.load` says which) and serve the page until interrupted.
+
+    `host` 0.0.0.0 opens it to the network: whoever reaches the port can use it. Raises MMGPTError when the model
+    cannot be loaded or the port is taken.
+    """
+    # Uploads go into a folder that only this user can read, and are gone at the end.
+    with tempfile.TemporaryDirectory(prefix="mm-gpt-demo-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        serve(build(load(model, device=device)), host=host, port=port)
+
+
+def user_message(text: str, paths: Sequence[str], *, needs_image: bool = False) -> Message:
+    """A chat message: the uploaded pictures, then the text. Every picture is decoded once, to refuse it right away.
+
+    Raises ImageError naming the file, MMGPTError when there is nothing to send or there are too many pictures.
+    """
+    if needs_image and not paths:
+        raise MMGPTError("Type a question or add a picture.")
+    if len(paths) > MAX_IMAGES:
+        raise MMGPTError(f"{len(paths)} pictures in one message; at most {MAX_IMAGES} are taken.")
+    for path in paths:
+        load_upload(path)
+    return {"role": "user", "content": [*(Image(Path(path)) for path in paths), {"type": "text", "text": text}]}
+
+
+def load_upload(path: str) -> None:
+    """Raises ImageError that names the file as its owner knows it, without our folder."""
+    try:
+        load_image(Path(path))
+    except ImageError as error:
+        raise ImageError(str(error).replace(source_name(path), source_name(Path(path).name))) from error
+
+
+def readable(paths: Sequence[str]) -> list[str]:
+    """Those of the uploaded files that are pictures."""
+    good = []
+    for path in paths[:MAX_IMAGES]:
+        try:
+            load_upload(path)
+        except ImageError:
+            continue
+        good.append(path)
+    return good
+
+
+def last_images(history: Sequence[Message]) -> list[Image]:
+    """The pictures of the latest message that has some."""
+    for message in reversed(history):
+        images = [part for part in message["content"] if isinstance(part, Image)]
+        if images:
+            return images
+    return []
+
+
+def shown(history: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages for the model as messages for Gradio's chat: one for each picture and each text."""
+    bubbles: list[dict[str, Any]] = []
+    for message in history:
+        if message["role"] == "assistant":
+            bubbles.append({"role": "assistant", "content": _escaped(message["content"] or "(no answer)")})
+            continue
+        for part in message["content"]:
+            content = {"path": str(part.source)} if isinstance(part, Image) else _escaped(part["text"])
+            bubbles.append({"role": "user", "content": content})
+    return bubbles
+
+
+def explain(error: Exception) -> str:
+    """What the page says about an error. What is our fault goes to the log, with its traceback."""
+    if isinstance(error, ContextOverflowError):
+        return f"The conversation is too long for the model: {error}. Start a new chat, or send fewer pictures."
+    if isinstance(error, MMGPTError):
+        return str(error)
+    logger.error("the demo failed", exc_info=error)
+    return "Something went wrong; the terminal where mm-gpt runs has the details."
+
+
+def _escaped(text: str) -> str:
+    """Gradio shows a text without markdown as HTML."""
+    return html.escape(text, quote=False)
+
+
+def _said(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _options(temperature: float, top_p: float, top_k: int, max_new_tokens: int, seed: int) -> GenerationOptions:
+    if seed is None:
+        raise MMGPTError("The seed is empty; 0 will do.")
+    return {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": int(top_k),
+        "max_new_tokens": int(max_new_tokens),
+        "seed": int(seed),
+    }
