@@ -132,7 +132,7 @@ def evaluate(
     if config.task not in TASKS:
         raise MMGPTError(unknown_name("task", config.task, TASKS))
     kind = TASKS[config.task]
-    chosen = _controls(config.controls, kind)
+    chosen, is_explicit = _controls(config.controls, kind), config.controls is not None
     earlier = None if restart else _read_results(output)
     assistant = assistant or load(config.model, device=config.device)
     config = dataclasses.replace(
@@ -146,7 +146,7 @@ def evaluate(
         try:
             task.check_control(control)
         except MMGPTError as error:
-            if control not in kind.default_controls:
+            if is_explicit:
                 raise
             logger.warning("%s", error)
             config = dataclasses.replace(config, controls=tuple(c for c in config.controls or () if c != control))
@@ -160,9 +160,11 @@ def evaluate(
             if samples.exists() and not restart:
                 raise MMGPTError(f"{samples} exists without its results; remove it, or replace it with --restart")
             samples.write_text("")
-        _write(output, json.dumps(results, indent=2) + "\n")
-        rows = _predict(task, ("none", *(config.controls or ())), samples, progress)
-        results |= _scored(task, rows, samples)
+        if earlier is None or not earlier["finished"]:
+            _write(output, json.dumps(results, indent=2) + "\n")
+        conditions = ("none", *(config.controls or ()))
+        rows = _predict(task, conditions, samples, progress)
+        results |= _scored(task, conditions, rows, samples)
         _write(output, json.dumps(results, indent=2) + "\n")
     except OSError as error:
         raise MMGPTError(f"{error.filename or output}: {error.strerror or error}") from None
@@ -182,8 +184,12 @@ def _controls(names: tuple[str, ...] | None, kind: type[Task]) -> tuple[str, ...
 # ---- predictions, and the log that survives an interruption ----
 
 
-def _predict(task: Task, conditions: tuple[str, ...], samples: Path, progress: bool) -> dict[str, list[dict[str, Any]]]:
-    """The rows of every condition in the order of the items; "none" is the run without a control."""
+Rows = dict[tuple[str, str], dict[str, Any]]
+"""Lines of the sample log by (control, id of the item)."""
+
+
+def _predict(task: Task, conditions: tuple[str, ...], samples: Path, progress: bool) -> Rows:
+    """All rows of `conditions` ("none" is the run without a control), and what else the log already held."""
     from tqdm import tqdm
 
     done = _read_samples(samples, task)
@@ -204,7 +210,7 @@ def _predict(task: Task, conditions: tuple[str, ...], samples: Path, progress: b
                     log.write(_line(row))
             log.flush()
             bar.update(len(batch))
-    return {condition: [done[condition, item.id] for item in task.items] for condition in conditions}
+    return done
 
 
 def _batches(task: Task) -> list[list[Any]]:
@@ -214,9 +220,9 @@ def _batches(task: Task) -> list[list[Any]]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def _read_samples(samples: Path, task: Task) -> dict[tuple[str, str], dict[str, Any]]:
+def _read_samples(samples: Path, task: Task) -> Rows:
     """Rows of an earlier run by (control, id). A line cut off by the interruption is dropped from the file."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: Rows = {}
     lines = samples.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if samples.exists() else []
     known = {item.id for item in task.items}
     for number, line in enumerate(lines, start=1):
@@ -277,14 +283,17 @@ def _header(config: EvalConfig, task: Task) -> dict[str, Any]:
     }
 
 
-def _scored(task: Task, rows: dict[str, list[dict[str, Any]]], samples: Path) -> dict[str, Any]:
+def _scored(task: Task, conditions: tuple[str, ...], rows: Rows, samples: Path) -> dict[str, Any]:
     """Metrics of every condition. The sample log is rewritten in the order of the data, each row with its scores."""
     seed = task.config.seed
-    scores = {condition: task.scores(of_condition) for condition, of_condition in rows.items()}
+    scores = {}
     lines = []
-    for condition, of_condition in rows.items():
-        for i, row in enumerate(of_condition):
+    for condition in conditions:
+        in_order = [rows[condition, item.id] for item in task.items]
+        scores[condition] = task.scores(in_order)
+        for i, row in enumerate(in_order):
             lines.append(_line({**row, "scores": {m: float(s.per_item[i]) for m, s in scores[condition].items()}}))
+    lines += [_line(row) for (condition, _), row in rows.items() if condition not in conditions]
     _write(samples, "".join(lines))
     plain = scores["none"]
     return {
@@ -332,7 +341,7 @@ def _read_results(output: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError):
         results = None
-    if not isinstance(results, dict) or not {"task", "model", "data", "config"} <= results.keys():
+    if not isinstance(results, dict) or not {"finished", "task", "model", "data", "config"} <= results.keys():
         raise MMGPTError(f"{output} exists and is no results file; choose another -o")
     return results
 

@@ -289,8 +289,13 @@ class VQA(ImageTask):
         references = [item.row["references"] for item in self.items]
         pairs = list(zip(predictions, references, strict=True))
         scores: dict[str, Score] = {}
-        if all(len(answers) >= MIN_ANNOTATORS for answers in references):
+        enough = [len(answers) >= MIN_ANNOTATORS for answers in references]
+        if all(enough):
             scores["VQA accuracy"] = self._ratio(vqa_accuracy(p, answers) for p, answers in pairs)
+        elif any(enough):
+            logger.warning(
+                "no VQA accuracy: %d of %d questions have %d answers", sum(enough), len(enough), MIN_ANNOTATORS
+            )
         scores["exact match"] = self._ratio(exact_match(p, answers) for p, answers in pairs)
         return scores
 

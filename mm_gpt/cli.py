@@ -20,7 +20,7 @@ from mm_gpt.errors import MMGPTError, unknown_name
 if TYPE_CHECKING:
     from mm_gpt.document import Message
     from mm_gpt.inference.assistant import Assistant, GenerationOptions
-    from mm_gpt.inference.engine import Answer
+    from mm_gpt.inference.engine import Stream
 
 EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 3, 130, 141
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(error)
         return EXIT_ERROR
     except KeyboardInterrupt as error:
-        print(f"mm-gpt: {error}" if error.args else "", file=sys.stderr)
+        print(f"mm-gpt: {str(error) or 'stopped'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -176,7 +176,7 @@ def _run_ask(args: argparse.Namespace) -> int:
         values = {"answer": answer.text} | {name: getattr(answer, name) for name in fields}
         print(json.dumps(values, ensure_ascii=False))
     elif sys.stdout.isatty() and options.get("num_beams", 1) == 1:
-        _say(assistant, [turn], options)
+        _print_stream(assistant.chat([turn], stream=True, **options))
     else:
         print(assistant.chat([turn], **options))
     return 0
@@ -222,8 +222,12 @@ def _run_chat(args: argparse.Namespace) -> int:
                 raise MMGPTError(unknown_name("chat command", command, CHAT_COMMANDS))
             else:
                 turn = _user(images, line)
-                answer = _say(assistant, [*messages, turn], options)
-                messages += [turn, {"role": "assistant", "content": answer.text}]
+                stream = assistant.chat([*messages, turn], stream=True, **options)
+                try:
+                    _print_stream(stream)
+                except KeyboardInterrupt:  # ends this answer, not the chat; what there is of it stays
+                    print("\n(stopped)", file=sys.stderr)
+                messages += [turn, {"role": "assistant", "content": stream.answer.text}]
                 images = []
         except MMGPTError as error:
             _complain(error)
@@ -248,16 +252,14 @@ def _user(images: Sequence[Any], text: str) -> "Message":
     return {"role": "user", "content": [*map(Image, images), text]}
 
 
-def _say(assistant: "Assistant", messages: "list[Message]", options: "GenerationOptions") -> "Stream":
-    """Print the answer as it is generated. The stream's `answer` is what there is of it, also after Ctrl-C."""
-    stream = assistant.chat(messages, stream=True, **options)
+def _print_stream(stream: "Stream") -> None:
+    """Print an answer as it is generated."""
     started = False
     for piece in stream:
         text = piece if started else piece.lstrip()
         started = started or bool(text)
         print(text, end="", flush=True)
     print(flush=True)
-    return stream
 
 
 # ---- caption ----
@@ -371,12 +373,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_demo(args: argparse.Namespace) -> int:
-    try:
-        from mm_gpt.serving.gradio_demo import launch
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise MMGPTError("the demo needs Gradio: pip install 'mm-gpt[demo]'") from None
+    from mm_gpt.serving.gradio_demo import launch
+
     launch(args.model, args.host, args.port, args.device)
     return 0
 

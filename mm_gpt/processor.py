@@ -3,8 +3,10 @@
 Shapes: T tokens of one example, B rows, N images of the whole batch, k tokens per image.
 """
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,8 +58,8 @@ class Batch:
     ids: list[str] = field(default_factory=list)
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        tensors: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **tensors)
 
 
 class Processor:
@@ -103,7 +105,7 @@ class Processor:
     def captions(self, image: Image, prompt: str, captions: Sequence[str], *, id: str = "") -> Document:
         """One image and prompt with several captions, each in a branch of its own, for training."""
         # The branches begin with the header's last token: what it predicts, the caption's first token, differs.
-        shared = [
+        shared: list[Segment] = [
             Text("<|im_start|>user\n", is_target=False, is_control=True),
             image,
             Text(prompt, is_target=False),
@@ -116,7 +118,7 @@ class Processor:
 
     def questions(self, image: Image, pairs: Sequence[tuple[str, str]], *, id: str = "") -> Document:
         """One image with (question, answer) pairs, each in a branch of its own, for training."""
-        shared = [Text("<|im_start|>user\n", is_target=False, is_control=True), image]
+        shared: list[Segment] = [Text("<|im_start|>user\n", is_target=False, is_control=True), image]
         branches = [
             (
                 Text(question, is_target=False),

@@ -101,20 +101,18 @@ class Tokenizer:
         pre = fields.get("tokenizer.ggml.pre", "gpt-2")
         if fields.get("tokenizer.ggml.model") != "gpt2" or pre not in GGUF_PRE_TOKENIZERS:
             raise CheckpointError(f"{where}: tokenizer {fields.get('tokenizer.ggml.model')!r}/{pre!r} is not supported")
-        tokens = fields["tokenizer.ggml.tokens"]
-        merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+        try:
+            tokens = fields["tokenizer.ggml.tokens"]
+            merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+            kinds, end_of_turn = fields["tokenizer.ggml.token_type"], tokens[fields["tokenizer.ggml.eos_token_id"]]
+        except (KeyError, IndexError) as error:
+            raise CheckpointError(f"{where}: the tokenizer's metadata is not complete ({error})") from None
         backend = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
         backend.pre_tokenizer = GGUF_PRE_TOKENIZERS[pre]()
         backend.decoder = decoders.ByteLevel()
-        control = [
-            t for t, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == GGUF_CONTROL
-        ]
+        control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == GGUF_CONTROL]
         backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-        return cls(
-            backend,
-            end_of_text="<|endoftext|>",
-            end_of_turn=tokens[fields["tokenizer.ggml.eos_token_id"]],
-        )
+        return cls(backend, end_of_text="<|endoftext|>", end_of_turn=end_of_turn)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":

@@ -1,6 +1,7 @@
 """The web demo: what it passes to the model, what it refuses, and the page itself in a real browser."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from mm_gpt.serving.gradio_demo import (
     build,
     explain,
     last_images,
+    launch,
     readable,
     serve,
     shown,
@@ -156,6 +158,25 @@ except mm_gpt.MMGPTError as error:
 # ---- the server ----
 
 
+def test_launch_keeps_uploads_in_a_private_folder_that_goes_away(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradio's own place, /tmp/gradio, is shared by all users of the machine and never emptied."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
+    served: list[Any] = []
+
+    def record(demo: Any, *, host: str, port: int) -> None:
+        uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+        served.append((host, port, os.environ["GRADIO_ANALYTICS_ENABLED"], uploads, uploads.stat().st_mode & 0o777))
+
+    monkeypatch.setattr("mm_gpt.serving.gradio_demo.serve", record)
+    launch(str(tiny_model_folder), port=1234, device="cpu")
+    ((host, port, analytics, uploads, mode),) = served
+    assert (host, port, analytics, mode) == ("127.0.0.1", 1234, "False", 0o700)
+    assert not uploads.exists()
+
+
 def test_port_in_use_is_one_line(tiny_assistant: Assistant) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -229,15 +250,26 @@ def test_conversation_in_a_browser(
     assert page.locator("#chat .example").count() == len(EXAMPLES)
     assert not page.locator("#settings input").first.is_visible()
 
+    page.click("#settings button")
+    longest = page.get_by_label("number input for Longest answer")
+    longest.wait_for()
+    page.wait_for_load_state("networkidle")  # the part that is opened comes to life only now
+    longest.fill("20")  # four turns must fit into 256 tokens
+    page.keyboard.press("Tab")
+    wait_until(lambda: page.get_by_label("range slider for Longest answer").input_value() == "20")
+    page.click("#settings button")
+
     send(page, "What <b>is</b> it?", picture_file)
     wait_until(lambda: bot(page).count() == 1 and page.locator("#box .submit-button").count() == 1)
-    assert bot(page).inner_text()
+    expected = chat([user_message("What <b>is</b> it?", [str(picture_file)])], max_new_tokens=20)
+    assert bot(page).inner_text().split() == (str(expected) or "(no answer)").split()
     assert "What <b>is</b> it?" in page.locator("#chat").inner_text()
     assert page.locator("#chat .user img").count() == 1
     page.screenshot(path=tmp_path / "answer.png")
 
     page.click("#caption")
     wait_until(lambda: bot(page).count() == 2 and page.locator("#box .submit-button").count() == 1)
+    assert bot(page).nth(1).inner_text().split() == str(tiny_assistant.caption(picture_file)).split()
     assert page.locator("#chat .user img").count() == 1  # about the picture that is already there
 
     broken = tmp_path / "broken<i>.jpg"
@@ -257,9 +289,6 @@ def test_conversation_in_a_browser(
     assert bot(page).count() == 2
 
     assert conversations == [1, 5]  # the overflow got the history, the broken file never came so far
-    page.click("#settings button")
-    page.locator("#settings input[type=number]").nth(1).fill("4")  # the longest answer
-    page.keyboard.press("Tab")
     send(page, "?")
     wait_until(lambda: bot(page).count() == 3 and page.locator("#box .submit-button").count() == 1)
     page.screenshot(path=tmp_path / "end.png")

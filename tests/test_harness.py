@@ -178,7 +178,7 @@ def test_one_question_an_image_gives_wilsons_interval(tmp_path: Path, tiny_model
 
 
 def test_interval_counts_images_not_questions() -> None:
-    """Stops: fifty questions about one photo counted as fifty independent trials, an interval seven times too narrow."""
+    """Stops: fifty questions about one photo counted as fifty independent trials, hence a far too narrow interval."""
     right = np.repeat([1.0, 0.0, 1.0, 0.0], 50)
     groups = np.repeat(np.arange(4), 50)
     low, high = RatioScore(right, np.ones(200), groups).interval()
@@ -317,6 +317,7 @@ def test_interrupted_run_continues(
     assert engine.engine.calls == []
     evaluate(config("vqa", tar, tiny_model_folder, controls=("blank",)), output, assistant=engine)
     assert sum(size for size, _ in engine.engine.calls) == 10
+    assert len(read_samples(output)) == 30, "the shuffled predictions were thrown away"
 
 
 def test_results_of_another_run_are_never_mixed(tmp_path: Path, tiny_model_folder: Path, scripted: Any) -> None:

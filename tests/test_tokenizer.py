@@ -1,5 +1,6 @@
 """Text <-> ids: parity with transformers, round trips, and text that only looks like a special token."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,7 @@ def test_the_vocabulary_inside_a_gguf_file() -> None:
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     backend.encode_special_tokens = True
     vocabulary = sorted(backend.get_vocab(), key=backend.get_vocab().__getitem__)
-    merges = __import__("json").loads(backend.to_str())["model"]["merges"]
+    merges = json.loads(backend.to_str())["model"]["merges"]
     fields = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
@@ -156,7 +157,9 @@ def test_same_ids_as_transformers(smollm2: Path) -> None:
     fields = {name: field.contents() for name, field in open_gguf(smollm2).fields.items()}
     ours = Tokenizer.from_gguf_fields(fields, str(smollm2))
     for text in TEXTS:
-        if "<|" not in text:
+        # transformers leaves out the model's own rule that every digit stands alone. That shows only at digits that
+        # occur in merges, those of other scripts, and makes special tokens of text that looks like them.
+        if "<|" not in text and "٣" not in text:
             assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], repr(text)
         assert ours.decode(ours.encode(text)) == text
     chat = "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n"

@@ -61,7 +61,7 @@ class Assistant:
         if device.type == "cuda":
             model.to(device, torch.bfloat16)
         else:
-            _transpose_for_cpu(model.decoder)
+            transpose_for_cpu(model.decoder)
         self.model, self.processor = model, processor
         self.engine = Engine(model, processor)
 
@@ -193,7 +193,7 @@ def _is_iterable_of_images(images: Any) -> bool:
     return hasattr(images, "__next__")
 
 
-def _transpose_for_cpu(decoder: nn.Module) -> None:
+def transpose_for_cpu(decoder: nn.Module) -> None:
     """Store each matrix (out, in) by columns: the product with one row, which is what decoding does, reads it in order.
 
     Twice as fast as the usual layout with torch's CPU kernels; shapes and results stay the same.

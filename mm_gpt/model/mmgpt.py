@@ -49,7 +49,7 @@ class MMGPT(nn.Module):
 
     @property
     def tokens_per_image(self) -> int:
-        return self.connector.num_tokens
+        return int(self.connector.num_tokens)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
@@ -122,6 +122,11 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"unknown device {name!r}; use auto, cpu or cuda") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"there is no device {name!r} here ({torch.cuda.device_count()} CUDA devices); use auto or cpu"
+        )
+    return device

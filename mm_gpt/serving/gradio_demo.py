@@ -49,6 +49,7 @@ _CSS = """
 #chat .message-content span { white-space: pre-wrap; }
 #chat .message img { max-height: 220px; width: auto; border-radius: var(--radius-md); }
 #chat button[aria-label="Share"] { display: none; }
+#chat .icon-button-wrapper:not(:has(button:not([aria-label="Share"]))) { display: none; }
 #chat .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); width: 100%; }
 #chat .example { padding: 8px; }
 #chat .example-image-container, #chat .example-image { width: 100%; height: 110px; object-fit: cover; }

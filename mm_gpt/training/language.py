@@ -57,7 +57,9 @@ class LanguageRecipe:
     model: ModelConfig
     image: ImageTransformConfig
     sources: tuple[SourceConfig, ...]
-    validation: tuple[SourceConfig, ...]
+    validation: tuple[SourceConfig, ...] = ()
+    holdout: float = 0.0
+    """Without `validation` sources: the share of each training source that is kept from training to validate on."""
     start: str | None = None
     """A model folder to start from; its configuration must be `model`."""
     vision_weights: str | None = None
@@ -85,6 +87,10 @@ class LanguageRecipe:
     data: str = "."
     """The folder that `sources` are in."""
 
+    def __post_init__(self) -> None:
+        if bool(self.validation) == bool(self.holdout) or not 0 <= self.holdout <= 0.5:
+            raise ConfigError("give either validation sources or a holdout between 0 and 0.5")
+
 
 class LanguageTask:
     """A `Task` for the loop. The whole plan of an epoch follows from (seed, epoch)."""
@@ -99,6 +105,11 @@ class LanguageTask:
         self.model, self.processor = build_model(recipe, tokenizer)
         documents = [self._chats(source) or records for source, records in sources]
         self.records, self.validation_records = documents[: len(recipe.sources)], documents[len(recipe.sources) :]
+        if recipe.holdout:
+            every = round(1 / recipe.holdout)
+            self.validation_records = [records[::every] for records in self.records]
+            self.records = [[r for i, r in enumerate(records) if i % every] for records in self.records]
+        self._validated = list(recipe.validation or recipe.sources)
         self._plans: dict[int, tuple[list[Document], list[list[list[int]]]]] = {}
         self._first_steps: list[int] = [0]  # the first micro-batch of each epoch
         if self.errors.total:
@@ -231,7 +242,7 @@ class LanguageTask:
         """Mean loss per target in nats: over all validation sources, and of each."""
         total, count = 0.0, 0
         values: dict[str, float] = {}
-        for source, records in zip(self.recipe.validation, self.validation_records, strict=True):
+        for source, records in zip(self._validated, self.validation_records, strict=True):
             rng = random.Random(0)
             source_total, source_count = 0.0, 0
             documents = []
@@ -296,7 +307,7 @@ def compile_blocks(decoder: Decoder) -> None:
     compiled = torch.compile(Block.forward, dynamic=False)
     for block in decoder.blocks:
         plain = block.forward
-        block.forward = lambda *args, block=block, plain=plain: (  # type: ignore[method-assign, misc]
+        block.forward = lambda *args, block=block, plain=plain: (
             compiled(block, *args) if block.training else plain(*args)
         )
 

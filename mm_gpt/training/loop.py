@@ -59,7 +59,7 @@ class TrainConfig:
         for name in ("steps", "accumulate", "log_every", "validate_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.lr <= 0 or self.clip <= 0:
+        if not (self.lr > 0 and self.clip > 0):  # written so that NaN is refused
             raise ConfigError(f"lr and clip must be positive, not {self.lr} and {self.clip}")
 
 
@@ -73,7 +73,8 @@ class ParameterGroup:
 class Task(Protocol):
     """What a stage of training is made of."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     def parameter_groups(self) -> list[ParameterGroup]: ...
 

@@ -14,7 +14,7 @@ from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import ModelConfig
 from mm_gpt.training.contrastive import ContrastiveRecipe, ContrastiveTask
 from mm_gpt.training.language import LanguageRecipe, LanguageTask, SourceConfig
-from mm_gpt.training.loop import TrainConfig, train
+from mm_gpt.training.loop import Task, TrainConfig, train
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.contrastive import ContrastiveConfig, TextTowerConfig
 from mm_gpt.vision.encoder import VisionConfig
@@ -51,7 +51,7 @@ def tiny(data: str) -> LanguageRecipe:
         ),
         image=ImageTransformConfig(size=64, mean=HALF, std=HALF),
         sources=(SourceConfig(path="."),),
-        validation=(SourceConfig(path="."),),
+        holdout=0.1,
         decoder="full",
         vision_blocks=None,
         vision_lr=1.0,
@@ -123,7 +123,7 @@ def finetune(data: str) -> LanguageRecipe:
         model=model,
         image=processor.image,
         sources=(SourceConfig(path="."),),
-        validation=(SourceConfig(path="."),),
+        holdout=0.1,
         start=str(folder),
         rows=2,
         data=data,
@@ -140,7 +140,7 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
 
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> None:
     """Train a recipe into `out`; its best model is then in `out/best`. Raises what `train` raises."""
-    task = LanguageTask(recipe) if isinstance(recipe, LanguageRecipe) else ContrastiveTask(recipe)
+    task: Task = LanguageTask(recipe) if isinstance(recipe, LanguageRecipe) else ContrastiveTask(recipe)
     if resume and (out / "recipe.json").exists():
         _check_same(recipe, out / "recipe.json")
     train(task, recipe.train, out, resume=resume, progress=progress, describe=configs.to_dict(recipe))

@@ -1,0 +1,388 @@
+"""Batch captioning: finding images, and an output file that holds every image exactly once whatever happens."""
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import make_picture
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mm_gpt.captioning import (
+    FORMATS,
+    CaptionFile,
+    ImageItem,
+    Row,
+    TarSlice,
+    caption_images,
+    caption_rows,
+    find_images,
+    identity,
+    natural_key,
+)
+from mm_gpt.errors import MMGPTError
+from mm_gpt.inference.assistant import Assistant, load
+
+names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
+rows_strategy = st.lists(st.tuples(names, names, st.booleans()), max_size=5, unique_by=lambda r: identity(r[0]))
+
+
+def to_row(name: str, text: str, is_error: bool) -> Row:
+    return Row(name, error=text) if is_error else Row(name, caption=text)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the output by other means than our own code: what a user's script would do."""
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            return [Row(r["image"], r["caption"] or None, r["error"] or None) for r in csv.DictReader(file)]
+    values = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+    return [Row(v["image"], v.get("caption"), v.get("error")) for v in values]
+
+
+def png(seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    make_picture(seed).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def found(*inputs: str | Path) -> list[str]:
+    return [item.name for item in find_images(inputs)]
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Ten numbered photos, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(1, 11):
+        make_picture(number).save(folder / f"img{number}.png")
+    return folder
+
+
+# ---- Finding images ----
+
+
+def test_natural_order_of_folders_and_hidden_names(photos: Path) -> None:
+    """Stops img10 before img2, and macOS's `._photo.jpg` shadows from becoming error rows."""
+    (photos / "b").mkdir()
+    (photos / ".cache").mkdir()
+    for name in ("b/x.JPG", "._img1.png", ".cache/y.png", "notes.txt", "captions.json"):
+        (photos / name).write_bytes(png())
+    assert found("photos") == [f"photos/img{n}.png" for n in range(1, 11)] + ["photos/b/x.JPG"]
+    assert sorted(["a10", "a9", "A1", "a09"], key=natural_key) == ["A1", "a09", "a9", "a10"]
+
+
+def test_same_image_by_several_ways_appears_once(photos: Path) -> None:
+    inputs = ["photos/img2.png", "./photos//img2.png", photos, "photos/*.png", "../" + photos.parent.name + "/photos"]
+    assert found(*inputs) == ["photos/img2.png", *(str(photos / f"img{n}.png") for n in (1, 3, 4, 5, 6, 7, 8, 9, 10))]
+
+
+def test_globs(photos: Path) -> None:
+    (photos / "notes.txt").write_text("no image")
+    (photos / "a[1].png").write_bytes(png())
+    assert found("photos/img?.*")[-1] == "photos/img9.png"
+    assert found("**/*.png") == found("photos")
+    assert "photos/notes.txt" not in found("photos/*")
+    assert found("photos/a[1].png") == ["photos/a[1].png"]  # an existing file wins over a pattern
+    with pytest.raises(MMGPTError, match=r"photos/\*\.gif: no file matches"):
+        find_images(["photos/*.gif"])
+
+
+@pytest.mark.parametrize("name", ["missing.jpg", "", "data:image/png;base64,aaaa", "a\0b"])
+def test_missing_input_is_refused_at_once(photos: Path, name: str) -> None:
+    with pytest.raises(MMGPTError, match="no such file or folder"):
+        find_images([photos, name])
+
+
+def test_folder_without_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MMGPTError, match="holds no image"):
+        find_images([tmp_path])
+
+
+def test_tar_members(photos: Path) -> None:
+    """Only images; a repeated member once; links and compressed tars are not followed."""
+    write_tar(photos / "a.tar", {"1.png": png(1), "1.json": b"{}", "x/2.jpg": png(2), "._3.png": b"", "1.png ": b""})
+    with tarfile.open(photos / "a.tar", "a") as tar:
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        tar.addfile(tarfile.TarInfo("1.png"))
+    items = find_images(["photos/a.tar"])
+    assert [item.name for item in items] == ["photos/a.tar/1.png", "photos/a.tar/x/2.jpg"]
+    assert items[0].load().tobytes() == make_picture(1).tobytes()
+    assert items[1].load().tobytes() == make_picture(2).tobytes()
+    with tarfile.open(photos / "b.tar", "w:gz") as tar:
+        tar.add(photos / "img1.png")
+    (compressed,) = find_images(["photos/b.tar"])
+    with pytest.raises(MMGPTError, match="not an uncompressed tar"):
+        compressed.load()
+
+
+def test_cut_off_tar_keeps_its_good_members(photos: Path, tiny_assistant: Assistant) -> None:
+    write_tar(photos / "a.tar", {"1.png": png(1), "2.png": png(2)})
+    data = (photos / "a.tar").read_bytes()
+    (photos / "a.tar").write_bytes(data[: data.rindex(b"IHDR") + 20])
+    (rows,) = caption_rows(tiny_assistant, find_images(["photos/a.tar"]), options={"max_new_tokens": 2})
+    assert [(row.image, row.error is None) for row in rows] == [
+        ("photos/a.tar/1.png", True),
+        ("photos/a.tar/2.png", False),
+        ("photos/a.tar", False),
+    ]
+
+
+def test_member_named_to_escape_its_tar_stays_in_it() -> None:
+    """`../img.png` inside a tar must not count as the file beside the tar."""
+    assert identity("s/a.tar/../img.png") != identity("s/img.png")
+    assert identity("../x/a.png") == identity(os.path.join(os.path.dirname(os.getcwd()), "x/a.png"))
+
+
+def test_huge_member_is_not_read() -> None:
+    with pytest.raises(MMGPTError, match="larger than the limit"):
+        ImageItem("a.tar/1.png", TarSlice("/nowhere.tar", 0, 2**40)).load()
+
+
+# ---- The output file ----
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=rows_strategy)
+def test_rows_come_back_as_they_were(tmp_path: Path, suffix: str, rows: list[tuple[str, str, bool]]) -> None:
+    """Commas, quotes, line breaks and unicode in paths and captions, read by csv and json themselves."""
+    path = tmp_path / f"out{suffix}"
+    output = CaptionFile(path, overwrite=True)
+    output.write([to_row(*row) for row in rows])
+    output.close()
+    assert read_rows(path) == [to_row(*row) for row in rows]
+    output = CaptionFile(path)
+    output.close()
+    assert output.done == {identity(name): is_error for name, _, is_error in rows}
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=rows_strategy, data=st.data())
+def test_torn_at_any_byte_then_continued_holds_each_image_once(
+    tmp_path: Path, suffix: str, rows: list[tuple[str, str, bool]], data: st.DataObject
+) -> None:
+    """A kill may leave any beginning of the file. Stops a torn row that is kept, joined to the next, or lost."""
+    path = tmp_path / f"torn{suffix}"
+    output = CaptionFile(path, overwrite=True)
+    output.write([to_row(*row) for row in rows])
+    output.close()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    output = CaptionFile(path)
+    output.write([to_row(*row) for row in rows if identity(row[0]) not in output.done])
+    output.close()
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_byte_offset(tmp_path: Path, suffix: str) -> None:
+    rows = [Row('a,"b"\n\r.jpg', caption='A "man",\nhere'), Row("\udcff.png", error="é broken"), Row("c", caption="")]
+    path = tmp_path / f"out{suffix}"
+    output = CaptionFile(path)
+    output.write(rows)
+    output.close()
+    whole = path.read_bytes()
+    for end in range(len(whole)):
+        path.write_bytes(whole[:end])
+        output = CaptionFile(path)
+        output.write([row for row in rows if identity(row.image) not in output.done])
+        output.close()
+        assert path.read_bytes() == whole, end
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("o.jsonl", b'{"a": 1}\n'),
+        ("o.jsonl", b"my notes"),
+        ("o.jsonl", b'{"image": 3}\n'),
+        ("o.jsonl", b'{"image": "a.jpg", "caption": "x"}\n[]\n'),
+        ("o.csv", b"name,age\n"),
+        ("o.csv", b"name"),
+        ("o.csv", b"image,caption,error\na,b\n"),
+    ],
+)
+def test_a_file_of_somebody_else_is_not_touched(tmp_path: Path, name: str, content: bytes) -> None:
+    """Stops `-o notes.jsonl` from cutting the user's own last line off."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(MMGPTError, match=name):
+        CaptionFile(path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "out", "no-folder/out.csv"])
+def test_impossible_outputs(tmp_path: Path, name: str) -> None:
+    with pytest.raises(MMGPTError, match=name):
+        CaptionFile(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_writers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    output = CaptionFile(path)
+    output.write([Row("a.jpg", error="broken"), Row("b.jpg", caption="B")])
+    for overwrite in (False, True):
+        with pytest.raises(MMGPTError, match="another process is writing it"):
+            CaptionFile(path, overwrite=overwrite)
+    output.close()
+    # The lock must survive that retrying puts a new file in the place of the old one.
+    retrying = CaptionFile(path, retry=[identity("a.jpg")])
+    with pytest.raises(MMGPTError, match="another process"):
+        CaptionFile(path)
+    retrying.write([Row("a.jpg", caption="A")])
+    retrying.close()
+    assert read_rows(path) == [Row("b.jpg", caption="B"), Row("a.jpg", caption="A")]
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+# ---- Whole runs ----
+
+
+def run(assistant: Assistant, inputs: list[str], out: Path, **changes: object) -> tuple[int, int, int, int]:
+    options = {"max_new_tokens": 3, "num_beams": 1}
+    summary = caption_images(lambda: assistant, inputs, out, options=options, **changes)  # type: ignore[arg-type]
+    return summary.total, summary.before, summary.written, summary.errors
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_broken_files_become_rows_and_can_be_retried(photos: Path, tiny_assistant: Assistant, suffix: str) -> None:
+    out = Path(f"out{suffix}")
+    (photos / "img3.png").write_bytes(b"")
+    (photos / "img4.png").write_bytes(png()[:60])
+    assert run(tiny_assistant, ["photos"], out, batch_size=3) == (10, 0, 10, 2)
+    rows = read_rows(out)
+    assert [row.image for row in rows] == [f"photos/img{n}.png" for n in range(1, 11)]
+    assert rows[2].error == "empty"  # without the path, which stands beside it
+    assert rows[3].error is not None
+    assert rows[3].error.startswith("broken image")
+    assert run(tiny_assistant, ["photos"], out) == (10, 10, 0, 2)
+    make_picture(3).save(photos / "img3.png")
+    # Only the images of this call are tried again: img4's row stays.
+    assert run(tiny_assistant, ["photos/img3.png"], out, retry_errors=True) == (1, 0, 1, 0)
+    assert {row.image for row in read_rows(out) if row.error} == {"photos/img4.png"}
+    assert len(read_rows(out)) == 10
+    assert run(tiny_assistant, ["photos"], out, overwrite=True) == (10, 0, 10, 1)
+
+
+def test_rows_say_what_the_model_says_of_each_image(photos: Path, tiny_assistant: Assistant) -> None:
+    """Stops captions that slip to the neighbour when a broken image is taken out of its batch."""
+    (photos / "img2.png").write_bytes(b"GIF89a")
+    items = find_images(["photos"])
+    rows = [r for batch in caption_rows(tiny_assistant, items, batch_size=4) for r in batch]
+    for row, item in zip(rows, items, strict=True):
+        assert row.image == item.name
+        if row.error is None:
+            assert row.caption == tiny_assistant.caption([item.load()])[0].text
+    assert len({row.caption for row in rows}) > 3
+
+
+def test_prompt(photos: Path, tiny_assistant: Assistant) -> None:
+    """The prompt reaches the model, and the standard one asked by hand gives the standard captions."""
+    items = find_images(["photos"])[:4]
+
+    def captions(prompt: str | None) -> list[str | None]:
+        return [row.caption for rows in caption_rows(tiny_assistant, items, prompt=prompt) for row in rows]
+
+    assert captions("Describe the image in one sentence.") == captions(None)
+    assert captions("Which colours?") != captions(None)
+
+
+def test_nothing_to_do_loads_no_model(photos: Path, tiny_assistant: Assistant) -> None:
+    out = Path("out.jsonl")
+    run(tiny_assistant, ["photos"], out)
+
+    def load() -> Assistant:
+        raise AssertionError("loaded")
+
+    assert caption_images(load, [photos], out).before == 10  # another spelling of the same images
+
+
+def in_child(work: Callable[[], int]) -> "multiprocessing.process.BaseProcess":
+    """Run `work` in a forked copy of this process: it starts at once, without importing torch again."""
+    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(work()))
+    process.start()
+    return process
+
+
+def wait_for_rows(out: Path, count: int, process: "multiprocessing.process.BaseProcess") -> None:
+    while process.is_alive() and (not out.exists() or out.read_bytes().count(b"\n") < count):
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_killed_again_and_again(photos: Path, tiny_assistant: Assistant, suffix: str) -> None:
+    """SIGKILL at several places; each run continues, and at the end every image is there once."""
+    out = Path(f"out{suffix}")
+    num_killed = 0
+    for count in (1, 4, 6, 9):
+        process = in_child(lambda: run(tiny_assistant, ["photos"], out, batch_size=2)[0])
+        wait_for_rows(out, count, process)
+        process.kill()
+        process.join()
+        num_killed += process.exitcode == -signal.SIGKILL
+    assert num_killed >= 2
+    run(tiny_assistant, ["photos"], out)
+    rows = read_rows(out)
+    assert [row.image for row in rows] == [f"photos/img{n}.png" for n in range(1, 11)]
+    fresh = Path(f"fresh{suffix}")
+    run(tiny_assistant, ["photos"], fresh, batch_size=2)
+    assert read_rows(fresh) == rows
+
+
+def test_ctrl_c_writes_the_batch_and_says_how_to_go_on(photos: Path, tiny_model_folder: Path) -> None:
+    from mm_gpt.cli import main
+
+    argv = ["caption", "photos", "-o", "out.jsonl", "--model", str(tiny_model_folder), "--batch-size", "2"]
+
+    def work() -> int:
+        sys.stderr = open("stderr.txt", "w")  # noqa: SIM115 (the process ends)
+        code = main([*argv, "--max-new-tokens", "20"])
+        sys.stderr.flush()
+        return code
+
+    process = in_child(work)
+    wait_for_rows(Path("out.jsonl"), 2, process)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
+    num_rows = len(read_rows(Path("out.jsonl")))
+    assert num_rows % 2 == 0
+    assert 2 <= num_rows < 10
+    message = Path("stderr.txt").read_text()
+    assert "the same command continues out.jsonl" in message
+    assert "Traceback" not in message
+    assert main(argv) == 0
+    assert [row.image for row in read_rows(Path("out.jsonl"))] == [f"photos/img{n}.png" for n in range(1, 11)]
+
+
+def test_loaded_model_captions_a_tar_over_the_library(photos: Path, tiny_model_folder: Path) -> None:
+    """The way of examples/caption_folder.py, with a model from its folder."""
+    write_tar(photos.parent / "s.tar", {"k/1.png": png(1), "k/2.png": b"text"})
+    summary = caption_images(lambda: load(tiny_model_folder), ["s.tar"], Path("out.csv"))
+    assert (summary.written, summary.errors) == (2, 1)
+    assert [row.image for row in read_rows(Path("out.csv"))] == ["s.tar/k/1.png", "s.tar/k/2.png"]

@@ -1,0 +1,504 @@
+"""Generation: a naive loop without cache, padding and batches is the oracle of the engine."""
+
+import copy
+import itertools
+import json
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_picture, make_tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers import models as backends
+from torch import Tensor
+
+from mm_gpt.document import Document, Image, Text
+from mm_gpt.errors import ConfigError, ContextOverflowError
+from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, _certain, _length_penalty
+from mm_gpt.inference.sampling import choose, next_token_probabilities
+from mm_gpt.model.decoder import DecoderConfig
+from mm_gpt.model.mmgpt import MMGPT
+from mm_gpt.processor import Processor, ProcessorConfig, collate
+from mm_gpt.tokenizer import Tokenizer
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+PROMPTS = [
+    Document((Text("A red "),)),
+    Document((Image(make_picture(1)), Text("Describe the image in one sentence."))),
+    Document((Text("x"),)),
+    Document((Text("Left: "), Image(make_picture(2)), Text(" right: "), Image(make_picture(3)), Text(" so"))),
+]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """In float64: a batch and a single prompt then differ by 1e-13, and never in a token."""
+    return Engine(*exact(*make_tiny()))
+
+
+def exact(model: MMGPT, processor: Processor) -> tuple[MMGPT, Processor]:
+    return model.double(), processor
+
+
+def next_logits(engine: Engine, document: Document, ids: list[int]) -> Tensor:
+    """Logits (V,) after the prompt and `ids`, computed from nothing."""
+    example = engine.processor(document)
+    example.input_ids = torch.cat([example.input_ids, torch.tensor(ids, dtype=torch.long)])
+    example.position_ids = torch.arange(len(example.input_ids))
+    example.labels, example.branch_ids = torch.zeros_like(example.input_ids), torch.zeros_like(example.input_ids)
+    pixels = [engine.processor.transform(image.load()) for image in example.images]
+    batch = collate([[example]], torch.stack(pixels) if pixels else torch.zeros(0, 3, 32, 32))
+    with torch.no_grad():
+        return engine.model.decoder.logits(engine.model(batch)[:, -1])[0]
+
+
+def naive(engine: Engine, document: Document, config: GenerationConfig) -> list[tuple[int, float]]:
+    """(id, log-probability) one after another, until an end mark or `max_new_tokens`. No cache, no batch."""
+    generator = torch.Generator().manual_seed(config.seed)
+    result: list[tuple[int, float]] = []
+    while len(result) < config.max_new_tokens:
+        logits = next_logits(engine, document, [id for id, _ in result])
+        token = choose(
+            logits[None],
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            generators=[generator],
+        )
+        id = int(token)
+        result.append((id, logits.log_softmax(-1)[id].item()))
+        if id in engine.processor.tokenizer.end_ids:
+            break
+    return result
+
+
+def ids_of(answer: Answer) -> list[int]:
+    assert answer.logprobs is not None
+    return [token.id for token in answer.logprobs]
+
+
+def never_ends(engine: Engine) -> Engine:
+    """The same engine whose model cannot write an end mark."""
+    model, processor = copy.deepcopy(engine.model), engine.processor
+    original = model.decoder.logits
+
+    def logits(hidden: Tensor) -> Tensor:
+        values = original(hidden)
+        values[..., list(processor.tokenizer.end_ids)] = -1e9
+        return values
+
+    model.decoder.logits = logits  # type: ignore[method-assign]
+    return Engine(model, processor)
+
+
+# ---- batch, cache and padding ----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 20, "seed": 3}, {"temperature": 1.3, "top_p": 0.8}],
+    ids=["greedy", "sampled", "top-k", "top-p"],
+)
+def test_batched_equals_single_equals_naive(engine: Engine, options: dict[str, Any]) -> None:
+    """Wrong positions or keys of left padding, a cache off by one: the third most reported bug of the field."""
+    config = GenerationConfig(max_new_tokens=10, logprobs=True, **options)
+    batched = engine.generate(PROMPTS, config)
+    for document, answer in zip(PROMPTS, batched, strict=True):
+        (single,) = engine.generate([document], config)
+        expected = naive(engine, document, config)
+        assert ids_of(answer) == ids_of(single) == [id for id, _ in expected]
+        assert answer == single
+        assert answer.prompt_tokens == len(engine.processor(document))
+        assert answer.image_tokens == len(document.images) * (engine.model.tokens_per_image + 2)
+        assert answer.completion_tokens == len(expected)
+        for token, (_, logprob) in zip(answer.logprobs or [], expected, strict=True):
+            assert token.logprob == pytest.approx(logprob, abs=1e-9)
+
+
+def test_float32_agrees_too() -> None:
+    """Weights as they are used; log-probabilities instead of words, which may flip where two are as likely."""
+    engine = Engine(*make_tiny())
+    config = GenerationConfig(max_new_tokens=4, logprobs=True)
+    for document, answer in zip(PROMPTS, engine.generate(PROMPTS, config), strict=True):
+        for token, (id, logprob) in zip(answer.logprobs or [], naive(engine, document, config), strict=True):
+            assert token.logprob == pytest.approx(logprob, abs=1e-3)
+            if token.id != id:
+                break
+
+
+def test_rows_end_one_by_one(engine: Engine) -> None:
+    """A row that has ended must neither write on nor stop the others."""
+    lengths = [a.completion_tokens for a in engine.generate(PROMPTS * 3, GenerationConfig(max_new_tokens=5))]
+    assert len(set(lengths)) == 1  # greedy: all equal prompts alike; see the next for different lengths
+    config = GenerationConfig(max_new_tokens=60, temperature=2.0, logprobs=True, seed=1)
+    answers = engine.generate(PROMPTS, config)
+    assert len({a.completion_tokens for a in answers}) > 1
+    for document, answer in zip(PROMPTS, answers, strict=True):
+        expected = [id for id, _ in naive(engine, document, config)]
+        assert ids_of(answer) == expected
+        ended = expected[-1] in engine.processor.tokenizer.end_ids
+        assert answer.finish_reason == ("stop" if ended else "length")
+
+
+def test_seed_decides(engine: Engine) -> None:
+    config = GenerationConfig(max_new_tokens=8, temperature=1.0, seed=1)
+    first, again = (engine.generate(PROMPTS, config) for _ in range(2))
+    other = engine.generate(PROMPTS, GenerationConfig(max_new_tokens=8, temperature=1.0, seed=2))
+    assert first == again
+    assert first != other
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    engine.generate(PROMPTS[:1], config)
+    assert torch.equal(torch.get_rng_state(), state)  # a library must not disturb the program's own randomness
+
+
+def test_nothing_to_do(engine: Engine) -> None:
+    assert engine.generate([], GenerationConfig()) == []
+
+
+# ---- the end ----
+
+
+def test_length_is_the_reason_when_nothing_else_ends(engine: Engine) -> None:
+    for n in (1, 2, 7):
+        (answer,) = never_ends(engine).generate(PROMPTS[:1], GenerationConfig(max_new_tokens=n))
+        assert (answer.finish_reason, answer.completion_tokens) == ("length", n)
+
+
+def test_the_end_mark_is_not_text(engine: Engine) -> None:
+    end = engine.processor.tokenizer.special["<|im_end|>"]
+    model = copy.deepcopy(engine.model)
+    model.decoder.logits = lambda hidden: torch.eye(model.decoder.config.vocab_size)[[end] * len(hidden)]  # type: ignore[method-assign]
+    (answer,) = Engine(model, engine.processor).generate(PROMPTS[:1], GenerationConfig(logprobs=True))
+    assert answer == ""
+    assert (answer.finish_reason, answer.completion_tokens) == ("stop", 1)
+    assert answer.logprobs is not None
+    assert answer.logprobs[0].token == "<|im_end|>"
+
+
+def test_a_prompt_as_long_as_the_context(engine: Engine) -> None:
+    limit = engine.model.decoder.config.max_length
+    full = Document((Text("x" * limit),))
+    assert len(engine.processor(full)) == limit
+    with pytest.raises(ContextOverflowError, match=f"the prompt has {limit} tokens; the context holds {limit}"):
+        engine.generate([full], GenerationConfig())
+    with pytest.raises(ContextOverflowError):
+        engine.generate([Document((Text("x" * (limit + 1)),))], GenerationConfig())
+    with pytest.raises(ContextOverflowError):
+        list(engine.stream(full, GenerationConfig()))
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_the_context_ends_for_each_row_by_itself(engine: Engine, num_beams: int) -> None:
+    """A long neighbour must not shorten the answer of a short prompt."""
+    unending = never_ends(engine)
+    limit = engine.model.decoder.config.max_length
+    documents = [Document((Text("x" * (limit - 3)),)), PROMPTS[1], Document((Text("x" * (limit - 1)),))]
+    config = GenerationConfig(max_new_tokens=9, num_beams=num_beams, logprobs=True)
+    together = unending.generate(documents, config)
+    assert [a.completion_tokens for a in together] == [3, 9, 1]
+    assert [a.finish_reason for a in together] == ["length"] * 3
+    for document, answer in zip(documents, together, strict=True):
+        assert ids_of(unending.generate([document], config)[0]) == ids_of(answer)
+
+
+# ---- stop texts and streaming ----
+
+
+def test_stop_texts(engine: Engine) -> None:
+    """Cut before the first stop text, wherever tokens begin and end, also when it is part of one token."""
+    unending = never_ends(engine)
+    (whole,) = unending.generate(PROMPTS[1:2], GenerationConfig(max_new_tokens=12))
+    text = whole.text
+    assert len(text) > 6
+    for start, end in [(1, 2), (2, 5), (4, 6)]:
+        stop = text[start:end]
+        (answer,) = unending.generate(PROMPTS[1:2], GenerationConfig(max_new_tokens=12, stop=("never", stop)))
+        assert answer.text == text[: text.index(stop)].strip()
+        assert answer.finish_reason == "stop"
+        assert answer.completion_tokens <= whole.completion_tokens
+    (answer,) = unending.generate(PROMPTS[1:2], GenerationConfig(max_new_tokens=12, stop=("not in there",)))
+    assert (answer.text, answer.finish_reason) == (text, "length")
+
+
+@pytest.mark.parametrize("stop", [(), ("a",), ("qqqq", "e")])
+def test_streamed_pieces_are_the_answer(engine: Engine, stop: tuple[str, ...]) -> None:
+    config = GenerationConfig(max_new_tokens=30, temperature=1.5, seed=5, stop=stop)
+    for document in PROMPTS:
+        stream = engine.stream(document, config)
+        pieces = list(stream)
+        (whole,) = engine.generate([document], config)
+        assert all(pieces)
+        assert "".join(pieces).strip() == whole.text == stream.answer.text
+        assert stream.answer.completion_tokens == whole.completion_tokens
+        assert stream.answer.finish_reason == whole.finish_reason
+
+
+def test_streaming_starts_before_the_end(engine: Engine) -> None:
+    stream = never_ends(engine).stream(PROMPTS[0], GenerationConfig(max_new_tokens=20))
+    next(stream)
+    assert stream.answer.completion_tokens < 20
+
+
+class Script:
+    """An engine that writes the given ids, whatever it reads."""
+
+    def __new__(cls, engine: Engine, ids: list[int]) -> Engine:  # type: ignore[misc]
+        model, step = copy.deepcopy(engine.model), iter(ids)
+        vocab = model.decoder.config.vocab_size
+        model.decoder.logits = lambda hidden: torch.eye(vocab)[[next(step)] * len(hidden)]  # type: ignore[method-assign]
+        return Engine(model, engine.processor)
+
+
+@given(st.text(alphabet="ab 😀中é�\n<", min_size=1, max_size=12))
+@settings(max_examples=40, deadline=None)
+def test_a_character_is_never_split(text: str) -> None:
+    """Emoji and Chinese are several tokens each: no piece may hold half of one."""
+    tokenizer = ENGINE.processor.tokenizer
+    ids = [*tokenizer.encode(text), tokenizer.special["<|im_end|>"]]
+    stream = Script(ENGINE, ids).stream(PROMPTS[0], GenerationConfig(max_new_tokens=len(ids)))
+    pieces = list(stream)
+    assert "".join(pieces) == text
+    assert stream.answer.finish_reason == "stop"
+    if "�" not in text:
+        assert not any("�" in piece for piece in pieces)
+
+
+@given(st.text(alphabet="abc", max_size=12), st.lists(st.text(alphabet="abc", min_size=1, max_size=3), max_size=2))
+@settings(max_examples=60, deadline=None)
+def test_no_part_of_a_stop_text_is_streamed(text: str, stops: list[str]) -> None:
+    """Once shown it cannot be taken back."""
+    ids = [*ENGINE.processor.tokenizer.encode(text), ENGINE.processor.tokenizer.special["<|im_end|>"]]
+    stream = Script(ENGINE, ids).stream(PROMPTS[0], GenerationConfig(max_new_tokens=len(ids), stop=tuple(stops)))
+    cut = min([text.index(stop) for stop in stops if stop in text], default=len(text))
+    assert "".join(stream) == text[:cut]
+
+
+ENGINE = Engine(*make_tiny())
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "certain"),
+    [
+        ("abc", [], "abc"),
+        ("ab�", [], "ab"),
+        ("ab\n", ["\n\n"], "ab"),
+        ("ab\nx", ["\n\n"], "ab\nx"),
+        ("User", ["User:"], ""),
+        ("ab�", ["bc"], "a"),
+    ],
+)
+def test_what_is_certain(text: str, stops: list[str], certain: str) -> None:
+    assert text[: _certain(text, stops)] == certain
+
+
+# ---- sampling ----
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
+
+
+def test_probabilities_golden() -> None:
+    plain = next_token_probabilities(LOGITS, temperature=1.0, top_k=0, top_p=1.0)
+    torch.testing.assert_close(plain, LOGITS.softmax(-1))
+    assert plain.tolist() == pytest.approx([0.5630, 0.2071, 0.1256, 0.0762, 0.0280], abs=1e-4)
+    cold = next_token_probabilities(LOGITS, temperature=0.5, top_k=0, top_p=1.0)
+    torch.testing.assert_close(cold, (LOGITS * 2).softmax(-1))
+    two = next_token_probabilities(LOGITS, temperature=1.0, top_k=2, top_p=1.0)
+    assert two.tolist() == pytest.approx([0.7311, 0.2689, 0, 0, 0], abs=1e-4)
+    # 0.563 < 0.6 <= 0.770: the smallest set that reaches p has two tokens
+    nucleus = next_token_probabilities(LOGITS, temperature=1.0, top_k=0, top_p=0.6)
+    assert nucleus.tolist() == pytest.approx([0.7311, 0.2689, 0, 0, 0], abs=1e-4)
+    assert next_token_probabilities(LOGITS, temperature=1.0, top_k=0, top_p=1e-9).tolist() == [1, 0, 0, 0, 0]
+
+
+@given(
+    st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=30),
+    st.floats(0.1, 5),
+    st.integers(0, 40),
+    st.floats(0.01, 1),
+)
+@settings(max_examples=100, deadline=None)
+def test_probabilities_keep_the_top(values: list[float], temperature: float, top_k: int, top_p: float) -> None:
+    logits = torch.tensor(values)
+    kept = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    assert kept.sum().item() == pytest.approx(1, abs=1e-5)
+    if top_k:
+        assert int((kept > 0).sum()) <= top_k
+    full = (logits / temperature).softmax(-1)
+    alive = kept > 0
+    assert full[alive].min() >= full[~alive].max() if (~alive).any() else True
+    if not top_k or top_k >= len(values):
+        assert full[alive].sum() >= top_p - 1e-5  # it reaches p,
+        if alive.sum() > 1:
+            assert full[alive].sum() - full[alive].min() < top_p + 1e-5  # and with one token less it would not
+
+
+def test_samples_follow_the_probabilities() -> None:
+    """A thousand draws: an index off by one in the sorted order would show."""
+    expected = next_token_probabilities(LOGITS, temperature=1.0, top_k=4, top_p=1.0)
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        int(choose(LOGITS[None], temperature=1.0, top_k=4, top_p=1.0, generators=[generator])) for _ in range(3000)
+    ]
+    shares = torch.bincount(torch.tensor(draws), minlength=5) / len(draws)
+    assert (shares - expected).abs().max() < 0.03
+    assert shares[4] == 0
+
+
+# ---- beam search ----
+
+
+def small_vocabulary_engine(letters: str, seed: int) -> Engine:
+    """A model that knows only `letters` and three special tokens, so that every answer can be listed."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters])}
+    backend = Backend(backends.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    tokenizer = Tokenizer(backend, end_of_text="<|endoftext|>", end_of_turn="<|im_end|>")
+    model, processor = make_tiny(seed)
+    values = vars(model.config.decoder) | {"vocab_size": len(vocabulary)}
+    config = type(model.config)(
+        decoder=DecoderConfig(**values), vision=model.config.vision, connector=model.config.connector
+    )
+    torch.manual_seed(seed)
+    small = MMGPT(config).eval()
+    with torch.no_grad():
+        for parameter in small.decoder.parameters():
+            if parameter.dim() >= 2:
+                parameter.mul_(12)
+    image, k = processor.config.image, small.tokens_per_image
+    small_processor = Processor(
+        tokenizer, ProcessorConfig(image=image, tokens_per_image=k, max_length=256), vocab_size=len(vocabulary)
+    )
+    return Engine(*exact(small, small_processor))
+
+
+def score(engine: Engine, document: Document, ids: list[int], config: GenerationConfig) -> float:
+    total = 0.0
+    for at, id in enumerate(ids):
+        total += next_logits(engine, document, ids[:at]).log_softmax(-1)[id].item()
+    return total / ((5 + len(ids)) / 6) ** config.length_penalty
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0, -1.0])
+def test_wide_beams_are_exhaustive_search(seed: int, length_penalty: float) -> None:
+    """With at least V^T beams nothing is ever dropped: the answer is the best of all."""
+    engine, steps = small_vocabulary_engine("ab", seed), 3
+    document = Document((Text("ab"), Image(make_picture(seed))))
+    ends = engine.processor.tokenizer.end_ids
+    vocab = engine.model.decoder.config.vocab_size
+    config = GenerationConfig(
+        max_new_tokens=steps, num_beams=vocab**steps, length_penalty=length_penalty, logprobs=True
+    )
+    everything = [
+        list(ids)
+        for length in range(1, steps + 1)
+        for ids in itertools.product(range(vocab), repeat=length)
+        if not any(i in ends for i in ids[:-1]) and (ids[-1] in ends or length == steps)
+    ]
+    best = max(everything, key=lambda ids: score(engine, document, ids, config))
+    (answer,) = engine.generate([document], config)
+    assert ids_of(answer) == best
+    assert answer.finish_reason == ("stop" if best[-1] in ends else "length")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_beam_is_greedy(seed: int) -> None:
+    """Without a length penalty no longer answer can be better than the greedy one when that ends."""
+    engine = small_vocabulary_engine("abcd", seed)
+    documents = [Document((Text("abca"),)), Document((Image(make_picture(seed)), Text("b")))]
+    config = GenerationConfig(max_new_tokens=8, length_penalty=0.0, logprobs=True)
+    greedy = engine.generate(documents, config)
+    beams = engine._beam_search([engine.processor(d) for d in documents], config)
+    assert [ids_of(a) for a in beams] == [ids_of(a) for a in greedy]
+
+
+@pytest.mark.parametrize("num_beams", [2, 3, 5])
+def test_batched_beams_equal_single_beams(engine: Engine, num_beams: int) -> None:
+    """Beams of one prompt must not be mixed with another's, and a prompt that is done must stay as it is."""
+    for options in ({"max_new_tokens": 8}, {"max_new_tokens": 15, "stop": ("e", "o")}):
+        config = GenerationConfig(num_beams=num_beams, logprobs=True, **options)  # type: ignore[arg-type]
+        together = engine.generate(PROMPTS, config)
+        for document, answer in zip(PROMPTS, together, strict=True):
+            (single,) = engine.generate([document], config)
+            assert ids_of(answer) == ids_of(single)
+            assert answer == single
+            assert answer.finish_reason == single.finish_reason
+
+
+def test_beams_of_small_vocabularies_in_a_batch() -> None:
+    """Here many end early, at different steps."""
+    documents = [Document((Text(text),)) for text in ("a", "abcabc", "bb", "cab")]
+    for seed in range(4):
+        engine = small_vocabulary_engine("abc", seed)
+        config = GenerationConfig(max_new_tokens=6, num_beams=3, logprobs=True)
+        together = engine.generate(documents, config)
+        singles = [engine.generate([d], config)[0] for d in documents]
+        assert [ids_of(a) for a in together] == [ids_of(a) for a in singles]
+
+
+def test_more_beams_find_what_is_at_least_as_likely(engine: Engine) -> None:
+    document = PROMPTS[1]
+    scores = []
+    for num_beams in (1, 4, 16):
+        config = GenerationConfig(max_new_tokens=6, num_beams=num_beams, length_penalty=0.0, logprobs=True)
+        (answer,) = engine.generate([document], config)
+        assert answer.logprobs is not None
+        total = sum(token.logprob for token in answer.logprobs)
+        assert total == pytest.approx(score(engine, document, ids_of(answer), config), abs=1e-5)
+        scores.append(total)
+    assert scores == sorted(scores)
+
+
+def test_all_beams_may_end_at_once() -> None:
+    """Both end marks lead in every beam: search must go on with what is left, or finish with an answer."""
+    engine = small_vocabulary_engine("ab", 0)
+    logits = torch.tensor([3.0, -5.0, 2.9, 0.0, -1.0], dtype=torch.float64)
+    engine.model.decoder.logits = lambda hidden: logits.expand(len(hidden), 5).clone()  # type: ignore[method-assign]
+    config = GenerationConfig(max_new_tokens=4, num_beams=2, logprobs=True)
+    (answer,) = engine.generate([Document((Text("a"),))], config)
+    assert ids_of(answer) == [0]
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, 1.0), (5, 1.3587), (10, 1.7329), (20, 2.3544)])
+def test_length_penalty_golden(length: int, expected: float) -> None:
+    assert _length_penalty(length, GenerationConfig(length_penalty=0.6)) == pytest.approx(expected, abs=5e-5)
+
+
+def test_beams_cannot_stream_or_sample(engine: Engine) -> None:
+    with pytest.raises(ConfigError, match="cannot stream"):
+        engine.stream(PROMPTS[0], GenerationConfig(num_beams=2))
+    with pytest.raises(ConfigError, match="does not sample"):
+        GenerationConfig(num_beams=2, temperature=0.5)
+
+
+# ---- Answer ----
+
+
+def test_an_answer_is_a_string() -> None:
+    answer = Answer("A dog", prompt_tokens=3, image_tokens=2, completion_tokens=4, finish_reason="stop")
+    assert answer == "A dog"
+    assert str(answer) == f"{answer}" == answer.text == "A dog"
+    assert answer.upper() == "A DOG"
+    assert answer + "!" == "A dog!"
+    assert {answer: 1}["A dog"] == 1
+    assert json.dumps({"answer": answer}) == '{"answer": "A dog"}'
+    assert isinstance(answer, str)
+    assert answer.logprobs is None
+    for again in (pickle.loads(pickle.dumps(answer)), copy.deepcopy(answer), copy.copy(answer)):
+        assert again == answer
+        assert vars(again) == vars(answer)
+
+
+def test_probability_of_an_answer_is_that_of_its_tokens(engine: Engine) -> None:
+    (answer,) = engine.generate(PROMPTS[:1], GenerationConfig(max_new_tokens=4, logprobs=True))
+    assert answer.logprobs is not None
+    assert all(token.logprob <= 0 and math.isfinite(token.logprob) for token in answer.logprobs)
+    assert (engine.generate(PROMPTS[:1], GenerationConfig(max_new_tokens=4))[0]).logprobs is None
