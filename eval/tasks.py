@@ -28,9 +28,10 @@ from mm_gpt.eval.metrics.statistics import bootstrap_statistic, wilson_interval
 from mm_gpt.eval.metrics.vqa import exact_match, vqa_accuracy
 from mm_gpt.eval.perplexity import WINDOW, read_text, window_nats, windows
 from mm_gpt.hub.checkpoint import load_decoder
-from mm_gpt.inference.assistant import CAPTION_PROMPT, Assistant
+from mm_gpt.inference.assistant import Assistant
 from mm_gpt.inference.engine import GenerationConfig
 from mm_gpt.model.decoder import Decoder
+from mm_gpt.prompts import CAPTION_PROMPT, question_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -272,7 +273,7 @@ class VQA(ImageTask):
     def _asked(self, record: Record) -> list[tuple[str, str, dict[str, Any]]]:
         asked = []
         for number, pair in enumerate(record.questions):
-            prompt = question_prompt(pair)
+            prompt = question_prompt(pair.question, pair.answer)
             row = {"question": prompt, "answer": pair.answer, "references": accepted_answers(pair)}
             asked.append((f"#{number}", prompt, row))
         return asked
@@ -356,12 +357,6 @@ class Perplexity(Task):
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Captioning, VQA, Perplexity)}
-
-
-def question_prompt(pair: QuestionAnswer) -> str:
-    """A question as it stands; a statement whose answer is true or false is asked for it, as in training."""
-    question = pair.question.strip()
-    return f"True or false: {question}" if pair.answer in ("true", "false") else question
 
 
 def accepted_answers(pair: QuestionAnswer) -> list[str]:

@@ -1,7 +1,7 @@
 """Plain English prose to measure perplexity on: the paragraphs of Debian's `gnome-user-docs` (CC BY-SA 3.0).
 
-    apt-get download gnome-user-docs && dpkg -x gnome-user-docs_*.deb gnome
-    python examples/english_text.py gnome/usr/share/help/C/gnome-help english.txt
+apt-get download gnome-user-docs && dpkg -x gnome-user-docs_*.deb gnome
+python examples/english_text.py gnome/usr/share/help/C/gnome-help english.txt
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Make a folder of captioned pictures (a coloured shape each) to try training on.
 
-    python examples/make_shapes.py shapes
-    mm-gpt train tiny --data shapes --out runs/tiny
+python examples/make_shapes.py shapes
+mm-gpt train tiny --data shapes --out runs/tiny
 """
 
 import argparse

@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image as PILImage
 
-from mm_gpt.document import Image
 from mm_gpt.errors import ImageError, MMGPTError, unknown_name
 from mm_gpt.images import DEFAULT_LIMITS, is_url, load_image, source_name
+from mm_gpt.prompts import CAPTION_PROMPT
 
 if TYPE_CHECKING:
     from mm_gpt.inference.assistant import Assistant, GenerationOptions
-    from mm_gpt.inference.engine import Answer
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 """What is picked out of folders, globs and tars. A file that is named directly is tried whatever it is called."""
@@ -191,7 +190,7 @@ def caption_rows(
     items: Sequence[ImageItem],
     *,
     batch_size: int = 8,
-    prompt: str | None = None,
+    prompt: str = CAPTION_PROMPT,
     options: "GenerationOptions | None" = None,
 ) -> Iterator[list[Row]]:
     """The rows of each batch, in the order of `items`. While the model runs, threads load the next batch's images.
@@ -206,26 +205,14 @@ def caption_rows(
             loaded = [future.result() for future in ahead]
             ahead = [pool.submit(_load, item) for item in batches[number + 1]] if number + 1 < len(batches) else []
             images = [image for image in loaded if not isinstance(image, str)]
-            answers = iter(_captions(assistant, images, prompt, options or {}))
+            captions = assistant.caption(images, batch_size=batch_size, prompt=prompt, **(options or {}))
+            answers = iter(captions)
             yield [
                 Row(item.name, error=image) if isinstance(image, str) else Row(item.name, caption=next(answers).text)
                 for item, image in zip(batch, loaded, strict=True)
             ]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _captions(
-    assistant: "Assistant", images: list[PILImage.Image], prompt: str | None, options: "GenerationOptions"
-) -> "list[Answer]":
-    if prompt is None:
-        return assistant.caption(images, batch_size=max(1, len(images)), **options)
-    from mm_gpt.inference.assistant import generation_config
-
-    documents = [assistant.processor.chat([{"role": "user", "content": [Image(i), prompt]}]) for i in images]
-    beams = 1 if "temperature" in options else 3  # as Assistant.caption, which knows one prompt
-    config = generation_config({"num_beams": beams, "max_new_tokens": 40, **options})
-    return assistant.engine.generate(documents, config)
 
 
 def _load(item: ImageItem) -> PILImage.Image | str:
@@ -256,7 +243,7 @@ def caption_images(
     out: Path | BinaryIO,
     *,
     batch_size: int = 8,
-    prompt: str | None = None,
+    prompt: str = CAPTION_PROMPT,
     overwrite: bool = False,
     retry_errors: bool = False,
     progress: bool | None = None,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Never
 
 from mm_gpt import __version__
 from mm_gpt.errors import MMGPTError, unknown_name
+from mm_gpt.prompts import CAPTION_PROMPT
 
 if TYPE_CHECKING:
     from mm_gpt.document import Message
@@ -281,7 +282,9 @@ def _add_caption(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--out", type=Path, metavar="FILE", help=".jsonl or .csv (default: JSONL on stdout)")
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: %(default)s")
-    parser.add_argument("--prompt", metavar="TEXT", help="what to ask about each image instead of a caption")
+    parser.add_argument(
+        "--prompt", metavar="TEXT", default=CAPTION_PROMPT, help='what to ask about each image (default: "%(default)s")'
+    )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--retry-errors", action="store_true", help="try the images again whose row is an error")
     again.add_argument("--overwrite", action="store_true", help="start anew instead of continuing FILE")

@@ -117,7 +117,10 @@ def edit_json(path: Path, **changes: Any) -> None:
     ("changes", "message"),
     [
         ({"model_type": "gpt2"}, "model type 'gpt2' is not of the Llama family"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}}, "rope scaling .* not supported"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}},
+            "rope scaling .* not supported",
+        ),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling .* not supported"),
         ({"hidden_act": "gelu"}, "only silu"),
         ({"mlp_bias": True}, "only silu without MLP bias"),

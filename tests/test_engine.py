@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError
-from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, _certain, _length_penalty
+from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream, _certain, _length_penalty
 from mm_gpt.inference.sampling import choose, next_token_probabilities
 from mm_gpt.model.decoder import DecoderConfig
 from mm_gpt.model.mmgpt import MMGPT
@@ -82,18 +82,22 @@ def ids_of(answer: Answer) -> list[int]:
     return [token.id for token in answer.logprobs]
 
 
-def never_ends(engine: Engine) -> Engine:
-    """The same engine whose model cannot write an end mark."""
+def with_end_bias(engine: Engine, bias: float) -> Engine:
+    """The same engine whose model is more or less inclined to write an end mark."""
     model, processor = copy.deepcopy(engine.model), engine.processor
     original = model.decoder.logits
 
     def logits(hidden: Tensor) -> Tensor:
         values = original(hidden)
-        values[..., list(processor.tokenizer.end_ids)] = -1e9
+        values[..., list(processor.tokenizer.end_ids)] += bias
         return values
 
     model.decoder.logits = logits  # type: ignore[method-assign]
     return Engine(model, processor)
+
+
+def never_ends(engine: Engine) -> Engine:
+    return with_end_bias(engine, -1e9)
 
 
 # ---- batch, cache and padding ----
@@ -133,15 +137,14 @@ def test_float32_agrees_too() -> None:
 
 def test_rows_end_one_by_one(engine: Engine) -> None:
     """A row that has ended must neither write on nor stop the others."""
-    lengths = [a.completion_tokens for a in engine.generate(PROMPTS * 3, GenerationConfig(max_new_tokens=5))]
-    assert len(set(lengths)) == 1  # greedy: all equal prompts alike; see the next for different lengths
-    config = GenerationConfig(max_new_tokens=60, temperature=2.0, logprobs=True, seed=1)
-    answers = engine.generate(PROMPTS, config)
-    assert len({a.completion_tokens for a in answers}) > 1
+    ending = with_end_bias(engine, 4.0)
+    config = GenerationConfig(max_new_tokens=12, temperature=2.0, logprobs=True, seed=3)
+    answers = ending.generate(PROMPTS, config)
+    assert len({a.completion_tokens for a in answers}) >= 3
     for document, answer in zip(PROMPTS, answers, strict=True):
-        expected = [id for id, _ in naive(engine, document, config)]
+        expected = [id for id, _ in naive(ending, document, config)]
         assert ids_of(answer) == expected
-        ended = expected[-1] in engine.processor.tokenizer.end_ids
+        ended = expected[-1] in ending.processor.tokenizer.end_ids
         assert answer.finish_reason == ("stop" if ended else "length")
 
 
@@ -245,23 +248,23 @@ def test_streaming_starts_before_the_end(engine: Engine) -> None:
     assert stream.answer.completion_tokens < 20
 
 
-class Script:
-    """An engine that writes the given ids, whatever it reads."""
+SCRIPTED = Engine(*make_tiny())
+TOKENIZER = SCRIPTED.processor.tokenizer
 
-    def __new__(cls, engine: Engine, ids: list[int]) -> Engine:  # type: ignore[misc]
-        model, step = copy.deepcopy(engine.model), iter(ids)
-        vocab = model.decoder.config.vocab_size
-        model.decoder.logits = lambda hidden: torch.eye(vocab)[[next(step)] * len(hidden)]  # type: ignore[method-assign]
-        return Engine(model, engine.processor)
+
+def scripted_stream(text: str, stop: tuple[str, ...] = ()) -> Stream:
+    """A stream of a model that writes `text`, one token a step, and ends."""
+    decoder, ids = SCRIPTED.model.decoder, [*TOKENIZER.encode(text), TOKENIZER.special["<|im_end|>"]]
+    step, rows = iter(ids), torch.eye(decoder.config.vocab_size)
+    decoder.logits = lambda hidden: rows[[next(step)]]  # type: ignore[method-assign]
+    return SCRIPTED.stream(PROMPTS[2], GenerationConfig(max_new_tokens=len(ids), stop=stop))
 
 
 @given(st.text(alphabet="ab 😀中é�\n<", min_size=1, max_size=12))
 @settings(max_examples=40, deadline=None)
 def test_a_character_is_never_split(text: str) -> None:
     """Emoji and Chinese are several tokens each: no piece may hold half of one."""
-    tokenizer = ENGINE.processor.tokenizer
-    ids = [*tokenizer.encode(text), tokenizer.special["<|im_end|>"]]
-    stream = Script(ENGINE, ids).stream(PROMPTS[0], GenerationConfig(max_new_tokens=len(ids)))
+    stream = scripted_stream(text)
     pieces = list(stream)
     assert "".join(pieces) == text
     assert stream.answer.finish_reason == "stop"
@@ -270,16 +273,11 @@ def test_a_character_is_never_split(text: str) -> None:
 
 
 @given(st.text(alphabet="abc", max_size=12), st.lists(st.text(alphabet="abc", min_size=1, max_size=3), max_size=2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_no_part_of_a_stop_text_is_streamed(text: str, stops: list[str]) -> None:
     """Once shown it cannot be taken back."""
-    ids = [*ENGINE.processor.tokenizer.encode(text), ENGINE.processor.tokenizer.special["<|im_end|>"]]
-    stream = Script(ENGINE, ids).stream(PROMPTS[0], GenerationConfig(max_new_tokens=len(ids), stop=tuple(stops)))
     cut = min([text.index(stop) for stop in stops if stop in text], default=len(text))
-    assert "".join(stream) == text[:cut]
-
-
-ENGINE = Engine(*make_tiny())
+    assert "".join(scripted_stream(text, tuple(stops))) == text[:cut]
 
 
 @pytest.mark.parametrize(
@@ -379,34 +377,30 @@ def small_vocabulary_engine(letters: str, seed: int) -> Engine:
     return Engine(*exact(small, small_processor))
 
 
-def score(engine: Engine, document: Document, ids: list[int], config: GenerationConfig) -> float:
-    total = 0.0
-    for at, id in enumerate(ids):
-        total += next_logits(engine, document, ids[:at]).log_softmax(-1)[id].item()
-    return total / ((5 + len(ids)) / 6) ** config.length_penalty
+def logprob_of(engine: Engine, document: Document, ids: list[int]) -> float:
+    steps = [next_logits(engine, document, ids[:at]).log_softmax(-1)[id].item() for at, id in enumerate(ids)]
+    return sum(steps)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
-@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0, -1.0])
-def test_wide_beams_are_exhaustive_search(seed: int, length_penalty: float) -> None:
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_wide_beams_are_exhaustive_search(seed: int) -> None:
     """With at least V^T beams nothing is ever dropped: the answer is the best of all."""
     engine, steps = small_vocabulary_engine("ab", seed), 3
     document = Document((Text("ab"), Image(make_picture(seed))))
     ends = engine.processor.tokenizer.end_ids
     vocab = engine.model.decoder.config.vocab_size
-    config = GenerationConfig(
-        max_new_tokens=steps, num_beams=vocab**steps, length_penalty=length_penalty, logprobs=True
-    )
-    everything = [
-        list(ids)
+    everything = {
+        ids: logprob_of(engine, document, list(ids))
         for length in range(1, steps + 1)
         for ids in itertools.product(range(vocab), repeat=length)
         if not any(i in ends for i in ids[:-1]) and (ids[-1] in ends or length == steps)
-    ]
-    best = max(everything, key=lambda ids: score(engine, document, ids, config))
-    (answer,) = engine.generate([document], config)
-    assert ids_of(answer) == best
-    assert answer.finish_reason == ("stop" if best[-1] in ends else "length")
+    }
+    for penalty in (0.0, 0.6, 2.0, -1.0):
+        best = max(everything, key=lambda ids: everything[ids] / ((5 + len(ids)) / 6) ** penalty)
+        config = GenerationConfig(max_new_tokens=steps, num_beams=vocab**steps, length_penalty=penalty, logprobs=True)
+        (answer,) = engine.generate([document], config)
+        assert ids_of(answer) == list(best)
+        assert answer.finish_reason == ("stop" if best[-1] in ends else "length")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -436,7 +430,7 @@ def test_batched_beams_equal_single_beams(engine: Engine, num_beams: int) -> Non
 def test_beams_of_small_vocabularies_in_a_batch() -> None:
     """Here many end early, at different steps."""
     documents = [Document((Text(text),)) for text in ("a", "abcabc", "bb", "cab")]
-    for seed in range(4):
+    for seed in range(3):
         engine = small_vocabulary_engine("abc", seed)
         config = GenerationConfig(max_new_tokens=6, num_beams=3, logprobs=True)
         together = engine.generate(documents, config)
@@ -452,7 +446,7 @@ def test_more_beams_find_what_is_at_least_as_likely(engine: Engine) -> None:
         (answer,) = engine.generate([document], config)
         assert answer.logprobs is not None
         total = sum(token.logprob for token in answer.logprobs)
-        assert total == pytest.approx(score(engine, document, ids_of(answer), config), abs=1e-5)
+        assert total == pytest.approx(logprob_of(engine, document, ids_of(answer)), abs=1e-5)
         scores.append(total)
     assert scores == sorted(scores)
 

@@ -251,12 +251,10 @@ def test_conversation_in_a_browser(
     assert not page.locator("#settings input").first.is_visible()
 
     page.click("#settings button")
-    longest = page.get_by_label("number input for Longest answer")
-    longest.wait_for()
-    page.wait_for_load_state("networkidle")  # the part that is opened comes to life only now
-    longest.fill("20")  # four turns must fit into 256 tokens
+    number, slider = (page.get_by_label(f"{kind} for Longest answer") for kind in ("number input", "range slider"))
+    # four turns must fit into 256 tokens; again, because the page takes no input in the moment after opening
+    wait_until(lambda: number.fill("20") or slider.input_value() == "20")
     page.keyboard.press("Tab")
-    wait_until(lambda: page.get_by_label("range slider for Longest answer").input_value() == "20")
     page.click("#settings button")
 
     send(page, "What <b>is</b> it?", picture_file)

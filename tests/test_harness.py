@@ -29,7 +29,6 @@ from mm_gpt.eval.metrics.captions import bleu, cider_d, rouge_l
 from mm_gpt.eval.metrics.statistics import wilson_interval
 from mm_gpt.eval.perplexity import windows
 from mm_gpt.eval.tasks import RatioScore, accepted_answers, derangement
-from mm_gpt.eval.tasks import question_prompt as eval_prompt
 from mm_gpt.hub.checkpoint import save_model
 from mm_gpt.hub.llama import HF_NAMES
 from mm_gpt.inference.assistant import Assistant
@@ -38,7 +37,8 @@ from mm_gpt.model.decoder import Decoder, init_weights
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor
-from mm_gpt.training.language import question_prompt as training_prompt
+from mm_gpt.prompts import question_prompt
+from mm_gpt.training.language import training_prompt
 
 
 def png(seed: int) -> bytes:
@@ -209,7 +209,7 @@ def test_members_of_a_set_are_not_right_alone() -> None:
 
 @pytest.mark.parametrize(("question", "answer"), [("There is a box ", "true"), ("what is it?", "box"), ("x", "false")])
 def test_questions_are_asked_as_in_training(question: str, answer: str) -> None:
-    asked = eval_prompt(QuestionAnswer(question, answer))
+    asked = question_prompt(question, answer)
     assert asked in {training_prompt(question, answer, random.Random(seed)) for seed in range(20)}
 
 

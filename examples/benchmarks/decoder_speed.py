@@ -89,9 +89,8 @@ def main() -> None:
     print(f"{'':8} {'batch':>5} {'mm-gpt':>10} {'transformers':>13} {'ratio':>6}   (tokens/s)")
     for row in rows:
         speed = row["tokens_per_s"]
-        print(
-            f"{row['phase']:8} {row['batch']:5} {speed['mm-gpt']:10.1f} {speed['transformers']:13.1f} {row['ratio']:6.2f}"
-        )
+        speeds = f"{speed['mm-gpt']:10.1f} {speed['transformers']:13.1f}"
+        print(f"{row['phase']:8} {row['batch']:5} {speeds} {row['ratio']:6.2f}")
     result = {
         "model": MODEL,
         "dtype": "float32",

@@ -19,10 +19,9 @@ from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream
 from mm_gpt.model.lora import merge_lora
 from mm_gpt.model.mmgpt import MMGPT, pick_device
 from mm_gpt.processor import Processor
+from mm_gpt.prompts import CAPTION_PROMPT
 
 logger = logging.getLogger(__name__)
-
-CAPTION_PROMPT = "Describe the image in one sentence."
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -87,16 +86,32 @@ class Assistant:
 
     @overload
     def caption(
-        self, images: str | Path | bytes | Image, *, batch_size: int = 8, **options: Unpack[GenerationOptions]
+        self,
+        images: str | Path | bytes | Image,
+        *,
+        batch_size: int = 8,
+        prompt: str = CAPTION_PROMPT,
+        **options: Unpack[GenerationOptions],
     ) -> Answer: ...
     @overload
     def caption(
-        self, images: Iterable[Any], *, batch_size: int = 8, **options: Unpack[GenerationOptions]
+        self,
+        images: Iterable[Any],
+        *,
+        batch_size: int = 8,
+        prompt: str = CAPTION_PROMPT,
+        **options: Unpack[GenerationOptions],
     ) -> list[Answer]: ...
     def caption(
-        self, images: Any, *, batch_size: int = 8, **options: Unpack[GenerationOptions]
+        self,
+        images: Any,
+        *,
+        batch_size: int = 8,
+        prompt: str = CAPTION_PROMPT,
+        **options: Unpack[GenerationOptions],
     ) -> Answer | list[Answer]:
         """One sentence about each image: an Answer for one image, a list in the same order for several.
+        `prompt` asks something else about each of them.
 
         Captions use beam search with 3 beams unless `num_beams` or `temperature` says otherwise.
         Raises ImageError naming the first image that cannot be read.
@@ -111,7 +126,7 @@ class Assistant:
         config = generation_config(options)
         answers: list[Answer] = []
         for start in range(0, len(sources), batch_size):
-            batch = [self.processor.chat([_user([s], CAPTION_PROMPT)]) for s in sources[start : start + batch_size]]
+            batch = [self.processor.chat([_user([s], prompt)]) for s in sources[start : start + batch_size]]
             answers += self.engine.generate(batch, config)
         return answers[0] if single else answers
 

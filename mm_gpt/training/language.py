@@ -22,21 +22,12 @@ from mm_gpt.hub.checkpoint import fill, load_decoder, load_model, save_model
 from mm_gpt.model.decoder import Block, Decoder
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Batch, Example, Processor, ProcessorConfig, collate
+from mm_gpt.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS, question_prompt
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.loop import ParameterGroup, TrainConfig, use_bf16
 from mm_gpt.vision.transforms import ImageTransformConfig, TrainTransform
 
 logger = logging.getLogger(__name__)
-
-CAPTION_PROMPT = "Describe the image in one sentence."
-OTHER_CAPTION_PROMPTS = (
-    "Describe this image.",
-    "Write a caption for this photo.",
-    "What is in the picture?",
-    "What do you see in this image?",
-    "Caption this image.",
-    "Describe the photo.",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,15 +322,13 @@ def training_questions(
     questions = rng.sample(record.questions, min(len(record.questions), max_questions))
     if record.captions and rng.random() < source.derived_share:
         questions += derive_questions(record.captions, rng, max_questions=max_questions)
-    return [(question_prompt(q.question, q.answer, rng), q.answer) for q in questions]
+    return [(training_prompt(q.question, q.answer, rng), q.answer) for q in questions]
 
 
-def question_prompt(question: str, answer: str, rng: random.Random) -> str:
-    """A question as a user may type it; a statement with the answer true or false asks for it."""
-    question = question.strip()
-    if answer in ("true", "false"):
-        return f"True or false: {question}"
-    return question[:1].upper() + question[1:] if rng.random() < 0.5 else question
+def training_prompt(question: str, answer: str, rng: random.Random) -> str:
+    """A question as users may type it: half of them with a capital letter."""
+    prompt = question_prompt(question, answer)
+    return prompt[:1].upper() + prompt[1:] if rng.random() < 0.5 else prompt
 
 
 def read_chats(path: Path, processor: Processor) -> list[Document]:

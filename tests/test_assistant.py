@@ -1,0 +1,169 @@
+"""The Python API."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_picture, make_tiny
+
+import mm_gpt
+from mm_gpt.document import Document, Image, Text
+from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTError
+from mm_gpt.inference.assistant import Assistant, generation_config
+from mm_gpt.inference.engine import Answer
+from mm_gpt.model.lora import LoRAConfig as Config
+from mm_gpt.model.lora import LoRALinear, add_lora
+
+
+@pytest.fixture(scope="module")
+def model() -> Assistant:
+    return Assistant(*make_tiny())
+
+
+def test_load_and_ask(tiny_model_folder: Path, picture_file: Path) -> None:
+    model = mm_gpt.load(tiny_model_folder, device="cpu")
+    answer = model.ask(picture_file, "What is this?", max_new_tokens=5)
+    assert isinstance(answer, str)
+    assert answer.image_tokens == model.model.tokens_per_image + 2
+    assert answer == model.ask(str(picture_file), "What is this?", max_new_tokens=5)
+
+
+def test_load_errors(tmp_path: Path) -> None:
+    with pytest.raises(MMGPTError, match="'defualt'"):
+        mm_gpt.load("defualt")
+    with pytest.raises(MMGPTError, match=r"config\.json: no such file"):
+        mm_gpt.load(tmp_path)
+
+
+def test_every_form_of_an_image_is_the_same_image(model: Assistant, picture_file: Path) -> None:
+    forms = [
+        picture_file,
+        str(picture_file),
+        picture_file.read_bytes(),
+        make_picture(),
+        np.asarray(make_picture()),
+        Image(picture_file),
+        [picture_file],
+    ]
+    answers = {model.ask(form, "What?", max_new_tokens=6) for form in forms}
+    assert len(answers) == 1
+
+
+def test_questions_about_none_one_and_several_images(model: Assistant) -> None:
+    k = model.model.tokens_per_image + 2
+    images = [make_picture(1), make_picture(2), make_picture(3)]
+    assert model.ask(None, "Hi", max_new_tokens=1).image_tokens == 0
+    assert model.ask(images, "Which?", max_new_tokens=1).image_tokens == 3 * k
+    shown = model.ask(
+        images[0], "What?", examples=[(images[1], "What?", "a dog"), (images[2], "What?", "a cat")], max_new_tokens=1
+    )
+    assert shown.image_tokens == 3 * k
+
+
+def test_ask_is_chat(model: Assistant) -> None:
+    picture = make_picture(1)
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]},
+    ]
+    asked = model.ask(picture, "What?", max_new_tokens=6)
+    assert asked == model.chat(messages, max_new_tokens=6)
+    assert asked == "".join(model.chat(messages, max_new_tokens=6, stream=True)).strip()
+
+
+def test_calls_do_not_depend_on_each_other(model: Assistant) -> None:
+    first = model.ask(make_picture(1), "What?", max_new_tokens=6)
+    model.ask(make_picture(2), "Something else?", max_new_tokens=6, temperature=1.0)
+    assert model.ask(make_picture(1), "What?", max_new_tokens=6) == first
+
+
+def test_captions_in_any_batch_size(model: Assistant) -> None:
+    """Order, and no image left out at the end of the last batch."""
+    pictures = [make_picture(n) for n in range(5)]
+    expected = [model.caption(p, max_new_tokens=5, num_beams=1) for p in pictures]
+    assert all(isinstance(answer, Answer) for answer in expected)
+    for batch_size in (1, 2, 5, 8):
+        assert model.caption(pictures, batch_size=batch_size, max_new_tokens=5, num_beams=1) == expected
+    assert model.caption((p for p in pictures), max_new_tokens=5, num_beams=1) == expected
+    assert model.caption([], max_new_tokens=5) == []
+    with pytest.raises(ConfigError, match="batch_size"):
+        model.caption(pictures, batch_size=0)
+
+
+def test_captions_use_beams_unless_told_otherwise(model: Assistant) -> None:
+    picture = make_picture(1)
+    assert model.caption(picture, max_new_tokens=5) == model.caption(picture, max_new_tokens=5, num_beams=3)
+    sampled = model.caption(picture, max_new_tokens=5, temperature=1.0, seed=1)
+    assert sampled == model.caption(picture, max_new_tokens=5, temperature=1.0, seed=1, num_beams=1)
+
+
+def test_complete_has_no_template(model: Assistant) -> None:
+    parts = ["A red ", make_picture(1), " circle"]
+    answer = model.complete(parts, max_new_tokens=4)
+    assert answer.prompt_tokens == len(model.processor(Document((Text("A red "), Image(make_picture(1)), Text(" circle")))))
+
+
+def test_log_probabilities(model: Assistant) -> None:
+    """The same numbers that generation reports, and a sum over the continuation only."""
+    prompt = [make_picture(1), "A red circle"]
+    answer = model.complete(prompt, max_new_tokens=4, logprobs=True)
+    assert answer.logprobs is not None
+    tokenizer = model.processor.tokenizer
+    text = "".join(tokenizer.decode([token.id]) for token in answer.logprobs)
+    ids = [token.id for token in answer.logprobs]
+    if tokenizer.encode("A red circle" + text) == [*tokenizer.encode("A red circle"), *ids]:
+        expected = [token.logprob for token in answer.logprobs]
+        assert model.token_logprobs(prompt, text).tolist() == pytest.approx(expected, abs=1e-4)
+    total = model.logprob(prompt, " on blue ground")
+    assert total == pytest.approx(float(model.token_logprobs(prompt, " on blue ground").sum()))
+    assert total < 0
+
+
+def test_log_probabilities_of_all_continuations_sum_to_one(model: Assistant) -> None:
+    tokenizer = model.processor.tokenizer
+    example = model.processor(Document((Text("A red\n"),)))
+    singles = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special.values()]
+    letters = [t for i in singles if (t := tokenizer.decode([i])) in "abcdefgh" and t]
+    for letter in letters:
+        (value,) = model.token_logprobs("A red\n", letter).tolist()
+        assert value < 0
+    assert len(example) > 0
+
+
+def test_what_is_wrong_is_named(model: Assistant, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'temprature'; did you mean 'temperature'\?"):
+        model.ask(None, "Hi", temprature=1.0)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"max_new_tokens: expected int, got '5'"):
+        model.ask(None, "Hi", max_new_tokens="5")  # type: ignore[typeddict-item]
+    with pytest.raises(ImageError, match=r"gone\.jpg"):
+        model.ask(tmp_path / "gone.jpg", "Hi")
+    with pytest.raises(MMGPTError, match="at least one message"):
+        model.chat([])
+    with pytest.raises(ContextOverflowError, match="the context holds 256"):
+        model.ask(None, "word " * 300)
+
+
+def test_stop_may_be_one_text() -> None:
+    assert generation_config({"stop": "\n"}).stop == ("\n",)  # type: ignore[typeddict-item]
+    assert generation_config({"stop": ("a", "b")}).stop == ("a", "b")
+    assert generation_config({}).max_new_tokens == 128
+
+
+def test_preparing_for_speed_changes_no_number() -> None:
+    """Merged updates and transposed storage give the logits of the model as it was trained."""
+    trained, processor = make_tiny()
+    torch.manual_seed(1)
+    add_lora(trained.decoder.blocks, Config(rank=4, alpha=8))
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if ".lora_b" in name:
+                parameter.normal_(std=0.05)
+    x = torch.randn(1, 7, 48)
+    positions = torch.arange(7)[None]
+    with torch.no_grad():
+        before = trained.decoder(x, positions)
+        model = Assistant(trained, processor)
+        after = model.model.decoder(x, positions)
+    assert not any(isinstance(m, LoRALinear) for m in model.model.modules())
+    assert not any(p.requires_grad for p in model.model.parameters())
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)

@@ -1,0 +1,251 @@
+"""Model folders: what was saved comes back, and what is broken is named."""
+
+import dataclasses
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_picture, make_tiny
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mm_gpt.document import Document, Image, Text
+from mm_gpt.errors import CheckpointError, MMGPTError
+from mm_gpt.hub import checkpoint
+from mm_gpt.hub.checkpoint import load_decoder, load_model, save_model
+from mm_gpt.model.decoder import Decoder, DecoderConfig
+from mm_gpt.model.lora import LoRAConfig
+from mm_gpt.model.mmgpt import MMGPT
+from mm_gpt.processor import Processor, collate
+from mm_gpt.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def folder(tiny_model_folder: Path, tmp_path: Path) -> Path:
+    """A saved model of this test's own."""
+    return Path(shutil.copytree(tiny_model_folder, tmp_path / "model"))
+
+
+def hidden(model: MMGPT, processor: Processor) -> Tensor:
+    example = processor(Document((Image(make_picture(1)), Text("a red circle"))))
+    pixels = torch.stack([processor.transform(image.load()) for image in example.images])
+    with torch.no_grad():
+        return model.eval()(collate([[example]], pixels))
+
+
+def test_a_saved_model_is_the_same_model(tmp_path: Path) -> None:
+    """Only matrices are rounded, to half precision; saved once more, nothing changes at all."""
+    model, processor = make_tiny()
+    save_model(model, processor, tmp_path, card="# Card")
+    again, again_processor = load_model(tmp_path)
+    for (name, before), (_, after) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        expected = before.half().float() if before.dim() >= 2 and before.is_floating_point() else before
+        assert torch.equal(after, expected), name
+    assert again.config == model.config
+    assert again_processor.config == processor.config
+    assert not again.training
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    text = "A red circle 😀 <|im_end|>"
+    assert again_processor.tokenizer.encode(text) == processor.tokenizer.encode(text)
+    assert again_processor.image_start_id == processor.image_start_id
+    assert again_processor.tokenizer.end_ids == processor.tokenizer.end_ids
+    torch.testing.assert_close(hidden(again, again_processor), hidden(model, processor), rtol=0, atol=0.05)
+    second = tmp_path / "second"
+    second.mkdir()
+    save_model(again, again_processor, second)
+    first_file, second_file = (load_file(f / "model.safetensors") for f in (tmp_path, second))
+    assert all(torch.equal(first_file[k], second_file[k]) for k in first_file)
+    assert torch.equal(hidden(*load_model(second)), hidden(again, again_processor))
+    assert (tmp_path / "README.md").read_text() == "# Card"
+
+
+def test_values_that_half_precision_cannot_hold(tmp_path: Path) -> None:
+    model, processor = make_tiny()
+    with torch.no_grad():
+        model.connector.fc1.weight[0, 0] = 1e6
+    with pytest.raises(CheckpointError, match=r"connector\.fc1\.weight holds values that half precision cannot store"):
+        save_model(model, processor, tmp_path)
+
+
+# ---- decoders that are named, not stored ----
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> Decoder:
+    """`load_decoder("smollm2-135m-instruct")` gives this tiny one."""
+    model, processor = make_tiny()
+
+    def load(name: str) -> tuple[Decoder, Tokenizer]:
+        assert name == "smollm2-135m-instruct"
+        fresh, _ = make_tiny()
+        return fresh.decoder, processor.tokenizer
+
+    monkeypatch.setattr(checkpoint, "load_decoder", load)
+    return model.decoder
+
+
+def test_a_named_decoder_is_not_stored(tmp_path: Path, named: Decoder) -> None:
+    """Its weights come from the registry; what was trained on top comes from the folder."""
+    tiny, processor = make_tiny()
+    config = dataclasses.replace(tiny.config, decoder="smollm2-135m-instruct", lora=LoRAConfig(rank=2, alpha=4))
+    model = MMGPT(config, named)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_b" in name:
+                parameter.normal_(std=0.1)
+    save_model(model, processor, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert not [k for k in stored if k.startswith("decoder.") and ".lora_" not in k]
+    assert [k for k in stored if ".lora_b" in k]
+    assert not (tmp_path / "tokenizer.json").exists()
+    again, again_processor = load_model(tmp_path)
+    torch.testing.assert_close(hidden(again, again_processor), hidden(model, processor), rtol=0, atol=0.05)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            assert torch.equal(again.get_parameter(name), parameter.half().float())
+
+
+def test_decoders_by_name() -> None:
+    with pytest.raises(MMGPTError, match=r"unknown weights 'smollm'; did you mean 'smollm2-135m-instruct'\?"):
+        load_decoder("smollm")
+    with pytest.raises(MMGPTError, match="efficientnet-lite2"):
+        load_decoder("efficientnet-lite")
+
+
+def test_a_hugging_face_folder_as_decoder(tmp_path: Path) -> None:
+    import transformers
+
+    model, processor = make_tiny()
+    vocab = processor.tokenizer.vocab_size
+    config = transformers.LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    processor.tokenizer.save(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    decoder, tokenizer = load_decoder(str(tmp_path))
+    assert decoder.config.vocab_size == vocab
+    assert tokenizer.end_of_turn == "<|im_end|>"
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no special token"):
+        load_decoder(str(tmp_path))
+
+
+# ---- broken folders ----
+
+
+def edit_tensors(folder: Path, change: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing: no such model folder"):
+        load_model(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "processor.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+)
+def test_missing_and_mangled_files(folder: Path, name: str) -> None:
+    path = folder / name
+    path.write_bytes(b"\x00\xff not what it should be")
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        load_model(folder)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        load_model(folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=rf"{name}: no such file"):
+        load_model(folder)
+
+
+def test_a_wrong_key_in_the_configuration(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    values["decoder"]["num_layer"] = values["decoder"].pop("num_layers")
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(MMGPTError, match=r"config\.json\.decoder: unknown key 'num_layer'; did you mean 'num_layers'"):
+        load_model(folder)
+
+
+def test_missing_left_over_and_misshapen_tensors(folder: Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    edit_tensors(folder, lambda t: t.pop("connector.fc1.bias"))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: lacks the tensor connector\.fc1\.bias"):
+        load_model(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    edit_tensors(folder, lambda t: t.update({"extra": torch.zeros(2)}))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: has an unknown tensor extra"):
+        load_model(folder)
+    (folder / "model.safetensors").write_bytes(whole)
+    edit_tensors(folder, lambda t: t.update({"image_marks": torch.zeros(1, 48)}))  # would broadcast
+    with pytest.raises(CheckpointError, match=r"image_marks has shape \(1, 48\), not \(2, 48\)"):
+        load_model(folder)
+
+
+def test_truncated_weights(folder: Path) -> None:
+    """An interrupted copy."""
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for size in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: not a readable safetensors file"):
+            load_model(folder)
+
+
+def test_pickles_are_refused(folder: Path) -> None:
+    """A pickle runs code when it is read: under no name is one read."""
+    marker = folder / "executed"
+
+    class Attack:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (marker,))
+
+    path = folder / "model.safetensors"
+    path.write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load_model(folder)
+    path.unlink()
+    for name in ("pytorch_model.bin", "model.pt", "model.pkl"):
+        (folder / name).write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(CheckpointError, match="weights are read from safetensors only"):
+        load_model(folder)
+    assert not marker.exists()
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(folder: Path) -> None:
+    """Its last ids would be read as images."""
+    larger = Tokenizer.train(["completely different words, longer ones too, and many more of them " * 3], 100_000)
+    values = json.loads((folder / "config.json").read_text())
+    assert larger.vocab_size > 0
+    while larger.vocab_size <= values["decoder"]["vocab_size"]:
+        larger.backend.add_tokens([f"extra{larger.vocab_size}"])
+    larger.save(folder / "tokenizer.json")
+    message = rf"the tokenizer has {larger.vocab_size} ids, the decoder {values['decoder']['vocab_size']}"
+    with pytest.raises(CheckpointError, match=message):
+        load_model(folder)
+
+
+def test_a_decoder_may_be_larger_than_its_tokenizer(tmp_path: Path) -> None:
+    """Some tables are padded to a round number: the image ids lie behind the table, not behind the tokenizer."""
+    tiny, processor = make_tiny()
+    assert isinstance(tiny.config.decoder, DecoderConfig)
+    decoder = dataclasses.replace(tiny.config.decoder, vocab_size=512)
+    model = MMGPT(dataclasses.replace(tiny.config, decoder=decoder)).eval()
+    padded = Processor(processor.tokenizer, processor.config, vocab_size=512)
+    save_model(model, padded, tmp_path)
+    again, again_processor = load_model(tmp_path)
+    assert again_processor.image_start_id == 512
+    torch.testing.assert_close(hidden(again, again_processor), hidden(model, padded), rtol=0, atol=0.05)

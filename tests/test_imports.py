@@ -1,0 +1,105 @@
+"""The arrows between the packages go one way, and importing mm_gpt is cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mm_gpt
+
+ROOT = Path(mm_gpt.__file__).parent
+CONTRACTS = {"errors", "config", "document", "images", "tokenizer", "processor"}
+# Package -> the packages of mm_gpt that it may import, at the top or inside a function.
+MAY_IMPORT = {
+    "errors": set(),
+    "config": {"errors"},
+    "images": {"errors"},
+    "document": {"errors", "images"},
+    "tokenizer": {"errors"},
+    "vision": {"errors", "images"},
+    "processor": CONTRACTS | {"vision"},
+    "datasets": CONTRACTS,
+    "model": CONTRACTS | {"vision"},
+    "hub": CONTRACTS | {"vision", "model"},
+    "inference": CONTRACTS | {"vision", "model", "hub"},
+    "training": CONTRACTS | {"vision", "model", "hub", "datasets", "inference"},
+    "eval": CONTRACTS | {"vision", "model", "hub", "datasets", "inference"},
+}
+HEAVY = ("torch", "open_clip", "timm", "transformers", "torchvision", "matplotlib", "gradio", "tokenizers", "numpy")
+
+
+def module_files(name: str) -> list[Path]:
+    folder = ROOT / name
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [ROOT / f"{name}.py"]
+
+
+def imports_of(path: Path) -> set[str]:
+    """The packages right below mm_gpt that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{a.name}" if node.module == "mm_gpt" else str(node.module) for a in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("mm_gpt.")}
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(MAY_IMPORT))
+def test_arrows_go_one_way(name: str) -> None:
+    files = module_files(name)
+    assert files
+    for path in files:
+        wrong = imports_of(path) - MAY_IMPORT[name] - {name}
+        assert not wrong, f"{path.relative_to(ROOT)} must not import mm_gpt.{wrong.pop()}"
+
+
+def test_every_package_has_a_rule() -> None:
+    """A new folder must say what it may import, or be at the top, where everything may be imported."""
+    top = {"serving", "cli", "alignment", "scaling", "__init__", "__main__"}
+    names = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or any(p.glob("*.py"))}
+    assert names <= set(MAY_IMPORT) | top
+
+
+def test_nothing_imports_the_top() -> None:
+    for name in MAY_IMPORT:
+        for path in module_files(name):
+            assert not imports_of(path) & {"serving", "cli"}, path
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("modules", ["mm_gpt", "mm_gpt.errors, mm_gpt.config, mm_gpt.document, mm_gpt.images"])
+def test_light_imports(modules: str) -> None:
+    """`mm-gpt --help` must not wait for torch."""
+    heavy = run(f"import sys, {modules}; print([m for m in {HEAVY!r} if m in sys.modules])")
+    assert heavy == "[]"
+
+
+def test_public_names() -> None:
+    for name in mm_gpt.__all__:
+        assert getattr(mm_gpt, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        mm_gpt.laod  # noqa: B018
+
+
+def test_importing_touches_no_global_state() -> None:
+    """No seeds, no threads, no logging handlers, no signal handlers, no files."""
+    code = """
+import logging, os, signal, torch
+before = torch.get_rng_state().clone(), torch.get_num_threads(), signal.getsignal(signal.SIGINT), os.getcwd()
+import mm_gpt.inference.assistant, mm_gpt.training.language, mm_gpt.training.contrastive
+after = torch.get_rng_state(), torch.get_num_threads(), signal.getsignal(signal.SIGINT), os.getcwd()
+assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+assert not logging.getLogger().handlers and not logging.getLogger("mm_gpt").handlers
+"""
+    run(code)
