@@ -20,6 +20,9 @@ IGNORE_INDEX = -100
 """The label of a position where nothing is learned."""
 
 
+ROLES = ("system", "user", "assistant")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProcessorConfig:
     image: ImageTransformConfig
@@ -93,7 +96,7 @@ class Processor:
         if not isinstance(message, dict) or "content" not in message:
             raise MMGPTError(f"message {index} is not a dict with 'role' and 'content'")
         role = message.get("role")
-        if role not in ("system", "user", "assistant"):
+        if role not in ROLES:
             raise MMGPTError(f"message {index} has role {role!r}; use 'system', 'user' or 'assistant'")
         target = role == "assistant"
         ends = target and message.get("complete", True)  # an answer that was cut off does not teach to end there

@@ -25,6 +25,7 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, *, end_of_text: str, end_of_turn: str):
         self.backend = backend
+        backend.encode_special_tokens = True  # plain text never becomes a special token
         self.special = {token.content: id for id, token in backend.get_added_tokens_decoder().items() if token.special}
         for token in (end_of_text, end_of_turn):
             if token not in self.special:
@@ -58,7 +59,6 @@ class Tokenizer:
         def flush() -> None:
             text = "".join(piece for piece, _ in pending)
             if text:
-                self.backend.encode_special_tokens = True  # plain text never becomes a special token
                 encoding = self.backend.encode(text, add_special_tokens=False)
                 owner = [target for piece, target in pending for _ in piece]
                 ids.extend(encoding.ids)

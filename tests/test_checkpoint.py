@@ -119,7 +119,7 @@ def test_decoders_by_name() -> None:
 def test_a_hugging_face_folder_as_decoder(tmp_path: Path) -> None:
     import transformers
 
-    model, processor = make_tiny()
+    _, processor = make_tiny()
     vocab = processor.tokenizer.vocab_size
     config = transformers.LlamaConfig(
         vocab_size=vocab,

@@ -138,7 +138,7 @@ def test_float32_agrees_too() -> None:
 def test_rows_end_one_by_one(engine: Engine) -> None:
     """A row that has ended must neither write on nor stop the others."""
     ending = with_end_bias(engine, 4.0)
-    config = GenerationConfig(max_new_tokens=12, temperature=2.0, logprobs=True, seed=3)
+    config = GenerationConfig(max_new_tokens=12, temperature=2.0, logprobs=True, seed=1)
     answers = ending.generate(PROMPTS, config)
     assert len({a.completion_tokens for a in answers}) >= 3
     for document, answer in zip(PROMPTS, answers, strict=True):
@@ -459,6 +459,18 @@ def test_all_beams_may_end_at_once() -> None:
     config = GenerationConfig(max_new_tokens=4, num_beams=2, logprobs=True)
     (answer,) = engine.generate([Document((Text("a"),))], config)
     assert ids_of(answer) == [0]
+
+
+def test_search_goes_on_while_a_longer_answer_may_be_better() -> None:
+    """Ending at once is likelier than going on, but with the penalty the long answer is the better one."""
+    engine = small_vocabulary_engine("ab", 0)
+    first = torch.tensor([0.5, 1e-9, 1e-9, 0.499, 1e-9], dtype=torch.float64).log()
+    later = torch.tensor([1e-9, 1e-9, 1e-9, 0.999, 1e-9], dtype=torch.float64).log()
+    steps = itertools.chain([first], itertools.repeat(later))
+    engine.model.decoder.logits = lambda hidden: next(steps).expand(len(hidden), 5).clone()  # type: ignore[method-assign]
+    config = GenerationConfig(max_new_tokens=10, length_penalty=2.0, logprobs=True)
+    (answer,) = engine._beam_search([engine.processor(Document((Text("a"),)))], config)
+    assert ids_of(answer) == [3] * 10
 
 
 @pytest.mark.parametrize(("length", "expected"), [(1, 1.0), (5, 1.3587), (10, 1.7329), (20, 2.3544)])

@@ -64,7 +64,9 @@ def page() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--headless", "--disable-gpu", *NO_INTERNET]
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser.new_page(viewport={"width": 1280, "height": 900})
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(60_000)
+        yield page
         browser.close()
 
 
@@ -200,8 +202,8 @@ def test_a_request_cannot_name_files_of_the_server(
         request = urllib.request.Request(
             f"{address}/gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        urllib.request.urlopen(request, timeout=20).read()
-        events = urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash=forged{number}", timeout=20)
+        urllib.request.urlopen(request, timeout=60).read()
+        events = urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash=forged{number}", timeout=60)
         replies = [json.loads(line[6:]) for line in events.read().decode().splitlines() if line.startswith("data: ")]
         completed = [reply for reply in replies if reply["msg"] == "process_completed"]
         assert [reply["success"] for reply in completed] == [path == ""]  # without a file the same request is fine
@@ -209,7 +211,7 @@ def test_a_request_cannot_name_files_of_the_server(
         if path in ("", sample):
             continue
         with pytest.raises(urllib.error.HTTPError, match=r"40[34]"):
-            urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=20)
+            urllib.request.urlopen(f"{address}/gradio_api/file={path}", timeout=60)
 
 
 # ---- the page ----
@@ -219,7 +221,7 @@ def bot(page: Any) -> Any:
     return page.locator("#chat [data-testid=bot] .message-content")
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the page did not get there"
@@ -328,10 +330,13 @@ def test_answer_streams_and_can_be_stopped(
     wait_until(lambda: bot(page).count() == 1 and "word3" in bot(page).inner_text())
     page.click("#box .stop-button")
     page.wait_for_selector("#box .submit-button")
-    time.sleep(0.5)
-    stopped_at = len(said)
-    time.sleep(0.5)
-    assert len(said) == stopped_at
+
+    def is_silent() -> bool:
+        before = len(said)
+        time.sleep(0.5)
+        return len(said) == before
+
+    wait_until(is_silent)
     assert "word3" in bot(page).inner_text()
 
     histories: list[Any] = []

@@ -84,6 +84,19 @@ def test_any_shape(length: int, vocab: int, share: float) -> None:
     torch.testing.assert_close(value, reference(hidden, weight, labels))
 
 
+def test_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under no_grad a trained table still asks for its gradient, which costs as much as the loss itself."""
+    calls: list[object] = []
+    softmax = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda self, dim: calls.append(dim) or softmax(self, dim))
+    weight = torch.randn(5, 3, requires_grad=True)
+    with torch.no_grad():
+        next_token_loss(torch.randn(1, 2, 3), weight, torch.tensor([[1, 2]]))
+    assert not calls
+    next_token_loss(torch.randn(1, 2, 3), weight, torch.tensor([[1, 2]]))
+    assert calls
+
+
 def test_large_logits_stay_finite() -> None:
     hidden = torch.full((1, 2, 4), 1e4, requires_grad=True)
     weight = torch.eye(4) * 100

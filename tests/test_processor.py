@@ -135,7 +135,7 @@ def test_image_parts_of_every_spelling() -> None:
     ],
 )
 def test_malformed_messages_are_named(message: object) -> None:
-    with pytest.raises(MMGPTError, match="^message 1 "):
+    with pytest.raises(MMGPTError, match=r"^message 1 "):
         PROCESSOR.chat([{"role": "user", "content": "fine"}, message])  # type: ignore[list-item]
 
 

@@ -1,6 +1,7 @@
 """Text <-> ids: parity with transformers, round trips, and text that only looks like a special token."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,20 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert again.end_ids == TOKENIZER.end_ids
     for text in TEXTS:
         assert again.encode(text) == TOKENIZER.encode(text)
+
+
+def test_training_a_tokenizer_is_deterministic() -> None:
+    """A resumed run trains its tokenizer again: other ids would be another language."""
+    first, again = (Tokenizer.train(TEXTS * 2, 330).backend.to_str() for _ in range(2))
+    assert first == again
+
+
+def test_two_threads_may_encode_at_once() -> None:
+    """Training reads ahead in a thread while validation encodes; older backends raise "Already borrowed"."""
+    text = "A red circle on a blue ground. " * 3000
+    expected = TOKENIZER.encode(text)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(ids == expected for ids in pool.map(TOKENIZER.encode, [text] * 12))
 
 
 def test_errors_name_the_file(tmp_path: Path) -> None:

@@ -175,6 +175,8 @@ class Assistant:
         batch = collate([[example]], torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size))
         batch = batch.to(self.model.device)
         wanted = batch.labels[0] != IGNORE_INDEX
+        if not wanted.any():  # a sum over nothing would be 0, that is, certain
+            raise MMGPTError(f"{continuation!r} has no token of its own after the prompt: its first is part of it")
         logits = self.model.decoder.logits(self.model(batch)[0, wanted])
         return logits.log_softmax(-1).gather(1, batch.labels[0, wanted][:, None])[:, 0]
 

@@ -55,6 +55,8 @@ def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Ten
     hidden (B, T, D), weight (V, D), labels (B, T) already shifted. The caller divides by the step's global count, so
     that micro-batches with more targets weigh more.
     """
+    if not torch.is_grad_enabled():  # autograd functions are not told, and would compute gradients for nothing
+        weight = weight.detach()
     supervised = labels != IGNORE_INDEX
     rows = hidden[supervised]  # (M, D)
     loss = _ChunkedCrossEntropy.apply(rows, weight, labels[supervised])

@@ -21,7 +21,7 @@ from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTEr
 from mm_gpt.hub.checkpoint import fill, load_decoder, load_model, save_model
 from mm_gpt.model.decoder import Block, Decoder
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
-from mm_gpt.processor import Batch, Example, Processor, ProcessorConfig, collate
+from mm_gpt.processor import ROLES, Batch, Example, Processor, ProcessorConfig, collate
 from mm_gpt.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS, question_prompt
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.loop import ParameterGroup, TrainConfig, use_bf16
@@ -91,8 +91,9 @@ class LanguageTask:
         self.errors = ErrorCounter()
         sources = [(source, self._records(source)) for source in (*recipe.sources, *recipe.validation)]
         if tokenizer is None and recipe.start is None and not isinstance(recipe.model.decoder, str):
-            texts = (text for _, records in sources for record in records for text in _texts(record))
-            tokenizer = Tokenizer.train(texts, recipe.model.decoder.vocab_size)
+            texts = [text for _, records in sources for record in records for text in _texts(record)]
+            prompts = [*ROLES, CAPTION_PROMPT, *OTHER_CAPTION_PROMPTS] * 4  # often enough to be learned as words
+            tokenizer = Tokenizer.train([*texts, *prompts], recipe.model.decoder.vocab_size)
         self.model, self.processor = build_model(recipe, tokenizer)
         documents = [self._chats(source) or records for source, records in sources]
         self.records, self.validation_records = documents[: len(recipe.sources)], documents[len(recipe.sources) :]
@@ -239,7 +240,7 @@ class LanguageTask:
             documents = []
             for record in records[: self.recipe.validation_images]:
                 documents += [record] if isinstance(record, Document) else self._documents(record, source, rng)
-            examples = [self.processor(document) for document in documents]
+            examples = [self.processor(document) for document in documents if self._length(document) < math.inf]
             packed = pack([len(e) for e in examples], max(self.recipe.row_length, max(map(len, examples), default=1)))
             for row in packed:
                 batch = self._collate([[examples[i] for i in row]], None).to(self.model.device)

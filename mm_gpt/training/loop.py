@@ -12,6 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -79,7 +80,7 @@ class Task(Protocol):
     def parameter_groups(self) -> list[ParameterGroup]: ...
 
     def micro_batches(self, step: int, count: int) -> Sequence[Any]:
-        """The `count` micro-batches of a step: the same ones each time it is called."""
+        """The `count` micro-batches of a step: the same ones each time it is called. Runs in another thread."""
 
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Summed loss and the count it is divided by, once a step's micro-batches are summed."""
@@ -156,9 +157,13 @@ def train(
     best = log.best_loss()
     stopper = Stopper()
     bar = tqdm(total=config.steps, initial=step, unit="step", disable=not progress, dynamic_ncols=True)
-    with stopper, bar:
+    with stopper, bar, ThreadPoolExecutor(1, thread_name_prefix="prefetch") as reader:
+        ahead = reader.submit(task.micro_batches, step, config.accumulate)  # while one step runs, the next is read
         while step < config.steps:
-            metrics = training_step(task, optimizer, config, step, device)
+            batches = ahead.result()
+            if step + 1 < config.steps:
+                ahead = reader.submit(task.micro_batches, step + 1, config.accumulate)
+            metrics = training_step(task, batches, optimizer, config, step, device)
             step += 1
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
@@ -179,7 +184,12 @@ def train(
 
 
 def training_step(
-    task: Task, optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, device: torch.device
+    task: Task,
+    batches: Sequence[Any],
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    step: int,
+    device: torch.device,
 ) -> dict[str, float]:
     """One optimizer step; returns its loss, gradient norm, learning rate and speed. Raises MMGPTError on NaN."""
     start = time.perf_counter()
@@ -188,7 +198,7 @@ def training_step(
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     total_loss, total_count = 0.0, 0
-    for batch in task.micro_batches(step, config.accumulate):
+    for batch in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config.precision, device)):
             loss, count = task.loss(batch.to(device))
         if int(count) > 0:

@@ -153,7 +153,7 @@ def _check_same(recipe: Recipe, path: Path) -> None:
     before = json.loads(path.read_text())
     now = json.loads(json.dumps(configs.to_dict(recipe)))
     for values in (before, now):
-        for key in ("log_every", "validate_every", "save_every"):
+        for key in ("steps", "log_every", "validate_every", "save_every"):
             values["train"].pop(key, None)
     for key in now:
         if now[key] != before.get(key):
