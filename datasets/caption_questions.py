@@ -13,292 +13,35 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from mm_gpt.datasets.caption_words import (
+    ADJECTIVES,
+    ANIMATE,
+    COLLECTIVE,
+    COLOURS,
+    DETERMINERS,
+    HEADS,
+    IMPLIED_BY,
+    INDOORS,
+    LONGEST,
+    MASS,
+    MAY_TAKE_OBJECT,
+    NOUNS,
+    NUMBERS,
+    OBJECT_ONLY,
+    OUTDOORS,
+    PARTICIPLES,
+    PEOPLE_NAMES,
+    PLACES,
+    PRONOUNS,
+    SIMILAR,
+    SPORTS,
+    STILL,
+    SURFACES,
+    THIRD_PERSON,
+    UNREAL,
+    word_set,
+)
 from mm_gpt.datasets.sources import QuestionAnswer
-
-
-def _words(text: str) -> set[str]:
-    return set(text.split())
-
-
-# Nouns: `name` or `name/plural`, then other words for it in parentheses. A number is how many of 1000 photos show it
-# (Flickr8k train): only such nouns are asked "Is there a ...?", and a "no" question draws them in proportion.
-_ANIMALS = """
-dog 234 (puppy, pup, greyhound, poodle, terrier, retriever, golden retriever, collie, german shepherd, dalmatian,
-pitbull, pit bull, doberman, rottweiler, husky/huskies, bulldog, corgi, beagle, labrador, lab, pug, dachshund, canine,
-doggy); cat 1 (kitten, kitty); horse 9 (pony, mare, stallion, bronco, foal); cow 3 (cattle/cattle, calf/calves,
-ox/oxen); bull 3; sheep/sheep 2 (lamb); goat 0.5; bird 9 (seagull, gull, pigeon, parrot, eagle, hawk, owl, crane,
-heron, pelican); duck 2 (mallard, duckling); goose/geese 1; swan 1; elephant 1; monkey 1 (ape, gorilla); camel 1; bear
-0.5; tiger 0.5; lion 0.5; deer/deer 1; rabbit 0.5 (bunny); fox; wolf/wolves; turtle 0.5; dolphin; pig 0.5; zebra 0.5;
-giraffe 0.5; snake 1; squirrel 0.5; chicken (rooster, hen); donkey (mule); llama; ferret; butterfly
-"""
-_PEOPLE = """
-man/men 218 (guy, gentleman/gentlemen, businessman/businessmen, fisherman/fishermen, cowboy, policeman/policemen,
-fireman/firemen, groom, father, dad, dude, male, grandfather, husband); woman/women 108 (lady, bride, mother, mom,
-female, gal, businesswoman/businesswomen, grandmother, wife/wives, cheerleader); boy 104 (son, schoolboy); girl 102
-(daughter, schoolgirl, ballerina); baby 8 (infant); child/children 80 (kid, toddler, youngster, youth)
-"""
-# Words for people whose sex and age they leave open.
-_ANYONE = """
-adult player surfer rider biker cyclist bicyclist skier snowboarder skateboarder skater climber hiker runner
-racer swimmer diver dancer performer musician singer guitarist drummer worker athlete wrestler boxer fighter soldier
-officer cop referee goalie catcher batter pitcher quarterback driver motorcyclist kayaker rower rollerblader jogger
-walker pedestrian tourist teenager teen student friend couple crowd group team family audience spectator onlooker
-bystander fan passenger owner artist vendor photographer cameraman clown pirate jockey gymnast acrobat teammate opponent
-someone somebody everyone anyone others another hunter camper parent sibling brother sister twin trainer coach handler
-civilian band orchestra class crew partner motocross bmxer parasailer paraglider wakeboarder waterskier
-he she they him her his hers them himself herself themselves who human hand arm leg finger shoulder face
-"""
-_THINGS = """
-vehicle: car 21 (jeep, taxi, suv, sedan, minivan, race car); truck 4 (pickup, pickup truck); bus/buses 2 (school
-bus/school buses); train 4 (subway train, subway car, train car);
-motorcycle 16 (motorbike, dirt bike, dirtbike, harley, moped);
-bicycle 42 (bike, mountain bike, bmx bike, tricycle); boat 16 (canoe, kayak, sailboat, raft, ship, rowboat, speedboat);
-airplane 1 (plane, helicopter, jet); scooter; wagon; sled; tractor; van; cart; carriage; wheelchair; stroller; unicycle;
-atv; go-kart
-sport: skateboard 24; surfboard 7; snowboard 6; ski; frisbee 11 (disc); ball 74 (tennis ball, soccer ball, basketball,
-football, baseball, volleyball, soccerball, beach ball, rugby ball, golf ball); trampoline 2; tennis racket 3 (racket,
-racquet); kite 0.5; hula hoop 0.5; bat (baseball bat); trophy; parachute; net; hoop; hurdle; paddle
-furniture: couch/couches 4 (sofa); bed 5; bench/benches 9; table 10 (picnic table); chair 5; desk; shelf/shelves;
-bathtub
-object: guitar 6; umbrella 4; book 2; newspaper; camera; laptop 2; phone (cellphone, cell phone); microphone; balloon
-2; tent 2; flag 6; ladder; cake 1; bottle; cup; cigarette; sword; toy; stick; rope; bucket; basket; box/boxes;
-backpack; bag; leash/leashes; collar; tire; candle; drum; violin; mask; helmet; sign; hose; bone; blanket; towel;
-pillow; plate; bowl; glass/glasses; log; pole; statue 5; fountain; bridge; fence; wall; building; house; swing; slide;
-stairs/stairs; tree; flower; bush/bushes; rock; leaf/leaves; railing; ramp; pumpkin; snowball; lollipop; ice cream;
-pizza; sandwich/sandwiches; apple; doll
-"""
-_GARMENTS = """
-shirt (t-shirt, tee-shirt, tee shirt, t shirt); jacket; coat; sweater; sweatshirt (hoodie); hat; cap; dress/dresses;
-skirt; vest; jersey; uniform; suit; scarf/scarves; swimsuit (bathing suit); bikini; wetsuit; costume; robe; tie; life
-jacket; shorts/shorts; pants/pants; jeans/jeans; trunks/trunks; sunglasses/sunglasses; goggles/goggles;
-overalls/overalls; tutu; tank top; bandanna; headband; apron; outfit; helmet
-"""
-# A place and what is said of somebody there.
-_PLACES = {
-    **dict.fromkeys(("beach", "shore", "shoreline"), "on the beach"),
-    **dict.fromkeys(("grass", "lawn"), "in the grass"),
-    **dict.fromkeys(("field", "meadow"), "in a field"),
-    **dict.fromkeys(("water", "ocean", "lake", "river", "sea", "pond", "stream", "surf", "creek"), "in the water"),
-    **dict.fromkeys(("street", "road"), "on the street"),
-    **dict.fromkeys(("woods", "forest"), "in the woods"),
-    "snow": "in the snow",
-    "sand": "in the sand",
-    "pool": "in a pool",
-    "park": "in a park",
-    "sidewalk": "on the sidewalk",
-    "kitchen": "in a kitchen",
-    "yard": "in a yard",
-    "backyard": "in a yard",
-    "couch": "on a couch",
-    "sofa": "on a couch",
-    "bed": "on a bed",
-    "bench": "on a bench",
-    "trampoline": "on a trampoline",
-    "swing": "on a swing",
-    "rock": "on a rock",
-    "track": "on a track",
-    "stage": "on a stage",
-    "restaurant": "in a restaurant",
-    "gym": "in a gym",
-    "bathtub": "in a bathtub",
-}
-_OUTDOORS = _words(
-    "outside outdoors outdoor grass grassy beach snow snowy mountain mountains ocean sea lake river field "
-    "street sidewalk "
-    "road forest woods hill cliff sky tree trees sand park desert lawn yard sunset waves surfing surfer skier"
-)
-_INDOORS = _words(
-    "indoors indoor kitchen bedroom bathroom couch sofa carpet carpeted gym gymnasium restaurant "
-    "bathtub bed cafe "
-    "office classroom hallway auditorium arena room living museum"
-)
-_COLOURS = {
-    w: w for w in _words("black white brown red blue green yellow orange pink purple tan gray gold silver beige")
-}
-_COLOURS |= {"grey": "gray", "golden": "gold", "maroon": "red", "turquoise": "blue", "navy": "blue"}
-_NUMBERS = {
-    w: n for n, w in enumerate(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"], start=2)
-}
-_NUMBERS |= {str(n): n for n in range(2, 11)}
-_DETERMINERS = {
-    "a",
-    "an",
-    "the",
-    "one",
-    "his",
-    "her",
-    "their",
-    "its",
-    "this",
-    "that",
-    "some",
-    "another",
-    "no",
-    "several",
-}
-_ADJECTIVES = _words(
-    "small large big little young old older elderly tall short long wet dirty furry fluffy shaggy hairy smiling happy "
-    "light dark bright pale striped plaid wooden metal plastic middle-aged adult asian african american blond blonde "
-    "bald bearded shirtless dressed colorful huge tiny cute beautiful lone single empty fast muddy spotted sandy rocky "
-    "snowy grassy green-grassy open dry deep shallow sunny skinny fat lean muzzled leashed baby thick thin "
-    "crowded busy "
-    "long-haired short-haired dark-haired soccer football baseball basketball hockey tennis rugby toy swimming indoor "
-    "outdoor city dirt paved public snow-covered leafy"
-)
-_SPORTS = _words("soccer tennis basketball baseball hockey volleyball rugby golf cricket lacrosse frisbee")
-# Words that turn the noun before them into a description ("horse statue", "dog house"), and those that make
-# the noun after them unreal.
-_HEADS = _words(
-    "statue house costume park race ride show suit gear sign rack lane track field court game player players team mask "
-    "food treat toy ears ear collar leash pen trailer stop station driver riders rider owner walker event "
-    "trail shop store "
-    "stand bar competition show sculpture logo print painting head seat wheel handlebars lot wash door window hat rink "
-    "hoop net club jersey uniform course arena stadium carriage sled cart ramp path bowl costumes stick line tracks "
-    "trunks room shoes coach match practice helmet gloves fight riding racing jumping skating polo"
-)
-_UNREAL = _words("toy stuffed fake plastic inflatable cardboard model paper carved painted like as no without not lego")
-_COLLECTIVE = _words("couple crowd group team family audience band orchestra class crew others everyone people")
-_MASS = {"snow": 57.0, "water": 108.0}
-_PRONOUNS = _words(
-    "he she they him her his hers them himself herself themselves who someone somebody everyone anyone others another "
-    "human hand arm leg finger shoulder face hands arms legs fingers shoulders faces"
-)
-# A word that makes "no" unsafe for these nouns even though they are not mentioned.
-_IMPLIED_BY = {
-    "car": "street road traffic city parking highway vehicle intersection crosswalk driver race taxi lot "
-    "driving drives",
-    "truck": "street road traffic vehicle city highway fire construction driving",
-    "bus": "street road traffic city stop",
-    "bicycle": "cyclist biker bicyclist bmx rider biking cycling handlebars wheelie helmet motorcycle scooter street",
-    "motorcycle": "biker motorcyclist motocross rider bike bikes wheelie racer atv bmx biking",
-    "train": "station subway track tracks railroad platform",
-    "boat": "surf surfer surfing surfs wave waves ocean sea lake river dock harbor paddle paddling kayaking "
-    "rowing rapids rafting sailing wakeboarding pier raft",
-    "airplane": "airport flying sky parachute",
-    "skateboard": "skateboarder skateboarding skater skating ramp skate grind grinds grinding board rail "
-    "skateboards trick",
-    "surfboard": "surfer surfing surf surfs wave waves board ocean boogie bodyboard wakeboard surfers",
-    "snowboard": "snowboarder snowboarding board skier snowboards snowboarders trick slope skiing skis",
-    "frisbee": "disk disc toy object catch catches catching fetch frisbees something mouth ring dog dogs",
-    "ball": "soccer football basketball baseball tennis volleyball rugby cricket golf lacrosse hockey softball "
-    "bowling game "
-    "player players team batter pitcher goalie toy object catch catches catching fetch playing play plays "
-    "mouth juggling "
-    "juggles bat court hoop something throwing throws dog dogs kick kicking kicks sport field snowball throw balls",
-    "tennis racket": "tennis badminton court player",
-    "couch": "room chair seat furniture living sitting lounge bed",
-    "bed": "room bedroom sleeping sleeps asleep lying laying blanket pillow couch mattress",
-    "bench": "sitting sits park seated sit street resting seat city",
-    "table": "restaurant cafe room kitchen eating dinner food cake sitting drinking bar desk counter meal "
-    "picnic market",
-    "chair": "restaurant cafe room kitchen table seat sitting sits seated sit beach office lawn stool couch bench desk",
-    "book": "reading reads read magazine newspaper paper library store writing school",
-    "guitar": "band music musician musicians instrument playing plays guitarist concert stage performing sings singing",
-    "umbrella": "rain raining parasol beach rainy patio cafe",
-    "balloon": "party birthday parade festival carnival celebration",
-    "flag": "parade protest stadium festival banner boat ship demonstration race flags kite ceremony",
-    "tent": "camp camping festival market canopy camper fair",
-    "kite": "flying parachute paraglider kites kitesurfing parasailing",
-    "statue": "sculpture fountain monument museum figure statues snowman lion",
-    "cake": "birthday party wedding dessert food eating table",
-    "laptop": "computer office desk electronics",
-    "trampoline": "bouncing bounces jumping jump flip air jumps bounce gymnast",
-    "hula hoop": "hoop hoops hooping rings ring",
-    "snow": "winter ice icy ski skis skier skiers skiing snowboarder snowboarding snowboard sled sledding mountain "
-    "mountains white snowball snowy snowsuit snowmobile sledge igloo slope cold frozen snow-covered snowboarders hill",
-    "water": "pool ocean lake river sea pond beach wave waves surf surfing surfer swim swims swimming swimmer boat wet "
-    "splash splashing splashes sprinkler fountain puddle stream creek waterfall shore raft kayak canoe dock hose rain "
-    "fishing rapids diving diver dive underwater bath bathtub wading drink drinking snow shower sand bridge spray mud "
-    "island bay harbor pier coast cliff wetsuit swimsuit bikini wading wakeboard sprayed sprays squirt bottle rocks",
-}
-_SIMILAR = [{"man", "boy", "baby", "child"}, {"woman", "girl", "baby", "child"}, {"duck", "goose", "swan", "bird"}]
-_SIMILAR += [{"cow", "bull"}, {"bicycle", "motorcycle"}, {"car", "truck", "bus"}, {"couch", "bed", "chair", "bench"}]
-_SIMILAR += [{"child", "boy", "girl", "baby"}, {"sheep", "goat"}, {"surfboard", "snowboard", "skateboard"}]
-
-_VERBS = _words(
-    "run jump sit stand walk sleep swim climb surf ski skate skateboard snowboard dance smile laugh slide "
-    "swing leap dive "
-    "fish sing crawl hike jog kneel pose fly wade rest dig bark lean crouch cry rollerblade wrestle fight paddle play "
-    "read eat drink talk wait kayak juggle bike cycle sled lie yawn splash float scream shout"
-)
-_TRANSITIVE = _words(
-    "hold carry ride throw chase catch kick pull push hit chew bite climb read eat drink hug kiss lick fly"
-)
-_DOUBLING = _words("run sit swim jog dig hug hit chat skip")
-_STILL = {"standing", "posing", "sitting", "lying", "sleeping", "resting"}
-
-
-def _plural(word: str) -> str:
-    if re.search(r"[^aeiou]y$", word):
-        return word[:-1] + "ies"
-    return word + ("es" if re.search(r"(s|x|ch|sh)$", word) else "s")
-
-
-def _ing(verb: str) -> str:
-    if verb.endswith("ing"):
-        return verb
-    if verb == "lie":
-        return "lying"
-    if verb in _DOUBLING:
-        return verb + verb[-1] + "ing"
-    return (verb[:-1] if verb.endswith("e") and not verb.endswith("ee") else verb) + "ing"
-
-
-@dataclass(frozen=True)
-class _Noun:
-    plural: str
-    parents: tuple[str, ...]
-    weight: float
-
-
-def _read_lexicon() -> tuple[dict[str, _Noun], dict[tuple[str, ...], tuple[str, bool]]]:
-    """Nouns by name, and (words of a surface form) -> (name, is plural)."""
-    nouns: dict[str, _Noun] = {}
-    surfaces: dict[tuple[str, ...], tuple[str, bool]] = {}
-
-    def add(entry: str, parents: tuple[str, ...]) -> None:
-        match = re.fullmatch(r"([a-z -]+)(?:/([a-z ]+))?(?: ([\d.]+))?(?: ?\((.*)\))?", " ".join(entry.split()))
-        assert match, entry
-        name, plural, weight, synonyms = match.groups()
-        name = name.strip()
-        nouns[name] = _Noun(plural or _plural(name), parents, float(weight or 0))
-        for form in [f"{name}/{nouns[name].plural}", *(synonyms.split(",") if synonyms else ())]:
-            one, _, many = form.strip().partition("/")
-            surfaces.setdefault(tuple(one.split()), (name, one == many))
-            surfaces.setdefault(tuple((many or _plural(one)).split()), (name, True))
-
-    add("person/people", ())
-    add("animal", ())
-    for word in _ANYONE.split():
-        surfaces[(word,)] = ("person", word in _COLLECTIVE)
-        if word not in _PRONOUNS:
-            surfaces[(_plural(word),)] = ("person", True)
-    for table, parents in ((_ANIMALS, ("animal",)), (_PEOPLE, ("person",)), (_GARMENTS, ("garment",))):
-        for entry in table.split(";"):
-            name = entry.split()[0].partition("/")[0]
-            add(entry, ("child", "person") if name in ("boy", "girl", "baby") else parents)
-    for group in re.split(r"^(?=\w+: )", _THINGS.strip(), flags=re.MULTILINE):
-        if group:
-            parent, _, entries = group.partition(": ")
-            for entry in filter(str.strip, entries.split(";")):
-                add(entry, (parent,))
-    for name, weight in _MASS.items():
-        nouns[name] = _Noun(name, (), weight)
-    surfaces[("snow",)] = ("snow", False)
-    surfaces[("water",)] = ("water", False)
-    return nouns, surfaces
-
-
-_NOUNS, _SURFACES = _read_lexicon()
-_LONGEST = max(len(words) for words in _SURFACES)
-_ANIMATE = {
-    name for name, noun in _NOUNS.items() if name in ("person", "animal") or set(noun.parents) & {"person", "animal"}
-}
-_PEOPLE_NAMES = {name for name in _ANIMATE if name == "person" or "person" in _NOUNS[name].parents}
-_THIRD_PERSON = {_plural(v): _ing(v) for v in sorted(_VERBS | _TRANSITIVE) if not v.endswith("ing")}
-_PARTICIPLES = {_ing(v) for v in _VERBS | _TRANSITIVE} | {"lying", "laying"}
-_OBJECT_ONLY = {_ing(v) for v in _TRANSITIVE - _VERBS}
-_MAY_TAKE_OBJECT = {_ing(v) for v in _TRANSITIVE} | {"playing"}
 
 
 @dataclass(frozen=True)
@@ -323,7 +66,7 @@ class _Caption:
     mentions: tuple[_Mention, ...]
 
     def animate(self) -> list[_Mention]:
-        return [m for m in self.mentions if m.name in _ANIMATE and m.surface not in _PRONOUNS]
+        return [m for m in self.mentions if m.name in ANIMATE and m.surface not in PRONOUNS]
 
 
 def _parse(text: str) -> _Caption:
@@ -332,8 +75,8 @@ def _parse(text: str) -> _Caption:
     mentions = []
     i = 0
     while i < len(tokens):
-        for length in range(min(_LONGEST, len(tokens) - i), 0, -1):
-            if tokens[i : i + length] in _SURFACES:
+        for length in range(min(LONGEST, len(tokens) - i), 0, -1):
+            if tokens[i : i + length] in SURFACES:
                 mentions.append(_mention(tokens, i, i + length))
                 i += length
                 break
@@ -343,35 +86,33 @@ def _parse(text: str) -> _Caption:
 
 
 def _mention(tokens: tuple[str, ...], head: int, end: int) -> _Mention:
-    name, is_plural = _SURFACES[tokens[head:end]]
+    name, is_plural = SURFACES[tokens[head:end]]
     start, colours = head, []
     while start > 0:
         word = tokens[start - 1]
-        if word in _COLOURS:
-            colours.append(_COLOURS[word])
-        elif word in ("and", ",") and start > 1 and tokens[start - 2] in _COLOURS and tokens[start] in _COLOURS:
+        if word in COLOURS:
+            colours.append(COLOURS[word])
+        elif word in ("and", ",") and start > 1 and tokens[start - 2] in COLOURS and tokens[start] in COLOURS:
             pass
-        elif word not in _ADJECTIVES and word not in _UNREAL - {"no", "without", "like", "as", "not"}:
+        elif word not in ADJECTIVES and word not in UNREAL - {"no", "without", "like", "as", "not"}:
             break
         start -= 1
     before = tokens[start - 1] if start else ""
     following = tokens[end] if end < len(tokens) else ""
-    is_noun_next = following in _HEADS or ((following,) in _SURFACES and following not in _PRONOUNS)
+    is_noun_next = following in HEADS or ((following,) in SURFACES and following not in PRONOUNS)
     if name == "ball" and following in ("player", "players", "team", "game", "uniform", "field", "court", "jersey"):
         is_noun_next = True
-    is_unreal = any(t in _UNREAL for t in tokens[max(0, start - 1) : head]) or before in _UNREAL
+    is_unreal = any(t in UNREAL for t in tokens[max(0, start - 1) : head]) or before in UNREAL
     is_unreal |= "costume" in tokens[end : end + 2] or "dressed as" in " ".join(tokens[max(0, start - 4) : start])
-    is_verb = (
-        tokens[head:end] in _VERB_LIKE and before not in _DETERMINERS and before not in _NUMBERS and before != "'s"
-    )
-    number = _NUMBERS.get(before)
+    is_verb = tokens[head:end] in _VERB_LIKE and before not in DETERMINERS and before not in NUMBERS and before != "'s"
+    number = NUMBERS.get(before)
     return _Mention(
         name,
         " ".join(tokens[head:end]),
         start,
         head,
         end,
-        before if before in _DETERMINERS else "",
+        before if before in DETERMINERS else "",
         is_plural,
         number if is_plural else None,
         tuple(reversed(colours)),
@@ -381,7 +122,7 @@ def _mention(tokens: tuple[str, ...], head: int, end: int) -> _Mention:
 
 # Nouns that are as often verbs or parts of other words: trusted only behind a determiner.
 _VERB_LIKE = {
-    (w,) for w in _words("swing swings slide slides book bat duck ducks bear bears train trains ride fish ski")
+    (w,) for w in word_set("swing swings slide slides book bat duck ducks bear bears train trains ride fish ski")
 }
 
 
@@ -428,9 +169,9 @@ def _ask(rng: random.Random, phrasings: str, answers: Iterable[str], **words: st
 
 def _related(name: str) -> set[str]:
     """`name`, what it is a kind of, what is a kind of it, and what people mix it up with."""
-    related = {name, *_NOUNS[name].parents}
-    related |= {other for other, noun in _NOUNS.items() if name in noun.parents}
-    for group in _SIMILAR:
+    related = {name, *NOUNS[name].parents}
+    related |= {other for other, noun in NOUNS.items() if name in noun.parents}
+    for group in SIMILAR:
         if name in group:
             related |= group
     return related
@@ -441,30 +182,30 @@ def _presence(captions: list[_Caption], rng: random.Random) -> Iterator[Question
     words = {token for caption in captions for token in caption.tokens}
     mentioned = {m.name for caption in captions for m in caption.mentions}
     votes = Counter(
-        name for c in captions for name in {m.name for m in c.mentions if m.is_real and m.surface not in _PRONOUNS}
+        name for c in captions for name in {m.name for m in c.mentions if m.is_real and m.surface not in PRONOUNS}
     )
     needed = min(2, len(captions))
-    present = [n for n in sorted(votes) if _NOUNS[n].weight and votes[n] >= (needed if n in _ANIMATE else 1)]
+    present = [n for n in sorted(votes) if NOUNS[n].weight and votes[n] >= (needed if n in ANIMATE else 1)]
     if {"man", "woman"} <= mentioned or {"boy", "girl"} <= mentioned:
         together = any({"man", "woman"} <= names or {"boy", "girl"} <= names for names in _name_sets(captions))
         if not together:  # one figure that people see differently
-            present = [n for n in present if n not in _PEOPLE_NAMES]
-    if any(votes[n] >= needed for n in _PEOPLE_NAMES):
+            present = [n for n in present if n not in PEOPLE_NAMES]
+    if any(votes[n] >= needed for n in PEOPLE_NAMES):
         present.append("person")
     # Captions rarely rule people out, so their "yes" is asked less often, and their "no" whenever it can be.
-    present = [n for n in present if n not in _PEOPLE_NAMES or rng.random() < (0.2 if n == "person" else 0.4)]
+    present = [n for n in present if n not in PEOPLE_NAMES or rng.random() < (0.2 if n == "person" else 0.4)]
     blocked = set().union(*map(_related, mentioned)) if mentioned else set()
     absent = [
         name
-        for name, noun in sorted(_NOUNS.items())
+        for name, noun in sorted(NOUNS.items())
         if (noun.weight or name == "person")
         and name not in blocked
-        and not words & set(_IMPLIED_BY.get(name, "").split())
+        and not words & set(IMPLIED_BY.get(name, "").split())
         and not words & {name, noun.plural}
     ]
     if len(captions) < 3:  # too little is said to conclude that something is missing
-        absent = [name for name in absent if name not in (*_MASS, "person")]
-    categories = {parent for name in mentioned for parent in _NOUNS[name].parents}
+        absent = [name for name in absent if name not in (*MASS, "person")]
+    categories = {parent for name in mentioned for parent in NOUNS[name].parents}
     weights = [_no_weight(name, categories) for name in absent]
     rng.shuffle(present)
     is_yes = rng.random() < 0.5
@@ -478,19 +219,19 @@ def _presence(captions: list[_Caption], rng: random.Random) -> Iterator[Question
 
 
 def _no_weight(name: str, categories: set[str]) -> float:
-    if name in _PEOPLE_NAMES:
-        return 10 * (_NOUNS[name].weight or 200)
-    return _NOUNS[name].weight * (2 if categories & set(_NOUNS[name].parents) else 1)  # a near miss is harder
+    if name in PEOPLE_NAMES:
+        return 10 * (NOUNS[name].weight or 200)
+    return NOUNS[name].weight * (2 if categories & set(NOUNS[name].parents) else 1)  # a near miss is harder
 
 
 def _presence_question(name: str, answer: str, rng: random.Random, captions: list[_Caption]) -> QuestionAnswer:
-    noun = _NOUNS[name]
+    noun = NOUNS[name]
     # Only "any ...s" fits several, and it must not give the answer away: it is asked about absent things as often.
     is_plural = rng.random() < 0.3
-    if answer == "yes" and name not in _MASS:
+    if answer == "yes" and name not in MASS:
         forms = [m.is_plural for c in captions for m in c.mentions if m.name == name]
         is_plural = all(forms) if forms else is_plural
-    if name in _MASS:
+    if name in MASS:
         phrasings = "is there any {x} in the {p}?|is there {x} in this {p}?|can you see {x} in the {p}?"
     elif is_plural:
         phrasings = "are there any {xs} in the {p}?|can you see any {xs} in this {p}?|do you see any {xs}?"
@@ -510,9 +251,9 @@ def _name_sets(captions: list[_Caption]) -> Iterator[set[str]]:
 
 def _only_one(name: str, captions: list[_Caption]) -> bool:
     """True if every caption that has the noun has it once and in the singular."""
-    if name in _ANIMATE and any({"another", "other", "others", "both", "each"} & set(c.tokens) for c in captions):
+    if name in ANIMATE and any({"another", "other", "others", "both", "each"} & set(c.tokens) for c in captions):
         return False
-    kin = {name, *_NOUNS[name].parents} & _ANIMATE | {name}
+    kin = {name, *NOUNS[name].parents} & ANIMATE | {name}
     for caption in captions:
         found = [m for m in caption.mentions if m.name == name]
         if any(m.is_plural for m in caption.mentions if m.name in kin) and name not in _PAIRS:
@@ -522,13 +263,13 @@ def _only_one(name: str, captions: list[_Caption]) -> bool:
     return True
 
 
-_PAIRS = {n for n, noun in _NOUNS.items() if noun.plural == n}
+_PAIRS = {n for n, noun in NOUNS.items() if noun.plural == n}
 
 
 def _colours(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionAnswer]:
     """What colour is the dog? Only one dog, and nobody names another colour."""
     for name in sorted(set().union(*_name_sets(captions))):
-        if name in _PEOPLE_NAMES or name in _UNCOLOURED or set(_NOUNS[name].parents) & {"garment"}:
+        if name in PEOPLE_NAMES or name in _UNCOLOURED or set(NOUNS[name].parents) & {"garment"}:
             continue
         named = {m.colours for c in captions for m in c.mentions if m.name == name and m.colours}
         if len({tuple(sorted(c)) for c in named}) == 1 and _only_one(name, captions):
@@ -560,14 +301,14 @@ def _clothes(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionA
     """What colour is the man's shirt? From "a man in a red shirt"."""
     worn: set[tuple[str, str]] = set()
     for caption in captions:
-        people = [m for m in caption.animate() if m.name in _PEOPLE_NAMES]
+        people = [m for m in caption.animate() if m.name in PEOPLE_NAMES]
         if len(people) != 1:
             continue
         wearer = people[0]
         for mention in caption.mentions:
             between = caption.tokens[wearer.end : mention.start]
             if (
-                "garment" in _NOUNS[mention.name].parents
+                "garment" in NOUNS[mention.name].parents
                 and {"in", "wearing", "wears"} & set(between)
                 and len(between) <= 4
                 and mention.is_real
@@ -578,7 +319,7 @@ def _clothes(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionA
     for wearer_name, name in sorted(worn):
         if not _only_one(wearer_name, captions):
             continue
-        thing = _NOUNS[name].plural if name in _PAIRS else name
+        thing = NOUNS[name].plural if name in _PAIRS else name
         asked.setdefault(wearer_name, []).append(thing)
         named = {m.colours for c in captions for m in c.mentions if m.name == name and m.colours}
         plain = all(m.is_plural == (name in _PAIRS) for c in captions for m in c.mentions if m.name == name)
@@ -600,19 +341,19 @@ def _counts(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionAn
     )
     counted: dict[str, int] = {}
     for name in sorted(set().union(*_name_sets(captions))):
-        if name not in _ANIMATE or name in ("person", "animal"):
+        if name not in ANIMATE or name in ("person", "animal"):
             continue
         votes: list[int | None] = []
         for caption in captions:
             found = [m for m in caption.mentions if m.name == name]
-            kin = [m for m in caption.mentions if m.name in _related(name) - {name} and m.name in _ANIMATE]
-            if found or any(m.is_plural and m.surface not in _PRONOUNS for m in kin):
+            kin = [m for m in caption.mentions if m.name in _related(name) - {name} and m.name in ANIMATE]
+            if found or any(m.is_plural and m.surface not in PRONOUNS for m in kin):
                 votes.append(_count(found) if len(found) == 1 and not any(m.is_plural for m in kin) else None)
         if None not in votes and len(set(votes)) == 1 and len(votes) >= (needed if votes[0] != 1 else needed + 1):
             counted[name] = votes[0] or 0
     people = []
     for caption in captions:
-        found = [m for m in caption.animate() if m.name in _PEOPLE_NAMES]
+        found = [m for m in caption.animate() if m.name in PEOPLE_NAMES]
         if found:
             counts = [_count([m]) for m in found]
             people.append(None if None in counts else sum(c for c in counts if c))
@@ -620,9 +361,7 @@ def _counts(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionAn
         counted["person"] = people[0] or 0
     for name, count in counted.items():
         if count > 1 or rng.random() < 0.15:  # else nine answers in ten are 1
-            yield _ask(
-                rng, phrasings, [str(count)], xs=_NOUNS[name].plural, p=rng.choice(("photo", "picture", "image"))
-            )
+            yield _ask(rng, phrasings, [str(count)], xs=NOUNS[name].plural, p=rng.choice(("photo", "picture", "image")))
 
 
 def _count(mentions: list[_Mention]) -> int | None:
@@ -645,11 +384,11 @@ def _actions(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionA
         if (name, not is_plural) in done or (not is_plural and not _only_one(name, captions)):
             continue
         counted = Counter(short for short, _ in actions)
-        if len({short in _STILL for short in counted}) > 1 and len(set(counted.values())) == 1:
+        if len({short in STILL for short in counted}) > 1 and len(set(counted.values())) == 1:
             continue  # one saw it stand, one saw it run
-        best = max(counted, key=lambda short: (counted[short], short not in _STILL))
+        best = max(counted, key=lambda short: (counted[short], short not in STILL))
         answers = [best, *(long for short, long in actions if short == best and long), *counted]
-        noun, verb = (_NOUNS[name].plural, "are") if is_plural else (name, "is")
+        noun, verb = (NOUNS[name].plural, "are") if is_plural else (name, "is")
         yield _ask(rng, "what {v} the {x} doing?|what {v} the {x} doing in the {p}?", answers, x=noun, v=verb,
                    p=rng.choice(("photo", "picture", "image")))  # fmt: skip
 
@@ -659,11 +398,11 @@ def _subject(caption: _Caption, *, may_have_animal: bool = False) -> _Mention | 
     animate = caption.animate()
     if not animate or not animate[0].is_real or animate[0].start > 1 or animate[0].name == "animal":
         return None
-    if animate[0].surface in _COLLECTIVE - {"people"}:
+    if animate[0].surface in COLLECTIVE - {"people"}:
         return None
     rest = animate[1:]
-    if may_have_animal and animate[0].name in _PEOPLE_NAMES:
-        rest = [m for m in rest if m.name in _PEOPLE_NAMES]
+    if may_have_animal and animate[0].name in PEOPLE_NAMES:
+        rest = [m for m in rest if m.name in PEOPLE_NAMES]
     return None if rest else animate[0]
 
 
@@ -680,7 +419,7 @@ def _action(caption: _Caption, subject: _Mention) -> tuple[str, str] | None:
         at += 1
     if at >= len(tokens):
         return None
-    verb = _THIRD_PERSON.get(tokens[at], tokens[at] if tokens[at] in _PARTICIPLES else "")
+    verb = THIRD_PERSON.get(tokens[at], tokens[at] if tokens[at] in PARTICIPLES else "")
     verb = "lying" if verb == "laying" else verb
     if not verb:
         return None
@@ -689,24 +428,24 @@ def _action(caption: _Caption, subject: _Mention) -> tuple[str, str] | None:
         end += 1
     nouns = [m for m in caption.mentions if at < m.head and m.end <= end]
     short = verb
-    if verb == "playing" and tokens[at + 1 : at + 2] and tokens[at + 1] in _SPORTS | {"football"}:
+    if verb == "playing" and tokens[at + 1 : at + 2] and tokens[at + 1] in SPORTS | {"football"}:
         short = f"playing {tokens[at + 1]}"
-    elif verb in _MAY_TAKE_OBJECT:
+    elif verb in MAY_TAKE_OBJECT:
         thing = next((m for m in nouns if m.start - bool(m.determiner or m.number) == at + 1 and m.is_real), None)
         if thing:
-            short = f"{verb} {_NOUNS[thing.name].plural if thing.is_plural else thing.name}"
-        elif verb in _OBJECT_ONLY:
+            short = f"{verb} {NOUNS[thing.name].plural if thing.is_plural else thing.name}"
+        elif verb in OBJECT_ONLY:
             return None
-    if short == "flying" and subject.name in _PEOPLE_NAMES:  # over a jump
+    if short == "flying" and subject.name in PEOPLE_NAMES:  # over a jump
         return None
     long = ""
     is_whole = end == len(tokens) or tokens[end] in _STOPS
-    if is_whole and at + 1 < end and (tokens[end - 1] in _PLACES or any(m.end == end for m in nouns)):
+    if is_whole and at + 1 < end and (tokens[end - 1] in PLACES or any(m.end == end for m in nouns)):
         long = " ".join((verb, *tokens[at + 1 : end]))
     return short, long
 
 
-_STOPS = _words('. , ; ! ? " ( ) and while as with that who which is are on-looking near wearing after before')
+_STOPS = word_set('. , ; ! ? " ( ) and while as with that who which is are on-looking near wearing after before')
 
 
 def _riding(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionAnswer]:
@@ -722,7 +461,7 @@ def _riding(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionAn
     for (name, verb), things in sorted(found.items()):
         if _only_one(name, captions):
             yield _ask(rng, "what is the {x} {v}?", [t for t, _ in Counter(things).most_common()], x=name, v=verb)
-    sports = {token for caption in captions for token in caption.tokens if token in _SPORTS - {"frisbee"}}
+    sports = {token for caption in captions for token in caption.tokens if token in SPORTS - {"frisbee"}}
     votes = [bool(sports & set(caption.tokens)) for caption in captions]
     played = {"player", "players", "playing", "plays", "game", "play"} & {t for c in captions for t in c.tokens}
     is_sure = len(sports) == 1 and sum(votes) >= min(2, len(captions)) and played
@@ -733,7 +472,7 @@ def _riding(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionAn
 def _setting(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionAnswer]:
     """Indoors or outdoors? Two words for one and none for the other; most photos are outdoors, so those less often."""
     tokens = [set(caption.tokens) for caption in captions]
-    outside, inside = (sum(bool(t & words) for t in tokens) for words in (_OUTDOORS, _INDOORS))
+    outside, inside = (sum(bool(t & words) for t in tokens) for words in (OUTDOORS, INDOORS))
     needed = min(2, len(captions))
     if bool(outside) != bool(inside) and max(outside, inside) >= needed and (inside or rng.random() < 1 / 3):
         answer = "outdoors" if outside else "indoors"
@@ -760,31 +499,31 @@ def _where(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionAns
         if (name, not is_plural) in found or ranked[0][1] < min(2, len(captions)):
             continue
         if is_plural or _only_one(name, captions):
-            noun, verb = (_NOUNS[name].plural, "are") if is_plural else (name, "is")
+            noun, verb = (NOUNS[name].plural, "are") if is_plural else (name, "is")
             yield _ask(rng, "where {v} the {x}?", [place for place, _ in ranked], x=noun, v=verb)
 
 
 def _places(caption: _Caption) -> Iterator[str]:
     tokens = caption.tokens
     for i, token in enumerate(tokens):
-        if token in _PLACES and tokens[i + 1 : i + 2] and tokens[i + 1] in _HEADS:
+        if token in PLACES and tokens[i + 1 : i + 2] and tokens[i + 1] in HEADS:
             continue
-        if token in _PLACES:
+        if token in PLACES:
             start = i
             while start and (
-                tokens[start - 1] in _ADJECTIVES
-                or tokens[start - 1] in _COLOURS
+                tokens[start - 1] in ADJECTIVES
+                or tokens[start - 1] in COLOURS
                 or tokens[start - 1] in ("a", "the", "an")
             ):
                 start -= 1
             if start and tokens[start - 1] in ("in", "on", "through", "across", "down", "along"):
-                yield _PLACES[token]
+                yield PLACES[token]
 
 
 def _animal(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionAnswer]:
     """What animal is in the picture? Only if it is one kind."""
     sets = list(_name_sets(captions))
-    animals = sorted({n for names in sets for n in names if n != "animal" and "animal" in _NOUNS[n].parents})
+    animals = sorted({n for names in sets for n in names if n != "animal" and "animal" in NOUNS[n].parents})
     if len(animals) == 1:
         mentions = [m for c in captions for m in c.mentions if m.name == animals[0]]
         if all(m.is_real for m in mentions) and sum(animals[0] in names for names in sets) >= min(2, len(captions)):
