@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_gpt.datasets import caption_questions
+from mm_gpt.datasets import caption_words
 from mm_gpt.datasets.caption_questions import derive_questions
 from mm_gpt.datasets.sources import QuestionAnswer
 
@@ -109,7 +109,7 @@ _ABSENT = re.compile(
     r"([a-z -]+?)(?: in (?:the|this) \w+)?\?$",
     re.IGNORECASE,
 )
-_words = sorted(" ".join(words) for words in caption_questions._SURFACES)
+_words = sorted(" ".join(words) for words in caption_words.SURFACES)
 
 
 @settings(max_examples=300, deadline=None)
@@ -117,17 +117,17 @@ _words = sorted(" ".join(words) for words in caption_questions._SURFACES)
     st.lists(st.lists(st.sampled_from(_words), min_size=1, max_size=4), min_size=1, max_size=5), st.integers(0, 10**6)
 )
 def test_no_is_never_said_of_what_is_mentioned(nouns: list[list[str]], seed: int) -> None:
-    """Nor of a synonym, of what it is a kind of, or of a kind of it: `_SURFACES` maps every word to its noun."""
+    """Nor of a synonym, of what it is a kind of, or of a kind of it: `SURFACES` maps every word to its noun."""
     captions = [f"A {' and a '.join(words)} ." for words in nouns]
-    mentioned = {caption_questions._SURFACES[tuple(word.split())][0] for words in nouns for word in words}
-    kin = mentioned | {parent for name in mentioned for parent in caption_questions._NOUNS[name].parents}
+    mentioned = {caption_words.SURFACES[tuple(word.split())][0] for words in nouns for word in words}
+    kin = mentioned | {parent for name in mentioned for parent in caption_words.NOUNS[name].parents}
     for question in derive_questions(captions, random.Random(seed), max_questions=20):
         if question.answer == "no":
             match = _ABSENT.match(question.question)
             assert match, question
-            name, _ = caption_questions._SURFACES[tuple(match[1].split())]
+            name, _ = caption_words.SURFACES[tuple(match[1].split())]
             assert name not in kin
-            assert not set(caption_questions._NOUNS[name].parents) & (
+            assert not set(caption_words.NOUNS[name].parents) & (
                 mentioned - {"vehicle", "sport", "furniture", "object"}
             )
 
