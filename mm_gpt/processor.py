@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image as PILImage
 from torch import Tensor
 
 from mm_gpt.document import Document, Image, Message, Segment, Text
@@ -200,6 +201,8 @@ def _content_part(index: int, part: object, target: bool) -> Segment:
         return Text(part, is_target=target)
     if isinstance(part, Image | Text):
         return part
+    if isinstance(part, PILImage.Image):
+        return Image(part)
     if isinstance(part, dict):
         if part.get("type") == "text" and isinstance(part.get("text"), str):
             return Text(part["text"], is_target=target)

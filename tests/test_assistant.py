@@ -165,3 +165,9 @@ def test_preparing_for_speed_changes_no_number() -> None:
     assert not any(isinstance(m, LoRALinear) for m in model.model.modules())
     assert not any(p.requires_grad for p in model.model.parameters())
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+
+
+def test_a_space_before_the_continuation_belongs_to_it(tiny_assistant: Assistant) -> None:
+    """ "Answer: " + "red" and "Answer:" + " red" are the same text, so they have the same probability."""
+    spaced = tiny_assistant.logprob(["A blue ground. Answer: "], "red circle")
+    assert spaced == tiny_assistant.logprob(["A blue ground. Answer:"], " red circle")

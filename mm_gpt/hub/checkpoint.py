@@ -79,6 +79,7 @@ def save_model(model: MMGPT, processor: Processor, folder: Path, *, card: str | 
     base_stored = not isinstance(model.config.decoder, str)
     state = {k: _compact(v, k) for k, v in model.state_dict().items() if base_stored or not _is_base(k)}
     save_file(state, folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)  # the library writes for the owner alone; a model is to be shared
     _write_json(folder / "config.json", configs.to_dict(model.config))
     _write_json(folder / "processor.json", configs.to_dict(processor.config))
     if base_stored:

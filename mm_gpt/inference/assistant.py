@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -168,7 +169,13 @@ class Assistant:
         """Natural log-probabilities of the continuation's tokens, (tokens,)."""
         from mm_gpt.processor import IGNORE_INDEX, collate
 
-        document = Document((*interleave(parts), Text(continuation, is_target=True)))
+        prompt = interleave(parts)
+        if prompt and isinstance(last := prompt[-1], Text):
+            # A space belongs to the word after it: "Answer: " + "yes" is read as "Answer:" + " yes".
+            bare = last.text.rstrip(" ")
+            continuation = last.text[len(bare) :] + continuation
+            prompt[-1] = dataclasses.replace(last, text=bare)
+        document = Document((*prompt, Text(continuation, is_target=True)))
         example = self.processor(document)
         pixels = [self.processor.transform(image.load()) for image in example.images]
         size = self.processor.config.image.size

@@ -36,13 +36,21 @@ def save(task: "Task", optimizer: torch.optim.Optimizer, step: int, out: Path, *
         temporary = _empty(out / ".tmp-best")
         task.save(temporary)
         _replace(temporary, out / "best")
-    for old in sorted(out.glob("step-*"))[:-KEEP]:
+    for old in _steps(out)[:-KEEP]:
         shutil.rmtree(old)
 
 
 def latest(out: Path) -> Path | None:
     """The newest whole checkpoint of a run."""
-    return max(out.glob("step-*"), default=None)
+    return max(_steps(out), key=_step_of, default=None)
+
+
+def _steps(out: Path) -> list[Path]:
+    return sorted(out.glob("step-*"), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -104,5 +112,10 @@ def _empty(folder: Path) -> Path:
 
 
 def _replace(temporary: Path, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    """Put the finished folder in place; what was there is deleted last."""
+    old = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

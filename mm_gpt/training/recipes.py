@@ -27,6 +27,8 @@ LITE2 = VisionConfig(model="timm/tf_efficientnet_lite2", image_size=256)
 LITE2_IMAGE = ImageTransformConfig(size=256, mode="squash", mean=HALF, std=HALF)
 FLICKR8K_TRAIN = ("flickr8k/train-000000.tar", "flickr8k/train-000001.tar")
 FLICKR8K_VALIDATION = "flickr8k/val-000000.tar"
+TEXT_CHATS = Path(__file__).resolve().parents[2] / "examples/data/text_chats.jsonl"
+"""In a checkout; the built package leaves it out."""
 
 
 def tiny(data: str) -> LanguageRecipe:
@@ -85,7 +87,7 @@ def default_vision(data: str) -> ContrastiveRecipe:
 def default(data: str) -> LanguageRecipe:
     """The model that the package ships: connector and low-rank adaptation on captions, questions and text chats."""
     return LanguageRecipe(
-        train=TrainConfig(steps=700, lr=1e-3, warmup_steps=30, final_lr=0.02, validate_every=100, save_every=50),
+        train=TrainConfig(steps=760, lr=1e-3, warmup_steps=30, final_lr=0.02, validate_every=100, save_every=50),
         model=ModelConfig(
             decoder="smollm2-135m-instruct",
             vision=LITE2,
@@ -99,7 +101,7 @@ def default(data: str) -> LanguageRecipe:
             SourceConfig(path="daquar/train-000000.tar"),
             SourceConfig(path="easy_vqa/train-000000.tar"),
             SourceConfig(path="nlvr1/train-000000.tar"),
-            SourceConfig(path=str(Path("examples/data/text_chats.jsonl").absolute())),
+            SourceConfig(path=str(TEXT_CHATS)),
         ),
         validation=(
             SourceConfig(path=FLICKR8K_VALIDATION),
@@ -108,6 +110,8 @@ def default(data: str) -> LanguageRecipe:
             SourceConfig(path="nlvr1/val-000000.tar"),
         ),
         vision_weights="runs/default_vision/best",
+        row_length=384,
+        rows=4,
         validation_images=60,
         compile=True,
         data=data,
