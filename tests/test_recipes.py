@@ -28,7 +28,10 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tiny_learns_to_caption_pictures_it_never_saw(shapes: Path, tmp_path: Path) -> None:
-    """The whole way: raw files, tokenizer, training, checkpoint, load, caption. Guessing names 1 of 12 right."""
+    """The whole way: raw files, tokenizer, training, checkpoint, load, caption.
+
+    Guessing is right for 1 in 12, colours alone for 1 in 3.
+    """
     out = tmp_path / "run"
     run_recipe(tiny(str(shapes)), out, progress=False)
     model = mm_gpt.load(out / "best")
@@ -36,7 +39,7 @@ def test_tiny_learns_to_caption_pictures_it_never_saw(shapes: Path, tmp_path: Pa
     captions = [str(caption) for caption in model.caption(held_out)]
     wanted = [photo.with_suffix(".txt").read_text().strip() for photo in held_out]
     right = sum(caption == want for caption, want in zip(captions, wanted, strict=True))
-    assert right >= 0.6 * len(wanted), captions
+    assert right >= 0.5 * len(wanted), captions
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert log[0]["loss"] > 10 * log[-2]["loss"]
     assert (out / "loss.png").stat().st_size > 1000

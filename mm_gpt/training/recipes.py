@@ -35,7 +35,7 @@ def tiny(data: str) -> LanguageRecipe:
     """From nothing to captions in under a minute on two cores: every weight, on a folder of simple pictures."""
     return LanguageRecipe(
         train=TrainConfig(
-            steps=200, lr=3e-3, warmup_steps=20, weight_decay=0.01, log_every=10, validate_every=100, save_every=100
+            steps=400, lr=2e-3, warmup_steps=20, weight_decay=0.01, log_every=10, validate_every=100, save_every=100
         ),
         model=ModelConfig(
             decoder=DecoderConfig(
