@@ -1,4 +1,4 @@
-"""Make docs/demo.png: the web demo answering two questions about the sample cat.
+"""Make docs/demo.png: the web demo answering two questions about a sample photo.
 
 `python docs/make_screenshot.py` needs Chromium and playwright; an argument names another model than the default.
 """
@@ -13,7 +13,7 @@ from mm_gpt.inference.assistant import load
 from mm_gpt.serving.gradio_demo import SAMPLES, build, serve
 
 PORT = 7861
-QUESTIONS = ["What animal is in the picture?", "What colour is it?"]
+QUESTIONS = ["Is there a woman in the picture?", "Is there a dog in the picture?"]
 
 
 def main(model: str) -> None:
@@ -26,7 +26,7 @@ def main(model: str) -> None:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(f"http://127.0.0.1:{PORT}")
         page.wait_for_selector("#box textarea")
-        page.set_input_files("#box input[type=file]", str(SAMPLES / "cat.jpg"))
+        page.set_input_files("#box input[type=file]", str(SAMPLES / "astronaut.jpg"))
         page.wait_for_selector("#box .thumbnail-item")
         for number, question in enumerate(QUESTIONS):
             page.fill("#box textarea", question)
