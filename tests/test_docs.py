@@ -100,7 +100,7 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
             command = f"{command} {overrides}"
     words = shlex.split(command)
     scripts = Path(sysconfig.get_path("scripts"))
-    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     words = [sys.executable if word == "python" else word for word in words]
     return subprocess.run(words, cwd=folder, env=environment, text=True, capture_output=True, input="What is it?\n")
 
