@@ -3,7 +3,7 @@
 Pretraining pages, captions, questions, chats and few-shot prompts differ only in how they build Documents.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,8 +81,3 @@ def interleave(parts: str | Iterable[Any], *, is_target: bool = False) -> list[S
         else:
             segments.append(Image(part))
     return segments
-
-
-def concatenate(documents: Sequence[Document]) -> list[Segment]:
-    """The segments of several documents one after another."""
-    return [segment for document in documents for segment in document.segments]

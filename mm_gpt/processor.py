@@ -19,8 +19,6 @@ from mm_gpt.vision.transforms import ImageTransform, ImageTransformConfig
 
 IGNORE_INDEX = -100
 """The label of a position where nothing is learned."""
-
-
 ROLES = ("system", "user", "assistant")
 
 
@@ -139,6 +137,11 @@ class Processor:
 
     # ---- Document -> Example ----
 
+    def pixels(self, examples: Sequence[Example]) -> Tensor:
+        """The images of several examples in order, decoded and transformed: (N, 3, H, W). Raises ImageError."""
+        images = [self.transform(image.load()) for example in examples for image in example.images]
+        return stack_pixels(images, self.config.image.size)
+
     def __call__(self, document: Document) -> Example:
         """Raises ContextOverflowError when the document is longer than the context: images are never cut."""
         ids, targets = self._encode(document.segments)
@@ -214,6 +217,11 @@ def _content_part(index: int, part: object, target: bool) -> Segment:
                 if source is not None:
                     return Image(source)
     raise MMGPTError(f"message {index} has a part that is neither text nor image: {str(part)[:80]!r}")
+
+
+def stack_pixels(pixels: Sequence[Tensor], size: int) -> Tensor:
+    """Transformed images (3, size, size) as one tensor (N, 3, size, size); N is 0 for a batch of text alone."""
+    return torch.stack(list(pixels)) if pixels else torch.zeros(0, 3, size, size)
 
 
 def collate(

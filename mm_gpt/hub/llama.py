@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mm_gpt.errors import CheckpointError
-from mm_gpt.model.decoder import Decoder, DecoderConfig
+from mm_gpt.model.decoder import Decoder, DecoderConfig, rotary_table
 
 # Our parameter -> the parts it is made of, stacked along the output dimension. {i} is the layer.
 HF_NAMES = {
@@ -219,10 +219,7 @@ def _fill(
     if left_over:
         raise CheckpointError(f"{where}: {len(left_over)} tensors are not part of this architecture: {left_over[0]}, …")
     decoder.load_state_dict(state, assign=True, strict=False)
-    with torch.device("cpu"):
-        from mm_gpt.model.decoder import rotary_table
-
-        decoder.cos, decoder.sin = rotary_table(config)
+    decoder.cos, decoder.sin = rotary_table(config)  # those built above are on the meta device
     return decoder
 
 

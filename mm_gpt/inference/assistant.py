@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast, overload
@@ -19,10 +18,8 @@ from mm_gpt.images import ImageSource
 from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream
 from mm_gpt.model.lora import merge_lora
 from mm_gpt.model.mmgpt import MMGPT, pick_device
-from mm_gpt.processor import Processor
+from mm_gpt.processor import IGNORE_INDEX, Processor, collate
 from mm_gpt.prompts import CAPTION_PROMPT
-
-logger = logging.getLogger(__name__)
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -112,9 +109,9 @@ class Assistant:
         **options: Unpack[GenerationOptions],
     ) -> Answer | list[Answer]:
         """One sentence about each image: an Answer for one image, a list in the same order for several.
-        `prompt` asks something else about each of them.
 
-        Captions use beam search with 3 beams unless `num_beams` or `temperature` says otherwise.
+        `prompt` asks something else about each of them. Beam search with 3 beams is used unless `num_beams` or
+        `temperature` says otherwise.
         Raises ImageError naming the first image that cannot be read.
         """
         if batch_size < 1:
@@ -167,8 +164,6 @@ class Assistant:
     @torch.inference_mode()
     def token_logprobs(self, parts: str | Iterable[Any], continuation: str) -> torch.Tensor:
         """Natural log-probabilities of the continuation's tokens, (tokens,)."""
-        from mm_gpt.processor import IGNORE_INDEX, collate
-
         prompt = interleave(parts)
         if prompt and isinstance(last := prompt[-1], Text):
             # A space belongs to the word after it: "Answer: " + "yes" is read as "Answer:" + " yes".
@@ -177,10 +172,7 @@ class Assistant:
             prompt[-1] = dataclasses.replace(last, text=bare)
         document = Document((*prompt, Text(continuation, is_target=True)))
         example = self.processor(document)
-        pixels = [self.processor.transform(image.load()) for image in example.images]
-        size = self.processor.config.image.size
-        batch = collate([[example]], torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size))
-        batch = batch.to(self.model.device)
+        batch = collate([[example]], self.processor.pixels([example])).to(self.model.device)
         wanted = batch.labels[0] != IGNORE_INDEX
         if not wanted.any():  # a sum over nothing would be 0, that is, certain
             raise MMGPTError(f"{continuation!r} has no token of its own after the prompt: its first is part of it")
@@ -220,7 +212,7 @@ def _is_iterable_of_images(images: Any) -> bool:
 def transpose_for_cpu(decoder: nn.Module) -> None:
     """Store each matrix (out, in) by columns: the product with one row, which is what decoding does, reads it in order.
 
-    Twice as fast as the usual layout with torch's CPU kernels; shapes and results stay the same.
+    How much faster that is depends on the processor's matrix kernels; shapes and results stay the same.
     """
     for module in decoder.modules():
         if isinstance(module, nn.Linear):

@@ -230,10 +230,8 @@ class Engine:
             raise ContextOverflowError(
                 f"the prompt has {len(longest)} tokens; the context holds {config.max_length} with the answer"
             )
-        images = [self.processor.transform(image.load()) for example in examples for image in example.images]
-        size = self.processor.config.image.size
-        pixels = torch.stack(images) if images else torch.zeros(0, 3, size, size)
-        batch = collate([[example] for example in examples], pixels, pad_left=True).to(self.model.device)
+        rows_of_one = [[example] for example in examples]
+        batch = collate(rows_of_one, self.processor.pixels(examples), pad_left=True).to(self.model.device)
         capacity = len(longest) + max(row.limit for row in rows)
         dtype = self.model.decoder.embedding.weight.dtype
         cache = KVCache(config, len(examples), capacity, dtype=dtype, device=self.model.device)

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mm_gpt.datasets.sources import ErrorCounter, Record, clean_caption, read_records
+from mm_gpt.datasets.sources import ErrorCounter, Record, clean_caption
 from mm_gpt.document import Image
-from mm_gpt.errors import ConfigError, ImageError, MMGPTError
+from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_decoder
-from mm_gpt.training.language import SourceConfig, load_vision
+from mm_gpt.training.language import SourceConfig, load_vision, read_whole_records
 from mm_gpt.training.loop import ParameterGroup, TrainConfig
 from mm_gpt.vision.contrastive import ContrastiveConfig, ContrastiveModel
 from mm_gpt.vision.transforms import ImageTransform, ImageTransformConfig, TrainTransform
@@ -114,10 +114,8 @@ class ContrastiveTask:
 
     def loss(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         self.model.clamp_logit_scale()
-        images, texts = (
-            self.model.encode_image(batch.pixel_values),
-            self.model.encode_text(batch.input_ids, batch.lengths),
-        )
+        images = self.model.encode_image(batch.pixel_values)
+        texts = self.model.encode_text(batch.input_ids, batch.lengths)
         count = torch.tensor(len(images))
         return self.model.loss(images, texts) * count, count
 
@@ -147,17 +145,8 @@ class ContrastiveTask:
         save_file(state, folder / "model.safetensors")
 
     def _read(self, sources: tuple[SourceConfig, ...]) -> list[Record]:
-        records = []
-        for source in sources:
-            for record in read_records(Path(self.recipe.data) / source.path, self.errors):
-                if not record.captions:
-                    continue
-                try:
-                    Image(record.image).load()
-                except ImageError as error:
-                    self.errors.add("broken image", str(error))
-                    continue
-                records.append(record)
+        folder = Path(self.recipe.data)
+        records = [r for source in sources for r in read_whole_records(folder / source.path, self.errors) if r.captions]
         if self.errors.total:
             logger.warning(self.errors.summary())
         return records

@@ -21,7 +21,7 @@ from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTEr
 from mm_gpt.hub.checkpoint import fill, load_decoder, load_model, save_model
 from mm_gpt.model.decoder import Block, Decoder
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
-from mm_gpt.processor import ROLES, Batch, Example, Processor, ProcessorConfig, collate
+from mm_gpt.processor import ROLES, Batch, Example, Processor, ProcessorConfig, collate, stack_pixels
 from mm_gpt.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS, question_prompt
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.loop import ParameterGroup, TrainConfig, use_bf16
@@ -202,11 +202,9 @@ class LanguageTask:
             else:
                 transform = self.processor.transform
             pixels.append(transform(image.load()))  # type: ignore[operator]
-        size = self.recipe.image.size
         # Blocks are compiled once for each shape: all training batches have the same one.
         multiple = self.recipe.row_length if seed is not None and self.recipe.compile else 64
-        pixel_values = torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size)
-        return collate(rows, pixel_values, pad_to_multiple=multiple)
+        return collate(rows, stack_pixels(pixels, self.recipe.image.size), pad_to_multiple=multiple)
 
     def _chats(self, source: SourceConfig) -> list[Record | Document]:
         path = Path(self.recipe.data) / source.path
@@ -216,15 +214,7 @@ class LanguageTask:
         path = Path(self.recipe.data) / source.path
         if path.suffix == ".jsonl":
             return []
-        records: list[Record | Document] = []
-        for record in read_records(path, self.errors):
-            image = Image(record.image)
-            try:
-                image.load()  # decoded once at the start, so that a broken file is known before hours of training
-            except ImageError as error:
-                self.errors.add("broken image", f"{path.name}:{record.key}: {error}")
-                continue
-            records.append(record)
+        records: list[Record | Document] = [*read_whole_records(path, self.errors)]
         logger.info("%s: %d images", source.path, len(records))
         return records
 
@@ -264,6 +254,22 @@ class LanguageTask:
 
     def save(self, folder: Path) -> None:
         save_model(self.model, self.processor, folder)
+
+
+def read_whole_records(path: Path, errors: ErrorCounter) -> list[Record]:
+    """The records of a source whose images can be decoded; the others are counted in `errors`.
+
+    Each is decoded once at the start, so that a broken file is known before hours of training.
+    """
+    records = []
+    for record in read_records(path, errors):
+        try:
+            Image(record.image).load()
+        except ImageError as error:
+            errors.add("broken image", f"{path.name}:{record.key}: {error}")
+            continue
+        records.append(record)
+    return records
 
 
 def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MMGPT, Processor]:
