@@ -275,7 +275,7 @@ def test_a_character_is_never_split(text: str) -> None:
 @given(st.text(alphabet="abc", max_size=12), st.lists(st.text(alphabet="abc", min_size=1, max_size=3), max_size=2))
 @settings(max_examples=40, deadline=None)
 def test_no_part_of_a_stop_text_is_streamed(text: str, stops: list[str]) -> None:
-    """Once shown it cannot be taken back. The stop text that is complete first ends the answer, before its beginning."""
+    """Once shown it cannot be taken back. The stop text that is complete first ends the answer."""
     found = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
     cut = min(found, default=(0, len(text)))[1]
     assert "".join(scripted_stream(text, tuple(stops))) == text[:cut]
