@@ -28,7 +28,7 @@ from mm_gpt.eval.metrics.statistics import bootstrap_statistic, wilson_interval
 from mm_gpt.eval.metrics.vqa import exact_match, vqa_accuracy
 from mm_gpt.eval.perplexity import WINDOW, read_text, window_nats, windows
 from mm_gpt.hub.checkpoint import load_decoder
-from mm_gpt.inference.assistant import Assistant
+from mm_gpt.inference.assistant import CAPTION_NO_REPEAT, CHAT_NO_REPEAT, Assistant
 from mm_gpt.inference.engine import GenerationConfig
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.prompts import CAPTION_PROMPT, question_prompt
@@ -222,7 +222,10 @@ class ImageTask(Task):
         assert self.config.num_beams is not None  # the harness has filled them in
         assert self.config.max_new_tokens is not None
         generation = GenerationConfig(
-            num_beams=self.config.num_beams, max_new_tokens=self.config.max_new_tokens, seed=self.config.seed
+            num_beams=self.config.num_beams,
+            max_new_tokens=self.config.max_new_tokens,
+            seed=self.config.seed,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
         )
         return [{"prediction": str(answer)} for answer in self.assistant.engine.generate(documents, generation)]
 
@@ -250,6 +253,7 @@ class Captioning(ImageTask):
     name = "captioning"
     num_beams = 3
     max_new_tokens = 40
+    no_repeat_ngram_size = CAPTION_NO_REPEAT
 
     def _asked(self, record: Record) -> list[tuple[str, str, dict[str, Any]]]:
         return [("", CAPTION_PROMPT, {"references": list(record.captions)})] if record.captions else []
@@ -269,6 +273,7 @@ class VQA(ImageTask):
     name = "vqa"
     num_beams = 1
     max_new_tokens = 32
+    no_repeat_ngram_size = CHAT_NO_REPEAT
 
     def _asked(self, record: Record) -> list[tuple[str, str, dict[str, Any]]]:
         asked = []

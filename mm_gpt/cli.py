@@ -122,6 +122,9 @@ def _add_generation(parser: argparse.ArgumentParser, *, beams: int | None, token
     group.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     if beams is not None:
         group.add_argument("--num-beams", type=int, metavar="N", help=f"beam search (default: {beams})")
+    group.add_argument(
+        "--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens in a row come twice; 0 lets them"
+    )
     group.add_argument("--seed", type=int, metavar="N", help="of sampling (default: 0)")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before TEXT; repeatable")
 
@@ -130,7 +133,7 @@ def _generation_options(args: argparse.Namespace) -> "GenerationOptions":
     """The options that were given, checked before a model is loaded."""
     from mm_gpt.inference.assistant import generation_config
 
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "seed", "stop")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "no_repeat_ngram_size", "seed", "stop")
     options: Any = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     generation_config(options)
     return options

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image as PILImage
+from PIL import ImageOps
 
 from mm_gpt.images import ImageSource, load_image, source_name
 
@@ -28,10 +29,13 @@ class Image:
     """An image: path, bytes, PIL image, array or http(s) URL. Decoded when it is needed, with every check."""
 
     source: ImageSource
+    mirrored: bool = False
+    """Seen left to right, for training: a caption without a side or written words fits it as well."""
 
     def load(self) -> PILImage.Image:
         """The decoded RGB image. Raises ImageError naming the source."""
-        return load_image(self.source)
+        image = load_image(self.source)
+        return ImageOps.mirror(image) if self.mirrored else image
 
     @property
     def name(self) -> str:

@@ -1,6 +1,7 @@
 """Generation: a naive loop without cache, padding and batches is the oracle of the engine."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ from torch import Tensor
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError
 from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream, _certain, _length_penalty
-from mm_gpt.inference.sampling import choose, next_token_probabilities
+from mm_gpt.inference.sampling import choose, completes_repeat, next_token_probabilities
 from mm_gpt.model.decoder import DecoderConfig
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Processor, ProcessorConfig, collate
@@ -335,6 +336,32 @@ def test_probabilities_keep_the_top(values: list[float], temperature: float, top
         assert full[alive].sum() >= top_p - 1e-5  # it reaches p,
         if alive.sum() > 1:
             assert full[alive].sum() - full[alive].min() < top_p + 1e-5  # and with one token less it would not
+
+
+@given(st.lists(st.integers(0, 3), max_size=12), st.integers(1, 5))
+def test_exactly_what_would_repeat_a_run_is_named(ids: list[int], size: int) -> None:
+    # Stops: an n-gram one too long or short, the last run missed, negative indices in short answers.
+    def runs(tokens: list[int]) -> list[tuple[int, ...]]:
+        return [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+
+    expected = {token for token in range(4) if runs([*ids, token])[-1:] and runs([*ids, token])[-1] in runs(ids)}
+    assert set(completes_repeat(ids, size)) == expected
+    assert completes_repeat(ids, 0) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 0.2}])
+@pytest.mark.parametrize("size", [1, 2])
+def test_no_run_of_tokens_comes_twice(engine: Engine, options: dict[str, Any], size: int) -> None:
+    # Stops: a guard that one way of decoding forgets. Without it the same prompts do repeat themselves.
+    def repeats(answer: Answer) -> bool:
+        ids = ids_of(answer)
+        runs = [tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)]
+        return len(set(runs)) < len(runs)
+
+    config = GenerationConfig(max_new_tokens=24, logprobs=True, no_repeat_ngram_size=size, **options)
+    free = dataclasses.replace(config, no_repeat_ngram_size=0)
+    assert not any(map(repeats, engine.generate(PROMPTS, config)))
+    assert any(map(repeats, engine.generate(PROMPTS, free)))
 
 
 def test_samples_follow_the_probabilities() -> None:

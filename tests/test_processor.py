@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_picture, make_tiny
@@ -229,3 +230,8 @@ def test_collate_loses_nothing(documents: list[list[list[Segment]]], pad_left: b
             joined = torch.cat([getattr(e, name) for e in row])
             assert torch.equal(getattr(batch, name)[number][real], joined)
         assert int((batch.image_rows == number).sum()) == sum(len(e.images) for e in row)
+
+
+def test_a_mirrored_image_is_loaded_left_to_right() -> None:
+    picture = make_picture(3)
+    assert np.array_equal(np.asarray(Image(picture, mirrored=True).load()), np.asarray(picture)[:, ::-1])

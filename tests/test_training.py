@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mm_gpt.datasets.sources import Record
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import CheckpointError, ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
@@ -27,7 +29,7 @@ from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Batch, collate
 from mm_gpt.training import checkpoint, language
-from mm_gpt.training.language import LanguageRecipe, LanguageTask, SourceConfig, read_chats
+from mm_gpt.training.language import LanguageRecipe, LanguageTask, SourceConfig, _image, read_chats
 from mm_gpt.training.loop import (
     ParameterGroup,
     Task,
@@ -634,6 +636,19 @@ def test_an_epoch_shows_everything_once(data: Path) -> None:
     assert orders[0] != orders[1] or orders[1] != orders[2]
     assert pixels[0] != pixels[1]  # augmented anew
     assert any(len(batch.image_rows) == 0 for batch in shown(task, 0, start))  # text-only batches occur here
+
+
+def test_mirror_images_only_where_no_text_tells_sides_apart() -> None:
+    """Stops: "the man on the left" learned from the mirror image, and one that is never or always mirrored."""
+    record, rng = Record("0", Path("photo.jpg")), random.Random(0)
+
+    def share(texts: list[str], *, augment: bool = True) -> float:
+        return sum(_image(record, texts, rng, augment).mirrored for _ in range(200)) / 200
+
+    assert 0.35 < share(["A dog leaps over a wall.", "Two dogs."]) < 0.65
+    assert share(["A dog leaps over a wall."], augment=False) == 0
+    for sided in ("What is left of the bed?", "A dog on the Right.", "A sign reads stop.", "A man says hello."):
+        assert share(["Two dogs.", sided]) == 0
 
 
 def test_half_an_epoch_each_time(data: Path) -> None:

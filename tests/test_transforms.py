@@ -48,8 +48,9 @@ def test_crop_equals_torchvision(width, height, size, interpolation):
     theirs = tv.Compose([tv.Resize(size, interpolation=tv.InterpolationMode(interpolation)), tv.CenterCrop(size)])
     image = noise(width, height, seed=width * 151 + height)
     ours = np.asarray(ImageTransform(config).resize(image)).astype(int)
-    # One grey level: the box is a float, and a value at exactly .5 may round the other way.
-    assert np.abs(ours - np.asarray(theirs(image)).astype(int)).max() <= 1
+    # The box is a float, so that in each of PIL's two passes a value at exactly .5 may round the other way: one grey
+    # level a pass. A wrong offset changes noise by a hundred.
+    assert np.abs(ours - np.asarray(theirs(image)).astype(int)).max() <= 2
 
 
 @pytest.mark.parametrize(("size", "content"), [((100, 50), (32, 16)), ((50, 100), (16, 32)), ((90, 30), (32, 11))])

@@ -21,6 +21,9 @@ from mm_gpt.model.mmgpt import MMGPT, pick_device
 from mm_gpt.processor import IGNORE_INDEX, Processor, collate
 from mm_gpt.prompts import CAPTION_PROMPT
 
+CAPTION_NO_REPEAT, CHAT_NO_REPEAT = 3, 8
+"""Default `no_repeat_ngram_size` of captions, which are one sentence, and of answers, which may hold lists and code."""
+
 
 class GenerationOptions(TypedDict, total=False):
     """Keyword arguments of `ask`, `caption`, `chat` and `complete`; `GenerationConfig` describes them."""
@@ -31,6 +34,7 @@ class GenerationOptions(TypedDict, total=False):
     top_k: int
     num_beams: int
     length_penalty: float
+    no_repeat_ngram_size: int
     stop: tuple[str, ...]
     seed: int
     logprobs: bool
@@ -111,7 +115,7 @@ class Assistant:
         """One sentence about each image: an Answer for one image, a list in the same order for several.
 
         `prompt` asks something else about each of them. Beam search with 3 beams is used unless `num_beams` or
-        `temperature` says otherwise.
+        `temperature` says otherwise, and no three tokens come twice unless `no_repeat_ngram_size` does.
         Raises ImageError naming the first image that cannot be read.
         """
         if batch_size < 1:
@@ -121,6 +125,7 @@ class Assistant:
         if "temperature" not in options:
             options.setdefault("num_beams", 3)
         options.setdefault("max_new_tokens", 40)
+        options.setdefault("no_repeat_ngram_size", CAPTION_NO_REPEAT)
         config = generation_config(options)
         answers: list[Answer] = []
         for start in range(0, len(sources), batch_size):
@@ -143,10 +148,12 @@ class Assistant:
 
         messages: `{"role": "user" | "assistant" | "system", "content": text or a list of parts}`; a part is
         `{"type": "text", "text": ...}`, `{"type": "image", "image": source}`, a plain string, or an `Image`.
-        With `stream`, an iterator of pieces of text, whose `answer` is complete at the end.
+        With `stream`, an iterator of pieces of text, whose `answer` is complete at the end. No eight tokens come twice
+        in an answer unless `no_repeat_ngram_size` says otherwise: a small model may never leave a loop by itself.
         """
         if not messages:
             raise MMGPTError("chat needs at least one message")
+        options.setdefault("no_repeat_ngram_size", CHAT_NO_REPEAT)
         return self._run(self.processor.chat(messages), stream, options)
 
     def complete(self, parts: str | Iterable[Any], **options: Unpack[GenerationOptions]) -> Answer:

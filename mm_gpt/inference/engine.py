@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mm_gpt.document import Document
 from mm_gpt.errors import ConfigError, ContextOverflowError
-from mm_gpt.inference.sampling import choose
+from mm_gpt.inference.sampling import choose, completes_repeat
 from mm_gpt.model.decoder import KVCache
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Batch, Example, Processor, collate
@@ -30,6 +30,8 @@ class GenerationConfig:
     num_beams: int = 1
     length_penalty: float = 0.6
     """Beam search divides a score by ((5 + length) / 6) ** length_penalty (GNMT, 1609.08144)."""
+    no_repeat_ngram_size: int = 0
+    """No run of so many tokens comes twice in an answer; 0 lets everything repeat."""
     stop: tuple[str, ...] = ()
     """Texts before which the answer ends."""
     seed: int = 0
@@ -45,6 +47,7 @@ class GenerationConfig:
             "top_k": self.top_k >= 0,
             "num_beams": self.num_beams >= 1,
             "length_penalty": math.isfinite(self.length_penalty),
+            "no_repeat_ngram_size": self.no_repeat_ngram_size >= 0,
             "stop": all(self.stop),
         }
         for name, fine in checks.items():
@@ -199,7 +202,7 @@ class Engine:
         while True:
             logits = self.model.decoder.logits(hidden)  # (B, V)
             tokens = choose(
-                logits,
+                _without_repeats(logits, rows, config),
                 temperature=config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
@@ -261,8 +264,9 @@ class Engine:
         for step in range(1, config.max_new_tokens + 1):
             logprobs = decoder.logits(hidden).log_softmax(-1).view(B, W, -1)
             V = logprobs.shape[-1]
+            allowed = _without_repeats(logprobs.view(B * W, V), [r for beams in rows for r in beams], config)
             # Enough even when every beam's best tokens are the two end marks.
-            best = (scores[:, :, None] + logprobs).view(B, -1).topk(min(3 * W, W * V), dim=-1)
+            best = (scores[:, :, None] + allowed.view(B, W, V)).view(B, -1).topk(min(3 * W, W * V), dim=-1)
             parents, tokens = best.indices // V, best.indices % V
             new_rows: list[list[_Row]] = []
             chosen = torch.zeros(B, W, dtype=torch.long, device=device)
@@ -340,6 +344,16 @@ def _visible_keys(batch: Batch, cache: KVCache) -> Tensor | None:
     keys = torch.ones(B, cache.keys.shape[3], dtype=torch.bool, device=real.device)
     keys[:, :T] = real
     return keys[:, None, None, :]
+
+
+def _without_repeats(logits: Tensor, rows: Sequence[_Row], config: GenerationConfig) -> Tensor:
+    """(B, V) with what would repeat a run of tokens at -inf. The end marks come once, so they always stay."""
+    if config.no_repeat_ngram_size == 0:
+        return logits
+    logits = logits.clone()  # log-probabilities are reported as the model gave them
+    for logit, row in zip(logits, rows, strict=True):
+        logit[completes_repeat(row.ids, config.no_repeat_ngram_size)] = -torch.inf
+    return logits
 
 
 def _length_penalty(length: int, config: GenerationConfig) -> float:

@@ -1,4 +1,6 @@
-"""Choosing the next token from logits: greedy, temperature, top-k, nucleus (1904.09751)."""
+"""Choosing the next token from logits: greedy, temperature, top-k, nucleus (1904.09751), without repetition."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +24,15 @@ def next_token_probabilities(logits: Tensor, *, temperature: float, top_k: int, 
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
         probabilities = probabilities / probabilities.sum()
     return probabilities
+
+
+def completes_repeat(ids: Sequence[int], size: int) -> list[int]:
+    """The tokens that, put after `ids`, would make a run of `size` tokens that `ids` already holds; none for size 0."""
+    if size == 0:
+        return []
+    starts = range(len(ids) - size + 1)
+    last = ids[len(ids) - size + 1 :]
+    return [ids[start + size - 1] for start in starts if ids[start : start + size - 1] == last]
 
 
 def choose(

@@ -3,6 +3,7 @@
 `mm-gpt train NAME --data FOLDER key=value ...` calls one by name.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +119,31 @@ def default(data: str) -> LanguageRecipe:
     )
 
 
+def default_joint(data: str) -> LanguageRecipe:
+    """The last stage of the model that the package ships: `default` goes on with the vision tower's last blocks."""
+    recipe = default(data)
+    repeat = {
+        "coco2017_mini": 2.0,
+        "daquar/train-000000.tar": 1.5,
+        "easy_vqa/train-000000.tar": 0.8,
+        "nlvr1/train-000000.tar": 0.15,
+        str(TEXT_CHATS): 0.5,
+    }
+    sources = [
+        dataclasses.replace(source, repeat=repeat.get(source.path, 1.0), derived_share=0.12 * source.derived_share)
+        for source in recipe.sources
+    ]
+    return dataclasses.replace(
+        recipe,
+        train=dataclasses.replace(recipe.train, steps=640, lr=7e-4, final_lr=0.01),
+        sources=tuple(sources),
+        start="runs/default/best",
+        vision_weights=None,
+        vision_blocks=3,
+        vision_lr=0.3,
+    )
+
+
 def finetune(data: str) -> LanguageRecipe:
     """The default model on your own folder of captioned photos."""
     folder = model_folder("default")
@@ -139,6 +165,7 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
     "finetune": finetune,
     "default_vision": default_vision,
     "default": default,
+    "default_joint": default_joint,
 }
 
 
