@@ -111,6 +111,7 @@ class Task(ABC):
     default_controls: ClassVar[tuple[str, ...]] = ()
     num_beams: ClassVar[int | None] = None
     max_new_tokens: ClassVar[int | None] = None
+    no_repeat_ngram_size: ClassVar[int] = 0
     unit: ClassVar[str]
     """What the bootstrap draws: images or windows."""
     scale: ClassVar[float]
