@@ -29,6 +29,7 @@ ELSEWHERE = (
 SHORTER = {  # what makes an hour's training a step
     "mm-gpt train default_vision": "train.steps=1 batch_size=4 validation_images=4",
     "mm-gpt train default_joint": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
+    "mm-gpt train default_questions": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
     "mm-gpt train default": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
 }
 

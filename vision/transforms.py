@@ -96,7 +96,8 @@ class TrainTransform:
     that training sees what evaluation sees. Brightness, contrast and saturation change by up to 10 %; the hue stays,
     since captions name colours.
 
-    No horizontal flip: it mirrors written words and swaps left and right, so that text and image would disagree.
+    No horizontal flip: it mirrors written words and swaps left and right, so that text and image might disagree. Where
+    the texts are known, `Image(source, mirrored=True)` does it.
 
     All randomness comes from `generator`. Seed it per sample (`transform.generator.manual_seed(...)`) where order or
     worker processes must not matter: copies of one generator in several workers repeat each other.

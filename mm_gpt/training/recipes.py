@@ -120,27 +120,41 @@ def default(data: str) -> LanguageRecipe:
 
 
 def default_joint(data: str) -> LanguageRecipe:
-    """The last stage of the model that the package ships: `default` goes on with the vision tower's last blocks."""
+    """`default` goes on with the vision tower's last blocks, mostly on captions."""
     recipe = default(data)
-    repeat = {
-        "coco2017_mini": 2.0,
-        "daquar/train-000000.tar": 1.5,
-        "easy_vqa/train-000000.tar": 0.8,
-        "nlvr1/train-000000.tar": 0.15,
-        str(TEXT_CHATS): 0.5,
-    }
-    sources = [
-        dataclasses.replace(source, repeat=repeat.get(source.path, 1.0), derived_share=0.12 * source.derived_share)
-        for source in recipe.sources
-    ]
     return dataclasses.replace(
         recipe,
         train=dataclasses.replace(recipe.train, steps=640, lr=7e-4, final_lr=0.01),
-        sources=tuple(sources),
+        sources=_mixed(recipe.sources, captions=1.0, coco=2.0, daquar=1.5, easy_vqa=0.8, nlvr=0.15, chats=0.5),
         start="runs/default/best",
         vision_weights=None,
         vision_blocks=3,
         vision_lr=0.3,
+    )
+
+
+def default_questions(data: str) -> LanguageRecipe:
+    """The last stage of the model that the package ships: `default_joint` goes on, mostly with questions."""
+    recipe = default_joint(data)
+    return dataclasses.replace(
+        recipe,
+        train=dataclasses.replace(recipe.train, steps=150, lr=4e-4, warmup_steps=10),
+        sources=_mixed(recipe.sources, captions=0.1, coco=0.5, daquar=1.0, easy_vqa=1.0, nlvr=0.1, chats=0.15),
+        start="runs/default_joint/best",
+        vision_lr=0.5,
+    )
+
+
+def _mixed(sources: tuple[SourceConfig, ...], **repeat: float) -> tuple[SourceConfig, ...]:
+    """The sources of `default` in another mixture, with few of the questions derived from captions."""
+    prefixes = {"coco": "coco", "daquar": "daquar", "easy_vqa": "easy_vqa", "nlvr": "nlvr", "captions": "flickr8k"}
+    return tuple(
+        dataclasses.replace(
+            source,
+            repeat=next((repeat[name] for name, p in prefixes.items() if source.path.startswith(p)), repeat["chats"]),
+            derived_share=min(source.derived_share, 0.06),
+        )
+        for source in sources
     )
 
 
@@ -166,6 +180,7 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
     "default_vision": default_vision,
     "default": default,
     "default_joint": default_joint,
+    "default_questions": default_questions,
 }
 
 
