@@ -138,7 +138,7 @@ def default_questions(data: str) -> LanguageRecipe:
     recipe = default_joint(data)
     return dataclasses.replace(
         recipe,
-        train=dataclasses.replace(recipe.train, steps=150, lr=4e-4, warmup_steps=10),
+        train=dataclasses.replace(recipe.train, steps=100, lr=4e-4, warmup_steps=10),
         sources=_mixed(recipe.sources, captions=0.1, coco=0.5, daquar=1.0, easy_vqa=1.0, nlvr=0.1, chats=0.15),
         start="runs/default_joint/best",
         vision_lr=0.5,
