@@ -16,7 +16,7 @@ from mm_gpt.errors import CheckpointError, MMGPTError
 
 
 def average(folders: list[Path], out: Path) -> None:
-    """Write into `out` the model whose every weight is the mean over `folders`. Raises CheckpointError if they differ."""
+    """Write into `out` the model whose every weight is the mean over `folders`. Raises CheckpointError: they differ."""
     total: dict[str, torch.Tensor] = {}
     first = folders[0]
     for folder in folders:
@@ -34,7 +34,9 @@ def average(folders: list[Path], out: Path) -> None:
     for path in first.glob("*.json"):
         if path.name != "training_state.json":
             shutil.copy(path, out)
-    save_file({n: (t / len(folders)).to(types[n]) for n, t in total.items()}, out / "model.safetensors")
+    path = out / "model.safetensors"
+    save_file({name: (sum_ / len(folders)).to(types[name]) for name, sum_ in total.items()}, path)
+    path.chmod(0o644)  # the library writes for the owner alone
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Processor, collate
 from mm_gpt.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -249,3 +252,26 @@ def test_a_decoder_may_be_larger_than_its_tokenizer(tmp_path: Path) -> None:
     again, again_processor = load_model(tmp_path)
     assert again_processor.image_start_id == 512
     torch.testing.assert_close(hidden(again, again_processor), hidden(model, padded), rtol=0, atol=0.05)
+
+
+def test_the_mean_of_models(folder: Path, tmp_path: Path) -> None:
+    """Stops: a sum for a mean, sums in half precision, one model counted twice, and different models averaged."""
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    state = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    moved = {name: t + torch.rand(t.shape, generator=generator).to(t.dtype) for name, t in state.items()}
+    save_file(moved, other / "model.safetensors")
+    average = runpy.run_path(str(ROOT / "examples/average_models.py"))["average"]
+    average([folder, other, other], tmp_path / "mean")
+    mean = load_file(tmp_path / "mean/model.safetensors")
+    for name, tensor in state.items():
+        expected = ((tensor.double() + 2 * moved[name].double()) / 3).to(tensor.dtype)
+        assert torch.equal(mean[name], expected), name
+    load_model(tmp_path / "mean")
+    config = other / "config.json"
+    config.write_text(config.read_text().replace('"head_size": ', '"head_size": 1'))
+    with pytest.raises(CheckpointError, match=r"other holds another model than .*model"):
+        average([folder, other], tmp_path / "never")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        average([folder, tmp_path / "nowhere"], tmp_path / "never")
+    assert not (tmp_path / "never").exists()
