@@ -476,7 +476,7 @@ def test_more_beams_find_what_is_at_least_as_likely(engine: Engine) -> None:
         total = sum(token.logprob for token in answer.logprobs)
         assert total == pytest.approx(logprob_of(engine, document, ids_of(answer)), abs=1e-5)
         scores.append(total)
-    assert scores == sorted(scores)
+    assert scores == pytest.approx(sorted(scores), abs=1e-9)  # the same answer's sums differ by rounding
 
 
 def test_all_beams_may_end_at_once() -> None:
