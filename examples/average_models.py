@@ -16,7 +16,10 @@ from mm_gpt.errors import CheckpointError, MMGPTError
 
 
 def average(folders: list[Path], out: Path) -> None:
-    """Write into `out` the model whose every weight is the mean over `folders`. Raises CheckpointError: they differ."""
+    """Write into `out`, a new folder, the model whose every weight is the mean over `folders`.
+
+    Raises CheckpointError naming a folder that cannot be read or holds another model than the first.
+    """
     total: dict[str, torch.Tensor] = {}
     first = folders[0]
     for folder in folders:
@@ -34,9 +37,9 @@ def average(folders: list[Path], out: Path) -> None:
     for path in first.glob("*.json"):
         if path.name != "training_state.json":
             shutil.copy(path, out)
-    path = out / "model.safetensors"
-    save_file({name: (sum_ / len(folders)).to(types[name]) for name, sum_ in total.items()}, path)
-    path.chmod(0o644)  # the library writes for the owner alone
+    mean = {name: (tensor / len(folders)).to(types[name]) for name, tensor in total.items()}
+    save_file(mean, out / "model.safetensors")
+    (out / "model.safetensors").chmod(0o644)  # the library writes for the owner alone
 
 
 if __name__ == "__main__":
