@@ -30,7 +30,7 @@ class Image:
 
     source: ImageSource
     mirrored: bool = False
-    """Seen left to right, for training: a caption without a side or written words fits it as well."""
+    """Left and right swapped, for training: a caption without sides or written words fits that as well."""
 
     def load(self) -> PILImage.Image:
         """The decoded RGB image. Raises ImageError naming the source."""

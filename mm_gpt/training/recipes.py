@@ -125,7 +125,9 @@ def default_joint(data: str) -> LanguageRecipe:
     return dataclasses.replace(
         recipe,
         train=dataclasses.replace(recipe.train, steps=640, lr=7e-4, final_lr=0.01),
-        sources=_mixed(recipe.sources, captions=1.0, coco=2.0, daquar=1.5, easy_vqa=0.8, nlvr=0.15, chats=0.5),
+        sources=_mixed(
+            recipe.sources, flickr8k=1.0, coco2017_mini=2.0, daquar=1.5, easy_vqa=0.8, nlvr1=0.15, chats=0.5
+        ),
         start="runs/default/best",
         vision_weights=None,
         vision_blocks=3,
@@ -139,19 +141,20 @@ def default_questions(data: str) -> LanguageRecipe:
     return dataclasses.replace(
         recipe,
         train=dataclasses.replace(recipe.train, steps=100, lr=4e-4, warmup_steps=10),
-        sources=_mixed(recipe.sources, captions=0.1, coco=0.5, daquar=1.0, easy_vqa=1.0, nlvr=0.1, chats=0.15),
+        sources=_mixed(
+            recipe.sources, flickr8k=0.1, coco2017_mini=0.5, daquar=1.0, easy_vqa=1.0, nlvr1=0.1, chats=0.15
+        ),
         start="runs/default_joint/best",
         vision_lr=0.5,
     )
 
 
-def _mixed(sources: tuple[SourceConfig, ...], **repeat: float) -> tuple[SourceConfig, ...]:
-    """The sources of `default` in another mixture, with few of the questions derived from captions."""
-    prefixes = {"coco": "coco", "daquar": "daquar", "easy_vqa": "easy_vqa", "nlvr": "nlvr", "captions": "flickr8k"}
+def _mixed(sources: tuple[SourceConfig, ...], *, chats: float, **repeat: float) -> tuple[SourceConfig, ...]:
+    """The sources of `default`, `repeat` by their folders' names, with few of the questions derived from captions."""
     return tuple(
         dataclasses.replace(
             source,
-            repeat=next((repeat[name] for name, p in prefixes.items() if source.path.startswith(p)), repeat["chats"]),
+            repeat=repeat.get(source.path.split("/")[0], chats),
             derived_share=min(source.derived_share, 0.06),
         )
         for source in sources
