@@ -44,6 +44,11 @@ def window_nats(decoder: Decoder, pieces: Sequence[Sequence[int]]) -> list[float
         labels[row, : len(piece) - 1] = torch.tensor(piece[1:])
     ids, labels = ids.to(device), labels.to(device)
     # Padding stands on the right, where no causal attention sees it.
-    hidden = decoder(decoder.embedding(ids), torch.arange(length, device=device).expand(len(pieces), -1))
+    hidden = decoder(decoder.embed(ids), torch.arange(length, device=device).expand(len(pieces), -1))
     rows = range(len(pieces))
-    return [next_token_loss(hidden[r : r + 1], decoder.head_weight, labels[r : r + 1])[0].item() for r in rows]
+    return [
+        next_token_loss(
+            hidden[r : r + 1], decoder.head_weight, labels[r : r + 1], softcap=decoder.config.logit_softcap
+        )[0].item()
+        for r in rows
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from mm_gpt.images import ImageSource, load_image, source_name
+from mm_gpt.images import ImageSource, image_size, load_image, source_name
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Image:
         image = load_image(self.source)
         return ImageOps.mirror(image) if self.mirrored else image
 
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the decoded image, from the file's header alone. Raises ImageError."""
+        return image_size(self.source)
+
     @property
     def name(self) -> str:
         return source_name(self.source)
@@ -50,7 +54,8 @@ class Document:
     """Text and images in order.
 
     `branches` are alternative continuations of `segments`, each blind to the others: five captions of one photo, or
-    many questions about it, share one encoding of that photo instead of repeating it.
+    many questions about it, share one encoding of that photo instead of repeating it. What all of them begin with is
+    encoded once, whether it stands in `segments` or at the start of each.
     """
 
     segments: tuple[Segment, ...]
@@ -59,8 +64,9 @@ class Document:
 
     @property
     def images(self) -> list[Image]:
+        """Each image once, in order."""
         everything = [*self.segments, *(s for branch in self.branches for s in branch)]
-        return [s for s in everything if isinstance(s, Image)]
+        return list({id(s): s for s in everything if isinstance(s, Image)}.values())
 
 
 Message = dict[str, Any]

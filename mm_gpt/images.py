@@ -70,6 +70,7 @@ _UPRIGHT = {
     7: PILImage.Transpose.TRANSVERSE,
     8: PILImage.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)  # those that exchange width and height
 
 # Small files that keep a decoder busy for hours although they have few pixels.
 _MAX_JPEG_SCANS = 100  # encoders write about 10; each one costs a pass over the whole image
@@ -126,6 +127,29 @@ def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
     raise ImageError(f"{name}: not an image; give a path, URL, bytes, PIL image or numpy array")
 
 
+def image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """(height, width) that `load_image` gives, without decoding pixels where a file's header tells. A URL is fetched.
+
+    Raises ImageError (URLError for URLs), one line that names the source.
+    """
+    name = source_name(source)
+    if isinstance(source, str) and is_url(source) and source[:5].lower() != "data:":
+        return load_image(source, limits=limits).size[::-1]
+    if isinstance(source, PILImage.Image):
+        image = source
+    elif isinstance(source, bytes | bytearray):
+        image = _open(bytes(source), name, limits)
+    elif isinstance(source, str) and is_url(source):
+        image = _open(_data_url_bytes(source, limits), name, limits)
+    elif isinstance(source, str | os.PathLike):
+        image = _open(_read_file(source, name, limits), name, limits)
+    else:
+        return load_image(source, limits=limits).size[::-1]
+    _check_size(image.size, name, limits)
+    width, height = image.size
+    return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+
+
 def _one_line(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
@@ -149,6 +173,11 @@ def _read_file(path: str | os.PathLike[str], name: str, limits: ImageLimits) -> 
 
 
 def _decode(data: bytes, name: str, limits: ImageLimits) -> PILImage.Image:
+    return _to_rgb(_open(data, name, limits), name, limits)
+
+
+def _open(data: bytes, name: str, limits: ImageLimits) -> PILImage.Image:
+    """The image with its header read, not yet decoded."""
     if not data:
         raise ImageError(f"{name}: empty")
     if len(data) > limits.max_bytes:
@@ -161,10 +190,9 @@ def _decode(data: bytes, name: str, limits: ImageLimits) -> PILImage.Image:
     try:
         if decoder is GifImagePlugin.GifImageFile:
             decoder(io.BytesIO(data[:_MAX_GIF_PREAMBLE]))  # raises unless the first frame starts in there
-        image = decoder(io.BytesIO(data))
+        return decoder(io.BytesIO(data))
     except Exception as error:  # decoders raise anything at all on hostile bytes
         raise ImageError(f"{name}: broken image ({_one_line(error) or type(error).__name__})") from error
-    return _to_rgb(image, name, limits)
 
 
 def _check_jpeg_segments(data: bytes, name: str) -> None:

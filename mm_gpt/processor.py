@@ -1,6 +1,7 @@
 """From Documents to numbers: Document -> Example -> Batch.
 
-Shapes: T tokens of one example, B rows, N images of the whole batch, k tokens per image.
+Shapes: T tokens of one example, B rows, M images and N tiles of the whole batch (an image is one tile or several), k
+tokens per tile.
 """
 
 import dataclasses
@@ -9,26 +10,36 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image as PILImage
 from torch import Tensor
 
+from mm_gpt.chat_template import ChatTemplate, begins_with, content_part
 from mm_gpt.document import Document, Image, Message, Segment, Text
-from mm_gpt.errors import ContextOverflowError, MMGPTError
+from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
+from mm_gpt.image_text import ImageTextConfig, image_text
 from mm_gpt.tokenizer import Tokenizer
+from mm_gpt.vision.tiling import Tiler, TilingConfig
 from mm_gpt.vision.transforms import ImageTransform, ImageTransformConfig
 
 IGNORE_INDEX = -100
 """The label of a position where nothing is learned."""
+Size = tuple[int, int]
 ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessorConfig:
-    image: ImageTransformConfig
-    tokens_per_image: int
-    """k, the number of placeholders an image takes; the connector's output length."""
+    image: ImageTransformConfig | None = None
+    """None: a model of text alone."""
+    tokens_per_image: int = 0
+    """k, the number of placeholders that one tile takes; the connector's output length."""
     max_length: int
     """Longest example in tokens."""
+    tiling: TilingConfig | None = None
+    """How an image is cut into tiles; None: it is one."""
+    image_text: ImageTextConfig | None = None
+    """How an image is written with the vocabulary's own special tokens; None: with three ids right behind it."""
+    begin_of_text: bool = False
+    """Begin each text with the tokenizer's own first ids, unless it is written with them already."""
 
 
 @dataclass
@@ -40,6 +51,12 @@ class Example:
     position_ids: Tensor  # (T,) every branch continues from the end of the shared part
     branch_ids: Tensor  # (T,) 0 in the shared part, 1, 2, ... in the branches
     images: list[Image]
+    grids: list[tuple[int, int]] = field(default_factory=list)
+    """Rows and columns of tiles that each image is cut into, besides the one of the whole; (0, 0): not cut."""
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """(height, width) of each image; (0, 0) where nothing depends on it."""
+    image_tokens: int = 0
+    """Tokens that stand for images, their marks included."""
     id: str = ""
 
     def __len__(self) -> int:
@@ -55,9 +72,16 @@ class Batch:
     position_ids: Tensor  # (B, T)
     document_ids: Tensor  # (B, T)
     branch_ids: Tensor  # (B, T)
-    image_rows: Tensor  # (N,) the row that owns each image, ascending
+    image_rows: Tensor  # (M,) the row that owns each image, ascending
+    image_grids: Tensor  # (M, 2) rows and columns of tiles that each image is cut into, besides the one of the whole
+    image_sizes: Tensor  # (M, 2) height and width of each image; 0 where nothing depends on it
     pixel_values: Tensor  # (N, 3, H, W)
     ids: list[str] = field(default_factory=list)
+
+    @property
+    def image_tiles(self) -> Tensor:
+        """(M,) the tiles of each image."""
+        return self.image_grids.prod(dim=1) + 1
 
     def to(self, device: torch.device | str) -> "Batch":
         tensors: dict[str, Any] = {
@@ -66,24 +90,50 @@ class Batch:
         return dataclasses.replace(self, **tensors)
 
 
-class Processor:
-    """Tokenizer and image transform together. `<image>`, placeholder and `</image>` are ids behind the vocabulary."""
+@dataclass
+class _Part:
+    """A run of segments in numbers."""
 
-    def __init__(self, tokenizer: Tokenizer, config: ProcessorConfig, *, vocab_size: int):
-        """`vocab_size` is the decoder's: some pad their tables beyond the tokenizer's ids."""
-        self.tokenizer, self.config = tokenizer, config
-        self.transform = ImageTransform(config.image)
-        first = vocab_size
-        self.image_start_id, self.image_patch_id, self.image_end_id = first, first + 1, first + 2
-        self._image_ids = [first, *[first + 1] * config.tokens_per_image, first + 2]
+    ids: list[int] = field(default_factory=list)
+    targets: list[bool] = field(default_factory=list)
+    images: list[tuple[int, Image, Size, Size]] = field(default_factory=list)  # first id, image, grid, size
+
+
+class Processor:
+    """Tokenizer and image transform together: the same one for training and for inference."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, config: ProcessorConfig, *, vocab_size: int, template: ChatTemplate | None = None
+    ):
+        """`vocab_size` is the decoder's: some pad their tables beyond the tokenizer's ids. `template` renders chats;
+        without one they are written as ChatML.
+
+        Raises ConfigError when the tokenizer lacks the image token that the configuration names.
+        """
+        self.tokenizer, self.config, self.template, self.vocab_size = tokenizer, config, template, vocab_size
+        self.transform = None if config.image is None else ImageTransform(config.image)
+        self._tiler = None if config.image is None else Tiler(config.image, config.tiling)
+        self._placeholder: int | None = None
+        if config.image_text is None:
+            # `<image>`, placeholder and `</image>` are ids behind the vocabulary.
+            self.image_start_id, self.image_patch_id, self.image_end_id = vocab_size, vocab_size + 1, vocab_size + 2
+        elif config.image_text.token not in tokenizer.special:
+            raise ConfigError(f"the tokenizer has no special token {config.image_text.token!r} for images")
+        else:
+            self._placeholder = tokenizer.special[config.image_text.token]
 
     # ---- Documents from what people write ----
 
     def chat(self, messages: Sequence[Message], *, answer_starts: bool = True) -> Document:
-        """Render chat messages in the ChatML form. Assistant turns are targets, up to and with their end mark.
+        """Render chat messages by the model's template. Assistant turns are targets, up to and with their end mark.
 
         `answer_starts` opens the assistant's next turn. Raises MMGPTError naming the message that is malformed.
         """
+        if self.template is not None:
+            token = None if self.config.image_text is None else self.config.image_text.token
+            return Document(
+                tuple(self.template.render(messages, add_generation_prompt=answer_starts, image_token=token))
+            )
         segments: list[Segment] = []
         for index, message in enumerate(messages):
             segments += self._message(index, message)
@@ -101,89 +151,137 @@ class Processor:
         ends = target and message.get("complete", True)  # an answer that was cut off does not teach to end there
         return [
             Text(f"<|im_start|>{role}\n", is_target=False, is_control=True),
-            *(_content_part(index, part, target) for part in _content_parts(message["content"])),
+            *(content_part(index, part, is_target=target) for part in _content_parts(message["content"])),
             Text("<|im_end|>", is_target=ends, is_control=True),
             Text("\n", is_target=False),
         ]
 
     def captions(self, image: Image, prompt: str, captions: Sequence[str], *, id: str = "") -> Document:
         """One image and prompt with several captions, each in a branch of its own, for training."""
-        # The branches begin with the header's last token: what it predicts, the caption's first token, differs.
-        shared: list[Segment] = [
-            Text("<|im_start|>user\n", is_target=False, is_control=True),
-            image,
-            Text(prompt, is_target=False),
-            Text("<|im_end|>", is_target=False, is_control=True),
-            Text("\n", is_target=False),
-            Text("<|im_start|>assistant", is_target=False, is_control=True),
-        ]
-        branches = [(Text("\n", is_target=False), *_answer(caption)) for caption in captions]
-        return Document(tuple(shared), tuple(branches), id=id)
+        return self.questions(image, [(prompt, caption) for caption in captions], id=id)
 
     def questions(self, image: Image, pairs: Sequence[tuple[str, str]], *, id: str = "") -> Document:
         """One image with (question, answer) pairs, each in a branch of its own, for training."""
-        shared: list[Segment] = [Text("<|im_start|>user\n", is_target=False, is_control=True), image]
-        branches = [
-            (
-                Text(question, is_target=False),
-                Text("<|im_end|>", is_target=False, is_control=True),
-                Text("\n", is_target=False),
-                Text("<|im_start|>assistant\n", is_target=False, is_control=True),
-                *_answer(answer),
+        chats = (
+            self.chat(
+                [{"role": "user", "content": [image, question]}, {"role": "assistant", "content": answer}],
+                answer_starts=False,
             )
             for question, answer in pairs
-        ]
-        return Document(tuple(shared), tuple(branches), id=id)
+        )
+        return Document((), tuple(chat.segments for chat in chats), id=id)
 
     # ---- Document -> Example ----
 
     def pixels(self, examples: Sequence[Example]) -> Tensor:
-        """The images of several examples in order, decoded and transformed: (N, 3, H, W). Raises ImageError."""
-        images = [self.transform(image.load()) for example in examples for image in example.images]
-        return stack_pixels(images, self.config.image.size)
+        """The images of several examples in order, decoded, cut and transformed: (N, 3, H, W). Raises ImageError."""
+        if self._tiler is None or not any(example.images for example in examples):
+            return stack_pixels([], self.config.image)
+        tiled = [
+            self._tiler(image.load(), alone=grid != (0, 0))
+            for example in examples
+            for image, grid in zip(example.images, example.grids, strict=True)
+        ]
+        return torch.cat([tiles.pixel_values for tiles in tiled])
 
     def __call__(self, document: Document) -> Example:
         """Raises ContextOverflowError when the document is longer than the context: images are never cut."""
-        ids, targets = self._encode(document.segments)
-        positions, branches = list(range(len(ids))), [0] * len(ids)
-        labels = _next_token_labels(ids, targets)
-        shared = len(ids)
-        for number, branch in enumerate(document.branches, start=1):
-            branch_ids, branch_targets = self._encode(branch)
-            ids += branch_ids
-            labels += _next_token_labels(branch_ids, branch_targets)
-            positions += range(shared, shared + len(branch_ids))
-            branches += [number] * len(branch_ids)
+        parts = [self._encode([*document.segments, *branch]) for branch in document.branches or ((),)]
+        shared = _common(parts) if document.branches else len(parts[0].ids)
+        ids, branches = parts[0].ids[:shared], [0] * shared
+        positions = list(range(shared))
+        labels = _next_token_labels(ids, parts[0].targets[:shared])
+        images = [found for found in parts[0].images if found[0] < shared]
+        for number, part in enumerate(parts if document.branches else (), start=1):
+            end = max((at for at, target in enumerate(part.targets, start=1) if target), default=len(part.ids))
+            own = part.ids[shared:end]  # what the template writes behind the answer is for nobody to read
+            ids = ids + own
+            labels += _next_token_labels(own, part.targets[shared:end])
+            positions += range(shared, shared + len(own))
+            branches += [number] * len(own)
+            images += [found for found in part.images if shared <= found[0] < end]
+        image_tokens = sum(map(self._is_image, ids))
         if len(ids) > self.config.max_length:
             raise ContextOverflowError(
-                f"{document.id or 'the prompt'} has {len(ids)} tokens ({len(document.images)} images of "
-                f"{len(self._image_ids)} tokens); the context holds {self.config.max_length}"
+                f"{document.id or 'the prompt'} has {len(ids)} tokens ({len(images)} images of {image_tokens} tokens in "
+                f"all); the context holds {self.config.max_length}"
             )
         as_tensor = lambda values: torch.tensor(values, dtype=torch.long)  # noqa: E731
         return Example(
-            as_tensor(ids), as_tensor(labels), as_tensor(positions), as_tensor(branches), document.images, document.id
+            as_tensor(ids),
+            as_tensor(labels),
+            as_tensor(positions),
+            as_tensor(branches),
+            images=[image for _, image, _, _ in images],
+            grids=[grid for _, _, grid, _ in images],
+            sizes=[size for _, _, _, size in images],
+            image_tokens=image_tokens,
+            id=document.id,
         )
 
-    def _encode(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
-        ids: list[int] = []
-        targets: list[bool] = []
+    def _is_image(self, id: int) -> bool:
+        return id >= self.vocab_size if self._placeholder is None else id == self._placeholder
+
+    def _encode(self, segments: Sequence[Segment]) -> _Part:
+        part = _Part()
         runs: list[tuple[str, bool, bool]] = []
-        for segment in [*segments, None]:
+        written: list[tuple[Image, Size, Size, int]] = []  # image, grid, size, placeholders
+        alone = sum(isinstance(segment, Image) for segment in segments) == 1
+
+        def flush() -> None:
+            ids, targets = self.tokenizer.encode_runs(runs)
+            part.ids += ids
+            part.targets += targets
+            runs.clear()
+
+        if self.config.begin_of_text and not begins_with(segments, self.tokenizer.names.get("bos_token")):
+            part.ids += self.tokenizer.prefix_ids
+            part.targets += [False] * len(part.ids)
+        for segment in segments:
             if isinstance(segment, Text):
                 runs.append((segment.text, segment.is_target, segment.is_control))
                 continue
-            run_ids, run_targets = self.tokenizer.encode_runs(runs)
-            runs = []
-            ids += run_ids
-            targets += run_targets
-            if segment is not None:
-                ids += self._image_ids
-                targets += [False] * len(self._image_ids)  # an image is read, never predicted, its marks included
-        return ids, targets
+            if self._tiler is None:
+                raise MMGPTError(f"{segment.name}: this model reads text alone, no images")
+            size = (0, 0) if self.config.tiling is None else segment.size()
+            grid = self._tiler.grid(*size, alone=alone)
+            if self.config.image_text is None:
+                flush()
+                part.images.append((len(part.ids), segment, grid, size))
+                own = [self.image_start_id, *[self.image_patch_id] * self.config.tokens_per_image, self.image_end_id]
+                part.ids += own
+                part.targets += [False] * len(own)  # an image is read, never predicted, its marks included
+            else:
+                text = image_text(self.config.image_text, self.config.tokens_per_image, grid, size, self.config.tiling)
+                runs.append((text, False, True))
+                written.append((segment, grid, size, text.count(self.config.image_text.token)))
+        flush()
+        if written:  # the text was encoded as a whole: find each image's first id
+            places = [at for at, id in enumerate(part.ids) if id == self._placeholder]
+            for image, grid, size, count in written:
+                part.images.append((places[0], image, grid, size))
+                del places[:count]
+        return part
 
 
-def _answer(text: str) -> tuple[Text, Text]:
-    return Text(text), Text("<|im_end|>", is_control=True)
+def _common(parts: Sequence[_Part]) -> int:
+    """How many ids at the start all parts share, images included.
+
+    At least the last id before a part's first target stays with the part: what that id predicts differs.
+    """
+    length = min(len(part.ids) for part in parts)
+    for part in parts:
+        first = part.targets.index(True) if True in part.targets else len(part.ids)
+        length = min(length, first - 1)
+    first, *others = parts
+    for other in others:
+        same = next((at for at in range(length) if first.ids[at] != other.ids[at]), length)
+        length = same
+        for (at, image, *_), (_, its, *_) in zip(first.images, other.images, strict=False):
+            if image is not its:
+                length = min(length, at)
+                break
+    return max(0, length)
 
 
 def _next_token_labels(ids: list[int], targets: list[bool]) -> list[int]:
@@ -199,28 +297,9 @@ def _content_parts(content: object) -> list[object]:
     return list(content) if isinstance(content, list | tuple) else [content]
 
 
-def _content_part(index: int, part: object, target: bool) -> Segment:
-    if isinstance(part, str):
-        return Text(part, is_target=target)
-    if isinstance(part, Image | Text):
-        return part
-    if isinstance(part, PILImage.Image):
-        return Image(part)
-    if isinstance(part, dict):
-        if part.get("type") == "text" and isinstance(part.get("text"), str):
-            return Text(part["text"], is_target=target)
-        if part.get("type") in ("image", "image_url"):
-            for key in ("image", "url", "path", "image_url"):
-                source = part.get(key)
-                if isinstance(source, dict):  # OpenAI's form: {"image_url": {"url": ...}}
-                    source = source.get("url")
-                if source is not None:
-                    return Image(source)
-    raise MMGPTError(f"message {index} has a part that is neither text nor image: {str(part)[:80]!r}")
-
-
-def stack_pixels(pixels: Sequence[Tensor], size: int) -> Tensor:
-    """Transformed images (3, size, size) as one tensor (N, 3, size, size); N is 0 for a batch of text alone."""
+def stack_pixels(pixels: Sequence[Tensor], config: ImageTransformConfig | None) -> Tensor:
+    """Transformed tiles (3, size, size) as one tensor (N, 3, size, size); N is 0 for a batch of text alone."""
+    size = 0 if config is None else config.size
     return torch.stack(list(pixels)) if pixels else torch.zeros(0, 3, size, size)
 
 
@@ -232,7 +311,7 @@ def collate(
     pad_left: bool = False,
     pad_to_multiple: int = 1,
 ) -> Batch:
-    """Rows of packed Examples as one Batch, padded to the longest row; `pixel_values` (N, 3, H, W) in row order."""
+    """Rows of packed Examples as one Batch, padded to the longest row; `pixel_values` (N, 3, H, W), the tiles, in row order."""
     length = max((sum(map(len, row)) for row in rows), default=0)
     length = -(-length // pad_to_multiple) * pad_to_multiple
     columns: dict[str, list[Tensor]] = {name: [] for name in ("input", "label", "position", "document", "branch")}
@@ -248,7 +327,10 @@ def collate(
         for name, (tensors, value) in parts.items():
             padding = torch.full((pad,), value, dtype=torch.long)
             columns[name].append(torch.cat([padding, *tensors] if pad_left else [*tensors, padding]))
-    image_rows = [n for n, row in enumerate(rows) for example in row for _ in example.images]
+    examples = [(n, example) for n, row in enumerate(rows) for example in row]
+    image_rows = [n for n, example in examples for _ in example.images]
+    grids = [grid for _, example in examples for grid in example.grids]
+    sizes = [size for _, example in examples for size in example.sizes]
     return Batch(
         input_ids=torch.stack(columns["input"]),
         labels=torch.stack(columns["label"]),
@@ -256,6 +338,8 @@ def collate(
         document_ids=torch.stack(columns["document"]),
         branch_ids=torch.stack(columns["branch"]),
         image_rows=torch.tensor(image_rows, dtype=torch.long),
+        image_grids=torch.tensor(grids, dtype=torch.long).reshape(-1, 2),
+        image_sizes=torch.tensor(sizes, dtype=torch.long).reshape(-1, 2),
         pixel_values=pixel_values,
         ids=[" ".join(example.id for example in row) for row in rows],
     )

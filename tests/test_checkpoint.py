@@ -141,8 +141,7 @@ def test_a_hugging_face_folder_as_decoder(tmp_path: Path) -> None:
     assert decoder.config.vocab_size == vocab
     assert tokenizer.end_of_turn == "<|im_end|>"
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no special token"):
-        load_decoder(str(tmp_path))
+    assert load_decoder(str(tmp_path))[1].end_of_turn == "<|endoftext|>"  # config.json's id 0
 
 
 # ---- broken folders ----
@@ -218,7 +217,7 @@ def test_pickles_are_refused(folder: Path) -> None:
 
     path = folder / "model.safetensors"
     path.write_bytes(pickle.dumps(Attack()))
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+    with pytest.raises(CheckpointError, match="a pickle, not safetensors"):
         load_model(folder)
     path.unlink()
     for name in ("pytorch_model.bin", "model.pt", "model.pkl"):

@@ -30,7 +30,8 @@ from mm_gpt.eval.metrics.statistics import wilson_interval
 from mm_gpt.eval.perplexity import windows
 from mm_gpt.eval.tasks import RatioScore, accepted_answers, derangement
 from mm_gpt.hub.checkpoint import save_model
-from mm_gpt.hub.llama import HF_NAMES
+from mm_gpt.hub.decoders import decoder_table, part_sizes
+from mm_gpt.hub.weights import written
 from mm_gpt.inference.assistant import Assistant
 from mm_gpt.inference.engine import Answer, GenerationConfig
 from mm_gpt.model.decoder import Decoder, init_weights
@@ -424,18 +425,7 @@ def adapted_model(folder: Path) -> tuple[Path, Decoder]:
     torch.manual_seed(1)
     decoder = Decoder(decoder_config)
     init_weights(decoder)
-    state = {}
-    for name, tensor in decoder.state_dict().items():
-        layer = name.split(".")[1] if name.startswith("blocks.") else ""
-        names = HF_NAMES[name.replace(f"blocks.{layer}.", "blocks.{i}.") if layer else name]
-        sizes = [tensor.shape[0]]
-        if "qkv" in name:
-            c = decoder_config
-            sizes = [heads * c.head_size for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
-        elif "gate_up" in name:
-            sizes = [decoder_config.mlp_width] * 2
-        for theirs, part in zip(names, tensor.split(sizes), strict=True):
-            state[theirs.format(i=layer)] = part.clone()
+    state = dict(written(decoder, decoder_table("llama"), lambda *about: part_sizes(decoder_config, *about)))
     save_file(state, base / "model.safetensors")
     values = {
         "model_type": "llama",

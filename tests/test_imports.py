@@ -10,7 +10,17 @@ import pytest
 import mm_gpt
 
 ROOT = Path(mm_gpt.__file__).parent
-CONTRACTS = {"errors", "config", "document", "images", "prompts", "tokenizer", "processor"}
+CONTRACTS = {
+    "errors",
+    "config",
+    "document",
+    "images",
+    "prompts",
+    "tokenizer",
+    "chat_template",
+    "image_text",
+    "processor",
+}
 # Package -> the packages of mm_gpt that it may import, at the top or inside a function.
 MAY_IMPORT = {
     "errors": set(),
@@ -20,6 +30,9 @@ MAY_IMPORT = {
     "prompts": set(),
     "tokenizer": {"errors"},
     "vision": {"errors", "images"},
+    "template_sandbox": {"errors"},
+    "chat_template": {"errors", "document", "tokenizer", "template_sandbox"},
+    "image_text": {"errors", "vision"},
     "processor": CONTRACTS | {"vision"},
     "datasets": CONTRACTS,
     "model": CONTRACTS | {"vision"},

@@ -105,7 +105,8 @@ def test_a_mismatch_names_row_counts_and_id(shared: tuple[MMGPT, Processor]) -> 
     documents = [Document((picture(n), Text("x")), id=f"photo-{n}") for n in range(3)]
     batch = batch_of(processor, [[d] for d in documents])
     k = model.tokens_per_image
-    lost = dataclasses.replace(batch, image_rows=batch.image_rows[:2], pixel_values=batch.pixel_values[:2])
+    two = {name: getattr(batch, name)[:2] for name in ("image_rows", "image_grids", "image_sizes", "pixel_values")}
+    lost = dataclasses.replace(batch, **two)
     with pytest.raises(MMGPTError, match=rf"row 2 \(photo-2\): {k} image placeholders, but its images give 0 tokens"):
         model(lost)
     swapped = dataclasses.replace(batch, image_rows=torch.tensor([0, 0, 2]))  # the totals of the batch agree
@@ -114,11 +115,12 @@ def test_a_mismatch_names_row_counts_and_id(shared: tuple[MMGPT, Processor]) -> 
     cut = dataclasses.replace(batch, input_ids=batch.input_ids[:, 2:])
     with pytest.raises(MMGPTError, match=rf"row 0 .*: {k - 1} image placeholders, but its images give {k} tokens"):
         model(cut)
-    with pytest.raises(MMGPTError, match="2 images came for 3 places"):
+    with pytest.raises(MMGPTError, match="2 image tiles came for 3 places"):
         model(dataclasses.replace(batch, pixel_values=batch.pixel_values[:2]))
     text = batch_of(processor, [[Document((Text("x"),))]])
     with pytest.raises(MMGPTError, match="row 0: 0 image placeholders"):
-        model(dataclasses.replace(text, image_rows=torch.tensor([0]), pixel_values=batch.pixel_values[:1]))
+        one = {name: getattr(batch, name)[:1] for name in ("image_rows", "image_grids", "image_sizes", "pixel_values")}
+        model(dataclasses.replace(text, **one))
 
 
 def test_a_decoder_by_name_must_be_given() -> None:

@@ -154,7 +154,9 @@ def test_interleave() -> None:
 def test_a_document_too_long_is_named_and_no_image_is_cut() -> None:
     """Truncation in the middle of an image is the most repeated bug of the field."""
     document = Document(tuple([PICTURE] * 50 + [Text("end")]), id="photos/17")
-    with pytest.raises(ContextOverflowError, match=rf"photos/17 has \d+ tokens \(50 images of {K + 2} tokens\)"):
+    with pytest.raises(
+        ContextOverflowError, match=rf"photos/17 has \d+ tokens \(50 images of {50 * (K + 2)} tokens in all\)"
+    ):
         PROCESSOR(document)
 
 

@@ -25,7 +25,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
 def test_squash_equals_torchvision(size, interpolation):
     # Stops: a resize without antialiasing, a wrong order of mean and division, H and W swapped. Bit for bit.
     config = ImageTransformConfig(size=32, mode="squash", interpolation=interpolation)
@@ -41,11 +41,19 @@ def test_squash_equals_torchvision(size, interpolation):
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.integers(1, 150), st.integers(1, 150), st.integers(1, 40), st.sampled_from(["bicubic", "bilinear"]))
-def test_crop_equals_torchvision(width, height, size, interpolation):
+@given(
+    st.integers(1, 150),
+    st.integers(1, 150),
+    st.integers(1, 40),
+    st.sampled_from([None, 0, 3, 8]),
+    st.sampled_from(["bicubic", "bilinear"]),
+)
+def test_crop_equals_torchvision(width, height, size, margin, interpolation):
     # Stops: an offset that rounds the other way, and a box resize that differs from resizing the whole image.
-    config = ImageTransformConfig(size=size, mode="crop", interpolation=interpolation)
-    theirs = tv.Compose([tv.Resize(size, interpolation=tv.InterpolationMode(interpolation)), tv.CenterCrop(size)])
+    short_side = None if margin is None else size + margin
+    config = ImageTransformConfig(size=size, mode="crop", short_side=short_side, interpolation=interpolation)
+    resize = tv.Resize(short_side or size, interpolation=tv.InterpolationMode(interpolation))
+    theirs = tv.Compose([resize, tv.CenterCrop(size)])
     image = noise(width, height, seed=width * 151 + height)
     ours = np.asarray(ImageTransform(config).resize(image)).astype(int)
     # The box is a float, so that in each of PIL's two passes a value at exactly .5 may round the other way: one grey
@@ -148,6 +156,9 @@ def test_crops_stay_inside_and_keep_their_share(width, height, seed):
         ({"size": True}, "size"),
         ({"size": 8, "mode": "sqash"}, "did you mean 'squash'"),
         ({"size": 8, "interpolation": "nearest"}, "interpolation"),
+        ({"size": 8, "backend": "torch"}, "did you mean 'torchvision'"),
+        ({"size": 8, "mode": "crop", "short_side": 7}, "short_side"),
+        ({"size": 8, "short_side": 9}, "short_side"),
         ({"size": 8, "mean": (0.5,)}, "mean"),
         ({"size": 8, "mean": (0.5, 0.5, float("nan"))}, "mean"),
         ({"size": 8, "std": (0.5, 0.5, 0.0)}, "std"),

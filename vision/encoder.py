@@ -1,4 +1,4 @@
-"""Vision encoders: any open_clip tower (ViT, ResNet, or a timm trunk) as a source of patch tokens.
+"""Vision encoders: our plain ViT or any open_clip tower (ViT, ResNet, a timm trunk) as a source of patch tokens.
 
 Shapes: N images, (H, W) pixels, P patch tokens, D_v the width of the tower.
 
@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import open_clip
 import timm
@@ -29,14 +29,18 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mm_gpt.errors import CheckpointError, ConfigError
+from mm_gpt.vision.vit import ViT, ViTConfig
 
 TIMM_PREFIX = "timm/"
+
+Tower: TypeAlias = ViT | TimmModel | VisionTransformer | ModifiedResNet
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    model: str
-    """An open_clip model ("ViT-B-32", "RN50", "ViT-B-16-SigLIP", ...) or "timm/" and the name of a timm trunk."""
+    model: str | ViTConfig
+    """An open_clip model ("ViT-B-32", "RN50", "ViT-B-16-SigLIP", ...), "timm/" and the name of a timm trunk, or a
+    complete config of the plain ViT, as the towers of Hugging Face checkpoints have it."""
     image_size: int
     """Height and width of the images, in pixels."""
     include_class_token: bool = False
@@ -50,6 +54,10 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if self.image_size <= 0:
             raise ConfigError(f"image_size must be positive, got {self.image_size}")
+        if isinstance(self.model, ViTConfig):
+            if self.model.image_size != self.image_size:
+                raise ConfigError(f"image_size is {self.image_size}, but that of model is {self.model.image_size}")
+            return
         if self.model.startswith(TIMM_PREFIX):
             name, known = self.model.removeprefix(TIMM_PREFIX), timm.list_models()
         else:
@@ -59,19 +67,24 @@ class VisionConfig:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"unknown vision model {self.model!r}{hint}")
 
+    @property
+    def model_name(self) -> str:
+        return self.model if isinstance(self.model, str) else "the ViT"
+
 
 class VisionEncoder(nn.Module):
     """Images to patch tokens.
 
-    `tower` is the open_clip module, without the pooling and projection heads that patch tokens do not pass through.
-    Attributes: `width` (D_v), `num_patches` (P, for `config.image_size`).
+    `tower` is the ViT or the open_clip module, without the pooling and projection heads that patch tokens do not pass
+    through. Attributes: `width` (D_v), `num_patches` (P, for `config.image_size`), `left_out` (the names of the weights
+    that went with the heads).
     Raises ConfigError when the model has no class token and `include_class_token` asks for it.
     """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.tower = _build_tower(config)
+        self.tower, self.left_out = _build_tower(config)
         self.eval()
         self.num_patches, self.width = self._output_shape()
         self.train()
@@ -84,7 +97,11 @@ class VisionEncoder(nn.Module):
         size = self.config.image_size
         if pixel_values.shape[1:] != (3, size, size):
             raise ValueError(f"expected pixel_values (N, 3, {size}, {size}), got {tuple(pixel_values.shape)}")
-        if isinstance(self.tower, TimmModel):
+        if isinstance(self.tower, ViT):
+            tokens = self.tower(pixel_values)
+            if self.tower.config.class_token and not self.config.include_class_token:
+                tokens = tokens[:, 1:]
+        elif isinstance(self.tower, TimmModel):
             tokens = self._timm_tokens(self.tower.trunk, pixel_values)
         elif isinstance(self.tower, VisionTransformer):
             tokens = self._vit_tokens(self.tower, pixel_values)
@@ -122,7 +139,7 @@ class VisionEncoder(nn.Module):
     def _output_shape(self) -> tuple[int, int]:
         """(P, D_v), by a forward pass on the meta device: it costs nothing, and no trunk needs a rule of its own."""
         if self.config.include_class_token and not _has_class_token(self.tower):
-            raise ConfigError(f"{self.config.model} has no class token: include_class_token must be false")
+            raise ConfigError(f"{self.config.model_name} has no class token: include_class_token must be false")
         size = self.config.image_size
         tensors = [*self.named_parameters(), *self.named_buffers()]
         state = {name: tensor.detach().to("meta") for name, tensor in tensors}
@@ -142,11 +159,12 @@ class VisionEncoder(nn.Module):
         """Train exactly the last `num_blocks` blocks (0: nothing, None: everything); freeze the rest.
 
         A block is a transformer block, or a stage of a convolutional trunk (the head convolution of an EfficientNet
-        counts as one). KOSMOS-1 trains the last block of its ViT only. Raises ConfigError if there are fewer blocks.
+        counts as one); blocks behind the layer that gives the tokens do not count. KOSMOS-1 trains the last block of
+        its ViT only. Raises ConfigError if there are fewer blocks.
         """
         blocks = _blocks(self.tower)
         if num_blocks is not None and not 0 <= num_blocks <= len(blocks):
-            raise ConfigError(f"cannot unfreeze {num_blocks} blocks: {self.config.model} has {len(blocks)}")
+            raise ConfigError(f"cannot unfreeze {num_blocks} blocks: {self.config.model_name} has {len(blocks)}")
         self.requires_grad_(num_blocks is None)
         for block in blocks[len(blocks) - num_blocks :] if num_blocks else []:
             block.requires_grad_(True)
@@ -171,7 +189,10 @@ class VisionEncoder(nn.Module):
         self.tower.trunk.to(memory_format=torch.channels_last)
 
 
-def _build_tower(config: VisionConfig) -> TimmModel | VisionTransformer | ModifiedResNet:
+def _build_tower(config: VisionConfig) -> tuple[Tower, frozenset[str]]:
+    """The tower without its heads, and the names of the weights that the heads had."""
+    if isinstance(config.model, ViTConfig):
+        return ViT(config.model), frozenset()
     if config.model.startswith(TIMM_PREFIX):
         tower = TimmModel(config.model.removeprefix(TIMM_PREFIX), 0, config.image_size, pool="", proj="none")
     else:
@@ -179,11 +200,17 @@ def _build_tower(config: VisionConfig) -> TimmModel | VisionTransformer | Modifi
         model_config = open_clip.get_model_config(config.model)
         vision = model_config["vision_cfg"] | {"image_size": config.image_size, "timm_model_pretrained": False}
         tower = _build_vision_tower(model_config["embed_dim"], vision, model_config.get("quick_gelu", False))
+    whole = set(tower.state_dict())
+    _remove_heads(tower, config.image_size)
+    return tower, frozenset(whole - set(tower.state_dict()))
+
+
+def _remove_heads(tower: TimmModel | VisionTransformer | ModifiedResNet, image_size: int) -> None:
     if isinstance(tower, TimmModel):
         tower.head = nn.Identity()
         tower.trunk.reset_classifier(0, "")
         if hasattr(tower.trunk, "set_input_size"):
-            tower.set_input_size(config.image_size)
+            tower.set_input_size(image_size)
         if hasattr(tower.trunk, "head"):  # ConvNeXt keeps a norm there that only pooled features pass
             tower.trunk.head = nn.Identity()
         if isinstance(tower.trunk, EfficientNet):
@@ -197,16 +224,19 @@ def _build_tower(config: VisionConfig) -> TimmModel | VisionTransformer | Modifi
             tower.ln_post = nn.Identity()
     else:
         tower.attnpool = nn.Identity()
-    return tower
 
 
-def _has_class_token(tower: TimmModel | VisionTransformer | ModifiedResNet) -> bool:
+def _has_class_token(tower: Tower) -> bool:
+    if isinstance(tower, ViT):
+        return tower.config.class_token
     if isinstance(tower, TimmModel):
         return getattr(tower.trunk, "num_prefix_tokens", 0) > 0
     return isinstance(tower, VisionTransformer)
 
 
-def _blocks(tower: TimmModel | VisionTransformer | ModifiedResNet) -> list[nn.Module]:
+def _blocks(tower: Tower) -> list[nn.Module]:
+    if isinstance(tower, ViT):
+        return list(tower.blocks[: tower.config.depth])
     if isinstance(tower, VisionTransformer):
         return list(tower.transformer.resblocks)
     if isinstance(tower, ModifiedResNet):

@@ -1,6 +1,9 @@
 """PIL image -> normalised float tensor, for evaluation (`ImageTransform`) and with augmentation (`TrainTransform`).
 
-Resizing is PIL's own, always antialiased: the numbers of torchvision's `Resize` on PIL images, and so of open_clip.
+Two backends resize, both always antialiased. "pil" is PIL's own: the numbers of torchvision's `Resize` on PIL images,
+and so of open_clip. "torchvision" resizes uint8 tensors: the numbers, bit for bit, of the image processors that
+`transformers` loads by default, and so of the public vision-language models. They round differently, by up to two grey
+levels in one percent of the values. H and W are a height and a width in pixels.
 """
 
 import math
@@ -18,7 +21,14 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _MODES = ("squash", "pad", "crop")
-_FILTERS = {"bicubic": PILImage.Resampling.BICUBIC, "bilinear": PILImage.Resampling.BILINEAR}
+_BACKENDS = ("pil", "torchvision")
+_FILTERS = {
+    "bicubic": PILImage.Resampling.BICUBIC,
+    "bilinear": PILImage.Resampling.BILINEAR,
+    "lanczos": PILImage.Resampling.LANCZOS,
+}
+_MAX_INTERMEDIATE = 2**27
+"""Pixels of what is resized or padded before the crop (400 MB): a 1 x 100,000 sliver would take 15 GB."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +38,15 @@ class ImageTransformConfig:
     size: int
     """Width and height of the output, in pixels."""
     mode: Literal["squash", "pad", "crop"] = "squash"
-    """squash: resize both sides. pad: keep the aspect ratio, centre, fill with the mean colour. crop: resize the short
-    side, cut out the centre (loses what is left and right of it)."""
+    """squash: resize both sides. pad: keep the aspect ratio, centre, fill with the mean colour (torchvision pads before
+    it resizes). crop: resize the short side, cut out the centre (loses what is left and right of it)."""
     mean: tuple[float, ...] = CLIP_MEAN
     """Per channel R, G, B, of values in [0, 1]."""
     std: tuple[float, ...] = CLIP_STD
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
+    backend: Literal["pil", "torchvision"] = "pil"
+    short_side: int | None = None
+    """Mode "crop": what the short side is resized to before the cut; None for `size`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
@@ -42,6 +55,10 @@ class ImageTransformConfig:
             raise ConfigError(unknown_name("mode", str(self.mode), _MODES))
         if self.interpolation not in _FILTERS:
             raise ConfigError(unknown_name("interpolation", str(self.interpolation), _FILTERS))
+        if self.backend not in _BACKENDS:
+            raise ConfigError(unknown_name("backend", str(self.backend), _BACKENDS))
+        if self.short_side is not None and (self.mode != "crop" or self.short_side < self.size):
+            raise ConfigError(f"short_side is for mode 'crop' and at least size ({self.size}), not {self.short_side!r}")
         for key, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or not all(math.isfinite(v) for v in values):
                 raise ConfigError(f"{key} must be three numbers (R, G, B), not {values!r}")
@@ -59,8 +76,10 @@ class ImageTransform:
         return self.to_tensor(self.resize(image))
 
     def resize(self, image: PILImage.Image) -> PILImage.Image:
-        """The image at its final scale: size x size, or smaller on one side in mode "pad"."""
-        _require_rgb(image)
+        """The image at its final scale: size x size, or smaller on one side in mode "pad" of the PIL backend."""
+        require_rgb(image)
+        if self.config.backend == "torchvision":
+            return from_pixels(self._resize_pixels(to_pixels(image)))
         size, resample = self.config.size, _FILTERS[self.config.interpolation]
         width, height = image.size
         if self.config.mode == "squash":
@@ -70,16 +89,36 @@ class ImageTransform:
             return image.resize((max(1, round(width * scale)), max(1, round(height * scale))), resample)
         # crop: the part that survives is resized alone. Resizing everything first gives the same pixels, but would
         # blow a 1 x 1000 sliver up to size x 1000*size.
-        left, right = _kept_span(width, size, min(width, height))
-        top, bottom = _kept_span(height, size, min(width, height))
+        target, short = self.config.short_side or size, min(width, height)
+        left, right = _kept_span(width, size, target, short)
+        top, bottom = _kept_span(height, size, target, short)
         return image.resize((size, size), resample, box=(left, top, right, bottom))
+
+    def _resize_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (3, H, W) -> (3, size, size), by the steps and the roundings of the transformers processors."""
+        size, (height, width) = self.config.size, pixels.shape[-2:]
+        if self.config.mode == "pad" and height != width:
+            long = max(height, width)
+            _refuse_blow_up(height, width, long * long)
+            canvas = torch.tensor([int(mean * 255) for mean in self.config.mean], dtype=torch.uint8)[:, None, None]
+            canvas = canvas.repeat(1, long, long)
+            top, left = (long - height) // 2, (long - width) // 2
+            canvas[:, top : top + height, left : left + width] = pixels
+            pixels = canvas
+        if self.config.mode != "crop":
+            return resize_pixels(pixels, size, size, self.config)
+        # The whole image is resized: resizing the surviving part alone would be one grey level off here and there.
+        target, short = self.config.short_side or size, min(height, width)
+        resized_height, resized_width = int(target * height / short), int(target * width / short)
+        _refuse_blow_up(height, width, resized_height * resized_width)
+        pixels = resize_pixels(pixels, resized_height, resized_width, self.config)
+        top, left = (resized_height - size) // 2, (resized_width - size) // 2
+        return pixels[:, top : top + size, left : left + size]
 
     def to_tensor(self, resized: PILImage.Image) -> torch.Tensor:
         """Normalise, and in mode "pad" centre on the mean colour, which is 0 after normalising."""
         size = self.config.size
-        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().div_(255)  # (3, h, w) in [0, 1]
-        mean, std = torch.tensor(self.config.mean), torch.tensor(self.config.std)
-        pixels = pixels.sub_(mean[:, None, None]).div_(std[:, None, None])
+        pixels = normalise(to_pixels(resized), self.config)
         _, height, width = pixels.shape
         if (height, width) == (size, size):
             return pixels.contiguous()
@@ -113,7 +152,7 @@ class TrainTransform:
         self._plain = ImageTransform(config)
 
     def __call__(self, image: PILImage.Image) -> torch.Tensor:
-        _require_rgb(image)
+        require_rgb(image)
         resized = self._plain.resize(image.crop(self._crop_box(*image.size)))
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             resized = enhance(resized).enhance(self._uniform(1 - self.jitter, 1 + self.jitter))
@@ -133,18 +172,58 @@ class TrainTransform:
         return low + (high - low) * torch.rand((), generator=self.generator, dtype=torch.float64).item()
 
 
-def _kept_span(length: int, size: int, short: int) -> tuple[float, float]:
+def to_pixels(image: PILImage.Image) -> torch.Tensor:
+    """uint8 (3, H, W) of an RGB image."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def from_pixels(pixels: torch.Tensor) -> PILImage.Image:
+    return PILImage.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def resize_pixels(pixels: torch.Tensor, height: int, width: int, config: ImageTransformConfig) -> torch.Tensor:
+    """uint8 (3, H, W) -> uint8 (3, height, width) with the backend and the filter of `config`."""
+    if config.backend == "pil":
+        return to_pixels(from_pixels(pixels).resize((width, height), _FILTERS[config.interpolation]))
+    # Imported where it is needed: it takes as long as torch, and only public checkpoints use this backend. The older
+    # transforms.functional goes through float32 and rounds differently.
+    import torchvision
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as tv
+
+    if config.interpolation == "lanczos" and tuple(map(int, torchvision.__version__.split(".")[:2])) < (0, 27):
+        raise ConfigError(
+            f"lanczos on tensors needs torchvision 0.27, not {torchvision.__version__}; backend 'pil' has it as well"
+        )
+    return tv.resize(pixels, [height, width], InterpolationMode(config.interpolation), antialias=True)
+
+
+def normalise(pixels: torch.Tensor, config: ImageTransformConfig) -> torch.Tensor:
+    """uint8 (..., 3, H, W) -> float32: values in [0, 1], minus the mean, divided by the standard deviation."""
+    mean, std = torch.tensor(config.mean)[:, None, None], torch.tensor(config.std)[:, None, None]
+    if config.backend == "torchvision":  # the same in one step less, which differs in the last bit
+        return pixels.float().sub_(mean * 255).div_(std * 255)
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+def _kept_span(length: int, size: int, target: int, short: int) -> tuple[float, float]:
     """Start and end, in source pixels, of what a centre crop of `size` keeps of a side of `length`.
 
-    Rounds the resized length down and the offset to even, as torchvision's Resize and CenterCrop do.
+    The crop comes after a resize of the side `short` to `target`. Rounds the resized length down and the offset to
+    even, as torchvision's Resize and CenterCrop do.
     """
-    resized = int(size * length / short)
+    resized = int(target * length / short)
     offset = round((resized - size) / 2)
     scale = length / resized
     return offset * scale, min(float(length), (offset + size) * scale)
 
 
-def _require_rgb(image: PILImage.Image) -> None:
+def _refuse_blow_up(height: int, width: int, pixels: int) -> None:
+    if pixels > _MAX_INTERMEDIATE:
+        raise ImageError(f"an image of {width} x {height} pixels is too long and thin: it would be resized to {pixels}")
+
+
+def require_rgb(image: PILImage.Image) -> None:
     if not isinstance(image, PILImage.Image) or image.mode != "RGB":
         what = f"mode {image.mode!r}" if isinstance(image, PILImage.Image) else type(image).__name__
         raise ImageError(f"the image transform takes an RGB PIL image, not {what}; see mm_gpt.images.load_image")

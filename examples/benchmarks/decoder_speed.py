@@ -19,7 +19,7 @@ import transformers
 from tqdm import tqdm
 
 from mm_gpt.hub import download
-from mm_gpt.hub.llama import load_gguf
+from mm_gpt.hub.gguf import load_gguf
 from mm_gpt.inference.assistant import transpose_for_cpu
 from mm_gpt.model.decoder import Decoder, KVCache
 
@@ -32,10 +32,10 @@ def ours(decoder: Decoder, ids: torch.Tensor, new_tokens: int) -> tuple[float, f
     start = time.perf_counter()
     cache = KVCache(decoder.config, batch, length + new_tokens, dtype=torch.float32, device=ids.device)
     positions = torch.arange(length).expand(batch, -1)
-    token = decoder.logits(decoder(decoder.embedding(ids), positions, cache=cache)[:, -1]).argmax(-1, keepdim=True)
+    token = decoder.logits(decoder(decoder.embed(ids), positions, cache=cache)[:, -1]).argmax(-1, keepdim=True)
     prefilled = time.perf_counter()
     for step in range(new_tokens):
-        hidden = decoder(decoder.embedding(token), torch.full((batch, 1), length + step), cache=cache)
+        hidden = decoder(decoder.embed(token), torch.full((batch, 1), length + step), cache=cache)
         token = decoder.logits(hidden[:, -1]).argmax(-1, keepdim=True)
     return prefilled - start, time.perf_counter() - prefilled
 

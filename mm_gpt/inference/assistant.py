@@ -13,7 +13,7 @@ from torch import nn
 from mm_gpt.config import from_dict
 from mm_gpt.document import Document, Image, Message, Text, interleave
 from mm_gpt.errors import ConfigError, MMGPTError
-from mm_gpt.hub.checkpoint import load_model, model_folder
+from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.images import ImageSource
 from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream
 from mm_gpt.model.lora import merge_lora
@@ -41,14 +41,16 @@ class GenerationOptions(TypedDict, total=False):
 
 
 def load(name: str | Path = "default", *, device: str = "auto") -> Assistant:
-    """A model by name (`default` comes with the package) or from the folder of a training run.
+    """A model by name (`default` comes with the package, `owner/name` from the Hugging Face hub) or from a folder: of a
+    training run, or of a public checkpoint.
 
     `device` is `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`. The first call may download the decoder's
     weights; see `mm_gpt.hub.download` for where they go. Raises MMGPTError for an unknown name, CheckpointError for a
     broken folder, DownloadError when weights are out of reach.
     """
-    model, processor = load_model(model_folder(name))
-    return Assistant(model, processor, device=pick_device(device))
+    place = pick_device(device)
+    model, processor = load_model(name, dtype=torch.bfloat16 if place.type == "cuda" else torch.float32)
+    return Assistant(model, processor, device=place)
 
 
 class Assistant:

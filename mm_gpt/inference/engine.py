@@ -14,7 +14,7 @@ from torch import Tensor
 from mm_gpt.document import Document
 from mm_gpt.errors import ConfigError, ContextOverflowError
 from mm_gpt.inference.sampling import choose, completes_repeat
-from mm_gpt.model.decoder import KVCache
+from mm_gpt.model.cache import KVCache
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Batch, Example, Processor, collate
 
@@ -108,7 +108,7 @@ class _Row:
     def __init__(self, example: Example, processor: Processor, config: GenerationConfig, context: int):
         self.tokenizer, self.config, self.example = processor.tokenizer, config, example
         self.limit = min(config.max_new_tokens, context - len(example))  # its own, whatever else is in the batch
-        self.image_tokens = int((example.input_ids >= processor.image_start_id).sum())
+        self.image_tokens = example.image_tokens
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.text = ""
@@ -216,9 +216,9 @@ class Engine:
                 return
             positions = self._next(positions)
             mask = None if keys is None else keys[..., : cache.length + 1]
-            hidden = self.model.decoder(
-                self.model.decoder.embedding(tokens[:, None]), positions, mask=mask, cache=cache
-            )[:, -1]
+            hidden = self.model.decoder(self.model.decoder.embed(tokens[:, None]), positions, mask=mask, cache=cache)[
+                :, -1
+            ]
 
     def _next(self, positions: Tensor) -> Tensor:
         """A row that has reached the context's end is finished, but goes on with the batch: its positions stop."""
@@ -309,7 +309,7 @@ class Engine:
             cache.select_rows((torch.arange(B, device=device)[:, None] * W + chosen).flatten())
             positions = self._next(positions)
             mask = None if keys is None else keys[..., : cache.length + 1]
-            embedded = decoder.embedding(chosen_tokens.flatten()[:, None])
+            embedded = decoder.embed(chosen_tokens.flatten()[:, None])
             hidden = decoder(embedded, positions, mask=mask, cache=cache)[:, -1]
         return [max(answers, key=lambda item: item[0])[1].answer() for answers in ended]
 

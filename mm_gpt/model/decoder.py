@@ -1,148 +1,150 @@
-"""The causal decoder (Llama family: RMSNorm, SwiGLU, rotary positions, grouped-query attention).
+"""The transformer stack: every decoder of the papers is a configuration of it, and so are their text encoders.
 
-Shapes: B batch, T new tokens, S tokens in the cache and new ones together, D width, H heads, K key-value heads,
-G = H / K query heads that share one key-value head, C head size, V vocabulary.
+Shapes: B batch, T new tokens, S tokens in the cache and new ones together, M tokens of segment memory, D width, H heads,
+K key-value heads, C head size, V vocabulary.
 
-Papers: LLaMA (2302.13971), RoPE (2104.09864), GQA (2305.13245), SmolLM2 (2502.02737).
+Papers: GPT-1, GPT-2, GPT-3 (2005.14165), LLaMA (2302.13971), GQA (2305.13245), Magneto (2210.06423), DeepNorm
+(2203.00555), xPos (2212.10554), Sparse Transformer (1904.10509), Transformer-XL (1901.02860), Gemma 2 (2408.00118).
+`mm_gpt.model.presets` names the published models.
 """
 
-from dataclasses import dataclass
+import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mm_gpt.errors import ConfigError, ContextOverflowError
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    vocab_size: int
-    width: int
-    """D, the size of a token's state."""
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    mlp_width: int
-    max_length: int
-    """Longest sequence in tokens that the model may see."""
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-    tie_embeddings: bool = True
-    """The output layer is the input embedding table."""
-    attention_bias: bool = False
-    """The four projections of attention have biases."""
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_size % 2:
-            raise ConfigError(f"head_size {self.head_size} must be even for rotary positions")
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, in buffers allocated once for `capacity` tokens."""
-
-    def __init__(self, config: DecoderConfig, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_size)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, C) of the new tokens, return (B, K, S, C) of all; `length` moves when the step is done."""
-        end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def select_rows(self, rows: Tensor) -> None:
-        """Make row i of the cache a copy of row `rows[i]`: beams that survive, requests that are not finished."""
-        self.keys = self.keys.index_select(1, rows)
-        self.values = self.values.index_select(1, rows)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight, in float32 (or better) inside. Root Mean Square Layer Normalization, 1910.07467."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        precise = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(precise), self.weight.shape, self.weight.to(precise), self.eps).to(x.dtype)
-
-
-def rotary_table(config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin (max_length, C) of every position's angles."""
-    frequencies = config.rope_theta ** (-torch.arange(0, config.head_size, 2).float() / config.head_size)
-    angles = torch.outer(torch.arange(config.max_length).float(), frequencies)  # (max_length, C/2)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on x (B, heads, T, C); pairs are (i, i + C/2). cos, sin (B, 1, T, C)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+from mm_gpt.errors import ContextOverflowError
+from mm_gpt.model.attention import attend
+from mm_gpt.model.cache import KVCache, Pass
+from mm_gpt.model.decoder_config import DecoderConfig
+from mm_gpt.model.norms import RMSNorm, make_norm
+from mm_gpt.model.positions import rotate, rotation, sinusoids, xpos_rotation
+from mm_gpt.model.relative import RelativeAttention
 
 
 class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
-        bias = config.attention_bias
-        qkv_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_size
-        self.qkv = nn.Linear(config.width, qkv_width, bias=bias)
-        self.out = nn.Linear(config.num_heads * config.head_size, config.width, bias=bias)
+        self.pattern, self.is_local = config.pattern(layer), config.is_local(layer)
+        inner = config.num_heads * config.head_size
+        self.qkv = nn.Linear(config.width, inner + 2 * config.num_kv_heads * config.head_size, bias=config.qkv_bias)
+        self.q_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_size, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.sub_norm = make_norm(config, inner) if config.sub_norm else nn.Identity()
+        self.out = nn.Linear(inner, config.width, bias=config.output_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, step: Pass, memory: Tensor | None = None) -> Tensor:
         H, K, C = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
-        T = x.shape[1]
         qkv = rearrange(self.qkv(x), "b t (h c) -> b h t c", c=C)
-        rotated = rotate(qkv[:, : H + K], cos, sin)  # queries and keys turn together
-        q, k, v = rotated[:, :H], rotated[:, H:], qkv[:, H + K :]
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-        if T == 1:
-            # The G heads of a group become G queries of one key-value head: nothing is copied, nothing is causal.
-            y = F.scaled_dot_product_attention(rearrange(q, "b (k g) 1 c -> b k g c", k=K), k, v, attn_mask=mask)
-            y = rearrange(y, "b k g c -> b 1 (k g c)")
-        else:
-            k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))  # (B, H, S, C)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-            y = rearrange(y, "b h t c -> b t (h c)")
-        return self.out(y)
+        turned, v = qkv[:, : H + K], qkv[:, H + K :]
+        if self.config.qk_norm:
+            turned = torch.cat([self.q_norm(turned[:, :H]), self.k_norm(turned[:, H:])], dim=1)
+        turn = step.local_rotation if self.is_local else step.rotation
+        if turn is not None:
+            turned = rotate(turned, turn.cos, turn.sin)  # queries and keys turn together
+        q, k = turned[:, :H], turned[:, H:]
+        if turn is not None and turn.scale is not None:
+            q, k = q * turn.scale, k / turn.scale
+        if step.cache is not None:
+            k, v = step.cache.append(self.layer, k, v)
+        y = attend(
+            q,
+            k,
+            v,
+            pattern=self.pattern,
+            mask=step.mask,
+            positions=step.positions,
+            causal=self.config.causal,
+            scale=self.config.attention_scale,
+            softcap=self.config.attention_softcap,
+            dropout=self.config.dropout if self.training else 0.0,
+        )
+        return self.out(self.sub_norm(rearrange(y, "b h t c -> b t (h c)")))
 
 
-class MLP(nn.Module):
-    """SwiGLU (2002.05202): down(silu(gate(x)) · up(x))."""
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate(x)) · up(x)): SwiGLU with silu, GeGLU with gelu (2002.05202)."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.gate_up = nn.Linear(config.width, 2 * config.mlp_width, bias=False)
-        self.down = nn.Linear(config.mlp_width, config.width, bias=False)
+        self.gate_up = nn.Linear(config.width, 2 * config.mlp_width, bias=config.mlp_bias)
+        self.activation = ACTIVATIONS[config.activation]
+        self.sub_norm = make_norm(config, config.mlp_width) if config.sub_norm else nn.Identity()
+        self.down = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.sub_norm(self.activation(gate) * up))
+
+
+class MLP(nn.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.up = nn.Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.activation = ACTIVATIONS[config.activation]
+        self.sub_norm = make_norm(config, config.mlp_width) if config.sub_norm else nn.Identity()
+        self.down = nn.Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.sub_norm(self.activation(self.up(x))))
 
 
 class Block(nn.Module):
+    """Attention and MLP, each with its residual; subclasses differ in where the norms stand. This one: before."""
+
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.width, config.norm_eps)
-        self.mlp = MLP(config)
+        self.attention_norm = make_norm(config, config.width)
+        self.attention = (RelativeAttention if config.positions == "relative" else Attention)(config, layer)
+        self.mlp_norm = make_norm(config, config.width)
+        self.mlp = GatedMLP(config) if config.gated_mlp else MLP(config)
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, step: Pass, memory: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D). `memory` (B, M, D): what this layer was given for the tokens before."""
+        if memory is not None:
+            memory = self.attention_norm(memory)
+        x = x + self.drop(self.attention(self.attention_norm(x), step, memory))
+        return x + self.drop(self.mlp(self.mlp_norm(x)))
+
+
+class PostNormBlock(Block):
+    """norm(α x + f(x)): the original transformer, GPT-1; with α above 1 DeepNorm."""
+
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__(config, layer)
+        self.residual_scale = config.residual_scale
+
+    def forward(self, x: Tensor, step: Pass, memory: Tensor | None = None) -> Tensor:
+        x = self.attention_norm(self.residual_scale * x + self.drop(self.attention(x, step, memory)))
+        return self.mlp_norm(self.residual_scale * x + self.drop(self.mlp(x)))
+
+
+class BothNormBlock(Block):
+    """x + norm(f(norm(x))): Gemma 2 and 3."""
+
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__(config, layer)
+        self.attention_post_norm = make_norm(config, config.width)
+        self.mlp_post_norm = make_norm(config, config.width)
+
+    def forward(self, x: Tensor, step: Pass, memory: Tensor | None = None) -> Tensor:
+        if memory is not None:
+            memory = self.attention_norm(memory)
+        x = x + self.drop(self.attention_post_norm(self.attention(self.attention_norm(x), step, memory)))
+        return x + self.drop(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
+
+
+BLOCKS = {"pre": Block, "post": PostNormBlock, "both": BothNormBlock}
 
 
 class Decoder(nn.Module):
@@ -152,19 +154,23 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.position_offset + config.max_length, config.width)
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.blocks = nn.ModuleList(BLOCKS[config.norm_place](config, layer) for layer in range(config.num_layers))
+        self.norm = nn.Identity() if config.norm_place == "post" else make_norm(config, config.width)
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
-        cos, sin = rotary_table(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        self.cos: Tensor
-        self.sin: Tensor
+        self._needs_positions = any(name.startswith("fixed") for name in config.attention)
 
     @property
     def head_weight(self) -> Tensor:
         """(V, D), the matrix that turns a hidden state into logits."""
         return self.embedding.weight if self.head is None else self.head.weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings (…, D) of token ids (…), before positions."""
+        x = self.embedding(ids)
+        return x if self.config.embedding_scale == 1.0 else x * self.config.embedding_scale
 
     def forward(
         self, x: Tensor, positions: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None
@@ -173,31 +179,97 @@ class Decoder(nn.Module):
 
         x (B, T, D): embeddings. positions (B, T): each token's place in its document. mask: boolean, True where a
         query (B, 1, T, S) may look; None means plain causal attention over T tokens (or, for one new token, over the
-        whole cache).
+        whole cache). Raises ContextOverflowError for more tokens than `max_length`.
         """
-        if x.shape[1] > self.config.max_length:
-            raise ContextOverflowError(
-                f"{x.shape[1]} tokens do not fit into the model's context of {self.config.max_length}"
-            )
-        cos = self.cos[positions].unsqueeze(1).to(x.dtype)  # (B, 1, T, C)
-        sin = self.sin[positions].unsqueeze(1).to(x.dtype)
+        x, step = self._begin(x, positions, mask, cache)
         for block in self.blocks:
-            x = block(x, cos, sin, mask, cache)
+            x = block(x, step)
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
 
+    def forward_segment(
+        self, x: Tensor, positions: Tensor, memory: list[Tensor] | None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states of a segment, and the memory for the next (Transformer-XL, for training).
+
+        memory: what each layer was given before, (B, up to memory_length, D) a layer; None for the first segment. No
+        gradient flows into it. mask (B, 1, T, M + T), or None: all of the memory, and causal in the segment.
+        """
+        x, step = self._begin(x, positions, mask, None)
+        remembered: list[Tensor] = []
+        for layer, block in enumerate(self.blocks):
+            old = None if memory is None else memory[layer]
+            seen = x.detach() if old is None else torch.cat([old, x.detach()], dim=1)
+            remembered.append(seen[:, max(0, seen.shape[1] - self.config.memory_length) :])
+            x = block(x, step, old)
+        return self.norm(x), remembered
+
+    def _begin(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Pass]:
+        """Positions put into the embeddings or into rotations, once for all layers."""
+        config = self.config
+        if x.shape[1] > config.max_length:
+            raise ContextOverflowError(
+                f"{x.shape[1]} tokens do not fit into the model's context of {config.max_length}"
+            )
+        step = Pass(mask=mask, cache=cache)
+        if config.positions == "rope":
+            turn = rotation(positions, config.head_size, config.rope_theta, config.rope_scaling, x)
+            local = config.local_rope_theta
+            step.rotation = turn
+            step.local_rotation = turn if local is None else rotation(positions, config.head_size, local, None, x)
+        elif config.positions == "xpos":
+            turn = xpos_rotation(positions, config.head_size, config.rope_theta, config.max_length // 2, x)
+            step.rotation = step.local_rotation = turn
+        elif config.positions == "learned":
+            x = x + self.position_embedding(positions + config.position_offset)
+        elif config.positions == "sinusoidal":
+            x = x + sinusoids(positions + config.position_offset, config.width, x.dtype)
+        if self._needs_positions and (mask is not None or cache is not None):
+            keys = positions if cache is None else cache.place(positions)
+            step.positions = (positions, keys)
+        return self.drop(x), step
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) -> (…, V) in float32, or float64 when `hidden` is."""
         logits = F.linear(hidden, self.head_weight.to(hidden.dtype))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def init_weights(decoder: Decoder, generator: torch.Generator | None = None) -> None:
-    """N(0, 0.02) for matrices, residual projections scaled by 1/√(2L) (GPT-2)."""
+    """Initial weights by `config.init`: matrices only, norms are 1 and biases 0 for all but the plain ones."""
+    config = decoder.config
+    layers = config.num_layers
+    if config.init in ("scaled", "normal"):
+        for name, parameter in decoder.named_parameters():
+            if parameter.dim() < 2:
+                if name.endswith("bias"):
+                    nn.init.zeros_(parameter)
+                continue
+            residual = config.init == "scaled" and name.endswith(("attention.out.weight", "mlp.down.weight"))
+            std = 0.02 / (2 * layers) ** 0.5 if residual else 0.02
+            nn.init.normal_(parameter, std=std, generator=generator)
+        return
+    gain = math.sqrt(math.log(2 * layers)) if config.init == "magneto" else (8 * layers) ** -0.25
+    inner = config.num_heads * config.head_size
+    kv_width = config.num_kv_heads * config.head_size
     for name, parameter in decoder.named_parameters():
         if parameter.dim() < 2:
-            continue
-        residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-        std = 0.02 / (2 * decoder.config.num_layers) ** 0.5 if residual else 0.02
-        nn.init.normal_(parameter, std=std, generator=generator)
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        elif name.endswith("attention.qkv.weight"):
+            # One matrix for the computer, three for the initialisation: Xavier goes by the size of each.
+            q, k, v = parameter.detach().split([inner, kv_width, kv_width])
+            for part, factor in ((q, 1.0), (k, 1.0), (v, gain)):
+                nn.init.xavier_uniform_(part, gain=factor, generator=generator)
+        elif "mlp.gate_up" in name:
+            for part in parameter.detach().chunk(2):
+                nn.init.xavier_uniform_(part, gain=gain, generator=generator)
+        elif "mlp." in name or "attention.out" in name:
+            nn.init.xavier_uniform_(parameter, gain=gain, generator=generator)
+        elif name.startswith(("embedding", "head", "position_embedding")):
+            nn.init.normal_(parameter, std=config.width**-0.5, generator=generator)
+        else:
+            nn.init.xavier_uniform_(parameter, generator=generator)

@@ -17,7 +17,7 @@ CHUNK = 512  # positions projected at a time: 512 · 49,152 float32 logits are 1
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
         precise = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=precise)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -25,11 +25,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), CHUNK):
             rows = slice(start, start + CHUNK)
             logits = F.linear(hidden[rows], weight.to(hidden.dtype)).to(precise)
+            if softcap is not None:
+                bent = torch.tanh(logits / softcap)
+                logits = softcap * bent
             total += F.cross_entropy(logits, labels[rows], reduction="sum")
             if grad_hidden is None and grad_weight is None:
                 continue
             grad = logits.softmax(dim=-1)
             grad[torch.arange(len(grad), device=grad.device), labels[rows]] -= 1
+            if softcap is not None:
+                grad *= 1 - bent * bent
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight.to(hidden.dtype)
@@ -39,25 +44,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_output
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
             None,
+            None,
         )
 
 
-def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """The summed cross-entropy (nats) over supervised positions, and their count.
 
-    hidden (B, T, D), weight (V, D), labels (B, T) already shifted. The caller divides by the step's global count, so
+    hidden (B, T, D), weight (V, D), labels (B, T) already shifted; `softcap` is the decoder's `logit_softcap`. The caller divides by the step's global count, so
     that micro-batches with more targets weigh more.
     """
     if not torch.is_grad_enabled():  # autograd functions are not told, and would compute gradients for nothing
         weight = weight.detach()
     supervised = labels != IGNORE_INDEX
     rows = hidden[supervised]  # (M, D)
-    loss = _ChunkedCrossEntropy.apply(rows, weight, labels[supervised])
+    loss = _ChunkedCrossEntropy.apply(rows, weight, labels[supervised], softcap)
     return loss, supervised.sum()

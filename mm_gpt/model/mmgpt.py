@@ -1,33 +1,52 @@
 """MMGPT: vision encoder -> connector -> image tokens spliced between text tokens -> causal decoder.
 
-The design is KOSMOS-1's (2302.14045). Shapes: B rows, T tokens, N images, P patches, k tokens per image, D width.
+The design is KOSMOS-1's (2302.14045). Shapes: B rows, T tokens, N tiles of all images, P patches, k tokens per tile,
+D width. An image is one tile, or several: its parts at full resolution and the whole of it, small.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mm_gpt.errors import ConfigError, MMGPTError
-from mm_gpt.model.decoder import Decoder, DecoderConfig, KVCache, init_weights
+from mm_gpt.model.cache import KVCache
+from mm_gpt.model.decoder import Decoder, init_weights
+from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig, add_lora
 from mm_gpt.model.loss import next_token_loss
-from mm_gpt.processor import Batch
+from mm_gpt.processor import IGNORE_INDEX, Batch
 from mm_gpt.vision.connectors import ConnectorConfig, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
+from mm_gpt.vision.tiling import TilingConfig, assemble
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     decoder: str | DecoderConfig
     """A name in the weight registry (its weights are then loaded, not stored again), or a complete config."""
-    vision: VisionConfig
-    connector: ConnectorConfig
+    vision: VisionConfig | None = None
+    """None, and no connector: a model of text alone."""
+    connector: ConnectorConfig | None = None
     lora: LoRAConfig | None = None
+    image_token_id: int | None = None
+    """The id in the vocabulary that stands for one image token. None: three ids right behind the vocabulary, for the
+    image's begin, its tokens and its end, with embeddings of their own."""
+    tiling: TilingConfig | None = None
+    """LLaVA-NeXT's and OneVision's way to lay the tokens of an image's tiles out, row by row, each with a newline."""
+    prefix_lm: bool = False
+    """What comes before the first target is read in both directions (PaliGemma)."""
+
+    def __post_init__(self) -> None:
+        if (self.vision is None) != (self.connector is None):
+            raise ConfigError("vision and connector go together: give both, or neither for a model of text alone")
+        if self.vision is None and (self.image_token_id is not None or self.tiling is not None):
+            raise ConfigError("image_token_id and tiling need a vision encoder")
 
 
 class MMGPT(nn.Module):
-    """The multimodal model. `decoder` keeps its own vocabulary; the three image ids lie right behind it."""
+    """The multimodal model. `decoder` keeps its own vocabulary."""
 
     def __init__(self, config: ModelConfig, decoder: Decoder | None = None):
         super().__init__()
@@ -36,85 +55,138 @@ class MMGPT(nn.Module):
             if isinstance(config.decoder, str):
                 raise MMGPTError(f"the decoder {config.decoder!r} must be loaded first (mm_gpt.hub.load_decoder)")
             decoder = Decoder(config.decoder)
-            init_weights(decoder)
+            if not decoder.embedding.weight.is_meta:
+                init_weights(decoder)
         self.decoder = decoder
         if config.lora is not None:
-            decoder.requires_grad_(False)
-            add_lora(decoder.blocks, config.lora)
+            self.add_lora(config.lora)
+        self.vision: VisionEncoder | None = None
+        self.connector: nn.Module | None = None
+        self.image_marks: nn.Parameter | None = None
+        self.image_newline: nn.Parameter | None = None
+        if config.vision is None or config.connector is None:
+            return
         self.vision = VisionEncoder(config.vision)
         width = decoder.config.width
         self.connector = build_connector(config.connector, self.vision.width, width, self.vision.num_patches)
         scale = decoder.embedding.weight.float().std().item() if not decoder.embedding.weight.is_meta else 0.02
-        self.image_marks = nn.Parameter(torch.randn(2, width) * scale)  # embeddings of <image> and </image>
+        if config.image_token_id is None:
+            self.image_marks = nn.Parameter(torch.randn(2, width) * scale)  # embeddings of <image> and </image>
+        if config.tiling is not None:
+            self.image_newline = nn.Parameter(torch.randn(width) * scale)
+
+    def add_lora(self, config: LoRAConfig) -> None:
+        """Freeze the decoder and put low-rank updates on the linear layers of its blocks."""
+        self.config = dataclasses.replace(self.config, lora=config)
+        self.decoder.requires_grad_(False)
+        add_lora(self.decoder.blocks, config)
 
     @property
     def tokens_per_image(self) -> int:
-        return int(self.connector.num_tokens)  # type: ignore[arg-type]
+        """k, the tokens of one tile; 0 for a model of text alone."""
+        return 0 if self.connector is None else int(self.connector.num_tokens)  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
-        return self.image_marks.device
+        return self.decoder.embedding.weight.device
+
+    @property
+    def placeholder_id(self) -> int:
+        """The id that stands for one image token."""
+        inside = self.config.image_token_id
+        return self.decoder.config.vocab_size + 1 if inside is None else inside
 
     def embed(self, batch: Batch) -> Tensor:
         """Embeddings (B, T, D), text and images in place.
 
         Raises MMGPTError naming the row when its placeholders do not match its images.
         """
-        vocab = self.decoder.config.vocab_size
-        ids = batch.input_ids
-        is_text = ids < vocab
-        x = self.decoder.embedding(ids.where(is_text, 0))
-        placeholders = ids == vocab + 1
-        self._check_rows(placeholders, batch)
-        if len(batch.image_rows) == 0:
+        vocab, ids = self.decoder.config.vocab_size, batch.input_ids
+        x = self.decoder.embed(ids.where(ids < vocab, 0))
+        placeholders = ids == self.placeholder_id
+        images = self.image_tokens(batch)
+        self._check_rows(placeholders, images, batch)
+        if not images:
             return x
-        image_tokens = self.connector(self._see(batch.pixel_values))  # (N, k, D)
-        marks = self.image_marks.to(x.dtype)
-        x = torch.where((ids == vocab).unsqueeze(-1), marks[0], x)
-        x = torch.where((ids == vocab + 2).unsqueeze(-1), marks[1], x)
-        # Rows and images come in the same order, so the n-th run of k placeholders is the n-th image.
-        return x.masked_scatter(placeholders.unsqueeze(-1), image_tokens.to(x.dtype))
+        if self.image_marks is not None:
+            marks = self.image_marks.to(x.dtype)
+            x = torch.where((ids == vocab).unsqueeze(-1), marks[0], x)
+            x = torch.where((ids == vocab + 2).unsqueeze(-1), marks[1], x)
+        # Rows and images come in the same order, so the n-th run of placeholders is the n-th image.
+        return x.masked_scatter(placeholders.unsqueeze(-1), torch.cat(images).to(x.dtype))
+
+    def image_tokens(self, batch: Batch) -> list[Tensor]:
+        """The tokens of each image of the batch, (tokens, D), in order."""
+        if len(batch.pixel_values) != int(batch.image_tiles.sum()):
+            raise MMGPTError(
+                f"{len(batch.pixel_values)} image tiles came for {int(batch.image_tiles.sum())} places in the batch"
+            )
+        if len(batch.pixel_values) == 0:
+            return []
+        if self.vision is None or self.connector is None:
+            raise MMGPTError("this model reads text alone: it has no vision encoder for the images")
+        tiles = self.connector(self._see(batch.pixel_values)).split(batch.image_tiles.tolist())  # of (tiles, k, D)
+        sizes, grids = batch.image_sizes.tolist(), batch.image_grids.tolist()
+        return [
+            assemble(tile, self.config.tiling, size=tuple(size), grid=tuple(grid), newline=self.image_newline)
+            for tile, size, grid in zip(tiles, sizes, grids, strict=True)
+        ]
 
     def _see(self, pixel_values: Tensor) -> Tensor:
         """Patch tokens (N, P, D_v). On the CPU in float32, also inside autocast: bf16 convolutions are slower there."""
+        assert self.vision is not None
         with torch.autocast(pixel_values.device.type, enabled=pixel_values.is_cuda and torch.is_autocast_enabled()):
             return self.vision(pixel_values.to(next(self.vision.parameters()).dtype))
 
-    def _check_rows(self, placeholders: Tensor, batch: Batch) -> None:
-        if len(batch.pixel_values) != len(batch.image_rows):
-            raise MMGPTError(f"{len(batch.pixel_values)} images came for {len(batch.image_rows)} places in the batch")
-        given = torch.bincount(batch.image_rows, minlength=len(placeholders)) * self.tokens_per_image
-        wanted = placeholders.sum(dim=1)
-        if not torch.equal(given, wanted):
-            row = int((given != wanted).nonzero()[0])
-            name = f" ({batch.ids[row]})" if row < len(batch.ids) and batch.ids[row].strip() else ""
-            raise MMGPTError(
-                f"row {row}{name}: {int(wanted[row])} image placeholders, but its images give {int(given[row])} tokens"
-            )
+    def _check_rows(self, placeholders: Tensor, images: list[Tensor], batch: Batch) -> None:
+        given = [0] * len(placeholders)
+        for row, image in zip(batch.image_rows.tolist(), images, strict=True):
+            given[row] += len(image)
+        for row, (wanted, got) in enumerate(zip(placeholders.sum(dim=1).tolist(), given, strict=True)):
+            if wanted != got:
+                name = f" ({batch.ids[row]})" if row < len(batch.ids) and batch.ids[row].strip() else ""
+                raise MMGPTError(f"row {row}{name}: {wanted} image placeholders, but its images give {got} tokens")
 
     def forward(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
         """Hidden states (B, T, D); logits are `decoder.logits` of the positions that need them."""
-        return self.decoder(self.embed(batch), batch.position_ids, mask=attention_mask(batch), cache=cache)
+        mask = attention_mask(batch, prefix_lm=self.config.prefix_lm)
+        return self.decoder(self.embed(batch), batch.position_ids, mask=mask, cache=cache)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed next-token cross-entropy in nats, and the number of supervised positions."""
-        return next_token_loss(self(batch), self.decoder.head_weight, batch.labels)
+        softcap = self.decoder.config.logit_softcap
+        return next_token_loss(self(batch), self.decoder.head_weight, batch.labels, softcap=softcap)
 
 
-def attention_mask(batch: Batch) -> Tensor | None:
+def attention_mask(batch: Batch, *, prefix_lm: bool = False) -> Tensor | None:
     """True where a query (B, 1, T, T) may look: back, inside its own document, in the shared part or its own branch.
 
+    With `prefix_lm`, what stands before the first target of a document is seen by all of that part as well.
     None when every row is one document without branches or padding: plain causal attention is faster.
     """
     documents, branches = batch.document_ids, batch.branch_ids
-    if not branches.any() and (documents == documents[:, :1]).all() and documents.all():
+    is_plain = not branches.any() and (documents == documents[:, :1]).all() and documents.all()
+    if is_plain and not prefix_lm:
         return None
     T = documents.shape[1]
     same = documents.unsqueeze(2) == documents.unsqueeze(1)  # (B, query, key)
     visible = (branches.unsqueeze(1) == 0) | (branches.unsqueeze(2) == branches.unsqueeze(1))
     causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
+    if prefix_lm:
+        prefix = _before_targets(batch)
+        causal = causal | (prefix.unsqueeze(2) & prefix.unsqueeze(1))
     # Padding sees padding only: a row of the mask without any True would make its softmax NaN.
     return (same & visible & causal).unsqueeze(1)
+
+
+def _before_targets(batch: Batch) -> Tensor:
+    """(B, T), True at tokens of a document that are no target and stand before its first one."""
+    learned = (batch.labels != IGNORE_INDEX).long()
+    before = learned.cumsum(dim=1) - learned  # targets among the tokens up to this one: labels are those of the next
+    starts = torch.zeros_like(before)
+    new = batch.document_ids[:, 1:] != batch.document_ids[:, :-1]
+    starts[:, 1:] = torch.where(new, before[:, 1:], 0)
+    return before == starts.cummax(dim=1).values
 
 
 def pick_device(name: str) -> torch.device:

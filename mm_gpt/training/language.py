@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from mm_gpt.datasets.caption_questions import derive_questions
 from mm_gpt.datasets.packing import pack
 from mm_gpt.datasets.sources import ErrorCounter, Record, clean_caption, read_records
+from mm_gpt.datasets.texts import is_text_source, read_texts, text_documents
 from mm_gpt.document import Document, Image
 from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.hub.checkpoint import fill, load_decoder, load_model, save_model
 from mm_gpt.model.decoder import Block, Decoder
+from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import ROLES, Batch, Example, Processor, ProcessorConfig, collate, stack_pixels
 from mm_gpt.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS, question_prompt
@@ -34,7 +36,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     path: str
-    """A tar, a folder of tars or of captioned images, or a `.jsonl` of text chats; relative to the data folder."""
+    """A tar, a folder of tars or of captioned images, a `.jsonl` of text chats, or a `.txt` or folder of them without
+    images; relative to the data folder."""
     repeat: float = 1.0
     """How many times an epoch; 0.5 is half of it, another half each time."""
     derived_share: float = 0.0
@@ -46,14 +49,18 @@ class LanguageRecipe:
     """A complete description of one language-stage run."""
 
     train: TrainConfig
-    model: ModelConfig
-    image: ImageTransformConfig
+    model: ModelConfig | None
+    """None: what `start` holds."""
+    image: ImageTransformConfig | None
+    """None: what `start` does, or a model of text alone."""
     sources: tuple[SourceConfig, ...]
     validation: tuple[SourceConfig, ...] = ()
     holdout: float = 0.0
     """Without `validation` sources: the share of each training source that is kept from training to validate on."""
     start: str | None = None
-    """A model folder to start from; its configuration must be `model`."""
+    """The name or folder of a model to start from; its configuration must be `model`, where that is given."""
+    lora: LoRAConfig | None = None
+    """Low-rank adaptation for the decoder of `start`, where it has none and `decoder` is not "full"."""
     vision_weights: str | None = None
     """Folder of a contrastive run whose vision tower is taken."""
     decoder: Literal["frozen", "full"] = "frozen"
@@ -83,6 +90,8 @@ class LanguageRecipe:
     def __post_init__(self) -> None:
         if bool(self.validation) == bool(self.holdout) or not 0 <= self.holdout <= 0.5:
             raise ConfigError("give either validation sources or a holdout between 0 and 0.5")
+        if self.model is None and self.start is None:
+            raise ConfigError("give a model, or one to start from")
 
 
 class LanguageTask:
@@ -92,12 +101,14 @@ class LanguageTask:
         self.recipe = recipe
         self.errors = ErrorCounter()
         sources = [(source, self._records(source)) for source in (*recipe.sources, *recipe.validation)]
-        if tokenizer is None and recipe.start is None and not isinstance(recipe.model.decoder, str):
-            texts = [text for _, records in sources for record in records for text in _texts(record)]
+        model = recipe.model
+        if tokenizer is None and recipe.start is None and model is not None and not isinstance(model.decoder, str):
+            texts = [text for source, records in sources for record in records for text in _texts(record)]
+            texts += [text for source in (*recipe.sources, *recipe.validation) for text in self._plain_texts(source)]
             prompts = [*ROLES, CAPTION_PROMPT, *OTHER_CAPTION_PROMPTS] * 4  # often enough to be learned as words
-            tokenizer = Tokenizer.train([*texts, *prompts], recipe.model.decoder.vocab_size)
+            tokenizer = Tokenizer.train([*texts, *prompts], model.decoder.vocab_size)
         self.model, self.processor = build_model(recipe, tokenizer)
-        documents = [self._chats(source) or records for source, records in sources]
+        documents = [self._text_documents(source) or records for source, records in sources]
         self.records, self.validation_records = documents[: len(recipe.sources)], documents[len(recipe.sources) :]
         if recipe.holdout:
             every = round(1 / recipe.holdout)
@@ -113,22 +124,23 @@ class LanguageTask:
 
     def parameter_groups(self) -> list[ParameterGroup]:
         recipe, model = self.recipe, self.model
-        model.vision.unfreeze(recipe.vision_blocks)
-        model.connector.requires_grad_(recipe.train_connector)
-        model.image_marks.requires_grad_(recipe.train_connector)
-        if recipe.decoder == "full" and recipe.model.lora is None:
-            model.decoder.requires_grad_(True)
-        elif recipe.model.lora is None:
-            model.decoder.requires_grad_(False)
+        connector = [] if model.connector is None else [*model.connector.parameters()]
+        connector += [mark for mark in (model.image_marks, model.image_newline) if mark is not None]
+        for parameter in connector:
+            parameter.requires_grad_(recipe.train_connector)
+        if model.vision is not None:
+            model.vision.unfreeze(recipe.vision_blocks)
+        if model.config.lora is None:
+            model.decoder.requires_grad_(recipe.decoder == "full")
         if use_bf16(recipe.train.precision, model.device):
             _frozen_to_bf16(model.decoder)
         if recipe.compile:
             compile_blocks(model.decoder)
-        return [
-            ParameterGroup("decoder", [p for p in model.decoder.parameters() if p.requires_grad]),
-            ParameterGroup("connector", [*model.connector.parameters(), model.image_marks], recipe.connector_lr),
-            ParameterGroup("vision", list(model.vision.parameters()), recipe.vision_lr),
-        ]
+        groups = [ParameterGroup("decoder", [p for p in model.decoder.parameters() if p.requires_grad])]
+        if model.vision is not None:
+            groups.append(ParameterGroup("connector", connector, recipe.connector_lr))
+            groups.append(ParameterGroup("vision", list(model.vision.parameters()), recipe.vision_lr))
+        return groups
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.model.loss(batch)
@@ -202,25 +214,41 @@ class LanguageTask:
         return documents
 
     def _collate(self, rows: Sequence[Sequence[Example]], seed: int | None) -> Batch:
-        pixels = []
-        for number, image in enumerate(image for row in rows for example in row for image in example.images):
-            if seed is not None and self.recipe.augment:
+        examples = [example for row in rows for example in row]
+        config = self.processor.config
+        if seed is not None and self.recipe.augment and config.image is not None and config.tiling is None:
+            pixels = []
+            for number, image in enumerate(image for example in examples for image in example.images):
                 generator = torch.Generator().manual_seed((seed * 31 + number) % 2**63)
-                transform: object = TrainTransform(self.recipe.image, generator)
-            else:
-                transform = self.processor.transform
-            pixels.append(transform(image.load()))  # type: ignore[operator]
+                pixels.append(TrainTransform(config.image, generator)(image.load()))
+            pixel_values = stack_pixels(pixels, config.image)
+        else:
+            pixel_values = self.processor.pixels(examples)
         # Blocks are compiled once for each shape: all training batches have the same one.
         multiple = self.recipe.row_length if seed is not None and self.recipe.compile else 64
-        return collate(rows, stack_pixels(pixels, self.recipe.image.size), pad_to_multiple=multiple)
+        return collate(rows, pixel_values, pad_to_multiple=multiple)
 
-    def _chats(self, source: SourceConfig) -> list[Record | Document]:
+    def _plain_texts(self, source: SourceConfig) -> list[str]:
         path = Path(self.recipe.data) / source.path
-        return list(read_chats(path, self.processor)) if path.suffix == ".jsonl" else []
+        return [text for _, text in read_texts(path, self.errors)] if is_text_source(path) else []
+
+    def _text_documents(self, source: SourceConfig) -> list[Record | Document]:
+        """The chats or plain texts of a source that has no images."""
+        path = Path(self.recipe.data) / source.path
+        if path.suffix == ".jsonl":
+            return list(read_chats(path, self.processor))
+        if not is_text_source(path):
+            return []
+        length = min(self.recipe.row_length, self.processor.config.max_length)
+        return [
+            document
+            for name, text in read_texts(path, self.errors)
+            for document in text_documents(text, self.processor.tokenizer, length, id=name)
+        ]
 
     def _records(self, source: SourceConfig) -> list[Record | Document]:
         path = Path(self.recipe.data) / source.path
-        if path.suffix == ".jsonl":
+        if path.suffix == ".jsonl" or is_text_source(path):
             return []
         records: list[Record | Document] = [*read_whole_records(path, self.errors)]
         logger.info("%s: %d images", source.path, len(records))
@@ -284,10 +312,13 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
     """The recipe's model, from `start` or from the decoder's own weights (random ones for a complete config)."""
     torch.manual_seed(recipe.train.seed)
     if recipe.start is not None:
-        model, processor = load_model(Path(recipe.start))
-        if model.config != recipe.model:
+        model, processor = load_model(recipe.start)
+        if recipe.model is not None and model.config != recipe.model:
             raise ConfigError(f"{recipe.start} holds another model than the recipe describes")
+        if recipe.lora is not None and model.config.lora is None and recipe.decoder != "full":
+            model.add_lora(recipe.lora)
     else:
+        assert recipe.model is not None
         decoder: Decoder | None = None
         if isinstance(recipe.model.decoder, str):
             decoder, tokenizer = load_decoder(recipe.model.decoder)
@@ -301,6 +332,8 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
         )
         processor = Processor(tokenizer, config, vocab_size=model.decoder.config.vocab_size)
     if recipe.vision_weights is not None:
+        if model.vision is None:
+            raise ConfigError("vision_weights need a model with a vision encoder")
         load_vision(model.vision, recipe.vision_weights)
     if recipe.decoder == "full" and isinstance(model.config.decoder, str) and model.config.lora is None:
         # Its weights are no longer those that the name stands for: they are saved with the model.

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from mm_gpt import config as configs
 from mm_gpt.errors import MMGPTError
-from mm_gpt.hub.checkpoint import model_folder, read_configs
 from mm_gpt.model.decoder import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import ModelConfig
@@ -162,16 +161,15 @@ def _mixed(sources: tuple[SourceConfig, ...], *, chats: float, **repeat: float) 
 
 
 def finetune(data: str) -> LanguageRecipe:
-    """The default model on your own folder of captioned photos."""
-    folder = model_folder("default")
-    model, processor = read_configs(folder)
+    """A model on your own folder of captioned photos: the default one, or start=NAME; decoder=full trains it all."""
     return LanguageRecipe(
         train=TrainConfig(steps=200, lr=2e-4, warmup_steps=10, validate_every=50, save_every=50),
-        model=model,
-        image=processor.image,
+        model=None,
+        image=None,
         sources=(SourceConfig(path="."),),
         holdout=0.1,
-        start=str(folder),
+        start="default",
+        lora=LoRAConfig(rank=16, alpha=32),
         rows=2,
         data=data,
     )

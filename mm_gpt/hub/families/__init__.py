@@ -1,0 +1,96 @@
+"""Public model families: one short file each that says what a checkpoint of it is made of.
+
+A family's `read` turns the folder's configuration into an `Import`: our configuration, tables of names, and how prompts
+and images are written. Everything else (loading, checking, saving, training, answering) is the same for all.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mm_gpt.chat_template import ChatTemplate
+from mm_gpt.errors import CheckpointError, unknown_name
+from mm_gpt.hub.weights import Checkpoint, Table
+from mm_gpt.model.mmgpt import MMGPT, ModelConfig
+from mm_gpt.processor import Processor, ProcessorConfig
+from mm_gpt.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """What a checkpoint of another format is, in our terms."""
+
+    model: ModelConfig
+    processor: ProcessorConfig
+    tables: dict[str, Table]
+    """Tables of names by the part of the model: `decoder`, `vision`, `connector`, and `` for its own parameters."""
+    template: ChatTemplate | None
+    left_over: tuple[str, ...] = ()
+    """Patterns of tensors that are known and not needed."""
+    skip: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Parameters of ours, by part, that the checkpoint has no tensor for and that keep their initial value."""
+
+
+Reader = Callable[[Path, dict[str, Any], Tokenizer], Import]
+
+FAMILIES = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2"), "text"),
+}
+"""`model_type` of a Hugging Face configuration -> the module here that reads it."""
+
+
+def is_foreign(values: dict[str, Any]) -> bool:
+    """Whether a `config.json` is of Hugging Face's form, not ours."""
+    return "model_type" in values or "architectures" in values
+
+
+def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) -> tuple[MMGPT, Processor]:
+    """The model in a Hugging Face folder, on the CPU.
+
+    Raises CheckpointError naming the file for an unknown architecture, missing or left-over tensors, or a tokenizer
+    that does not fit.
+    """
+    kind = str(values.get("model_type"))
+    if kind not in FAMILIES:
+        raise CheckpointError(f"{folder}/config.json: {unknown_name('model type', kind, FAMILIES)}")
+    tokenizer = Tokenizer.from_hf_folder(folder)
+    read: Reader = importlib.import_module(f"mm_gpt.hub.families.{FAMILIES[kind]}").read
+    plan = read(folder, values, tokenizer)
+    with torch.device("meta"):
+        model = MMGPT(plan.model)
+    vocab_size = model.decoder.config.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise CheckpointError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the decoder {vocab_size}")
+    checkpoint = Checkpoint(folder)
+    for part, table in plan.tables.items():
+        module = model.get_submodule(part)
+        if part == "":
+            own = {name for name, _ in model.named_parameters(recurse=False)}
+            others = {name for name, _ in model.named_parameters()} - own
+            checkpoint.load(model, table, dtype=dtype, skip=others)
+        else:
+            checkpoint.load(module, table, dtype=dtype, skip=plan.skip.get(part, ()))
+    checkpoint.finish(plan.left_over)
+    return model.eval(), Processor(tokenizer, plan.processor, vocab_size=vocab_size, template=plan.template)
+
+
+def read_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The chat template of a folder, if it has one."""
+    if tokenizer.chat_template is None:
+        return None
+    return ChatTemplate.of(tokenizer, where=f"{folder}: its chat template")
+
+
+def plain_template(source: str, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
+    """A template of ours for a family that has none."""
+    return ChatTemplate(
+        source,
+        special=tokenizer.names,
+        where=str(folder),
+        end_tokens=tokenizer.end_tokens,
+        guarded=tokenizer.special,
+    )
