@@ -1,6 +1,7 @@
 """Plain text as training documents: `.txt` files, cut where a row of tokens ends."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from mm_gpt.datasets.sources import IMAGE_SUFFIXES, ErrorCounter
@@ -40,7 +41,7 @@ def text_documents(text: str, tokenizer: Tokenizer, max_tokens: int, *, id: str 
     room = max(1, max_tokens - MARGIN)
     spans = tokenizer.backend.encode(text, add_special_tokens=False).offsets
     starts = [0, *(spans[at][0] for at in range(room, len(spans), room)), len(text)]
-    pieces = [text[start:end] for start, end in zip(starts, starts[1:], strict=False) if end > start]
+    pieces = [text[start:end] for start, end in pairwise(starts) if end > start]
     for number, piece in enumerate(pieces, start=1):
         segments = [Text(piece)]
         if number == len(pieces):

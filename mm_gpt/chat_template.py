@@ -128,7 +128,8 @@ class ChatTemplate:
         self, messages: list[dict[str, Any]], variables: Mapping[str, Any], marks: tuple[str, str] = ("", "")
     ) -> str:
         """The rendered text; `marks` are written around what `{% generation %}` encloses."""
-        given = {**self.special, **variables, "messages": messages, BUDGET: [MAX_LOOPS], MARKS: marks}
+        loops = MAX_LOOPS + 10 * len(str(messages))  # some templates walk through a string's characters
+        given = {**self.special, **variables, "messages": messages, BUDGET: [loops], MARKS: marks}
         pieces, length = [], 0
         try:
             for piece in self._template.generate(given):

@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
@@ -21,7 +22,6 @@ from mm_gpt.prompts import CAPTION_PROMPT
 if TYPE_CHECKING:
     from mm_gpt.document import Message
     from mm_gpt.inference.assistant import Assistant, GenerationOptions
-    from mm_gpt.inference.engine import Stream
 
 EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 3, 130, 141
 
@@ -204,12 +204,12 @@ def _run_chat(args: argparse.Namespace) -> int:
     import mm_gpt
 
     assistant = mm_gpt.load(args.model, device=args.device)
+    talk = assistant.conversation(**options)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
         import readline  # noqa: F401 (gives input() its history and editing)
 
         print("/image PATH shows an image, /reset forgets everything, /quit ends", file=sys.stderr)
-    messages: list[Message] = []
     failed = False
     while (line := _read_line(is_terminal)) is not None:
         command, _, rest = line.partition(" ")
@@ -219,19 +219,17 @@ def _run_chat(args: argparse.Namespace) -> int:
             if command == "/quit":
                 break
             if command == "/reset":
-                messages, images = [], []
+                talk, images = assistant.conversation(**options), []
             elif command == "/image":
                 images.append(load_image(rest.strip()))
             elif command.startswith("/"):
                 raise MMGPTError(unknown_name("chat command", command, CHAT_COMMANDS))
             else:
-                turn = _user(images, line)
-                stream = assistant.chat([*messages, turn], stream=True, **options)
                 try:
-                    _print_stream(stream)
+                    with closing(talk.stream(_user(images, line)["content"])) as stream:
+                        _print_stream(stream)
                 except KeyboardInterrupt:  # ends this answer, not the chat; what there is of it stays
                     print("\n(stopped)", file=sys.stderr)
-                messages += [turn, {"role": "assistant", "content": stream.answer.text}]
                 images = []
         except MMGPTError as error:
             _complain(error)
@@ -256,7 +254,7 @@ def _user(images: Sequence[Any], text: str) -> "Message":
     return {"role": "user", "content": [*map(Image, images), text]}
 
 
-def _print_stream(stream: "Stream") -> None:
+def _print_stream(stream: Iterator[str]) -> None:
     """Print an answer as it is generated."""
     started = False
     for piece in stream:

@@ -1,5 +1,6 @@
-"""How public models write an image into the prompt: the text around its tokens, and one placeholder for each of them."""
+"""How public models write an image into the prompt: the text around its tokens, and a placeholder for each of them."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -12,14 +13,15 @@ from mm_gpt.vision.tiling import TilingConfig, num_image_tokens
 class ImageTextConfig:
     token: str
     """The special token that stands for one image token."""
-    kind: Literal["plain", "idefics3", "rows"] = "plain"
-    """plain: `before`, the tokens, `after`. idefics3: each tile with a mark of its row and column, then the whole image.
-    rows: the tokens of all tiles laid out row by row (LLaVA-NeXT, OneVision)."""
+    kind: Literal["plain", "idefics3", "nanovlm", "rows"] = "plain"
+    """plain: `before`, the tokens, `after`. idefics3: each tile with a mark of its row and column, then the whole
+    image. nanovlm: the whole image, then each tile behind its mark; several images are numbered. rows: the tokens of
+    all tiles laid out row by row (LLaVA-NeXT, OneVision)."""
     before: str = ""
     after: str = ""
     mark: str = "<fake_token_around_image>"
     whole: str = "<global-img>"
-    """idefics3: what stands before and after each tile, and before the whole image."""
+    """idefics3: what stands before and after each tile, and before the whole image; nanovlm has the latter only."""
 
     def __post_init__(self) -> None:
         if not self.token:
@@ -32,17 +34,24 @@ def image_text(
     grid: tuple[int, int],
     size: tuple[int, int],
     tiling: TilingConfig | None,
+    *,
+    number: int = 0,
+    count: int = 1,
 ) -> str:
-    """The text of one image, of `size` (height, width), cut into `grid` (rows, columns) of tiles; (0, 0): into none."""
+    """The text of one image, of `size` (height, width), cut into `grid` (rows, columns) of tiles; (0, 0): into none.
+
+    It is image `number`, from 0, of the `count` in its prompt.
+    """
     tile = config.token * tokens_per_tile
     if config.kind == "plain":
         return config.before + tile + config.after
     if config.kind == "rows":
         return config.token * num_image_tokens(tiling, size=size, grid=grid, side=math.isqrt(tokens_per_tile))
     rows, columns = grid
-    lines = [
-        "".join(f"{config.mark}<row_{row + 1}_col_{column + 1}>{tile}" for column in range(columns)) + "\n"
-        for row in range(rows)
-    ]
+    marked = [[f"<row_{row + 1}_col_{column + 1}>{tile}" for column in range(columns)] for row in range(rows)]
+    if config.kind == "nanovlm":
+        name = f"<image: {number}>" if count > 1 else ""
+        return name + config.whole + tile + "".join(itertools.chain(*marked))
+    lines = ["".join(config.mark + part for part in row) + "\n" for row in marked]
     gap = "\n" if rows else ""
     return "".join(lines) + gap + config.mark + config.whole + tile + config.mark

@@ -55,6 +55,8 @@ class Example:
     """Rows and columns of tiles that each image is cut into, besides the one of the whole; (0, 0): not cut."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
     """(height, width) of each image; (0, 0) where nothing depends on it."""
+    image_starts: list[int] = field(default_factory=list)
+    """The place of each image's first token."""
     image_tokens: int = 0
     """Tokens that stand for images, their marks included."""
     id: str = ""
@@ -192,19 +194,22 @@ class Processor:
         positions = list(range(shared))
         labels = _next_token_labels(ids, parts[0].targets[:shared])
         images = [found for found in parts[0].images if found[0] < shared]
+        starts = [at for at, *_ in images]
         for number, part in enumerate(parts if document.branches else (), start=1):
             end = max((at for at, target in enumerate(part.targets, start=1) if target), default=len(part.ids))
             own = part.ids[shared:end]  # what the template writes behind the answer is for nobody to read
+            inside = [found for found in part.images if shared <= found[0] < end]
+            images += inside
+            starts += [at - shared + len(ids) for at, *_ in inside]
             ids = ids + own
             labels += _next_token_labels(own, part.targets[shared:end])
             positions += range(shared, shared + len(own))
             branches += [number] * len(own)
-            images += [found for found in part.images if shared <= found[0] < end]
-        image_tokens = sum(map(self._is_image, ids))
+        image_tokens = sum(map(self.is_image, ids))
         if len(ids) > self.config.max_length:
             raise ContextOverflowError(
-                f"{document.id or 'the prompt'} has {len(ids)} tokens ({len(images)} images of {image_tokens} tokens in "
-                f"all); the context holds {self.config.max_length}"
+                f"{document.id or 'the prompt'} has {len(ids)} tokens ({len(images)} images of {image_tokens} tokens "
+                f"in all); the context holds {self.config.max_length}"
             )
         as_tensor = lambda values: torch.tensor(values, dtype=torch.long)  # noqa: E731
         return Example(
@@ -215,18 +220,20 @@ class Processor:
             images=[image for _, image, _, _ in images],
             grids=[grid for _, _, grid, _ in images],
             sizes=[size for _, _, _, size in images],
+            image_starts=starts,
             image_tokens=image_tokens,
             id=document.id,
         )
 
-    def _is_image(self, id: int) -> bool:
+    def is_image(self, id: int) -> bool:
+        """Whether an id stands for (a part of) an image."""
         return id >= self.vocab_size if self._placeholder is None else id == self._placeholder
 
     def _encode(self, segments: Sequence[Segment]) -> _Part:
         part = _Part()
         runs: list[tuple[str, bool, bool]] = []
         written: list[tuple[Image, Size, Size, int]] = []  # image, grid, size, placeholders
-        alone = sum(isinstance(segment, Image) for segment in segments) == 1
+        num_images = sum(isinstance(segment, Image) for segment in segments)
 
         def flush() -> None:
             ids, targets = self.tokenizer.encode_runs(runs)
@@ -244,7 +251,7 @@ class Processor:
             if self._tiler is None:
                 raise MMGPTError(f"{segment.name}: this model reads text alone, no images")
             size = (0, 0) if self.config.tiling is None else segment.size()
-            grid = self._tiler.grid(*size, alone=alone)
+            grid = self._tiler.grid(*size, alone=num_images == 1)
             if self.config.image_text is None:
                 flush()
                 part.images.append((len(part.ids), segment, grid, size))
@@ -252,7 +259,15 @@ class Processor:
                 part.ids += own
                 part.targets += [False] * len(own)  # an image is read, never predicted, its marks included
             else:
-                text = image_text(self.config.image_text, self.config.tokens_per_image, grid, size, self.config.tiling)
+                text = image_text(
+                    self.config.image_text,
+                    self.config.tokens_per_image,
+                    grid,
+                    size,
+                    self.config.tiling,
+                    number=len(written),
+                    count=num_images,
+                )
                 runs.append((text, False, True))
                 written.append((segment, grid, size, text.count(self.config.image_text.token)))
         flush()
@@ -271,12 +286,11 @@ def _common(parts: Sequence[_Part]) -> int:
     """
     length = min(len(part.ids) for part in parts)
     for part in parts:
-        first = part.targets.index(True) if True in part.targets else len(part.ids)
-        length = min(length, first - 1)
+        target = part.targets.index(True) if True in part.targets else len(part.ids)
+        length = min(length, target - 1)
     first, *others = parts
     for other in others:
-        same = next((at for at in range(length) if first.ids[at] != other.ids[at]), length)
-        length = same
+        length = next((at for at in range(length) if first.ids[at] != other.ids[at]), length)
         for (at, image, *_), (_, its, *_) in zip(first.images, other.images, strict=False):
             if image is not its:
                 length = min(length, at)
@@ -311,7 +325,10 @@ def collate(
     pad_left: bool = False,
     pad_to_multiple: int = 1,
 ) -> Batch:
-    """Rows of packed Examples as one Batch, padded to the longest row; `pixel_values` (N, 3, H, W), the tiles, in row order."""
+    """Rows of packed Examples as one Batch, padded to the longest row.
+
+    pixel_values (N, 3, H, W): the tiles of all images, in row order.
+    """
     length = max((sum(map(len, row)) for row in rows), default=0)
     length = -(-length // pad_to_multiple) * pad_to_multiple
     columns: dict[str, list[Tensor]] = {name: [] for name in ("input", "label", "position", "document", "branch")}

@@ -78,7 +78,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         budget = context.resolve(BUDGET)
         budget[0] -= len(items) + 1
         if budget[0] < 0:
-            raise SecurityError(f"it loops more than {MAX_LOOPS} times")
+            raise SecurityError("it loops too often")
         return items
 
     def join(self, *values: Any) -> str:

@@ -85,21 +85,24 @@ def by_hand(pattern: Pattern, first_half: bool, queries: Tensor, keys: Tensor) -
     """The papers' sets, pair by pair in plain Python: `visible` is not trusted here."""
 
     def sees(i: int, j: int) -> bool:
-        kind, l, c = pattern.kind, pattern.stride or 1, pattern.summary or 0
-        if kind.endswith("_heads"):
-            family = {"strided_heads": ("strided_local", "strided_column"), "fixed_heads": ("fixed_block", "fixed_summary")}
-            kind = family[kind][0 if first_half else 1]
-        sets = {
-            "dense": True,
-            "local": i - j < (pattern.window or 0),
-            "strided_local": i - j < l,
-            "strided_column": (i - j) % l == 0,
-            "fixed_block": i // l == j // l,
-            "fixed_summary": j % l in range(l - c, l) or i == j,
-        }
-        sets |= {"strided": sets["strided_local"] or sets["strided_column"]}
-        sets |= {"fixed": sets["fixed_block"] or sets["fixed_summary"]}
-        return j <= i and sets[kind]
+        l, c = pattern.stride or 1, pattern.summary or 0
+        band, column = i - j < l, (i - j) % l == 0
+        block, summary = i // l == j // l, j % l in range(l - c, l) or i == j
+        return (
+            j <= i
+            and {
+                "dense": True,
+                "local": i - j < (pattern.window or 0),
+                "strided": band or column,
+                "strided_local": band,
+                "strided_column": column,
+                "strided_heads": band if first_half else column,
+                "fixed": block or summary,
+                "fixed_block": block,
+                "fixed_summary": summary,
+                "fixed_heads": block if first_half else summary,
+            }[pattern.kind]
+        )
 
     rows = zip(queries.tolist(), keys.tolist(), strict=True)
     return torch.tensor([[[sees(i, j) for j in js] for i in is_] for is_, js in rows])
@@ -184,7 +187,9 @@ def test_softcap_and_scale(kind: Kind, masked: bool) -> None:
         actual = attend(q, k, v, pattern=pattern, mask=mask, scale=0.7, softcap=1.5)
         assert_same(actual, oracle(q, k, v, pattern, mask=mask, scale=0.7, softcap=1.5), [q, k, v])
         actual = attend(q[:, :, -1:], k, v, pattern=pattern, scale=0.7, softcap=1.5)
-        torch.testing.assert_close(actual, oracle(q[:, :, -1:], k, v, pattern, scale=0.7, softcap=1.5), atol=1e-10, rtol=0)
+        torch.testing.assert_close(
+            actual, oracle(q[:, :, -1:], k, v, pattern, scale=0.7, softcap=1.5), atol=1e-10, rtol=0
+        )
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -213,13 +218,13 @@ def test_rows_of_a_batch_with_masks_of_their_own(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16(kind: Kind) -> None:
-    """Within two roundings (2^-8 each) of values up to 4."""
+    """Scores, up to 16, are rounded to 2^-5 where a path does without SDPA, so weights are right within 3 %."""
     q, k, v = (x.detach().bfloat16() for x in make_qkv(queries=33))
     pattern = make_pattern(kind, 6)
     actual = attend(q, k, v, pattern=pattern)
     assert actual.dtype == torch.bfloat16
     expected = oracle(q.double(), k.double(), v.double(), pattern)
-    torch.testing.assert_close(actual.double(), expected, rtol=2**-7, atol=2**-5)
+    torch.testing.assert_close(actual.double(), expected, rtol=2**-5, atol=2**-4)
 
 
 def test_windows_longer_than_a_block() -> None:
@@ -242,15 +247,11 @@ def test_a_band_as_long_as_the_text_is_dense() -> None:
 def test_the_encoder_sees_both_ways() -> None:
     q, k, v = make_qkv(queries=9)
     everything = torch.ones(1, 1, 9, 9, dtype=torch.bool)
-    assert_same(attend(q, k, v, causal=False), oracle(q, k, v, Pattern(), mask=None) * 0 + both_ways(q, k, v), [q, k, v])
-    torch.testing.assert_close(attend(q, k, v, mask=everything), both_ways(q, k, v), rtol=0, atol=1e-10)
+    expected = (q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 8**-0.5).softmax(-1) @ v.repeat_interleave(2, 1)
+    assert_same(attend(q, k, v, causal=False), expected, [q, k, v])
+    torch.testing.assert_close(attend(q, k, v, mask=everything), expected, rtol=0, atol=1e-10)
     with pytest.raises(ConfigError, match="looks back only"):
         attend(q, k, v, pattern=Pattern(kind="local", window=3), causal=False)
-
-
-def both_ways(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-    return (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1) @ v
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -478,7 +478,7 @@ def make(source: str, **special: str) -> ChatTemplate:
         ("{{ raise_exception('only\nuser') }}", "fails: only user"),
         ("{{ messages[0].nothing.at_all }}", "fails: .*has no attribute 'nothing'"),
         ("{{ 1 / 0 }}", "fails: division by zero"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "loops more than"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "loops too often"),
         ("{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}", "fails: "),
         ("{{ 'a' * 10 ** 9 }}", "more than 20000000 characters"),
         ("{{ 9 ** 99999 }}", "too large"),

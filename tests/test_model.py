@@ -118,8 +118,8 @@ def test_a_mismatch_names_row_counts_and_id(shared: tuple[MMGPT, Processor]) -> 
     with pytest.raises(MMGPTError, match="2 image tiles came for 3 places"):
         model(dataclasses.replace(batch, pixel_values=batch.pixel_values[:2]))
     text = batch_of(processor, [[Document((Text("x"),))]])
+    one = {name: getattr(batch, name)[:1] for name in ("image_rows", "image_grids", "image_sizes", "pixel_values")}
     with pytest.raises(MMGPTError, match="row 0: 0 image placeholders"):
-        one = {name: getattr(batch, name)[:1] for name in ("image_rows", "image_grids", "image_sizes", "pixel_values")}
         model(dataclasses.replace(text, **one))
 
 

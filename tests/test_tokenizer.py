@@ -127,6 +127,13 @@ def test_the_targets_are_the_text_of_the_target_runs(name: str, before: str, ans
     assert not any(targets[: len(tokenizer.encode(before)) + 1])
 
 
+def test_an_end_mark_that_swallows_spaces_is_its_own() -> None:
+    """Some files let </s> take the space before it, another run's: it is learned or not as the mark says."""
+    tokenizer = ours("llama2-swallow")[0]
+    ids, targets = tokenizer.encode_runs([("Hello  ", False, False), ("</s>", True, True), (" Hello", False, False)])
+    assert [id for id, target in zip(ids, targets, strict=True) if target] == [tokenizer.special["</s>"]]
+
+
 def test_a_space_before_a_word_counts_where_it_stands() -> None:
     """`trim_offsets` in a file moves a token's start behind its space, and so into the next run."""
     backend = Backend.from_str(TOKENIZER.backend.to_str())

@@ -25,6 +25,8 @@ class ConnectorConfig:
     cross-attention (k = num_latents; arXiv 2306.14824)."""
     scale: int = 2
     """pixel_shuffle: how many patches a side go into one token."""
+    bias: bool = True
+    """mlp, pixel_shuffle: the projections have a bias; those of Idefics3, SmolVLM and nanoVLM have none."""
     num_latents: int = 64
     """resampler, xconnector: learned queries, and so tokens per image."""
     depth: int = 6
@@ -48,9 +50,9 @@ def build_connector(config: ConnectorConfig, in_width: int, out_width: int, num_
         case "linear":
             return LinearConnector(in_width, out_width, num_patches)
         case "mlp":
-            return MLPConnector(in_width, out_width, num_patches)
+            return MLPConnector(in_width, out_width, num_patches, bias=config.bias)
         case "pixel_shuffle":
-            return PixelShuffleConnector(in_width, out_width, num_patches, scale=config.scale)
+            return PixelShuffleConnector(in_width, out_width, num_patches, scale=config.scale, bias=config.bias)
         case "resampler":
             return Resampler(in_width, out_width, config)
         case "xconnector":
@@ -70,11 +72,11 @@ class LinearConnector(nn.Module):
 class MLPConnector(nn.Module):
     """Linear (D_v to D), GELU, Linear (D to D), no norm."""
 
-    def __init__(self, in_width: int, out_width: int, num_patches: int) -> None:
+    def __init__(self, in_width: int, out_width: int, num_patches: int, *, bias: bool = True) -> None:
         super().__init__()
         self.num_tokens = num_patches
-        self.fc1 = nn.Linear(in_width, out_width)
-        self.fc2 = nn.Linear(out_width, out_width)
+        self.fc1 = nn.Linear(in_width, out_width, bias=bias)
+        self.fc2 = nn.Linear(out_width, out_width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -83,7 +85,7 @@ class MLPConnector(nn.Module):
 class PixelShuffleConnector(nn.Module):
     """Space to depth: each token is the projection of a `scale` x `scale` square of patches, read row by row."""
 
-    def __init__(self, in_width: int, out_width: int, num_patches: int, *, scale: int) -> None:
+    def __init__(self, in_width: int, out_width: int, num_patches: int, *, scale: int, bias: bool = True) -> None:
         super().__init__()
         self.grid = math.isqrt(num_patches)
         if self.grid**2 != num_patches:
@@ -92,7 +94,7 @@ class PixelShuffleConnector(nn.Module):
             raise ConfigError(f"pixel_shuffle: a {self.grid} x {self.grid} grid does not divide by scale {scale}")
         self.scale = scale
         self.num_tokens = num_patches // scale**2
-        self.projection = nn.Linear(in_width * scale**2, out_width)
+        self.projection = nn.Linear(in_width * scale**2, out_width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projection(self.shuffle(x))

@@ -1,8 +1,8 @@
 """Model folders: `config.json`, `model.safetensors`, `processor.json`, `tokenizer.json`, `README.md`.
 
 A decoder that comes from the registry is not stored again: the folder names it and keeps what was trained on top.
-`load_model` is the one door: our folders, the models of the package, decoders of the registry, Hugging Face folders, and
-repositories of the hub by name.
+`load_model` is the one door: our folders, the models of the package, decoders of the registry, Hugging Face folders,
+and repositories of the hub by name.
 """
 
 import json
@@ -61,9 +61,8 @@ def model_folder(name: str | Path) -> Path:
     if Path(name).name != str(name):
         raise CheckpointError(f"{name}: no such model folder")
     known = [*shipped_models(), *decoder_names()]
-    raise MMGPTError(
-        f"{unknown_name('model', str(name), known)}; or give the folder of a model, or OWNER/NAME on the Hugging Face hub"
-    )
+    unknown = unknown_name("model", str(name), known)
+    raise MMGPTError(f"{unknown}; or give the folder of a model, or OWNER/NAME on the Hugging Face hub")
 
 
 def decoder_names() -> list[str]:
@@ -72,7 +71,9 @@ def decoder_names() -> list[str]:
 
 
 def read_configs(folder: Path) -> tuple[ModelConfig, ProcessorConfig]:
-    """What a model folder of ours says about its model. Raises CheckpointError or ConfigError naming the file and key."""
+    """What a model folder of ours says about its model.
+
+    Raises CheckpointError or ConfigError naming the file and key."""
     values = read_json(folder / "config.json")
     model = configs.from_dict(ModelConfig, values, where=f"{folder}/config.json")
     values = read_json(folder / "processor.json")
@@ -127,10 +128,9 @@ def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple
     """
     if not Path(name).is_dir() and str(name) in decoder_names():
         decoder, tokenizer = load_decoder(str(name))
-        config = ProcessorConfig(max_length=decoder.config.max_length)
-        return MMGPT(ModelConfig(decoder=str(name)), decoder).eval(), Processor(
-            tokenizer, config, vocab_size=decoder.config.vocab_size
-        )
+        text = ProcessorConfig(max_length=decoder.config.max_length)
+        processor = Processor(tokenizer, text, vocab_size=decoder.config.vocab_size)
+        return MMGPT(ModelConfig(decoder=str(name)), decoder).eval(), processor
     folder = model_folder(name)
     values = read_json(folder / "config.json")
     if is_foreign(values):

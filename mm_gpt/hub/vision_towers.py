@@ -5,6 +5,7 @@ SmolVLM towers use one set of names, so one table serves them all; `tower_prefix
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,34 +15,14 @@ import torch
 
 from mm_gpt.errors import CheckpointError, ConfigError, DownloadError
 from mm_gpt.hub.download import _offline
-from mm_gpt.hub.llama import open_safetensors, read_json
+from mm_gpt.hub.weights import Checkpoint, Table, open_safetensors, read_json, same
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
 from mm_gpt.vision.transforms import ImageTransformConfig
 from mm_gpt.vision.vit import ViTConfig
 
-_LAYER = "encoder.layers.{i}"
-# Our parameter -> the parts it is made of, stacked along the output dimension. {i} is the layer.
-VIT_NAMES = {
-    "class_token": ("embeddings.class_embedding",),
-    "patch_embedding.weight": ("embeddings.patch_embedding.weight",),
-    "patch_embedding.bias": ("embeddings.patch_embedding.bias",),
-    "position_embedding": ("embeddings.position_embedding.weight",),
-    **{f"pre_norm.{x}": (f"pre_layrnorm.{x}",) for x in ("weight", "bias")},  # their spelling
-    **{f"blocks.{{i}}.attention_norm.{x}": (f"{_LAYER}.layer_norm1.{x}",) for x in ("weight", "bias")},
-    **{
-        f"blocks.{{i}}.attention.qkv.{x}": tuple(f"{_LAYER}.self_attn.{p}_proj.{x}" for p in "qkv")
-        for x in ("weight", "bias")
-    },
-    **{f"blocks.{{i}}.attention.out.{x}": (f"{_LAYER}.self_attn.out_proj.{x}",) for x in ("weight", "bias")},
-    **{f"blocks.{{i}}.mlp_norm.{x}": (f"{_LAYER}.layer_norm2.{x}",) for x in ("weight", "bias")},
-    **{f"blocks.{{i}}.mlp.up.{x}": (f"{_LAYER}.mlp.fc1.{x}",) for x in ("weight", "bias")},
-    **{f"blocks.{{i}}.mlp.down.{x}": (f"{_LAYER}.mlp.fc2.{x}",) for x in ("weight", "bias")},
-    **{f"post_norm.{x}": (f"post_layernorm.{x}",) for x in ("weight", "bias")},
-}
-VIT_LEFT_OVERS = ("embeddings.position_ids", "head.")
-"""Beginnings of names inside a tower that patch tokens have no use for: a stored arange, SigLIP's pooling head."""
-CONTRASTIVE_LEFT_OVERS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
-"""The same for what a whole CLIP or SigLIP checkpoint has beside its vision tower."""
+_PATCHES = "embeddings.patch_embedding.weight"
+CONTRASTIVE_LEFT_OVER = (r"text_model\..*", r"(text|visual)_projection\.weight", "logit_scale", "logit_bias")
+"""Patterns of what a whole CLIP or SigLIP checkpoint has beside its vision tower."""
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 # Published configs leave out what has its default value, so the defaults are part of the format.
@@ -136,13 +117,56 @@ def _positions_in_order(side: int) -> bool:
     return torch.equal(torch.bucketize(places, bounds, right=True), torch.arange(side))
 
 
+def vit_table(prefix: str = "") -> Table:
+    """The ViT's parameters in Hugging Face's names."""
+    names = {
+        "pre_norm": ("pre_layrnorm",),  # their spelling
+        "blocks.{i}.attention_norm": ("encoder.layers.{i}.layer_norm1",),
+        "blocks.{i}.attention.qkv": tuple(f"encoder.layers.{{i}}.self_attn.{p}_proj" for p in "qkv"),
+        "blocks.{i}.attention.out": ("encoder.layers.{i}.self_attn.out_proj",),
+        "blocks.{i}.mlp_norm": ("encoder.layers.{i}.layer_norm2",),
+        "blocks.{i}.mlp.up": ("encoder.layers.{i}.mlp.fc1",),
+        "blocks.{i}.mlp.down": ("encoder.layers.{i}.mlp.fc2",),
+        "post_norm": ("post_layernorm",),
+    }
+    table = {
+        "class_token": same(prefix + "embeddings.class_embedding"),
+        "patch_embedding.weight": same(prefix + _PATCHES),
+        "patch_embedding.bias": same(prefix + "embeddings.patch_embedding.bias"),
+        "position_embedding": same(prefix + "embeddings.position_embedding.weight"),
+    }
+    for ours, theirs in names.items():
+        for kind in ("weight", "bias"):
+            table[f"{ours}.{kind}"] = same(*(f"{prefix}{name}.{kind}" for name in theirs))
+    return table
+
+
+def vit_left_over(prefix: str = "") -> tuple[str, ...]:
+    """Patterns of what patch tokens have no use for inside a tower: a stored arange, and SigLIP's pooling head."""
+    return tuple(re.escape(prefix) + pattern for pattern in (r"embeddings\.position_ids", r"head\..*"))
+
+
 def tower_prefix(names: Iterable[str], *, where: str) -> str:
     """What the names of a checkpoint's one vision tower begin with: "", "vision_model.", "model.vision_model.", ..."""
-    end = VIT_NAMES["patch_embedding.weight"][0]
-    found = sorted(name.removesuffix(end) for name in names if name.endswith(end))
+    found = sorted(name.removesuffix(_PATCHES) for name in names if name.endswith(_PATCHES))
     if len(found) != 1:
-        raise CheckpointError(f"{where}: expected one tensor named ...{end}, found {len(found)}")
+        raise CheckpointError(f"{where}: expected one tensor named ...{_PATCHES}, found {len(found)}")
     return found[0]
+
+
+def load_vision_tower(folder: Path) -> VisionEncoder:
+    """The vision tower of a Hugging Face folder of CLIP or SigLIP, whole or the tower alone, in float32 on the CPU.
+
+    Raises CheckpointError naming what is unsupported, missing or left over.
+    """
+    config = vit_config(read_json(folder / "config.json"), where=f"{folder}/config.json")
+    with torch.device("meta"):
+        encoder = VisionEncoder(VisionConfig(model=config, image_size=config.image_size))
+    checkpoint = Checkpoint(folder)
+    prefix = tower_prefix(checkpoint.names, where=str(folder))
+    checkpoint.load(encoder.get_submodule("tower"), vit_table(prefix))
+    checkpoint.finish((*vit_left_over(prefix), *CONTRASTIVE_LEFT_OVER))
+    return encoder.eval()
 
 
 # ---- open_clip ----
@@ -251,8 +275,6 @@ def _download(tag: str, source: str) -> Path:
 
 def _fill_open_clip(encoder: VisionEncoder, path: Path) -> None:
     """Copy the `visual.*` tensors into the tower: all of its own, none else but those of the heads it does without."""
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: not a .safetensors file, and only those are read")
     state = encoder.tower.state_dict()
     with open_safetensors(path) as file:
         stored = {n.removeprefix("visual.") for n in file.keys() if n.startswith("visual.")}  # noqa: SIM118

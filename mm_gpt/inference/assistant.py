@@ -15,6 +15,7 @@ from mm_gpt.document import Document, Image, Message, Text, interleave
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.images import ImageSource
+from mm_gpt.inference.conversation import Conversation
 from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream
 from mm_gpt.model.lora import merge_lora
 from mm_gpt.model.mmgpt import MMGPT, pick_device
@@ -157,6 +158,11 @@ class Assistant:
             raise MMGPTError("chat needs at least one message")
         options.setdefault("no_repeat_ngram_size", CHAT_NO_REPEAT)
         return self._run(self.processor.chat(messages), stream, options)
+
+    def conversation(self, **options: Unpack[GenerationOptions]) -> Conversation:
+        """A chat that keeps what it has read: `talk.say("...")` or `talk.say([Image(...), "..."])`, turn after turn."""
+        options.setdefault("no_repeat_ngram_size", CHAT_NO_REPEAT)
+        return Conversation(self.engine, generation_config(options))
 
     def complete(self, parts: str | Iterable[Any], **options: Unpack[GenerationOptions]) -> Answer:
         """Continue an interleaved prompt as it stands, without a chat template.

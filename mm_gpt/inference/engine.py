@@ -108,6 +108,7 @@ class _Row:
     def __init__(self, example: Example, processor: Processor, config: GenerationConfig, context: int):
         self.tokenizer, self.config, self.example = processor.tokenizer, config, example
         self.limit = min(config.max_new_tokens, context - len(example))  # its own, whatever else is in the batch
+        """Most tokens that the answer may have."""
         self.image_tokens = example.image_tokens
         self.ids: list[int] = []
         self.logprobs: list[float] = []
@@ -193,14 +194,33 @@ class Engine:
     def _steps(self, rows: list[_Row], config: GenerationConfig) -> Iterator[list[str]]:
         """Run until every row has ended, yielding each step's new text of every row."""
         batch, cache = self._prefill(rows)
+        hidden = self.model(batch, cache)[:, -1]
+        yield from self.continue_from(
+            hidden, cache, batch.position_ids[:, -1:], rows, config, keys=_visible_keys(batch, cache)
+        )
+
+    @torch.inference_mode()
+    def continue_from(
+        self,
+        hidden: Tensor,
+        cache: KVCache,
+        positions: Tensor,
+        rows: Sequence[_Row],
+        config: GenerationConfig,
+        *,
+        keys: Tensor | None = None,
+    ) -> Iterator[list[str]]:
+        """Answer after a prompt that is in the cache, yielding each step's new text of every row.
+
+        hidden (B, D), positions (B, 1): of the prompt's last token. keys (B, 1, 1, capacity): False where the cache
+        holds padding.
+        """
+        decoder = self.model.decoder
         generators = None
         if config.temperature > 0:
             generators = [torch.Generator().manual_seed(config.seed) for _ in rows]
-        hidden = self.model(batch, cache)[:, -1]
-        keys = _visible_keys(batch, cache)
-        positions = batch.position_ids[:, -1:]
         while True:
-            logits = self.model.decoder.logits(hidden)  # (B, V)
+            logits = decoder.logits(hidden)  # (B, V)
             tokens = choose(
                 _without_repeats(logits, rows, config),
                 temperature=config.temperature,
@@ -216,9 +236,7 @@ class Engine:
                 return
             positions = self._next(positions)
             mask = None if keys is None else keys[..., : cache.length + 1]
-            hidden = self.model.decoder(self.model.decoder.embed(tokens[:, None]), positions, mask=mask, cache=cache)[
-                :, -1
-            ]
+            hidden = decoder(decoder.embed(tokens[:, None]), positions, mask=mask, cache=cache)[:, -1]
 
     def _next(self, positions: Tensor) -> Tensor:
         """A row that has reached the context's end is finished, but goes on with the batch: its positions stop."""

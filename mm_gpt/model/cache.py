@@ -44,6 +44,13 @@ class KVCache:
             self.positions[:, :num_tokens] = self.positions[:, drop : self.length].clone()
             self.length = num_tokens
 
+    def copy_from(self, other: "KVCache") -> None:
+        """Take over the tokens of a smaller cache."""
+        for mine, its in ((self.keys, other.keys), (self.values, other.values)):
+            mine[:, :, :, : other.length] = its[:, :, :, : other.length]
+        self.positions[:, : other.length] = other.positions[:, : other.length]
+        self.length = other.length
+
     def select_rows(self, rows: Tensor) -> None:
         """Make row i of the cache a copy of row `rows[i]`: beams that survive, requests that are not finished."""
         self.keys = self.keys.index_select(1, rows)

@@ -1,7 +1,7 @@
 """The transformer stack: every decoder of the papers is a configuration of it, and so are their text encoders.
 
-Shapes: B batch, T new tokens, S tokens in the cache and new ones together, M tokens of segment memory, D width, H heads,
-K key-value heads, C head size, V vocabulary.
+Shapes: B batch, T new tokens, S tokens in the cache and new ones together, M tokens of segment memory, D width, H
+heads, K key-value heads, C head size, V vocabulary.
 
 Papers: GPT-1, GPT-2, GPT-3 (2005.14165), LLaMA (2302.13971), GQA (2305.13245), Magneto (2210.06423), DeepNorm
 (2203.00555), xPos (2212.10554), Sparse Transformer (1904.10509), Transformer-XL (1901.02860), Gemma 2 (2408.00118).
@@ -9,6 +9,7 @@ Papers: GPT-1, GPT-2, GPT-3 (2005.14165), LLaMA (2302.13971), GQA (2305.13245), 
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -66,7 +67,12 @@ class Attention(nn.Module):
         return self.out(self.sub_norm(rearrange(y, "b h t c -> b t (h c)")))
 
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 class GatedMLP(nn.Module):

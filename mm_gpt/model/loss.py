@@ -60,8 +60,8 @@ def next_token_loss(
 ) -> tuple[Tensor, Tensor]:
     """The summed cross-entropy (nats) over supervised positions, and their count.
 
-    hidden (B, T, D), weight (V, D), labels (B, T) already shifted; `softcap` is the decoder's `logit_softcap`. The caller divides by the step's global count, so
-    that micro-batches with more targets weigh more.
+    hidden (B, T, D), weight (V, D), labels (B, T) already shifted; `softcap` is the decoder's `logit_softcap`.
+    The caller divides by the step's global count, so that micro-batches with more targets weigh more.
     """
     if not torch.is_grad_enabled():  # autograd functions are not told, and would compute gradients for nothing
         weight = weight.detach()

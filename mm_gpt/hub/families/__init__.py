@@ -14,10 +14,13 @@ import torch
 
 from mm_gpt.chat_template import ChatTemplate
 from mm_gpt.errors import CheckpointError, unknown_name
-from mm_gpt.hub.weights import Checkpoint, Table
+from mm_gpt.hub.image_processors import read_image_processor
+from mm_gpt.hub.weights import Checkpoint, Table, read_json
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
 from mm_gpt.tokenizer import Tokenizer
+from mm_gpt.vision.tiling import TilingConfig
+from mm_gpt.vision.transforms import ImageTransformConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +42,23 @@ Reader = Callable[[Path, dict[str, Any], Tokenizer], Import]
 
 FAMILIES = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2"), "text"),
+    "kosmos-2": "kosmos2",
+    "paligemma": "paligemma",
+    **dict.fromkeys(("llava", "llava_next", "llava_onevision"), "llava"),
+    **dict.fromkeys(("idefics3", "smolvlm"), "idefics3"),
+    "nanovlm": "nanovlm",
 }
 """`model_type` of a Hugging Face configuration -> the module here that reads it."""
 
 
 def is_foreign(values: dict[str, Any]) -> bool:
     """Whether a `config.json` is of Hugging Face's form, not ours."""
-    return "model_type" in values or "architectures" in values
+    return "model_type" in values or "architectures" in values or _is_nanovlm(values)
+
+
+def _is_nanovlm(values: dict[str, Any]) -> bool:
+    """nanoVLM's configuration does not say its type."""
+    return "vit_hidden_dim" in values and "lm_hidden_dim" in values
 
 
 def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) -> tuple[MMGPT, Processor]:
@@ -54,11 +67,15 @@ def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) ->
     Raises CheckpointError naming the file for an unknown architecture, missing or left-over tensors, or a tokenizer
     that does not fit.
     """
-    kind = str(values.get("model_type"))
+    kind = "nanovlm" if _is_nanovlm(values) else str(values.get("model_type"))
     if kind not in FAMILIES:
         raise CheckpointError(f"{folder}/config.json: {unknown_name('model type', kind, FAMILIES)}")
-    tokenizer = Tokenizer.from_hf_folder(folder)
-    read: Reader = importlib.import_module(f"mm_gpt.hub.families.{FAMILIES[kind]}").read
+    family = importlib.import_module(f"mm_gpt.hub.families.{FAMILIES[kind]}")
+    if hasattr(family, "read_tokenizer"):  # for a family whose folders have none of the usual files
+        tokenizer: Tokenizer = family.read_tokenizer(folder, values)
+    else:
+        tokenizer = Tokenizer.from_hf_folder(folder)
+    read: Reader = family.read
     plan = read(folder, values, tokenizer)
     with torch.device("meta"):
         model = MMGPT(plan.model)
@@ -94,3 +111,12 @@ def plain_template(source: str, folder: Path, tokenizer: Tokenizer) -> ChatTempl
         end_tokens=tokenizer.end_tokens,
         guarded=tokenizer.special,
     )
+
+
+def read_images(folder: Path, **settings: object) -> tuple[ImageTransformConfig, TilingConfig | None]:
+    """How a folder prepares its images, from the file that transformers would read, and `settings` from elsewhere."""
+    path = folder / "processor_config.json"
+    if not path.exists() or "image_processor" not in (values := read_json(path)):
+        path = folder / "preprocessor_config.json"
+        values = read_json(path)
+    return read_image_processor({**values, **settings}, str(path))
