@@ -329,7 +329,7 @@ def _run_caption(args: argparse.Namespace) -> int:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="its name; --list shows all")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="its name, or a preset's; --list shows all")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to the recipe, like train.lr=1e-4")
     parser.add_argument("--list", action="store_true", help="list the recipes")
     parser.add_argument("--data", type=Path, default=Path("."), metavar="FOLDER", help="of the sources (default: .)")
@@ -341,20 +341,21 @@ def _run_train(args: argparse.Namespace) -> int:
     if args.recipe is None and not args.list:
         raise UsageError("name a recipe, or --list them")
     from mm_gpt.config import override
-    from mm_gpt.training.recipes import RECIPES, run_recipe
+    from mm_gpt.model.presets import PRESETS
+    from mm_gpt.training.recipes import RECIPES, recipe, run_recipe
 
     if args.list:
-        width = max(map(len, RECIPES))
+        width = max(map(len, [*RECIPES, *PRESETS]))
         for name, recipe_of in RECIPES.items():
             print(f"{name:{width}}  {(recipe_of.__doc__ or '').partition(chr(10))[0]}")
+        for name, preset in PRESETS.items():
+            print(f"{name:{width}}  {preset.about}")
         return 0
-    if args.recipe not in RECIPES:
-        raise MMGPTError(unknown_name("recipe", args.recipe, RECIPES))
     if not args.data.is_dir():
         raise MMGPTError(f"{args.data}: no such folder")
-    recipe: Any = override(RECIPES[args.recipe](str(args.data)), args.overrides)
+    chosen: Any = override(recipe(args.recipe, str(args.data)), args.overrides)
     logging.getLogger("mm_gpt").setLevel(logging.INFO)
-    run_recipe(recipe, args.out or Path("runs") / args.recipe, resume=args.resume, progress=sys.stderr.isatty())
+    run_recipe(chosen, args.out or Path("runs") / args.recipe, resume=args.resume, progress=sys.stderr.isatty())
     return 0
 
 
@@ -445,6 +446,8 @@ COMMANDS = {
             "mm-gpt train --list",
             "mm-gpt train tiny --data pictures/ --out runs/tiny --resume",
             "mm-gpt train finetune --data my-photos/ train.steps=500 train.lr=1e-4",
+            "mm-gpt train finetune --data my-photos/ start=HuggingFaceTB/SmolVLM-256M-Instruct",
+            "mm-gpt train gpt2-small --data texts/ row_length=256 rows=8",
         ),
         _add_train,
         _run_train,

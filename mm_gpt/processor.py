@@ -164,14 +164,18 @@ class Processor:
 
     def questions(self, image: Image, pairs: Sequence[tuple[str, str]], *, id: str = "") -> Document:
         """One image with (question, answer) pairs, each in a branch of its own, for training."""
-        chats = (
-            self.chat(
-                [{"role": "user", "content": [image, question]}, {"role": "assistant", "content": answer}],
-                answer_starts=False,
-            )
-            for question, answer in pairs
-        )
-        return Document((), tuple(chat.segments for chat in chats), id=id)
+        return Document((), tuple(self._pair(image, question, answer) for question, answer in pairs), id=id)
+
+    def _pair(self, image: Image, question: str, answer: str) -> tuple[Segment, ...]:
+        messages: list[Message] = [
+            {"role": "user", "content": [image, question]},
+            {"role": "assistant", "content": answer},
+        ]
+        segments = self.chat(messages, answer_starts=False).segments
+        if any(isinstance(segment, Text) and segment.is_target and segment.is_control for segment in segments):
+            return segments
+        # LLaVA's template, for one, writes no end mark: without one a model would learn never to stop.
+        return *segments, Text(self.tokenizer.end_of_text, is_control=True)
 
     # ---- Document -> Example ----
 

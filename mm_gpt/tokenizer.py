@@ -109,9 +109,10 @@ class Tokenizer:
     def encode_runs(self, runs: Sequence[tuple[str, bool, bool]]) -> tuple[list[int], list[bool]]:
         """Ids of the concatenated runs (text, is_target, allow_special), and for each id whether it is a target.
 
-        The runs are encoded as one string. A token belongs to the run in which it starts. Only where a run that does
-        not `allow_special` holds a special token, or completes one, is the text encoded in another way: so that it
-        stays text. Raises MMGPTError when the vocabulary leaves no way to write it as text.
+        The runs are encoded as one string. A token belongs to the run of its first character that is no space: the
+        first word behind "Assistant: " is the answer's. Only where a run that does not `allow_special` holds a special
+        token, or completes one, is the text encoded in another way: so that it stays text. Raises MMGPTError when the
+        vocabulary leaves no way to write it as text.
         """
         text = "".join(piece for piece, *_ in runs)
         if not text:
@@ -124,7 +125,7 @@ class Tokenizer:
             if self._forged(text, trusted, ids, spans):
                 ids, spans = self._encode_guarded(text, trusted)
         target = [target for piece, target, _ in runs for _ in piece]
-        return ids, [target[min(start, len(text) - 1)] for start, _ in spans]
+        return ids, [target[_first_letter(text, *span)] for span in spans]
 
     def _without_spaces(self, text: str, id: int, span: Span) -> Span:
         """Some special tokens swallow the spaces around them; the token itself is what remains."""
@@ -328,6 +329,13 @@ class Tokenizer:
         )
         backend.train_from_iterator(texts, trainer)
         return cls(backend, end_of_text="<|endoftext|>", end_of_turn="<|im_end|>")
+
+
+def _first_letter(text: str, start: int, end: int) -> int:
+    """Where the first character of a span stands that is no white space; its start if there is none."""
+    piece = text[start:end]
+    spaces = len(piece) - len(piece.lstrip())
+    return min(start, len(text) - 1) if spaces == len(piece) else start + spaces
 
 
 _GPT2_NAMES = {

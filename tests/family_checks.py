@@ -1,6 +1,9 @@
-"""What the tests of imported model families share: our side of a comparison, and the doors that all families go through."""
+"""What the tests of imported model families share: our side of a comparison, and the doors that all go through."""
 
 import dataclasses
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,14 @@ from torch import Tensor, nn
 
 import mm_gpt
 from mm_gpt.cli import main
+from mm_gpt.config import to_dict
 from mm_gpt.document import Message
 from mm_gpt.errors import CheckpointError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Example, Processor, collate
-from mm_gpt.training.language import LanguageRecipe, LanguageTask
+from mm_gpt.training.language import LanguageTask
+from mm_gpt.training.loop import train
 from mm_gpt.training.recipes import finetune
 
 CLOSE = {"atol": 1e-4, "rtol": 0.0}
@@ -66,35 +71,64 @@ def check_answers(folder: Path, picture: PILImage.Image, question: str, expected
 
 
 def captioned_folder(folder: Path) -> Path:
-    """Six pictures with a caption each, and a second one for the first."""
+    """Six pictures with a caption each; the second, which is not held out, has two."""
     folder.mkdir()
-    rows = ["file_name,caption"]
     for number in range(6):
         make_picture(number).save(folder / f"{number}.png")
-        rows.append(f"{number}.png,a picture of number {number}")
-    (folder / "captions.csv").write_text("\n".join([*rows, "0.png,one more of it"]))
+        more = "\none more of it" if number == 1 else ""
+        (folder / f"{number}.txt").write_text(f"a picture of number {number}{more}")
     return folder
 
 
-def finetuned(start: Path, data: Path, **changes: Any) -> LanguageTask:
-    """Two steps of the recipe `finetune` from `start`; every parameter that is trained gets a finite gradient."""
-    recipe: LanguageRecipe = finetune(str(data))
-    train = dataclasses.replace(recipe.train, steps=2, lr=1e-2, warmup_steps=1, precision="fp32", device="cpu")
-    task = LanguageTask(dataclasses.replace(recipe, start=str(start), train=train, row_length=128, **changes))
-    groups = task.parameter_groups()
-    optimizer = torch.optim.SGD([p for group in groups for p in group.parameters if p.requires_grad], lr=1e-2)
+def check_finetuning(start: Path, folder: Path, chats: list[list[Message]], **changes: Any) -> LanguageTask:
+    """Two steps of the recipe `finetune`, and the saved model against the one in memory."""
+    data = captioned_folder(folder / "pictures")
+    recipe = finetune(str(data))
+    train_config = dataclasses.replace(recipe.train, steps=2, precision="fp32", device="cpu")
+    recipe = dataclasses.replace(recipe, start=str(start), train=train_config, **changes)
+    task = LanguageTask(recipe)
+    before = logits_of(task.model.eval(), task.processor, chats)
     task.model.train()
-    for step in range(2):
-        optimizer.zero_grad()
-        for batch in task.micro_batches(step, 1):
-            loss, count = task.loss(batch)
-            (loss / count).backward()
-        assert count > 0
-        for group in groups:
-            for parameter in group.parameters:
-                if parameter.requires_grad:
-                    assert parameter.grad is not None
-                    assert parameter.grad.isfinite().all()
-        optimizer.step()
-    task.model.eval()
+    train(task, recipe.train, folder / "run", progress=False, describe=to_dict(recipe))
+    after = logits_of(task.model.eval(), task.processor, chats)
+    again = logits_of(*load_model(folder / "run/best"), chats)
+    for old, new, loaded in zip(before, after, again, strict=True):
+        assert not torch.equal(old, new)
+        # Matrices are stored in half precision: 11 bits of each weight.
+        torch.testing.assert_close(loaded, new, atol=2e-2, rtol=0.0)
     return task
+
+
+def check_account(folder: Path, tmp_path: Path, name: str) -> None:
+    """A checkpoint without the tensor `name`, and with one that nobody knows, is refused with both names."""
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    state = load_file(broken / "model.safetensors")
+    state["a.tensor.of.nobody"] = state.pop(name)
+    save_file(state, broken / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=rf"lacks 1 tensor \({re.escape(name)}\).*a\.tensor\.of\.nobody.* left over"
+    ):
+        load_model(broken)
+
+
+def as_published(folder: Path, target: Path, config: dict[str, Any], rename: dict[str, str], images: str) -> Path:
+    """A copy as the family's public repositories are: `config`, tensors renamed by their beginnings, two shards with an
+    index, and image settings (JSON) in a file of their own."""
+    target.mkdir()
+    for path in folder.iterdir():
+        if path.name not in ("config.json", "processor_config.json", "model.safetensors"):
+            shutil.copy(path, target)
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "preprocessor_config.json").write_text(images)
+    state: dict[str, Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        old = next((old for old in rename if name.startswith(old)), "")
+        state[rename.get(old, "") + name.removeprefix(old)] = tensor
+    names = sorted(state)
+    weight_map = {}
+    for number, shard in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: state[name] for name in shard}, target / file)
+        weight_map |= dict.fromkeys(shard, file)
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return target

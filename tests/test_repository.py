@@ -312,6 +312,24 @@ def test_offline_is_served_by_the_last_complete_commit(hub: Hub, cache: Path, mo
     assert fetch_repository(NAME) == old
 
 
+def test_a_tokenizer_without_the_weights(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nanoVLM names the repository of its tokenizer, which need not hold a model. Stops: gigabytes for a tokenizer, and
+    an offline model that is gone because a newer tokenizer was fetched."""
+    fetch_repository(NAME)
+    hub.commits["main"] = hub.commits[OLDER] = OLDER
+    del hub.files["model.safetensors"], hub.files["config.json"]
+    hub.requests.clear()
+    folder = fetch_repository(NAME, weights=False)
+    assert set(contents(folder)) == {*SMALL} - {"config.json"}
+    monkeypatch.setenv("MM_GPT_OFFLINE", "1")
+    assert contents(fetch_repository(NAME))["model.safetensors"] == WEIGHTS
+    shutil.rmtree(cache / "snapshots" / COMMIT)
+    (cache / "refs/main").write_text(OLDER)
+    assert fetch_repository(NAME, weights=False) == folder
+    with pytest.raises(DownloadError, match="offline mode is on"):
+        fetch_repository(NAME)
+
+
 def test_hub_out_of_reach(
     hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -57,6 +57,8 @@ SMALL_FILES = (
     "README.md",
 )
 """Taken where the repository has them, before the weights: complete weights in the cache mean a complete model."""
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json")
+"""A tokenizer has one of them."""
 PROGRESS_BYTES = 1 << 20
 """A connection that brought this much before it broke has earned its retries anew."""
 
@@ -118,9 +120,10 @@ def is_repository_name(text: str) -> bool:
     return _parse(text) is not None and not os.path.exists(text)
 
 
-def fetch_repository(name: str, *, progress: bool | None = None) -> Path:
+def fetch_repository(name: str, *, progress: bool | None = None, weights: bool = True) -> Path:
     """The local folder of the hub repository "owner/name" or "owner/name@revision"; downloads what is missing.
 
+    `weights` False leaves the weights out, for a repository whose tokenizer alone is wanted.
     `progress`: True shows a bar on stderr, False does not, None shows it when stderr is a terminal. When the hub is out
     of reach, a complete copy in the cache is used. Raises MMGPTError for a name that cannot be one, DownloadError when
     files cannot be had, and CheckpointError when the repository is no model that can be read safely.
@@ -131,7 +134,7 @@ def fetch_repository(name: str, *, progress: bool | None = None) -> Path:
     repo_name, revision = parsed
     repository = _Repository(repo_name, revision, _cache_folder() / f"models--{repo_name.replace('/', '--')}")
     if _offline():
-        if (cached := _cached(repository)) is None:
+        if (cached := _cached(repository, weights)) is None:
             raise DownloadError(
                 f"offline mode is on (MM_GPT_OFFLINE or HF_HUB_OFFLINE), and {repository} is not, or not completely, "
                 f"in {repository.folder}; {_by_hand(repository)}"
@@ -141,11 +144,11 @@ def fetch_repository(name: str, *, progress: bool | None = None) -> Path:
     try:
         commit, files = hub.list_files()
     except _DroppedError as error:
-        if (cached := _cached(repository)) is None:
+        if (cached := _cached(repository, weights)) is None:
             raise DownloadError(f"cannot fetch {repository}: {error}; {_by_hand(repository)}") from None
         logger.warning("%s; using the copy of %s in the cache", error, repository)
         return cached
-    return _fetch_files(hub, commit, files, progress)
+    return _fetch_files(hub, commit, files, progress, weights)
 
 
 def _parse(text: str) -> tuple[str, str] | None:
@@ -173,8 +176,8 @@ def _by_hand(repository: _Repository) -> str:
     return f"on a machine with access run: {command}, copy the folder here, and give it: --model FOLDER"
 
 
-def _cached(repository: _Repository) -> Path | None:
-    """The snapshot in the cache if it has everything that a model cannot do without."""
+def _cached(repository: _Repository, weights: bool) -> Path | None:
+    """The snapshot in the cache if it has everything that a model, or a tokenizer alone, cannot do without."""
     commit = repository.revision
     if not _COMMIT.fullmatch(commit):
         try:
@@ -182,6 +185,8 @@ def _cached(repository: _Repository) -> Path | None:
         except (OSError, UnicodeDecodeError):
             return None
     folder = repository.snapshot(commit)
+    if not weights:
+        return folder if any(os.path.isfile(folder / name) for name in VOCABULARY_FILES) else None
     needed = [CONFIG_FILE, WEIGHTS_FILE]
     if not os.path.isfile(folder / WEIGHTS_FILE) and os.path.isfile(folder / INDEX_FILE):
         needed = [CONFIG_FILE, *_shards(folder / INDEX_FILE)]
@@ -337,18 +342,20 @@ def _site(endpoint: str) -> str:
     raise DownloadError("HF_ENDPOINT is not an http(s) address")
 
 
-def _fetch_files(hub: _Hub, commit: str, listing: dict[str, Any], progress: bool | None) -> Path:
+def _fetch_files(hub: _Hub, commit: str, listing: dict[str, Any], progress: bool | None, weights: bool) -> Path:
     repository = hub.repository
-    if CONFIG_FILE not in listing:
+    if weights and CONFIG_FILE not in listing:
         raise CheckpointError(f"{repository} has no {CONFIG_FILE}: it is no model that can be loaded")
     small = [_listed(repository, listing, name) for name in SMALL_FILES if name in listing]
-    if WEIGHTS_FILE in listing:
-        weights = [_listed(repository, listing, WEIGHTS_FILE)]
+    if not weights:
+        large = []
+    elif WEIGHTS_FILE in listing:
+        large = [_listed(repository, listing, WEIGHTS_FILE)]
     elif INDEX_FILE in listing:
         index = _listed(repository, listing, INDEX_FILE)
         _store(hub, commit, [index], progress=False)
         shards = _shards(repository.snapshot(commit) / INDEX_FILE)
-        weights = [_listed(repository, listing, name) for name in shards]
+        large = [_listed(repository, listing, name) for name in shards]
     else:
         found = [name for name in listing if name.endswith(_OTHER_WEIGHTS)]
         named = ", ".join(found[:4]) + (" ..." if len(found) > 4 else "") if found else "no weights at all"
@@ -356,9 +363,10 @@ def _fetch_files(hub: _Hub, commit: str, listing: dict[str, Any], progress: bool
             f"{repository} has neither {WEIGHTS_FILE} nor {INDEX_FILE} (found: {named}); pickles (.bin, .pt, .pkl) are "
             "never read, because they can run any code"
         )
-    _store(hub, commit, [*small, *weights], progress)
+    _store(hub, commit, [*small, *large], progress)
     reference = repository.folder / "refs" / repository.revision
-    if repository.revision != commit:
+    # Without the weights, offline calls must not be led away from an earlier commit that has them.
+    if repository.revision != commit and (weights or not reference.exists()):
         # Last: until all is there, offline calls go on with the earlier commit. A read-only cache still serves.
         with suppress(OSError):
             reference.parent.mkdir(parents=True, exist_ok=True)

@@ -1,24 +1,53 @@
 """Weights from safetensors files into modules: tables of names, no second copy in memory, and an exact account.
 
-A table maps each of our parameters to where it comes from: `{"blocks.{i}.mlp.down.weight": same("layers.{i}.fc2.weight")}`.
-`{i}` is the number of a layer. The same table, read backwards, is the exporter.
+A table maps each parameter to where it comes from: `{"blocks.{i}.mlp.down.weight": same("layers.{i}.fc2.weight")}`
+with `{i}` for the number of a layer. The same table, read backwards, is the exporter.
+
+Files are read, not mapped: straight into the parameter where nothing changes, through a small buffer where the type
+does. Mapped pages would count as memory next to the parameters, and q, k and v become one matrix here anyway.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mm_gpt.errors import CheckpointError
 
-WINDOW_BYTES = 64 << 20
-"""A file is mapped anew after so many bytes: pages that were read once would otherwise count as memory of ours."""
+CHUNK_BYTES = 256 << 10
+"""Read at a time where the type changes: little enough to stay in a core's cache."""
+MAX_THREADS = 4
+"""That read at once. One is slower: most of the time goes into the pages of new memory, not into the disk."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What weights may be stored as."""
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Modules are built on the meta device, and nothing is drawn for them.
+
+    Without this, `nn.Embedding` on the meta device imports torch's compiler to draw nothing: seconds, and 80 MB.
+    """
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -80,6 +109,24 @@ class Account:
         `skip` names parameters of ours that come from elsewhere. What is missing is remembered for `finish`. Raises
         CheckpointError for a shape that does not fit.
         """
+
+        def put(part: str, origin: Origin, room: Tensor) -> int:
+            tensor = origin.read(read(part))
+            self._place(part, origin, room, tensor.shape).copy_(tensor)
+            return tensor.shape[0] if tensor.dim() else 1
+
+        self._fill(module, table, put, dtype=dtype, skip=skip)
+
+    def _fill(
+        self,
+        module: nn.Module,
+        table: Table,
+        put: Callable[[str, Origin, Tensor], int],
+        *,
+        dtype: torch.dtype,
+        skip: Collection[str],
+    ) -> None:
+        """`put` writes a part into the first rows of the room that is left, and says how many it took."""
         for ours, parameter in list(module.named_parameters()):
             if ours in skip:
                 continue
@@ -91,19 +138,25 @@ class Account:
             if absent:
                 self._missing += absent
                 continue
-            target = torch.empty(parameter.shape, dtype=dtype, device="cpu" if parameter.is_meta else parameter.device)
+            device = torch.device("cpu") if parameter.is_meta else parameter.device
+            try:
+                target = torch.empty(parameter.shape, dtype=dtype, device=device)
+            except RuntimeError:
+                shape = tuple(parameter.shape)
+                raise CheckpointError(f"{self.where}: no memory for {parts[0]} of shape {shape}") from None
             start = 0
             for part in parts:
-                tensor = origin.read(read(part))
-                place = target[start : start + len(tensor)] if len(parts) > 1 else target
-                if place.shape != tensor.shape:
-                    shapes = f"{tuple(tensor.shape)}, not {tuple(place.shape)}"
-                    raise CheckpointError(f"{self.where}: {part} has shape {shapes}")
-                place.copy_(tensor)
-                start += len(place) if len(parts) > 1 else 0
+                start += put(part, origin, target[start:] if len(parts) > 1 else target)
             if len(parts) > 1 and start != len(target):
                 raise CheckpointError(f"{self.where}: {', '.join(parts)} have {start} rows, not {len(target)}")
             _set_parameter(module, ours, nn.Parameter(target, requires_grad=parameter.requires_grad))
+
+    def _place(self, part: str, origin: Origin, room: Tensor, shape: Sequence[int]) -> Tensor:
+        """Where in `room` a part of this shape belongs. Raises CheckpointError when it does not fit."""
+        place = room[: shape[0]] if len(origin.parts) > 1 and shape else room
+        if place.shape != torch.Size(shape):
+            raise CheckpointError(f"{self.where}: {part} has shape {tuple(shape)}, not {tuple(place.shape)}")
+        return place
 
     def finish(self, ignore: Sequence[str] = ()) -> None:
         """Account for every tensor. `ignore`: patterns of names that are known and not needed.
@@ -121,6 +174,17 @@ class Account:
             raise CheckpointError(f"{self.where}: the checkpoint {' and '.join(problems)}")
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """In bytes, from the beginning of the file."""
+
+
 class Checkpoint(Account):
     """The tensors of a folder: `model.safetensors`, or shards with an index.
 
@@ -128,32 +192,84 @@ class Checkpoint(Account):
     """
 
     def __init__(self, folder: Path):
-        self.files = safetensors_index(folder)
-        super().__init__(str(folder), self.files)
-        self._open: tuple[Path, Any] | None = None
-        self._read_bytes = 0
+        files = safetensors_index(folder)
+        headers = {path: read_header(path) for path in sorted(set(files.values()))}
+        for name, path in files.items():
+            if name not in headers[path]:
+                raise CheckpointError(f"{path}: lacks {name}, which the index says is here")
+        self.tensors = {name: headers[path][name] for name, path in files.items()}
+        super().__init__(str(folder), self.tensors)
 
     def load(
         self, module: nn.Module, table: Table, *, dtype: torch.dtype = torch.float32, skip: Collection[str] = ()
     ) -> None:
         """`fill` from the files."""
-        self.fill(module, table, self.tensor, dtype=dtype, skip=skip)
+        jobs: list[Future[None]] = []
+        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+
+            def put(part: str, origin: Origin, room: Tensor) -> int:
+                stored = self._stored(part)
+                with torch.device("meta"):
+                    shape = stored.shape if origin.read is _as_it_is else origin.read(torch.empty(stored.shape)).shape
+                place = self._place(part, origin, room, shape)
+                jobs.append(pool.submit(_read, stored, origin, place))
+                return shape[0] if shape else 1
+
+            try:
+                self._fill(module, table, put, dtype=dtype, skip=skip)
+                for job in jobs:
+                    job.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor as it is stored. Raises CheckpointError when the index promises what the file does not hold."""
-        path = self.files[name]
-        if self._open is None or self._open[0] != path or self._read_bytes > WINDOW_BYTES:
-            self._open, self._read_bytes = (path, open_safetensors(path)), 0
-        try:
-            tensor: Tensor = self._open[1].get_tensor(name)
-        except SafetensorError:
-            raise CheckpointError(f"{path}: lacks {name}, which the index says is here") from None
-        self._read_bytes += tensor.numel() * tensor.element_size()
-        return tensor
+        """One tensor as it is stored."""
+        return _whole(self._stored(name))
 
-    def finish(self, ignore: Sequence[str] = ()) -> None:
-        self._open = None
-        super().finish(ignore)
+    def _stored(self, name: str) -> Stored:
+        stored = self.tensors[name]
+        if stored.dtype not in DTYPES:
+            kinds = ", ".join(DTYPES)
+            raise CheckpointError(
+                f"{stored.path}: {name} is stored as {stored.dtype}; quantised weights are not read, only {kinds}"
+            )
+        return stored
+
+
+def _read(stored: Stored, origin: Origin, place: Tensor) -> None:
+    """A stored tensor into `place`, which has the shape that `origin` gives it."""
+    if origin.read is not _as_it_is or place.device.type != "cpu":
+        place.copy_(origin.read(_whole(stored)))
+        return
+    flat, dtype = place.view(-1), DTYPES[stored.dtype]
+    with stored.path.open("rb", buffering=0) as stream:
+        stream.seek(stored.start)
+        if dtype == place.dtype:
+            _read_bytes(stream, flat, stored.path)
+            return
+        buffer = torch.empty(CHUNK_BYTES // dtype.itemsize, dtype=dtype)
+        for piece in flat.split(len(buffer)):
+            _read_bytes(stream, buffer[: len(piece)], stored.path)
+            piece.copy_(buffer[: len(piece)])
+
+
+def _whole(stored: Stored) -> Tensor:
+    tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    with stored.path.open("rb", buffering=0) as stream:
+        stream.seek(stored.start)
+        _read_bytes(stream, tensor.view(-1), stored.path)
+    return tensor
+
+
+def _read_bytes(stream: FileIO, flat: Tensor, path: Path) -> None:
+    """The next bytes of a file into a flat tensor."""
+    room = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while len(room):
+        count = stream.readinto(room)  # one call reads 2 GB at most
+        if not count:
+            raise CheckpointError(f"{path}: ends in the middle of a tensor")
+        room = room[count:]
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:
@@ -222,6 +338,19 @@ def open_safetensors(path: Path) -> Any:
                 f"{path}: a pickle, not safetensors; pickles may run code and are never read"
             ) from None
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Where each tensor of a safetensors file is. Raises what `open_safetensors` does."""
+    open_safetensors(path)  # the library has checked it: sizes, overlaps, and that nothing is cut off
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -142,8 +142,8 @@ def attend(
 ) -> Tensor:
     """Attention of q (B, H, T, C) over k and v (B, K, S, C) -> (B, H, T, C); the queries are the last T of the S keys.
 
-    mask: boolean, broadcast to (B, 1, T, S), True where a query may look; it says all about causality, documents and
-    padding, and the pattern takes away from it. A query that is left with nothing gets zeros.
+    mask: boolean, broadcast to (B, 1, T, S), True where a query may look: all about causality, documents and padding.
+    Patterns but dense take away from it what lies ahead or out of sight; a query that is left with nothing gets zeros.
     positions: places (B, T) of queries and (B, S) of keys in their documents; None: places in the row. Only the fixed
     patterns need them, since differences inside a document are those of the row, and they cost a dense product.
     causal: without a mask, only back; off goes with the dense pattern alone.
@@ -169,7 +169,7 @@ def attend(
         S = T + pattern.window - 1
         k, v = k[:, :, -S:], v[:, :, -S:]
         mask = None if mask is None else mask[..., -S:]
-    if positions is None and _covers(pattern, S):
+    if mask is None and positions is None and _covers(pattern, S):
         pattern = DENSE
     if pattern.kind == "dense":
         if mask is None and causal and 1 < T < S:

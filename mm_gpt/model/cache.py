@@ -66,6 +66,8 @@ class Pass:
     local_rotation: Rotation | None = None
     """Of the layers with local attention."""
     mask: Tensor | None = None
+    local_mask: Tensor | None = None
+    """All that layers with local attention may see, where that is not the window's part of `mask`."""
     positions: tuple[Tensor, Tensor] | None = None
     """Of queries (B, T) and keys (B, S), where a pattern needs them."""
     cache: KVCache | None = None

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mm_gpt.errors import ContextOverflowError
-from mm_gpt.model.attention import attend
+from mm_gpt.model.attention import DENSE, attend
 from mm_gpt.model.cache import KVCache, Pass
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.norms import RMSNorm, make_norm
@@ -52,12 +52,13 @@ class Attention(nn.Module):
             q, k = q * turn.scale, k / turn.scale
         if step.cache is not None:
             k, v = step.cache.append(self.layer, k, v)
+        whole = self.is_local and step.local_mask is not None  # the mask holds the pattern
         y = attend(
             q,
             k,
             v,
-            pattern=self.pattern,
-            mask=step.mask,
+            pattern=DENSE if whole else self.pattern,
+            mask=step.local_mask if whole else step.mask,
             positions=step.positions,
             causal=self.config.causal,
             scale=self.config.attention_scale,
@@ -179,15 +180,23 @@ class Decoder(nn.Module):
         return x if self.config.embedding_scale == 1.0 else x * self.config.embedding_scale
 
     def forward(
-        self, x: Tensor, positions: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        *,
+        mask: Tensor | None = None,
+        local_mask: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Hidden states (B, T, D) after the last norm.
 
         x (B, T, D): embeddings. positions (B, T): each token's place in its document. mask: boolean, True where a
         query (B, 1, T, S) may look; None means plain causal attention over T tokens (or, for one new token, over the
-        whole cache). Raises ContextOverflowError for more tokens than `max_length`.
+        whole cache). local_mask: the same for layers with local attention, window and all; None means `mask` within the
+        window. Raises ContextOverflowError for more tokens than `max_length`.
         """
         x, step = self._begin(x, positions, mask, cache)
+        step.local_mask = local_mask
         for block in self.blocks:
             x = block(x, step)
         if cache is not None:
@@ -231,9 +240,10 @@ class Decoder(nn.Module):
             x = x + self.position_embedding(positions + config.position_offset)
         elif config.positions == "sinusoidal":
             x = x + sinusoids(positions + config.position_offset, config.width, x.dtype)
-        if self._needs_positions and (mask is not None or cache is not None):
+        if self._needs_positions:
             keys = positions if cache is None else cache.place(positions)
-            step.positions = (positions, keys)
+            if mask is not None or (cache is not None and cache.length > 0):  # else index and position are the same
+                step.positions = (positions, keys)
         return self.drop(x), step
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -149,8 +149,21 @@ class MMGPT(nn.Module):
 
     def forward(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
         """Hidden states (B, T, D); logits are `decoder.logits` of the positions that need them."""
-        mask = attention_mask(batch, prefix_lm=self.config.prefix_lm)
-        return self.decoder(self.embed(batch), batch.position_ids, mask=mask, cache=cache)
+        prefix_lm, window = self.config.prefix_lm, self.decoder.config.window
+        mask, local_mask = attention_mask(batch, prefix_lm=prefix_lm), None
+        if prefix_lm and window is not None:
+            local_mask = attention_mask(batch, prefix_lm=True, window=window)
+        x, positions, length = self.embed(batch), batch.position_ids, self.decoder.config.memory_length
+        if not length or cache is not None:
+            return self.decoder(x, positions, mask=mask, local_mask=local_mask, cache=cache)
+        # Transformer-XL: segment after segment, each with the states of those before as its memory.
+        states, memory = [], None
+        for start in range(0, x.shape[1], length):
+            end, first = start + length, max(0, start - length)
+            seen = None if mask is None else mask[:, :, start:end, first:end]
+            hidden, memory = self.decoder.forward_segment(x[:, start:end], positions[:, start:end], memory, mask=seen)
+            states.append(hidden)
+        return torch.cat(states, dim=1)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed next-token cross-entropy in nats, and the number of supervised positions."""
@@ -158,20 +171,26 @@ class MMGPT(nn.Module):
         return next_token_loss(self(batch), self.decoder.head_weight, batch.labels, softcap=softcap)
 
 
-def attention_mask(batch: Batch, *, prefix_lm: bool = False) -> Tensor | None:
+def attention_mask(batch: Batch, *, prefix_lm: bool = False, window: int | None = None) -> Tensor | None:
     """True where a query (B, 1, T, T) may look: back, inside its own document, in the shared part or its own branch.
 
-    With `prefix_lm`, what stands before the first target of a document is seen by all of that part as well.
-    None when every row is one document without branches or padding: plain causal attention is faster.
+    With `prefix_lm`, what stands before the first target of a document is seen by all of that part as well. `window`:
+    how many tokens, the last ones, the rest of the document sees.
+    None when every row is one document without branches or padding on its left: plain causal attention is faster, and
+    sparse patterns are only then cheaper in all their forms.
     """
     documents, branches = batch.document_ids, batch.branch_ids
-    is_plain = not branches.any() and (documents == documents[:, :1]).all() and documents.all()
+    # Padding on the right is seen by nobody before it, and nobody asks what it sees.
+    follows = (documents[:, 1:] == documents[:, :-1]) | (documents[:, 1:] == 0)
+    is_plain = not branches.any() and bool(follows.all()) and bool(documents[:, 0].all())
     if is_plain and not prefix_lm:
         return None
     T = documents.shape[1]
     same = documents.unsqueeze(2) == documents.unsqueeze(1)  # (B, query, key)
     visible = (branches.unsqueeze(1) == 0) | (branches.unsqueeze(2) == branches.unsqueeze(1))
     causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
+    if window is not None:
+        causal = causal.triu(1 - window)
     if prefix_lm:
         prefix = _before_targets(batch)
         causal = causal | (prefix.unsqueeze(2) & prefix.unsqueeze(1))

@@ -99,7 +99,7 @@ def _gpt2(size: str, width: int, num_layers: int, num_heads: int) -> Preset:
         about="GPT-2 (Radford et al. 2019): norms before, a last norm, residual projections start smaller",
         config=_gpt(width, num_layers, num_heads),
         batch_tokens=512 * 1024,
-        differs="Learning rate and optimizer were not published. Initial weights are the paper's; its code has no 1/√N.",
+        differs="The optimizer was not published. Initial weights are the paper's: its code has no 1/√N.",
     )
 
 
@@ -123,8 +123,8 @@ def _gpt3(size: str, width: int, num_layers: int, num_heads: int, lr: float, bat
             "clip": 1.0,
         },
         batch_tokens=batch_tokens,
-        differs="The band's width was not published: 256 is a choice, an eighth of the context. The batch does not grow "
-        "at the start, and the learning rate falls to the last step." + note,
+        differs="The band's width was not published: 256 is a choice, an eighth of the context. There the batch grows "
+        "at the start, and the learning rate stays at its tenth after 260 of 300 billion tokens." + note,
     )
 
 
@@ -160,9 +160,9 @@ def _kosmos1(name: str, connector: ConnectorConfig, *, about: str) -> Preset:
             "clip": 2.0,
         },
         batch_tokens=1_200_000,
-        differs="The learning rate falls in a cosine here, linearly there. Of the ViT train the last block: "
-        "`vision.unfreeze(1)`. The image's marks have embeddings of their own besides the 64,007. What the connector is "
-        "was not published; class token, unit length and scaled embeddings are those of KOSMOS-2's code.",
+        differs="The learning rate falls in a cosine here, linearly there. The paper names a resampler, KOSMOS-2's "
+        "code has one cross-attention; class token, unit length and scaled embeddings are that code's. Of the ViT "
+        "train the last block: `vision.unfreeze(1)`. The image's marks have their own embeddings besides the 64,007.",
     )
 
 
@@ -185,8 +185,8 @@ def _metalm() -> Preset:
         ),
         training={"lr": 6e-4},
         batch_tokens=1024 * 2048,
-        differs="The vocabulary is KOSMOS-1's, and the encoder's norms are the decoder's: both are guesses. The encoder "
-        "is pretrained, and all but its last two layers stay as they are: `freeze_encoder(train_last=2)`.",
+        differs="Vocabulary and context are KOSMOS-1's, and the encoder's norms the decoder's: guesses. The encoder is "
+        "pretrained, and all but its last two layers stay as they are: `freeze_encoder(train_last=2)`.",
     )
 
 
@@ -230,9 +230,9 @@ def _transformer_xl(name: str, config: DecoderConfig, *, rows: int, warmup: int)
             "clip": 0.25,
         },
         batch_tokens=rows * config.max_length,
-        differs="The adaptive softmax is left out: one full table of words, which makes the large model 520M instead of "
-        "257M. u and v are of each layer, as in the TensorFlow code. Sinusoids have wavelengths to 20,000π, fairseq's. "
-        "The base model's dropout spared attention weights. max_length is one segment.",
+        differs="The adaptive softmax is left out: one full table of words makes the large model 520M instead of 257M. "
+        "u and v are of each layer, as in the TensorFlow code. The slowest sinusoid has a wavelength of 20,000π, not "
+        "a little less. The base model's dropout spared attention weights. max_length is one segment.",
     )
 
 
@@ -253,8 +253,8 @@ def _sparse(pattern: PatternName, *, summary: int | None) -> Preset:
             dropout=0.4,
         ),
         training={"lr": 3.5e-4, "warmup_steps": 5000, "weight_decay": 0.01, "clip": 1.0},
-        differs="Positions are one learned table, not one of rows and one of columns. The band has 128 tokens, as in the "
-        "code, not 129. gelu_tanh stands for x · sigmoid(1.702 x). Weights start with 0.02, not 0.125/√fan-in, the "
+        differs="Positions are one learned table, not one of rows and one of columns. The band has 128 tokens, as in "
+        "the code, not 129. gelu_tanh stands for x · sigmoid(1.702 x). Weights start with 0.02, not 0.125/√fan-in, the "
         "output not with zeros. Depth, dropout, c and the learning rate were not looked up again.",
     )
 
@@ -329,6 +329,7 @@ def _qwen(version: int, size: str, *sizes: int, **changes: Any) -> Preset:
     )
 
 
+# Below: width, layers, heads, for Llama's kind also key-value heads and the MLP's width.
 _XL_BASE = _wikitext(410, 16, 10, mlp_width=2100, segment=150, dropout=0.1)
 _XL_LARGE = _wikitext(1024, 18, 16, mlp_width=4096, segment=384, dropout=0.2)
 _RESAMPLER = ConnectorConfig(kind="resampler", num_latents=64, depth=6, num_heads=8)

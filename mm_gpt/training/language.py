@@ -21,6 +21,7 @@ from mm_gpt.datasets.texts import is_text_source, read_texts, text_documents
 from mm_gpt.document import Document, Image
 from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.hub.checkpoint import fill, load_decoder, load_model, save_model
+from mm_gpt.hub.vision_towers import load_open_clip
 from mm_gpt.model.decoder import Block, Decoder
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
@@ -59,6 +60,9 @@ class LanguageRecipe:
     """Without `validation` sources: the share of each training source that is kept from training to validate on."""
     start: str | None = None
     """The name or folder of a model to start from; its configuration must be `model`, where that is given."""
+    tokenizer: str | None = None
+    """Folder of a tokenizer (tokenizer.json, or vocab.json and merges.txt) for a model from random weights; None learns
+    one from the sources."""
     lora: LoRAConfig | None = None
     """Low-rank adaptation for the decoder of `start`, where it has none and `decoder` is not "full"."""
     vision_weights: str | None = None
@@ -102,6 +106,8 @@ class LanguageTask:
         self.errors = ErrorCounter()
         sources = [(source, self._records(source)) for source in (*recipe.sources, *recipe.validation)]
         model = recipe.model
+        if tokenizer is None and recipe.tokenizer is not None:
+            tokenizer = Tokenizer.from_hf_folder(Path(recipe.tokenizer))
         if tokenizer is None and recipe.start is None and model is not None and not isinstance(model.decoder, str):
             texts = [text for source, records in sources for record in records for text in _texts(record)]
             texts += [text for source in (*recipe.sources, *recipe.validation) for text in self._plain_texts(source)]
@@ -211,6 +217,8 @@ class LanguageTask:
         if pairs := training_questions(record, source, rng, self.recipe.max_questions):
             image = _image(record, [text for pair in pairs for text in pair], rng, augment)
             documents.append(self.processor.questions(image, pairs, id=record.key))
+        if self.model.config.prefix_lm:  # the image is read with the question in view, so no two questions share it
+            documents = [Document(d.segments + branch, id=d.id) for d in documents for branch in d.branches]
         return documents
 
     def _collate(self, rows: Sequence[Sequence[Example]], seed: int | None) -> Batch:
@@ -352,9 +360,13 @@ def compile_blocks(decoder: Decoder) -> None:
 
 
 def load_vision(vision: nn.Module, name: str) -> None:
-    """Weights for a vision tower: a registry name (ImageNet trunk) or the folder of a contrastive run."""
+    """Weights for a vision tower: a registry name (ImageNet trunk), the folder of a contrastive run, or an open_clip
+    tag such as ViT-L-14/laion2b_s32b_b82k."""
     if Path(name).is_dir():
         fill(vision, Path(name) / "model.safetensors", prefix="vision.")
+        return
+    if "/" in name:
+        vision.load_state_dict(load_open_clip(name)[0].state_dict(), strict=True)
         return
     from mm_gpt.hub import download
     from mm_gpt.vision.encoder import load_efficientnet_lite

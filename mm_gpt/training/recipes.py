@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mm_gpt import config as configs
-from mm_gpt.errors import MMGPTError
-from mm_gpt.model.decoder import DecoderConfig
+from mm_gpt.errors import ConfigError, MMGPTError, unknown_name
+from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import ModelConfig
+from mm_gpt.model.presets import PRESETS, preset
+from mm_gpt.model.semicausal import SemiCausalConfig
 from mm_gpt.training.contrastive import ContrastiveRecipe, ContrastiveTask
 from mm_gpt.training.language import LanguageRecipe, LanguageTask, SourceConfig
 from mm_gpt.training.loop import Task, TrainConfig, train
@@ -175,6 +177,35 @@ def finetune(data: str) -> LanguageRecipe:
     )
 
 
+UNPUBLISHED_LR = 2.5e-4
+"""For the presets whose paper names no learning rate: GPT's."""
+
+
+def of_preset(name: str, data: str) -> LanguageRecipe:
+    """A published model from random weights, with its paper's hyperparameters, on plain text or captioned images."""
+    chosen = preset(name)
+    config = chosen.config
+    if isinstance(config, SemiCausalConfig):
+        raise ConfigError(f"{name} is trained by mm_gpt.model.semicausal.SemiCausalLM, there is no recipe for it")
+    model = ModelConfig(decoder=config) if isinstance(config, DecoderConfig) else config
+    decoder = model.decoder
+    assert isinstance(decoder, DecoderConfig)
+    length = decoder.max_length if not decoder.memory_length else 4 * decoder.memory_length
+    return LanguageRecipe(
+        train=TrainConfig(**({"steps": 2000, "lr": UNPUBLISHED_LR} | chosen.training)),  # type: ignore[arg-type]
+        model=model,
+        image=None if model.vision is None else ImageTransformConfig(size=model.vision.image_size),
+        sources=(SourceConfig(path="."),),
+        holdout=0.1,
+        decoder="full",
+        vision_blocks=1,
+        row_length=length,
+        rows=max(1, 8192 // length),
+        augment=False,
+        data=data,
+    )
+
+
 RECIPES: dict[str, Callable[[str], Recipe]] = {
     "tiny": tiny,
     "finetune": finetune,
@@ -183,6 +214,15 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
     "default_joint": default_joint,
     "default_questions": default_questions,
 }
+
+
+def recipe(name: str, data: str) -> Recipe:
+    """A recipe or a preset by name. Raises MMGPTError naming the closest one."""
+    if name in RECIPES:
+        return RECIPES[name](data)
+    if name in PRESETS:
+        return of_preset(name, data)
+    raise MMGPTError(unknown_name("recipe", name, [*RECIPES, *PRESETS]))
 
 
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> None:

@@ -40,7 +40,8 @@ TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
 {%- set content = message['content'] -%}
-{%- for part in [{'type': 'text', 'text': content}] if content is string else content -%}
+{%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}
+{%- for part in parts -%}
 {{- mask_token if part['type'] == 'image' else ' ' + part['text'] -}}
 {%- endfor -%}
 {%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}
@@ -73,6 +74,7 @@ def read(folder: Path, values: dict[str, Any], tokenizer: Tokenizer) -> Import:
             tokens_per_image=queries,
             max_length=decoder.max_length,
             image_text=ImageTextConfig(token=mask, before="<image>", after="</image>"),
+            begin_of_text=True,
         ),
         tables={
             "decoder": _decoder_table(),

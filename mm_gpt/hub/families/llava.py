@@ -1,4 +1,4 @@
-"""LLaVA-1.5 (2310.03744), LLaVA-NeXT (its 1.6) and LLaVA-OneVision (2408.03326), images only, as llava-hf publishes them.
+"""LLaVA-1.5 (2310.03744), LLaVA-NeXT (1.6) and LLaVA-OneVision (2408.03326), images only, as llava-hf publishes them.
 
 A CLIP or SigLIP tower, of which a layer before the last norm is taken, two linear layers, and Llama, Mistral or Qwen2.
 1.5 sees one square of each image. NeXT and OneVision see tiles and end each row of features with a newline vector.
