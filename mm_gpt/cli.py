@@ -325,7 +325,7 @@ def _run_caption(args: argparse.Namespace) -> int:
     return EXIT_SOME_FAILED if summary.errors else 0
 
 
-# ---- train, eval, demo, models ----
+# ---- train, eval, export, demo, models ----
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -369,6 +369,38 @@ def _run_eval(args: argparse.Namespace) -> int:
     from mm_gpt.eval.harness import run
 
     return run(args)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model's name or folder")
+    parser.add_argument(
+        "--format", default="hf", metavar="NAME", help="hf: Hugging Face's; gguf: llama.cpp's (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the files")
+    parser.add_argument(
+        "--dtype",
+        default="float16",
+        metavar="NAME",
+        help="of matrices: float32, bfloat16, float16 or, in GGUF, q8_0 (default: %(default)s)",
+    )
+    parser.add_argument("--decoder-only", action="store_true", help="the language model without its eyes")
+    parser.add_argument("--overwrite", action="store_true", help="replace the exported model in FOLDER")
+
+
+def _run_export(args: argparse.Namespace) -> int:
+    from mm_gpt.hub.export import export_model
+
+    files = export_model(
+        args.model,
+        args.out,
+        format=args.format,
+        dtype=args.dtype,
+        decoder_only=args.decoder_only,
+        overwrite=args.overwrite,
+    )
+    for path in files:
+        print(f"{path}  {_size(path.stat().st_size)}")
+    return 0
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -458,6 +490,15 @@ COMMANDS = {
         ("mm-gpt eval --task captioning --data flickr8k/test.tar", "mm-gpt eval --task vqa --data vqa/ --limit 500"),
         _add_eval,
         _run_eval,
+    ),
+    "export": Command(
+        "Write a model for other programs: Hugging Face's classes, vLLM, llama.cpp.",
+        (
+            "mm-gpt export runs/finetune/best --out exported",
+            "mm-gpt export default --decoder-only --format gguf --dtype q8_0 --out exported-gguf",
+        ),
+        _add_export,
+        _run_export,
     ),
     "demo": Command(
         "Open a web page to try a model.",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import mm_gpt
 from mm_gpt.cli import main
 from mm_gpt.config import to_dict
-from mm_gpt.document import Message
+from mm_gpt.document import Image, Message
 from mm_gpt.errors import CheckpointError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.model.mmgpt import MMGPT
@@ -66,6 +66,7 @@ def check_answers(folder: Path, picture: PILImage.Image, question: str, expected
     assert captions[0] == answer
     stream = assistant.chat([user(picture, question)], stream=True, **options)
     assert "".join(stream).strip() == answer
+    assert assistant.conversation(**options).say([Image(picture), question]) == answer
     picture.save(tmp_path / "shown.png")
     assert main(["ask", str(tmp_path / "shown.png"), question, "--model", str(folder), "--max-new-tokens", "3"]) == 0
 

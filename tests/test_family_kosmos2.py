@@ -22,6 +22,7 @@ from family_checks import (
 from tokenizers import models, pre_tokenizers, trainers
 from torch import Tensor
 
+from mm_gpt.document import Document, Image, interleave
 from mm_gpt.errors import CheckpointError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.hub.families.kosmos2 import read
@@ -137,6 +138,8 @@ def test_same_logits_pixels_and_ids(theirs: Theirs) -> None:
             places = example.input_ids == processor.tokenizer.special["<mask>"]
             assert places.tolist() == expected["image_embeds_position_mask"][0].bool().tolist()
             assert torch.equal(processor.pixels([example]), expected["pixel_values"])
+    plain = processor(Document(tuple(interleave([Image(A), "An image of"]))))  # what `complete` continues
+    assert as_theirs(plain.input_ids, processor) == theirs.inputs([A], "An image of")["input_ids"][0].tolist()
     check_logits(model, processor, theirs)
     one, other = logits_of(model, processor, [[user(A, "a ball")], [user(B, "a ball")]])
     assert (one - other).abs().max() > 0.1  # the picture matters

@@ -346,6 +346,8 @@ def test_texts_too_short_for_a_span_have_none() -> None:
 def test_impossible_samples(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         draw(0, **options)
+    with pytest.raises(MMGPTError, match="document_ids of 3 tokens came for 4"):
+        draw(0, 4, document_ids=[1, 1, 1])
 
 
 def test_sampled_spans_are_accepted(model: SemiCausalLM) -> None:

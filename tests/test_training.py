@@ -665,7 +665,7 @@ def test_half_an_epoch_each_time(data: Path) -> None:
 
 
 def test_documents_too_long_are_left_out(data: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Longer than a row, or than the context: counted and left out, in training and validation."""
+    """Longer than the context: counted and left out, in training and validation."""
     long = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "word " * 400}]}
     (data / "long.jsonl").write_text(json.dumps(long) + "\n")
     source = SourceConfig(path="long.jsonl")
@@ -673,10 +673,22 @@ def test_documents_too_long_are_left_out(data: Path, caplog: pytest.LogCaptureFi
     task = tiny_task(recipe)
     batches = shown(task, 0, task.epoch_length(0))
     assert sum(len(row.split()) for batch in batches for row in batch.ids) == NUM_CHATS
-    assert "1 documents are longer than a row and left out" in caplog.text
+    assert "1 documents are longer than the model's context and left out" in caplog.text
     assert task.validate()["loss"] == 0.0
     with pytest.raises(MMGPTError, match="no usable record"):
         shown(tiny_task(dataclasses.replace(recipe, sources=(source,))), 0, 1)
+
+
+def test_a_document_longer_than_a_row_has_one_of_its_own(data: Path) -> None:
+    """LLaVA's images alone take more than a row of the usual length: they must not be left out."""
+    long = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "word " * 40}]}
+    (data / "long.jsonl").write_text(json.dumps(long) + "\n")
+    sources = (SourceConfig(path="chats.jsonl"), SourceConfig(path="long.jsonl"))
+    task = tiny_task(dataclasses.replace(tiny_recipe(data, sources=sources), row_length=64))
+    batches = shown(task, 0, task.epoch_length(0))
+    (row,) = [row for batch in batches for row in batch.ids if "long" in row]
+    assert row == "long.jsonl:1"
+    assert max(batch.input_ids.shape[1] for batch in batches) > 64
 
 
 def test_a_broken_image_is_counted_not_fatal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ reads.
 """
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mm_gpt.errors import CheckpointError, MMGPTError
 from mm_gpt.hub.decoders import decoder_table
 from mm_gpt.hub.export_decoders import CLASSES, decoder_values, essence
 from mm_gpt.hub.export_folder import CHATML, Plan, with_template, with_tokens
-from mm_gpt.hub.families import FAMILIES, Import, family_of
+from mm_gpt.hub.families import FAMILIES, Import
 from mm_gpt.hub.vision_towers import vit_table
 from mm_gpt.hub.weights import same
 from mm_gpt.image_text import ImageTextConfig
@@ -75,6 +76,8 @@ def with_marks_inside(model: MMGPT, processor: Processor) -> tuple[MMGPT, Proces
     taken = [token for token in MARKS if processor.tokenizer.backend.token_to_id(token) is not None]
     if taken:
         raise CheckpointError(f"the vocabulary has a token {taken[0]!r} already; {INSTEAD}")
+    if processor.template is not None:
+        raise CheckpointError(f"a chat template that knows no image token cannot be exported with images; {INSTEAD}")
     tokenizer = with_tokens(processor.tokenizer, MARKS)
     begin, placeholder, end = (tokenizer.special[token] for token in MARKS)
     old = model.decoder
@@ -96,11 +99,7 @@ def with_marks_inside(model: MMGPT, processor: Processor) -> tuple[MMGPT, Proces
             table[: len(matrix.weight)] = matrix.weight.detach()
             table[begin : end + 1] = rows
             getattr(decoder, name).weight = nn.Parameter(table)
-    source = processor.template.source if processor.template is not None else CHATML
-    written = f"'{''.join(MARKS)}'"
-    if processor.template is not None:
-        raise CheckpointError(f"a chat template and image marks behind the vocabulary do not go together; {INSTEAD}")
-    source = source.replace("IMAGE", written)
+    source = CHATML.replace("IMAGE", f"'{''.join(MARKS)}'")
     text = ImageTextConfig(token=MARKS[1])
     return inside.eval(), with_template(processor, source, tokenizer, image_text=text)
 
@@ -113,7 +112,7 @@ def _llava(model: MMGPT, processor: Processor) -> Plan:
     tiling = model.config.tiling
     if tiling is not None and tiling.kind not in LLAVA:
         raise CheckpointError(f"tiling {tiling.kind!r} with connector 'mlp' has no counterpart; {INSTEAD}")
-    kind, name, processor_name = LLAVA[tiling and tiling.kind]
+    kind, name, processor_name = LLAVA[None if tiling is None else tiling.kind]
     text = decoder_values(model.decoder.config)
     text["architectures"] = [CLASSES[text["model_type"]]]
     strategy = "default" if tower.class_token and not vision.include_class_token else "full"
@@ -155,7 +154,9 @@ def _llava(model: MMGPT, processor: Processor) -> Plan:
         files["video_preprocessor_config.json"] = shared | {"video_processor_type": "LlavaOnevisionVideoProcessor"}
     files |= {"preprocessor_config.json": prepared, "processor_config.json": own}
     tables = {
-        "decoder": decoder_table(text["model_type"], prefix="language_model.model.", head="language_model.lm_head.weight"),
+        "decoder": decoder_table(
+            text["model_type"], prefix="language_model.model.", head="language_model.lm_head.weight"
+        ),
         "vision.tower": vit_table("vision_tower.vision_model."),
         "connector": {
             f"fc{number}.{part}": same(f"multi_modal_projector.linear_{number}.{part}")
@@ -311,16 +312,18 @@ def _square(size: int) -> dict[str, int]:
 def check(folder: Path, values: dict[str, Any], model: MMGPT, processor: Processor) -> None:
     """Read what was written. Raises CheckpointError for what would come back as something else."""
     kind = values["model_type"]
-    assert kind in FAMILIES
+    family = importlib.import_module(f"mm_gpt.hub.families.{FAMILIES[kind]}")
     try:
-        back: Import = family_of(kind).read(folder, values, Tokenizer.from_hf_folder(folder))
+        back: Import = family.read(folder, values, Tokenizer.from_hf_folder(folder))
     except MMGPTError as error:
         raise CheckpointError(f"{str(error).replace(f'{folder}/', '')}; {INSTEAD}") from None
     wanted = {**_model_facts(model.config, model), **_processor_facts(processor.config, processor.tokenizer)}
     found = {**_model_facts(back.model, None), **_processor_facts(back.processor, processor.tokenizer)}
     for name, value in wanted.items():
         if value != found[name]:
-            raise CheckpointError(f"{name} {value!r} has no counterpart in {kind}, which has {found[name]!r}; {INSTEAD}")
+            raise CheckpointError(
+                f"{name} {value!r} has no counterpart in {kind}, which has {found[name]!r}; {INSTEAD}"
+            )
 
 
 def _model_facts(config: ModelConfig, model: MMGPT | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Decoder weights of the Llama family from GGUF files: quantised tensors are expanded to float32.
+"""Decoder weights from GGUF files: quantised tensors are expanded to float32. `gguf_writer` is the way back.
 
-Query, key and value (and gate and up) are separate matrices there; the decoder stores each group as one.
+Query, key and value (and gate and up) are separate matrices in the files of the Llama family; the decoder stores each
+group as one.
 """
 
 from pathlib import Path
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mm_gpt.errors import CheckpointError
-from mm_gpt.hub.weights import Account, Table, same
+from mm_gpt.hub.weights import Account, Table, same, unfilled
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.decoder_config import DecoderConfig
+from mm_gpt.model.positions import RopeScaling
 
 GGUF_TABLE: Table = {
     "embedding.weight": same("token_embd.weight"),
@@ -22,12 +24,30 @@ GGUF_TABLE: Table = {
     "blocks.{i}.attention_norm.weight": same("blk.{i}.attn_norm.weight"),
     "blocks.{i}.attention.qkv.weight": same(*(f"blk.{{i}}.attn_{p}.weight" for p in "qkv")),
     "blocks.{i}.attention.qkv.bias": same(*(f"blk.{{i}}.attn_{p}.bias" for p in "qkv")),
+    "blocks.{i}.attention.q_norm.weight": same("blk.{i}.attn_q_norm.weight"),
+    "blocks.{i}.attention.k_norm.weight": same("blk.{i}.attn_k_norm.weight"),
     "blocks.{i}.attention.out.weight": same("blk.{i}.attn_output.weight"),
     "blocks.{i}.attention.out.bias": same("blk.{i}.attn_output.bias"),
     "blocks.{i}.mlp_norm.weight": same("blk.{i}.ffn_norm.weight"),
     "blocks.{i}.mlp.gate_up.weight": same("blk.{i}.ffn_gate.weight", "blk.{i}.ffn_up.weight"),
     "blocks.{i}.mlp.down.weight": same("blk.{i}.ffn_down.weight"),
 }
+_GPT2_NAMES = {
+    "norm": "output_norm",
+    "blocks.{i}.attention_norm": "blk.{i}.attn_norm",
+    "blocks.{i}.attention.qkv": "blk.{i}.attn_qkv",
+    "blocks.{i}.attention.out": "blk.{i}.attn_output",
+    "blocks.{i}.mlp_norm": "blk.{i}.ffn_norm",
+    "blocks.{i}.mlp.up": "blk.{i}.ffn_up",
+    "blocks.{i}.mlp.down": "blk.{i}.ffn_down",
+}
+_GPT2_TABLE: Table = {
+    "embedding.weight": same("token_embd.weight"),
+    "position_embedding.weight": same("position_embd.weight"),
+    "head.weight": same("output.weight"),
+    **{f"{ours}.{part}": same(f"{its}.{part}") for ours, its in _GPT2_NAMES.items() for part in ("weight", "bias")},
+}
+ARCHITECTURES = {"llama": GGUF_TABLE, "qwen2": GGUF_TABLE, "qwen3": GGUF_TABLE, "gpt2": _GPT2_TABLE}
 
 
 def load_gguf(path: Path) -> tuple[Decoder, dict[str, Any]]:
@@ -37,29 +57,18 @@ def load_gguf(path: Path) -> tuple[Decoder, dict[str, Any]]:
     """
     reader = open_gguf(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    if fields.get("general.architecture") != "llama":
-        raise CheckpointError(f"{path}: architecture {fields.get('general.architecture')!r} is not of the Llama family")
+    kind = fields.get("general.architecture")
+    if kind not in ARCHITECTURES:
+        raise CheckpointError(f"{path}: architecture {kind!r} is not one of {', '.join(ARCHITECTURES)}")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    own = {name.removeprefix(f"{kind}."): value for name, value in fields.items() if name.startswith(f"{kind}.")}
     try:
-        heads = fields["llama.attention.head_count"]
-        head_size = fields.get("llama.rope.dimension_count", fields["llama.embedding_length"] // heads)
-        config = DecoderConfig(
-            vocab_size=len(fields["tokenizer.ggml.tokens"]),
-            width=fields["llama.embedding_length"],
-            num_layers=fields["llama.block_count"],
-            num_heads=heads,
-            num_kv_heads=fields.get("llama.attention.head_count_kv", heads),
-            head_size=head_size,
-            mlp_width=fields["llama.feed_forward_length"],
-            max_length=fields["llama.context_length"],
-            norm_eps=_short(fields["llama.attention.layer_norm_rms_epsilon"]),
-            rope_theta=fields.get("llama.rope.freq_base", 10_000.0),
-            tie_embeddings="output.weight" not in tensors,
-            qkv_bias="blk.0.attn_q.bias" in tensors,
-            output_bias="blk.0.attn_output.bias" in tensors,
-        )
+        vocab_size = len(fields["tokenizer.ggml.tokens"])
+        config = (_gpt2_config if kind == "gpt2" else _llama_config)(kind, own, tensors, vocab_size)
     except KeyError as error:
         raise CheckpointError(f"{path}: the metadata lacks {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
     def read(name: str) -> Tensor:
         from gguf import dequantize
@@ -68,18 +77,66 @@ def load_gguf(path: Path) -> tuple[Decoder, dict[str, Any]]:
         try:
             weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         except NotImplementedError:
-            kind = tensor.tensor_type.name
-            raise CheckpointError(f"{path}: tensor {name} has the unsupported quantisation {kind}") from None
-        if name.endswith(("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")):
-            weight = _rotary_halves(weight, head_size)
+            quantisation = tensor.tensor_type.name
+            raise CheckpointError(f"{path}: tensor {name} has the unsupported quantisation {quantisation}") from None
+        if kind == "llama" and name.endswith(("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")):
+            weight = rotary_halves(weight, config.head_size)
         return weight
 
-    with torch.device("meta"):
+    with unfilled():
         decoder = Decoder(config)
     account = Account(str(path), tensors)
-    account.fill(decoder, GGUF_TABLE, read)
+    account.fill(decoder, ARCHITECTURES[kind], read)
     account.finish()
     return decoder, fields
+
+
+def _llama_config(kind: str, own: dict[str, Any], tensors: dict[str, Any], vocab_size: int) -> DecoderConfig:
+    heads = own["attention.head_count"]
+    default = own.get("rope.dimension_count", own["embedding_length"] // heads)
+    scaling = own.get("rope.scaling.type", "none")
+    if scaling not in ("none", "linear"):
+        raise CheckpointError(f"{kind}.rope.scaling.type {scaling!r} is not supported, only none and linear")
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        width=own["embedding_length"],
+        num_layers=own["block_count"],
+        num_heads=heads,
+        num_kv_heads=own.get("attention.head_count_kv", heads),
+        head_size=own.get("attention.key_length", default),
+        mlp_width=own["feed_forward_length"],
+        max_length=own["context_length"],
+        norm_eps=_short(own["attention.layer_norm_rms_epsilon"]),
+        qk_norm=kind == "qwen3",
+        rope_theta=own.get("rope.freq_base", 10_000.0),
+        rope_scaling=RopeScaling(kind="linear", factor=own["rope.scaling.factor"]) if scaling == "linear" else None,
+        tie_embeddings="output.weight" not in tensors,
+        qkv_bias="blk.0.attn_q.bias" in tensors,
+        output_bias="blk.0.attn_output.bias" in tensors,
+    )
+
+
+def _gpt2_config(kind: str, own: dict[str, Any], tensors: dict[str, Any], vocab_size: int) -> DecoderConfig:
+    heads = own["attention.head_count"]
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        width=own["embedding_length"],
+        num_layers=own["block_count"],
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_size=own["embedding_length"] // heads,
+        mlp_width=own["feed_forward_length"],
+        max_length=own["context_length"],
+        norm="layer",
+        norm_eps=_short(own["attention.layer_norm_epsilon"]),
+        activation="gelu_tanh",
+        gated_mlp=False,
+        mlp_bias=True,
+        qkv_bias=True,
+        output_bias=True,
+        positions="learned",
+        tie_embeddings="output.weight" not in tensors,
+    )
 
 
 def open_gguf(path: Path) -> Any:
@@ -103,10 +160,16 @@ def open_gguf(path: Path) -> Any:
         raise CheckpointError(f"{path}: not a readable GGUF file ({error})") from None
 
 
-def _rotary_halves(weight: Tensor, head_size: int) -> Tensor:
-    """GGUF interleaves each head's rotary pairs (i, i+1); the decoder pairs (i, i + C/2)."""
+def rotary_halves(weight: Tensor, head_size: int) -> Tensor:
+    """GGUF's llama interleaves each head's rotary pairs (i, i+1); the decoder pairs (i, i + C/2)."""
     heads = weight.shape[0] // head_size
     return weight.view(heads, head_size // 2, 2, -1).transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def rotary_pairs(weight: Tensor, head_size: int) -> Tensor:
+    """The way back of `rotary_halves`."""
+    heads = weight.shape[0] // head_size
+    return weight.reshape(heads, 2, head_size // 2, -1).transpose(1, 2).reshape(weight.shape).contiguous()
 
 
 def _short(value: float) -> float:

@@ -15,7 +15,7 @@ import torch
 
 from mm_gpt.errors import CheckpointError, ConfigError, DownloadError
 from mm_gpt.hub.download import _offline
-from mm_gpt.hub.weights import Checkpoint, Table, open_safetensors, read_json, same
+from mm_gpt.hub.weights import Checkpoint, Table, open_safetensors, read_json, same, unfilled
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
 from mm_gpt.vision.transforms import ImageTransformConfig
 from mm_gpt.vision.vit import ViTConfig
@@ -160,7 +160,7 @@ def load_vision_tower(folder: Path) -> VisionEncoder:
     Raises CheckpointError naming what is unsupported, missing or left over.
     """
     config = vit_config(read_json(folder / "config.json"), where=f"{folder}/config.json")
-    with torch.device("meta"):
+    with unfilled():
         encoder = VisionEncoder(VisionConfig(model=config, image_size=config.image_size))
     checkpoint = Checkpoint(folder)
     prefix = tower_prefix(checkpoint.names, where=str(folder))

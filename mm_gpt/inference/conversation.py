@@ -5,18 +5,19 @@ Keys and values of all that was said stay in a cache, and a turn costs what it a
 what is further back than its layers can pass on is forgotten.
 """
 
+import dataclasses
+import sys
 from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mm_gpt.document import Message
+from mm_gpt.document import Document, Message
 from mm_gpt.errors import ConfigError, ContextOverflowError
 from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, _Row
 from mm_gpt.model.cache import KVCache
-from mm_gpt.model.mmgpt import attention_mask
-from mm_gpt.processor import Example, collate
+from mm_gpt.processor import Example, Processor, collate
 
 
 class Conversation:
@@ -32,8 +33,14 @@ class Conversation:
         self.engine, self.config = engine, config
         self.messages: list[Message] = []
         self.memory_length = engine.model.decoder.config.memory_length
+        if self.memory_length and (engine.processor.template is not None or engine.model.config.prefix_lm):
+            raise ConfigError("segment memory goes with ChatML and causal prompts: other forms need the whole chat")
         self._cache: KVCache | None = None
-        self._seen: list[int] = []  # the ids whose keys and values are in the cache, or were
+        # What the next prompt may share with what was read: ids, the images in them, and where in the cache they begin.
+        # With memory the next prompt begins with the last answer.
+        self._seen: list[int] = []
+        self._images: list[tuple[Any, ...]] = []
+        self._start = 0
         self.tokens_read = 0
         """Tokens of the prompt that the last turn had to read."""
 
@@ -46,34 +53,44 @@ class Conversation:
             pass
         return self.answer
 
+    @torch.inference_mode()
     def stream(self, content: Any) -> Generator[str, None, None]:
         """`say`, piece by piece; `answer` is complete afterwards."""
         turn: Message = {"role": "user", "content": content}
         example = self._example(turn)
-        with torch.inference_mode():
-            row = _Row(example, self.engine.processor, self.config, self._room(example))
-            hidden, cache = self._read(example, row.limit)
-            last = torch.full((1, 1), cache.length - 1, device=self.engine.model.device)
-            try:
-                for (piece,) in self.engine.continue_from(hidden, cache, last, [row], self.config):
-                    if piece:
-                        yield piece
-            finally:  # an answer that was interrupted was given as far as it went
-                self._seen += row.ids[:-1]  # the last one was chosen, not read
-                self.answer = row.answer()
-                self.messages += [turn, {"role": "assistant", "content": self.answer.text}]
+        row = _Row(example, self.engine.processor, self.config, self._room(example))
+        hidden, cache = self._read(example, row.limit)
+        end = cache.length
+        last = torch.full((1, 1), end - 1, device=self.engine.model.device)
+        try:
+            for (piece,) in self.engine.continue_from(hidden, cache, last, [row], self.config):
+                if piece:
+                    yield piece
+        finally:  # an answer that was interrupted was given as far as it went
+            read = row.ids[:-1]  # the last one was chosen, not read
+            if self.memory_length:
+                self._seen, self._images, self._start = read, [], end
+            else:
+                self._seen += read
+            self.answer = row.answer()
+            self.messages += [turn, {"role": "assistant", "content": self.answer.text}]
 
     def _example(self, turn: Message) -> Example:
-        """What the turn makes of the prompt: with memory the new part alone, else all of it."""
+        """What is to be read, as far as it is not in the cache: all messages, or with memory the last answer and `turn`.
+
+        The answer comes again because it is not always what was generated: it may have been cut off, or end in a stop
+        text; and its last token was not read. `_read` skips what is in the cache.
+        """
         processor = self.engine.processor
-        if not self.memory_length or not self.messages:
+        if not self.memory_length:
             return processor(processor.chat([*self.messages, turn]))
-        example = processor(processor.chat([turn]))
-        end = processor.tokenizer.special[processor.tokenizer.end_of_turn]
-        ids = torch.tensor([end, *processor.tokenizer.encode("\n"), *example.input_ids.tolist()])
-        example.input_ids, example.position_ids = ids, torch.arange(len(ids))
-        example.labels, example.branch_ids = torch.full_like(ids, -100), torch.zeros_like(ids)
-        return example
+        # However long, it is read in segments; and a text begins once.
+        begins = processor.config.begin_of_text and not self.messages
+        config = dataclasses.replace(processor.config, max_length=sys.maxsize, begin_of_text=begins)
+        processor = Processor(processor.tokenizer, config, vocab_size=processor.vocab_size)
+        opened = self.messages[-1:]
+        document = processor.chat([*opened, turn])
+        return processor(Document(document.segments[len(opened) :]))  # the opening of the answer was in the last prompt
 
     def _room(self, example: Example) -> int:
         """The context, as far as this turn is concerned."""
@@ -89,42 +106,61 @@ class Conversation:
     def _read(self, example: Example, room: int) -> tuple[Tensor, KVCache]:
         """Read what is new of the prompt; the last token's state (1, D), and the cache."""
         model, ids = self.engine.model, example.input_ids.tolist()
-        start = 0
-        if not self.memory_length and not model.config.prefix_lm:
-            start = _common(ids[:-1], self._seen)  # templates may write earlier turns in another way than they were
-            if start and self.engine.processor.is_image(ids[start]) and self.engine.processor.is_image(ids[start - 1]):
-                start = max(at for at in example.image_starts if at < start)  # an image is read as a whole
-        self.tokens_read = len(ids) - start
-        segment = model.decoder.config.max_length if self.memory_length else self.tokens_read
-        cache = self._cache = self._prepared_cache(start, segment, room)
+        start = 0 if model.config.prefix_lm else self._shared(example, ids)
         new = _from(example, start)
         batch = collate([[new]], self.engine.processor.pixels([new])).to(model.device)
-        mask = attention_mask(batch, prefix_lm=True) if model.config.prefix_lm else None
+        masks = model.masks(batch) if model.config.prefix_lm else {}
         embedded = model.embed(batch)
         hidden = embedded[:, -1]
-        for at in range(0, embedded.shape[1], segment):
-            x = embedded[:, at : at + segment]
+        self.tokens_read = len(new)
+        segment = model.decoder.config.max_length if self.memory_length else len(new)
+        cache = self._cache = self._prepared_cache(start, segment, room)
+        self._images = _image_keys(example)
+        for at in range(start, len(ids), segment):
             if self.memory_length:
                 cache.keep_last(self.memory_length)
+            # Said before and after each segment, so that what is interrupted here is still known for what it is.
+            self._seen, self._start = ids[:at], cache.length - at
+            x = embedded[:, at - start : at - start + segment]
             positions = torch.arange(cache.length, cache.length + x.shape[1], device=model.device)[None]
-            hidden = model.decoder(x, positions, mask=mask, cache=cache)[:, -1]
-        self._seen = ids
+            hidden = model.decoder(x, positions, **masks, cache=cache)[:, -1]
+            self._seen = ids[: at + segment]
         return hidden, cache
+
+    def _shared(self, example: Example, ids: list[int]) -> int:
+        """How many tokens of the prompt are in the cache. The last one never counts: its state is needed.
+
+        Templates may write earlier turns in another way than they were, or leave images of them out.
+        """
+        start = _common(ids[:-1], self._seen)
+        images = zip(example.image_starts, _image_keys(example), self._images, strict=False)
+        start = min([start, *(at for at, mine, its in images if mine != its)])
+        is_image = self.engine.processor.is_image
+        if start and is_image(ids[start]) and is_image(ids[start - 1]):
+            start = max(at for at in example.image_starts if at < start)  # an image is read as a whole
+        return start
 
     def _prepared_cache(self, start: int, segment: int, room: int) -> KVCache:
         """A cache with room for the turn, holding what was read before."""
-        model = self.engine.model
+        model, memory = self.engine.model, self.memory_length
         config, weight = model.decoder.config, model.decoder.embedding.weight
-        needed = (self.memory_length or start) + segment + room
         cache = self._cache
+        if cache is not None:
+            cache.length = max(0, self._start + start)
+        needed = (memory or start) + segment + room
         if cache is None or cache.keys.shape[3] < needed:
-            capacity = needed if self.memory_length else min(config.max_length, 2 * needed)
+            capacity = needed if memory else min(config.max_length, 2 * needed)
             cache = KVCache(config, 1, capacity, dtype=weight.dtype, device=model.device)
             if self._cache is not None:
+                self._cache.keep_last(memory or start)
                 cache.copy_from(self._cache)
-        if not self.memory_length:
-            cache.length = start
         return cache
+
+
+def _image_keys(example: Example) -> list[tuple[Any, ...]]:
+    """What tells the images of a prompt apart: place, source and how it is cut."""
+    keys = zip(example.image_starts, example.images, example.grids, example.sizes, strict=True)
+    return [(at, id(image.source), image.mirrored, grid, size) for at, image, grid, size in keys]
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -7,6 +7,7 @@ from mm_gpt.errors import ConfigError
 from mm_gpt.model.attention import Pattern
 from mm_gpt.model.positions import RopeScaling
 
+MAX_XPOS_LENGTH = 65_536
 PatternName = Literal[
     "dense",
     "local",
@@ -88,8 +89,12 @@ class DecoderConfig:
             raise ConfigError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_size % 2 and self.positions in ("rope", "xpos"):
             raise ConfigError(f"head_size {self.head_size} must be even for rotary positions")
+        if self.positions == "xpos" and self.max_length > MAX_XPOS_LENGTH:
+            raise ConfigError(f"xPos overflows float32 beyond {MAX_XPOS_LENGTH} tokens, not {self.max_length}")
         if not self.attention:
             raise ConfigError("attention must name at least one pattern")
+        if not self.causal and set(self.attention) != {"dense"}:
+            raise ConfigError("an encoder (causal off) has dense attention only")
         if self.memory_length and self.positions != "relative":
             raise ConfigError("memory_length needs positions 'relative': others repeat in each segment")
         if self.residual_scale != 1.0 and self.norm_place != "post":

@@ -149,21 +149,26 @@ class MMGPT(nn.Module):
 
     def forward(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
         """Hidden states (B, T, D); logits are `decoder.logits` of the positions that need them."""
-        prefix_lm, window = self.config.prefix_lm, self.decoder.config.window
-        mask, local_mask = attention_mask(batch, prefix_lm=prefix_lm), None
-        if prefix_lm and window is not None:
-            local_mask = attention_mask(batch, prefix_lm=True, window=window)
+        masks = self.masks(batch)
         x, positions, length = self.embed(batch), batch.position_ids, self.decoder.config.memory_length
         if not length or cache is not None:
-            return self.decoder(x, positions, mask=mask, local_mask=local_mask, cache=cache)
+            return self.decoder(x, positions, **masks, cache=cache)
         # Transformer-XL: segment after segment, each with the states of those before as its memory.
         states, memory = [], None
         for start in range(0, x.shape[1], length):
             end, first = start + length, max(0, start - length)
-            seen = None if mask is None else mask[:, :, start:end, first:end]
+            seen = None if masks["mask"] is None else masks["mask"][:, :, start:end, first:end]
             hidden, memory = self.decoder.forward_segment(x[:, start:end], positions[:, start:end], memory, mask=seen)
             states.append(hidden)
         return torch.cat(states, dim=1)
+
+    def masks(self, batch: Batch) -> dict[str, Tensor | None]:
+        """What the decoder's layers may look at: its arguments `mask` and `local_mask`."""
+        prefix_lm, window = self.config.prefix_lm, self.decoder.config.window
+        local_mask = None
+        if prefix_lm and window is not None:  # a prefix is read whole, and the window begins behind it
+            local_mask = attention_mask(batch, prefix_lm=True, window=window)
+        return {"mask": attention_mask(batch, prefix_lm=prefix_lm), "local_mask": local_mask}
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed next-token cross-entropy in nats, and the number of supervised positions."""

@@ -150,6 +150,8 @@ def sample_spans(
         raise ConfigError(f"shortest must be positive and at most longest, not {shortest} and {longest}")
     if not 0 <= share < 1:
         raise ConfigError(f"share must be in [0, 1), not {share}")
+    if document_ids is not None and len(document_ids) != length:
+        raise MMGPTError(f"document_ids of {len(document_ids)} tokens came for {length} tokens")
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=generator))

@@ -76,7 +76,7 @@ class LanguageRecipe:
     vision_lr: float = 0.1
     """Learning rates as multiples of `train.lr`."""
     row_length: int = 512
-    """Tokens in a packed row."""
+    """Tokens in a packed row, at most the model's context. A longer document has a row of its own."""
     rows: int = 6
     """Rows in a micro-batch."""
     max_captions: int = 5
@@ -114,6 +114,7 @@ class LanguageTask:
             prompts = [*ROLES, CAPTION_PROMPT, *OTHER_CAPTION_PROMPTS] * 4  # often enough to be learned as words
             tokenizer = Tokenizer.train([*texts, *prompts], model.decoder.vocab_size)
         self.model, self.processor = build_model(recipe, tokenizer)
+        self.row_length = min(recipe.row_length, self.processor.config.max_length)
         documents = [self._text_documents(source) or records for source, records in sources]
         self.records, self.validation_records = documents[: len(recipe.sources)], documents[len(recipe.sources) :]
         if recipe.holdout:
@@ -183,10 +184,13 @@ class LanguageTask:
                     documents += self._documents(record, source, rng, augment=self.recipe.augment)
             rng.shuffle(documents)
             lengths = [self._length(document) for document in documents]
-            fits = [i for i, length in enumerate(lengths) if length <= self.recipe.row_length]
-            if len(fits) < len(documents):
-                logger.warning("%d documents are longer than a row and left out", len(documents) - len(fits))
-            rows = [[fits[i] for i in row] for row in pack([int(lengths[i]) for i in fits], self.recipe.row_length)]
+            fits = [i for i, length in enumerate(lengths) if length <= self.row_length]
+            longer = [i for i, length in enumerate(lengths) if self.row_length < length < math.inf]
+            if len(fits) + len(longer) < len(documents):
+                num = len(documents) - len(fits) - len(longer)
+                logger.warning("%d documents are longer than the model's context and left out", num)
+            rows = [[fits[i] for i in row] for row in pack([int(lengths[i]) for i in fits], self.row_length)]
+            rows += [[i] for i in longer]  # some models' images alone take more than a row
             rng.shuffle(rows)
             size = self.recipe.rows
             batches = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -233,7 +237,7 @@ class LanguageTask:
         else:
             pixel_values = self.processor.pixels(examples)
         # Blocks are compiled once for each shape: all training batches have the same one.
-        multiple = self.recipe.row_length if seed is not None and self.recipe.compile else 64
+        multiple = self.row_length if seed is not None and self.recipe.compile else 64
         return collate(rows, pixel_values, pad_to_multiple=multiple)
 
     def _plain_texts(self, source: SourceConfig) -> list[str]:
@@ -247,11 +251,10 @@ class LanguageTask:
             return list(read_chats(path, self.processor))
         if not is_text_source(path):
             return []
-        length = min(self.recipe.row_length, self.processor.config.max_length)
         return [
             document
             for name, text in read_texts(path, self.errors)
-            for document in text_documents(text, self.processor.tokenizer, length, id=name)
+            for document in text_documents(text, self.processor.tokenizer, self.row_length, id=name)
         ]
 
     def _records(self, source: SourceConfig) -> list[Record | Document]:
@@ -275,7 +278,7 @@ class LanguageTask:
             for record in records[: self.recipe.validation_images]:
                 documents += self._documents(record, source, rng, augment=False)
             examples = [self.processor(document) for document in documents if self._length(document) < math.inf]
-            packed = pack([len(e) for e in examples], max(self.recipe.row_length, max(map(len, examples), default=1)))
+            packed = pack([len(e) for e in examples], max(self.row_length, max(map(len, examples), default=1)))
             for row in packed:
                 batch = self._collate([[examples[i] for i in row]], None).to(self.model.device)
                 loss, targets = self.model.loss(batch)

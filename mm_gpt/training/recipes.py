@@ -14,6 +14,7 @@ from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import ModelConfig
 from mm_gpt.model.presets import PRESETS, preset
 from mm_gpt.model.semicausal import SemiCausalConfig
+from mm_gpt.training.classification import ClassificationRecipe, ClassificationTask, count_rows
 from mm_gpt.training.contrastive import ContrastiveRecipe, ContrastiveTask
 from mm_gpt.training.language import LanguageRecipe, LanguageTask, SourceConfig
 from mm_gpt.training.loop import Task, TrainConfig, train
@@ -22,7 +23,7 @@ from mm_gpt.vision.contrastive import ContrastiveConfig, TextTowerConfig
 from mm_gpt.vision.encoder import VisionConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
 
-Recipe = LanguageRecipe | ContrastiveRecipe
+Recipe = LanguageRecipe | ContrastiveRecipe | ClassificationRecipe
 
 HALF = (0.5, 0.5, 0.5)
 LITE2 = VisionConfig(model="timm/tf_efficientnet_lite2", image_size=256)
@@ -177,6 +178,32 @@ def finetune(data: str) -> LanguageRecipe:
     )
 
 
+def classify(data: str) -> ClassificationRecipe:
+    """GPT-1's fine-tuning on labelled rows: three epochs of train.jsonl, checked on validation.jsonl or a tenth of it.
+
+    The paper's learning rate falls linearly, the loop's in a cosine.
+    """
+    has_validation = (Path(data) / "validation.jsonl").is_file()
+    rows = count_rows(Path(data) / "train.jsonl") * (1.0 if has_validation else 0.9)
+    steps = max(1, round(3 * rows / 32))
+    return ClassificationRecipe(
+        train=TrainConfig(
+            steps=steps,
+            lr=6.25e-5,
+            warmup_steps=max(1, round(0.002 * steps)),
+            weight_decay=0.01,
+            beta2=0.999,
+            eps=1e-8,
+            validate_every=max(1, steps // 3),
+            save_every=max(1, steps // 3),
+        ),
+        start="smollm2-135m-instruct",
+        validation="validation.jsonl" if has_validation else None,
+        holdout=0.0 if has_validation else 0.1,
+        data=data,
+    )
+
+
 UNPUBLISHED_LR = 2.5e-4
 """For the presets whose paper names no learning rate: GPT's."""
 
@@ -209,6 +236,7 @@ def of_preset(name: str, data: str) -> LanguageRecipe:
 RECIPES: dict[str, Callable[[str], Recipe]] = {
     "tiny": tiny,
     "finetune": finetune,
+    "classify": classify,
     "default_vision": default_vision,
     "default": default,
     "default_joint": default_joint,
@@ -227,7 +255,11 @@ def recipe(name: str, data: str) -> Recipe:
 
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> None:
     """Train a recipe into `out`; its best model is then in `out/best`. Raises what `train` raises."""
-    task: Task = LanguageTask(recipe) if isinstance(recipe, LanguageRecipe) else ContrastiveTask(recipe)
+    task: Task
+    if isinstance(recipe, ClassificationRecipe):
+        task = ClassificationTask(recipe)
+    else:
+        task = LanguageTask(recipe) if isinstance(recipe, LanguageRecipe) else ContrastiveTask(recipe)
     if resume and (out / "recipe.json").exists():
         _check_same(recipe, out / "recipe.json")
     train(task, recipe.train, out, resume=resume, progress=progress, describe=configs.to_dict(recipe))

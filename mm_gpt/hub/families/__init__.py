@@ -70,6 +70,8 @@ def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) ->
     kind = "nanovlm" if _is_nanovlm(values) else str(values.get("model_type"))
     if kind not in FAMILIES:
         raise CheckpointError(f"{folder}/config.json: {unknown_name('model type', kind, FAMILIES)}")
+    if values.get("quantization_config") is not None:
+        raise CheckpointError(f"{folder}/config.json: quantized weights (quantization_config) are not supported")
     family = importlib.import_module(f"mm_gpt.hub.families.{FAMILIES[kind]}")
     if hasattr(family, "read_tokenizer"):  # for a family whose folders have none of the usual files
         tokenizer: Tokenizer = family.read_tokenizer(folder, values)
@@ -77,7 +79,7 @@ def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) ->
         tokenizer = Tokenizer.from_hf_folder(folder)
     read: Reader = family.read
     plan = read(folder, values, tokenizer)
-    with torch.device("meta"):
+    with unfilled():
         model = MMGPT(plan.model)
     vocab_size = model.decoder.config.vocab_size
     if tokenizer.vocab_size > vocab_size:

@@ -29,6 +29,7 @@ from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.encoder import VisionConfig
 from mm_gpt.vision.vit import ViTConfig
 
+CHATML_END = "<|im_end|>"
 QUESTION = """
 {%- for message in messages %}
     {%- for part in message['content'] if part['type'] == 'image' %}{{ 'IMAGE' }}{% endfor %}
@@ -55,12 +56,14 @@ def read_tokenizer(folder: Path, values: dict[str, Any]) -> Tokenizer:
     for token in extra:
         base.backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
     template = values.get("lm_chat_template")
-    ends = [id for token, id in base.special.items() if template and token == "<|im_end|>" and token in template]
+    ends = [*base.end_ids]
+    if isinstance(template, str) and CHATML_END in template and CHATML_END in base.special:
+        ends.append(base.special[CHATML_END])  # the end of a turn, whatever the tokenizer's own end is
     return Tokenizer(
         base.backend,
         end_of_text=base.end_of_text,
         end_of_turn=base.end_of_turn,
-        more_ends=[*base.end_ids, *ends],
+        more_ends=ends,
         names=base.names,
         chat_templates={"default": template} if isinstance(template, str) else {},
     )

@@ -1,0 +1,459 @@
+"""Exported models: what transformers computes from them, and what is refused because nobody would compute it."""
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGE_SIZE, make_picture, make_tiny, make_tokenizer
+from family_checks import logits_of, user
+from torch import Tensor
+
+from mm_gpt.cli import main
+from mm_gpt.document import Message
+from mm_gpt.errors import CheckpointError, MMGPTError
+from mm_gpt.hub import export_folder, mmproj
+from mm_gpt.hub.checkpoint import load_model, save_model
+from mm_gpt.hub.export import export_model
+from mm_gpt.hub.export_decoders import CLASSES, decoder_values
+from mm_gpt.hub.gguf import load_gguf, open_gguf
+from mm_gpt.hub.gguf_writer import pre_tokenizer_name
+from mm_gpt.model.decoder import Decoder
+from mm_gpt.model.decoder_config import DecoderConfig
+from mm_gpt.model.lora import LoRAConfig
+from mm_gpt.model.mmgpt import MMGPT, ModelConfig
+from mm_gpt.model.positions import RopeScaling, rotary_frequencies
+from mm_gpt.processor import Processor, ProcessorConfig
+from mm_gpt.tokenizer import Tokenizer
+from mm_gpt.vision.connectors import ConnectorConfig
+from mm_gpt.vision.encoder import VisionConfig
+from mm_gpt.vision.tiling import TilingConfig
+from mm_gpt.vision.transforms import ImageTransformConfig
+from mm_gpt.vision.vit import ViTConfig
+
+CLOSE = {"atol": 1e-4, "rtol": 0.0}
+"""Logits of about 1 in float32; a forgotten bias or a rotation of the wrong order shows at 0.1."""
+CHATS: list[list[Message]] = [
+    [{"role": "user", "content": "A red circle?"}],
+    [
+        {"role": "system", "content": "You see\n images. "},
+        {"role": "user", "content": [{"type": "text", "text": " Describe it, "}, {"type": "text", "text": "é 12!"}]},
+        {"role": "assistant", "content": "A blue ground."},
+        {"role": "user", "content": "And?\n"},
+    ],
+]
+LLAMA: dict[str, Any] = {
+    "width": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_size": 8,
+    "mlp_width": 64,
+    "max_length": 128,
+}
+GPT2 = LLAMA | {
+    "num_kv_heads": 4,
+    "mlp_width": 128,
+    "max_length": 1024,
+    "norm": "layer",
+    "activation": "gelu_tanh",
+    "gated_mlp": False,
+    "mlp_bias": True,
+    "qkv_bias": True,
+    "output_bias": True,
+    "positions": "learned",
+}
+GEMMA = LLAMA | {"activation": "gelu_tanh", "embedding_scale": 32**0.5, "norm_eps": 1e-6}
+LOCAL: dict[str, Any] = {"attention": ("local", "dense"), "window": 5}
+LLAMA3 = RopeScaling(kind="llama3", factor=4.0, original_length=32)
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", LLAMA | {"head_size": 16, "tie_embeddings": False}),
+    "llama with biases, stretched": (
+        "llama",
+        LLAMA | {"qkv_bias": True, "output_bias": True, "rope_scaling": RopeScaling(kind="linear", factor=2.0)},
+    ),
+    "llama 3": ("llama", LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+    "a window as long as the context": ("llama", LLAMA | {"attention": ("local",), "window": 128, "dropout": 0.1}),
+    "mistral": ("mistral", LLAMA | {"attention": ("local",), "window": 5}),
+    "qwen2": ("qwen2", LLAMA | {"qkv_bias": True}),
+    "qwen2 with windows": ("qwen2", LLAMA | {"qkv_bias": True, "attention": ("dense", "local"), "window": 5}),
+    "qwen3": ("qwen3", LLAMA | {"qk_norm": True, "head_size": 16}),
+    "gpt2": ("gpt2", GPT2),
+    "gpt2 untied": ("gpt2", GPT2 | {"tie_embeddings": False, "mlp_width": 40, "activation": "relu"}),
+    "gemma": ("gemma", GEMMA),
+    "gemma2": (
+        "gemma2",
+        GEMMA | LOCAL | {"norm_place": "both", "attention_scale": 0.1, "attention_softcap": 2.0, "logit_softcap": 3.0},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        GEMMA | LOCAL | {"norm_place": "both", "qk_norm": True, "rope_theta": 1e6, "local_rope_theta": 1e4},
+    ),
+}
+
+
+def make_text(values: dict[str, Any], *, spare: int = 3, **processor: Any) -> tuple[MMGPT, Processor]:
+    """A decoder of random half precision weights that matter everywhere, with `spare` ids behind the tokenizer's."""
+    tokenizer = make_tokenizer()
+    config = DecoderConfig(vocab_size=tokenizer.vocab_size + spare, **values)
+    torch.manual_seed(0)
+    model = MMGPT(ModelConfig(decoder=config)).eval()
+    roughened(model)
+    text = ProcessorConfig(max_length=config.max_length, **processor)
+    return model, Processor(tokenizer, text, vocab_size=config.vocab_size)
+
+
+def roughened(model: MMGPT) -> None:
+    """Weights that half precision stores as they are: what an export then loses is a mistake of the export."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.add_(torch.randn_like(parameter) * 0.15).copy_(parameter.half())
+
+
+def saved(folder: Path, pair: tuple[MMGPT, Processor]) -> Path:
+    folder.mkdir(parents=True)
+    save_model(*pair, folder)
+    return folder
+
+
+def ours(model: MMGPT, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.decoder.logits(model.decoder(model.decoder.embed(ids), torch.arange(ids.shape[1])[None]))
+
+
+def theirs(folder: Path, **options: Any) -> Any:
+    """Loaded by transformers, which must find all that it looks for, and nothing else."""
+    import transformers
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **options
+        )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("export") / "llama", make_text(LLAMA))
+
+
+# ---- Decoders as Hugging Face folders ----
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_has_the_same_logits_in_transformers(name: str, tmp_path: Path) -> None:
+    """A wrong class, a norm without its one, an unmentioned window: all load without a word."""
+    kind, values = DECODERS[name]
+    model, processor = make_text(values)
+    out = tmp_path / "out"
+    export_model(saved(tmp_path / "ours", (model, processor)), out)
+    assert json.loads((out / "config.json").read_text())["model_type"] == kind
+    other = theirs(out)
+    assert type(other).__name__ == CLASSES[kind]
+    ids = torch.randint(0, model.decoder.config.vocab_size, (1, 17), generator=torch.Generator().manual_seed(0))
+    expected = ours(model, ids)
+    assert expected.std() > 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(other(ids).logits, expected, **CLOSE)
+    torch.testing.assert_close(ours(load_model(out)[0], ids), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positions": "xpos"}, "the closest one, llama, lacks positions 'xpos'"),
+        ({"sub_norm": True}, "lacks sub_norm True"),
+        ({"positions": "relative", "memory_length": 8}, "lacks positions 'relative', memory_length 8"),
+        ({"attention": ("fixed",), "stride": 4, "summary": 1}, "lacks attention ('fixed',), stride 4, summary 1"),
+        ({"attention": ("local", "dense"), "window": 4}, "lacks "),
+        ({"mlp_bias": True}, "lacks mlp_bias True"),
+        ({"causal": False}, "lacks causal False"),
+        ({"norm_place": "post", "residual_scale": 2.0}, "norm_place 'post', residual_scale 2.0"),
+        ({"embedding_scale": 3.0}, "lacks embedding_scale 3.0"),
+    ],
+)
+def test_a_decoder_that_no_class_has(changes: dict[str, Any], message: str) -> None:
+    """Exported without a word, each of these would write fluent nonsense."""
+    with pytest.raises(CheckpointError) as error:
+        decoder_values(DecoderConfig(vocab_size=100, **LLAMA | changes))
+    assert message in str(error.value)
+
+
+def test_tokens_and_chats_in_transformers(llama: Path, tmp_path: Path) -> None:
+    """The prompt is written by a template there and by code here: one space apart, and the model never saw such a one."""
+    import transformers
+
+    export_model(llama, tmp_path / "out")
+    _, processor = load_model(llama)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("A red circle").input_ids == processor.tokenizer.encode("A red circle")
+    for chat in CHATS:
+        for starts in (True, False):
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=starts, return_dict=False)
+            assert ids == processor(processor.chat(chat, answer_starts=starts)).input_ids.tolist()
+    with pytest.raises(Exception, match="roles are"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": ""}])
+    with pytest.raises(Exception, match="reads text alone"):
+        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert set(generation.eos_token_id) == set(processor.tokenizer.end_ids)
+    assert tokenizer.eos_token == "<|im_end|>"
+    _, again = load_model(tmp_path / "out")
+    for chat in CHATS:
+        assert torch.equal(again(again.chat(chat)).input_ids, processor(processor.chat(chat)).input_ids)
+
+
+def test_updates_of_low_rank_are_merged(tmp_path: Path) -> None:
+    model, processor = make_text(LLAMA)
+    model.add_lora(LoRAConfig(rank=2, alpha=4.0))
+    roughened(model)
+    export_model(saved(tmp_path / "ours", (model, processor)), tmp_path / "out", dtype="float32")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tmp_path / "out")(ids).logits, ours(model, ids), **CLOSE)
+
+
+def test_types_and_shards(llama: Path, tmp_path: Path) -> None:
+    """Vectors stay in float32; a matrix beyond half precision is refused, not made infinite."""
+    from safetensors.torch import load_file
+
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        export_model(llama, tmp_path / name, dtype=name)
+        state = load_file(tmp_path / name / "model.safetensors")
+        assert {t.dtype for t in state.values() if t.dim() > 1} == {dtype}
+        assert {t.dtype for t in state.values() if t.dim() == 1} == {torch.float32}
+        assert json.loads((tmp_path / name / "config.json").read_text())["torch_dtype"] == name
+    model, _ = load_model(llama)
+    folder = tmp_path / "float32"
+    tensors = list(export_folder.tensors_of(model, export_folder.decoder_plan(model).tables))
+    (folder / "model.safetensors").unlink()
+    export_folder.write_weights(folder, tensors, dtype=torch.float32, shard_bytes=20_000)
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(folder)(ids).logits, ours(model, ids), **CLOSE)
+    with pytest.raises(CheckpointError, match="w holds values that float16 cannot store; --dtype bfloat16 can"):
+        export_folder.compact(torch.full((2, 2), 1e5), torch.float16, "w")
+
+
+# ---- The place, and mistakes ----
+
+
+def test_places(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing that is not an export is deleted; a folder under its final name is whole."""
+    out = tmp_path / "out"
+    assert main(["export", str(llama), "--out", str(out)]) == 0
+    assert str(out / "model.safetensors") in capsys.readouterr().out
+    assert main(["export", str(llama), "--out", str(out)]) == 1
+    assert "exists and is not empty; --overwrite replaces it" in capsys.readouterr().err
+    (out / "old").touch()
+    assert main(["export", str(llama), "--out", str(out), "--overwrite"]) == 0
+    assert not (out / "old").exists()
+    assert main(["export", str(llama), "--out", str(llama), "--overwrite"]) == 1
+    assert main(["export", str(llama), "--out", str(llama.parent), "--overwrite"]) == 1
+    assert "holds the model that is to be exported" in capsys.readouterr().err
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").touch()
+    assert main(["export", str(llama), "--out", str(precious), "--overwrite"]) == 1
+    assert "holds no exported model, and is not replaced" in capsys.readouterr().err
+    assert main(["export", str(llama), "--out", str(precious / "thesis.txt")]) == 1
+    assert main(["export", str(llama), "--out", str(precious / "thesis.txt/x")]) == 1
+    assert main(["export", str(llama), "--format", "ggfu", "--out", str(out)]) == 1
+    assert "unknown format 'ggfu'; did you mean 'gguf'?" in capsys.readouterr().err
+    assert main(["export", str(llama), "--dtype", "q8_0", "--out", str(out)]) == 1
+    assert "format hf: unknown dtype 'q8_0'" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_interrupted(error: type[BaseException], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there before stays, and no half folder is left."""
+    out = tmp_path / "out"
+    export_model(llama, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def stop(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(export_folder, "write_weights", stop)
+    with pytest.raises((KeyboardInterrupt, MMGPTError)):
+        export_model(llama, out, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ---- GGUF ----
+
+GGUFS = [name for name, (kind, _) in DECODERS.items() if kind in ("llama", "qwen2", "qwen3", "gpt2")]
+
+
+@pytest.mark.parametrize("name", [n for n in GGUFS if n not in ("llama 3", "qwen2 with windows", "gpt2 untied")])
+def test_gguf_is_read_back(name: str, tmp_path: Path) -> None:
+    """By ourselves and by transformers: the order of rotary pairs, fused and split matrices, the ids behind the words."""
+    kind, values = DECODERS[name]
+    model, processor = make_text(values)
+    out = tmp_path / "out"
+    export_model(saved(tmp_path / "ours", (model, processor)), out, format="gguf")
+    path = out / "model-float16.gguf"
+    decoder, fields = load_gguf(path)
+    assert fields["general.architecture"] == kind
+    ids = torch.arange(model.decoder.config.vocab_size)[None, -60:]
+    expected = ours(model, ids)
+    torch.testing.assert_close(ours(MMGPT(ModelConfig(decoder=decoder.config), decoder.eval()), ids), expected, **CLOSE)
+    if name not in ("llama with biases, stretched", "qwen3"):  # its reader drops both, and takes 128 as the head size
+        other = theirs(out, gguf_file=path.name)
+        with torch.no_grad():
+            torch.testing.assert_close(other(ids).logits, expected, **CLOSE)
+    again = Tokenizer.from_gguf_fields(fields, str(path))
+    for text in ("<|im_start|>user\nA red circle 12?<|im_end|>", "é\n\n x"):
+        assert again.encode(text, allow_special=True) == processor.tokenizer.encode(text, allow_special=True)
+    assert fields["tokenizer.ggml.tokens"][-1] == f"[PAD{model.decoder.config.vocab_size - 1}]"
+    special = processor.tokenizer.special
+    assert fields["tokenizer.ggml.eos_token_id"] == special["<|im_end|>"]
+    assert fields["tokenizer.ggml.eot_token_id"] == fields["tokenizer.ggml.bos_token_id"] == special["<|endoftext|>"]
+    assert not fields["tokenizer.ggml.add_bos_token"]
+    assert "<|im_start|>" in fields["tokenizer.chat_template"]
+
+
+def test_gguf_of_llama_3_has_its_frequencies(tmp_path: Path) -> None:
+    """The file has no key for this scaling, but a factor for each pair."""
+    pair = make_text(DECODERS["llama 3"][1])
+    export_model(saved(tmp_path / "ours", pair), tmp_path / "out", format="gguf")
+    (factors,) = [t for t in open_gguf(tmp_path / "out/model-float16.gguf").tensors if t.name == "rope_freqs.weight"]
+    here = (torch.float32, torch.device("cpu"))
+    plain, stretched = (rotary_frequencies(8, 5e5, scaling, *here) for scaling in (None, LLAMA3))
+    assert 1 < factors.data.max() <= 4
+    torch.testing.assert_close(plain / torch.from_numpy(np.array(factors.data)), stretched, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "q8_0"])
+def test_gguf_types(dtype: str, llama: Path, tmp_path: Path) -> None:
+    export_model(llama, tmp_path / "out", format="gguf", dtype=dtype)
+    stored = {t.name: t.tensor_type.name for t in open_gguf(tmp_path / f"out/model-{dtype}.gguf").tensors}
+    kind = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]
+    assert {stored["token_embd.weight"], stored["blk.1.ffn_down.weight"]} == {kind}
+    assert stored["blk.1.attn_norm.weight"] == "F32"
+    decoder, _ = load_gguf(tmp_path / f"out/model-{dtype}.gguf")
+    ids = torch.arange(20)[None]
+    expected = ours(load_model(llama)[0], ids)
+    got = ours(MMGPT(ModelConfig(decoder=decoder.config), decoder.eval()), ids)
+    # 8 bits of a mantissa are lost in bfloat16, and as many of each block's largest value in Q8_0.
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 if dtype == "float32" else 0.2 * expected.std().item())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mistral", "attention ('local',) has no counterpart in GGUF"),
+        ("qwen2 with windows", "has no counterpart in GGUF, where all layers are dense"),
+        ("gpt2 untied", "activation 'relu' has no counterpart in GGUF's gpt2: 'gelu_tanh'"),
+        ("gemma", "gemma decoders are not written as GGUF, only llama, qwen2, qwen3, gpt2"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise(name: str, message: str, tmp_path: Path) -> None:
+    """The file has no room for any of this, so that it would load and be wrong."""
+    folder = saved(tmp_path / "ours", make_text(DECODERS[name][1]))
+    with pytest.raises(CheckpointError) as error:
+        export_model(folder, tmp_path / "out", format="gguf")
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_splits_have_names() -> None:
+    """llama.cpp knows the split before BPE by name: a wrong one splits numbers in another way, and nothing else."""
+    from tokenizers import Regex, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    patterns = {
+        # As Qwen 2 and Llama 3 publish them
+        "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+        "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    }
+    for name, pattern in patterns.items():
+        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+        assert pre_tokenizer_name(backend) == name
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert pre_tokenizer_name(backend) == "gpt-2"
+    assert pre_tokenizer_name(make_tokenizer().backend) == "smollm"
+    for other in (pre_tokenizers.ByteLevel(add_prefix_space=True), pre_tokenizers.Whitespace(), None):
+        if other is not None:
+            backend.pre_tokenizer = other
+        else:
+            backend = Backend(models.BPE())
+        with pytest.raises(CheckpointError, match="the tokenizer splits text otherwise than GGUF's"):
+            pre_tokenizer_name(backend)
+
+
+# ---- Whole models ----
+
+
+def reference(kind: str, folder: Path) -> tuple[Any, list[list[Message]], Any]:
+    """A tiny model of a public family in its own layout; conversations; what its own processor makes of one of them."""
+    import test_family_idefics3 as idefics3
+    import test_family_llava as llava
+    import test_family_paligemma as paligemma
+
+    folder.mkdir()
+    if kind == "paligemma":
+        gemma = paligemma.make_theirs(folder, "gemma2", query_pre_attn_scalar=16, final_logit_softcapping=3.0)
+        cases = {id(chat): case for chat, case in zip(paligemma.CHATS, paligemma.CASES, strict=True)}
+        return gemma.model, paligemma.CHATS[1:], lambda chat, processor: gemma._replace(processor=processor).inputs(*cases[id(chat)])
+    if kind in ("idefics3", "smolvlm"):
+        theirs = idefics3.make_theirs(folder, kind, idefics3.MARKS if kind == "idefics3" else [])
+        return theirs.model, idefics3.CHATS, lambda chat, processor: theirs._replace(processor=processor).inputs(chat)
+    model, processor = llava.make_reference(kind)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, llava.CHATS, lambda chat, processor: llava.Case(kind, folder, model, processor).inputs(chat)
+
+
+KINDS = ["llava", "llava_interleave", "llava_next", "llava_onevision", "idefics3", "smolvlm", "paligemma"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_model_in_transformers(kind: str, tmp_path: Path) -> None:
+    """A public model, taken over, saved in our layout and exported: the same ids, pixels and logits as before."""
+    import transformers as tf
+
+    model, chats, inputs = reference(kind, tmp_path / "public")
+    (tmp_path / "ours").mkdir()
+    save_model(*load_model(tmp_path / "public"), tmp_path / "ours")  # matrices in half precision from here on
+    out = tmp_path / "out"
+    export_model(tmp_path / "ours", out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other, report = tf.AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+        processor = tf.AutoProcessor.from_pretrained(out)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    other.eval()
+    mine = load_model(tmp_path / "ours")
+    before = tf.AutoProcessor.from_pretrained(tmp_path / "public")
+    for chat, logits in zip(chats, logits_of(*mine, chats), strict=True):
+        given, old = inputs(chat, processor), inputs(chat, before)
+        assert given.keys() == old.keys()
+        assert all(torch.equal(given[name], old[name]) for name in given if given[name] is not None)
+        with torch.inference_mode():
+            expected = other(**given).logits[0]
+        assert expected.std() > 0.1
+        torch.testing.assert_close(logits, expected, **CLOSE)
+    again = load_model(out)
+    assert again[0].config == mine[0].config
+    for one, two in zip(logits_of(*again, chats), logits_of(*mine, chats), strict=True):
+        torch.testing.assert_close(one, two, **CLOSE)
