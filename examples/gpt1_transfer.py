@@ -1,8 +1,8 @@
 """GPT-1's experiment in small: does pretraining on plain text help labelled tasks, and does the auxiliary loss?
 
 A decoder of GPT-1's shape is pretrained on generated English, then fine-tuned on four tasks with few labelled rows,
-from the pretrained and from random weights, without and with the next-token loss (λ of 0 and 0.5). All that a task asks for
-is in the text, but never in the form of the task. A few minutes on two cores:
+from the pretrained and from random weights, without and with the next-token loss (λ of 0 and 0.5). All that a task
+asks for is in the text, but never in the form of the task. A few minutes on two cores:
 
 python examples/gpt1_transfer.py -o docs/results/gpt1_transfer.json
 """
@@ -32,42 +32,10 @@ from mm_gpt.training.recipes import run_recipe
 
 Rows = list[dict[str, Any]]
 
-POSITIVE = [
-    "superb",
-    "charming",
-    "brilliant",
-    "lovely",
-    "delightful",
-    "fresh",
-    "clever",
-    "warm",
-    "bright",
-    "graceful",
-    "funny",
-    "splendid",
-    "moving",
-    "sweet",
-    "lively",
-    "elegant",
-]
-NEGATIVE = [
-    "dull",
-    "awful",
-    "boring",
-    "clumsy",
-    "stale",
-    "bitter",
-    "dreadful",
-    "weak",
-    "gloomy",
-    "messy",
-    "tedious",
-    "empty",
-    "crude",
-    "lazy",
-    "harsh",
-    "bland",
-]
+POSITIVE = ["superb", "charming", "brilliant", "lovely", "delightful", "fresh", "clever", "warm"]
+POSITIVE += ["bright", "graceful", "funny", "splendid", "moving", "sweet", "lively", "elegant"]
+NEGATIVE = ["dull", "awful", "boring", "clumsy", "stale", "bitter", "dreadful", "weak"]
+NEGATIVE += ["gloomy", "messy", "tedious", "empty", "crude", "lazy", "harsh", "bland"]
 THINGS = ["film", "song", "play", "novel", "story", "show", "scene", "dance", "speech", "meal"]
 KINDS = {
     "animal": ["fox", "horse", "goat", "wolf", "sheep", "rabbit"],

@@ -417,15 +417,19 @@ def _run_demo(args: argparse.Namespace) -> int:
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
-    parser.description = "List the models in the package, and the weights that are fetched when something needs them."
+    parser.description = (
+        "List the models in the package, the weights that are fetched when something needs them,\n"
+        "and the public checkpoints that --model takes by name. `mm-gpt train --list` has the presets."
+    )
 
 
 def _run_models(args: argparse.Namespace) -> int:
-    from mm_gpt.hub.checkpoint import model_folder, shipped_models
+    from mm_gpt.hub.checkpoint import decoder_names, model_folder, shipped_models
     from mm_gpt.hub.download import cache_folder
+    from mm_gpt.hub.public import tables
     from mm_gpt.hub.registry import REGISTRY
 
-    rows = [("NAME", "SIZE", "WHERE", "LICENCE", "WHAT")]
+    rows: list[tuple[str, ...]] = [("NAME", "SIZE", "WHERE", "LICENCE", "WHAT")]
     for name in shipped_models():
         num_bytes = sum(file.stat().st_size for file in model_folder(name).iterdir() if file.is_file())
         rows.append((name, _size(num_bytes), "in the package", "see its README.md", "A model for --model."))
@@ -433,11 +437,19 @@ def _run_models(args: argparse.Namespace) -> int:
         paths = {cache_folder() / file.name: file.size_bytes for file in entry.files}
         is_cached = all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
         where = "in the cache" if is_cached else "to be fetched"
-        rows.append((entry.name, _size(sum(paths.values())), where, entry.licence, entry.description))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[4]]))
+        about = f"{entry.description} A model for --model." if entry.name in decoder_names() else entry.description
+        rows.append((entry.name, _size(sum(paths.values())), where, entry.licence, about))
+    _print_table(rows)
+    for title, table in tables().items():
+        print(f"\n{title}\n")
+        _print_table(table)
     return 0
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for row in rows:
+        print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[-1]]))
 
 
 COMMANDS = {

@@ -71,6 +71,12 @@ def _parse(hint: Any, text: str, where: str) -> Any:
         if typing.get_origin(option) is tuple:
             item = typing.get_args(option)[0]
             return tuple(_parse(item, part, where) for part in text.split(",") if part)
+        if dataclasses.is_dataclass(option):
+            # `sources=chats.jsonl`: the one key that it cannot do without
+            fields = dataclasses.fields(option)
+            needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+            if len(needed) == 1:
+                return from_dict(option, {needed[0]: text}, where=where)  # type: ignore[arg-type]
         try:
             if option is bool:
                 return {"true": True, "false": False}[text.lower()]

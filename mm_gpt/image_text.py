@@ -14,9 +14,9 @@ class ImageTextConfig:
     token: str
     """The special token that stands for one image token."""
     kind: Literal["plain", "idefics3", "nanovlm", "rows"] = "plain"
-    """plain: `before`, the tokens, `after`. idefics3: each tile with a mark of its row and column, then the whole
-    image. nanovlm: the whole image, then each tile behind its mark; several images are numbered. rows: the tokens of
-    all tiles laid out row by row (LLaVA-NeXT, OneVision)."""
+    """plain: `before`, the tokens of all tiles, `after`. idefics3: each tile with a mark of its row and column, then
+    the whole image. nanovlm: the whole image, then each tile behind its mark; several images are numbered. rows: the
+    tokens of all tiles laid out row by row (LLaVA-NeXT, OneVision)."""
     before: str = ""
     after: str = ""
     mark: str = "<fake_token_around_image>"
@@ -43,11 +43,11 @@ def image_text(
     It is image `number`, from 0, of the `count` in its prompt.
     """
     tile = config.token * tokens_per_tile
+    rows, columns = grid
     if config.kind == "plain":
-        return config.before + tile + config.after
+        return config.before + tile * (rows * columns + 1) + config.after
     if config.kind == "rows":
         return config.token * num_image_tokens(tiling, size=size, grid=grid, side=math.isqrt(tokens_per_tile))
-    rows, columns = grid
     marked = [[f"<row_{row + 1}_col_{column + 1}>{tile}" for column in range(columns)] for row in range(rows)]
     if config.kind == "nanovlm":
         name = f"<image: {number}>" if count > 1 else ""

@@ -513,8 +513,11 @@ def test_models(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.Mon
     with (tmp_path / file.name).open("wb") as sparse:
         sparse.truncate(file.size_bytes)
     assert main(["models"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    first, *others = capsys.readouterr().out.split("\n\n")
+    lines = first.splitlines()
     assert len(lines) == 2 + len(REGISTRY)
     assert lines[1].startswith("default ")
     assert {line.split()[0] for line in lines if "in the cache" in line} == {"efficientnet-lite0"}
     assert sum("Apache-2.0" in line for line in lines) == len(REGISTRY)
+    assert any("HuggingFaceTB/SmolVLM-256M-Instruct " in table for table in others)
+    assert any("LlavaNextForConditionalGeneration" in table for table in others)

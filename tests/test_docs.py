@@ -16,6 +16,8 @@ import pytest
 
 from mm_gpt.errors import DownloadError
 from mm_gpt.hub import download
+from mm_gpt.hub.public import tables
+from mm_gpt.model.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,11 +27,17 @@ ELSEWHERE = (
     "apt-get",
     "python examples/english_text.py",  # needs the Debian package that apt-get fetches
     "python examples/benchmarks",  # minutes, and its result is a matter of the machine
+    # From the hub: test_repository.py runs such commands with a server of its own.
+    "mm-gpt ask --model HuggingFaceTB",
+    "mm-gpt caption --model llava-hf",
+    "mm-gpt chat --model Qwen",
+    "mm-gpt train finetune --data my-photos/ start=HuggingFaceTB",
 )
 SHORTER = {  # what makes an hour's training a step
     "mm-gpt train default_vision": "train.steps=1 batch_size=4 validation_images=4",
     "mm-gpt train default_joint": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
     "mm-gpt train default_questions": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
+    "mm-gpt train gpt2-small": "train.steps=1 model.decoder.num_layers=1 model.decoder.vocab_size=600",
     "mm-gpt train default": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
 }
 
@@ -118,6 +126,8 @@ def test_commands_run(document: Path, checkout: Path) -> None:
 @pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
 def test_commands_on_data_of_their_own_run(document: Path, checkout: Path) -> None:
     write_data(checkout / "DATA")
+    (checkout / "DATA/texts").mkdir(exist_ok=True)
+    (checkout / "DATA/texts/cat.txt").write_text("The cat sat on the mat, and looked at the dog.\n" * 400)
     (checkout / "english.txt").write_text("The cat sat on the mat, and looked at the dog.\n" * 40)
     run_all(commands(document, ""), checkout)
 
@@ -140,6 +150,15 @@ def test_links_lead_somewhere() -> None:
     for document in DOCS:
         for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_the_tables_of_models_are_those_of_the_command() -> None:
+    text = (ROOT / "docs/models.md").read_text()
+    for table in tables().values():
+        for row in table[1:]:
+            assert f"| {' | '.join(row)} |" in text
+    for name, preset in PRESETS.items():
+        assert re.search(rf"^\| {re.escape(name)} \| [\d,]+ \| .* \| {re.escape(preset.about)} \|$", text, re.M)
 
 
 def test_readme_has_the_two_commands() -> None:

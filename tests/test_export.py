@@ -22,7 +22,6 @@ from mm_gpt.hub.export import export_model
 from mm_gpt.hub.export_decoders import CLASSES, decoder_values
 from mm_gpt.hub.gguf import load_gguf, open_gguf
 from mm_gpt.hub.gguf_writer import pre_tokenizer_name
-from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
@@ -31,7 +30,6 @@ from mm_gpt.processor import Processor, ProcessorConfig
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.encoder import VisionConfig
-from mm_gpt.vision.tiling import TilingConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
 from mm_gpt.vision.vit import ViTConfig
 
@@ -188,7 +186,7 @@ def test_a_decoder_that_no_class_has(changes: dict[str, Any], message: str) -> N
 
 
 def test_tokens_and_chats_in_transformers(llama: Path, tmp_path: Path) -> None:
-    """The prompt is written by a template there and by code here: one space apart, and the model never saw such a one."""
+    """The prompt is written by a template there and by code here: one space apart, and the model never saw it."""
     import transformers
 
     export_model(llama, tmp_path / "out")
@@ -300,7 +298,7 @@ GGUFS = [name for name, (kind, _) in DECODERS.items() if kind in ("llama", "qwen
 
 @pytest.mark.parametrize("name", [n for n in GGUFS if n not in ("llama 3", "qwen2 with windows", "gpt2 untied")])
 def test_gguf_is_read_back(name: str, tmp_path: Path) -> None:
-    """By ourselves and by transformers: the order of rotary pairs, fused and split matrices, the ids behind the words."""
+    """By ourselves and by transformers: the order of rotary pairs, fused and split matrices, padded ids."""
     kind, values = DECODERS[name]
     model, processor = make_text(values)
     out = tmp_path / "out"
@@ -403,8 +401,8 @@ def test_splits_have_names() -> None:
 # ---- Whole models ----
 
 
-def reference(kind: str, folder: Path) -> tuple[Any, list[list[Message]], Any]:
-    """A tiny model of a public family in its own layout; conversations; what its own processor makes of one of them."""
+def reference(kind: str, folder: Path) -> tuple[list[list[Message]], Any]:
+    """Writes a tiny model of a public family; gives conversations, and what a processor of theirs makes of one."""
     import test_family_idefics3 as idefics3
     import test_family_llava as llava
     import test_family_paligemma as paligemma
@@ -413,14 +411,17 @@ def reference(kind: str, folder: Path) -> tuple[Any, list[list[Message]], Any]:
     if kind == "paligemma":
         gemma = paligemma.make_theirs(folder, "gemma2", query_pre_attn_scalar=16, final_logit_softcapping=3.0)
         cases = {id(chat): case for chat, case in zip(paligemma.CHATS, paligemma.CASES, strict=True)}
-        return gemma.model, paligemma.CHATS[1:], lambda chat, processor: gemma._replace(processor=processor).inputs(*cases[id(chat)])
+        return (
+            paligemma.CHATS[1:],
+            lambda chat, processor: gemma._replace(processor=processor).inputs(*cases[id(chat)]),
+        )
     if kind in ("idefics3", "smolvlm"):
         theirs = idefics3.make_theirs(folder, kind, idefics3.MARKS if kind == "idefics3" else [])
-        return theirs.model, idefics3.CHATS, lambda chat, processor: theirs._replace(processor=processor).inputs(chat)
+        return idefics3.CHATS, lambda chat, processor: theirs._replace(processor=processor).inputs(chat)
     model, processor = llava.make_reference(kind)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    return model, llava.CHATS, lambda chat, processor: llava.Case(kind, folder, model, processor).inputs(chat)
+    return llava.CHATS, lambda chat, processor: llava.Case(kind, folder, model, processor).inputs(chat)
 
 
 KINDS = ["llava", "llava_interleave", "llava_next", "llava_onevision", "idefics3", "smolvlm", "paligemma"]
@@ -431,14 +432,16 @@ def test_a_whole_model_in_transformers(kind: str, tmp_path: Path) -> None:
     """A public model, taken over, saved in our layout and exported: the same ids, pixels and logits as before."""
     import transformers as tf
 
-    model, chats, inputs = reference(kind, tmp_path / "public")
+    chats, inputs = reference(kind, tmp_path / "public")
     (tmp_path / "ours").mkdir()
     save_model(*load_model(tmp_path / "public"), tmp_path / "ours")  # matrices in half precision from here on
     out = tmp_path / "out"
     export_model(tmp_path / "ours", out)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        other, report = tf.AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+        other, report = tf.AutoModelForImageTextToText.from_pretrained(
+            out, dtype=torch.float32, output_loading_info=True
+        )
         processor = tf.AutoProcessor.from_pretrained(out)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -457,3 +460,214 @@ def test_a_whole_model_in_transformers(kind: str, tmp_path: Path) -> None:
     assert again[0].config == mine[0].config
     for one, two in zip(logits_of(*again, chats), logits_of(*mine, chats), strict=True):
         torch.testing.assert_close(one, two, **CLOSE)
+
+
+TOWER = ViTConfig(
+    image_size=IMAGE_SIZE,
+    patch_size=16,
+    width=24,
+    num_layers=3,
+    num_heads=3,
+    mlp_width=40,
+    activation="gelu_tanh",
+    feature_layer=-1,
+    post_norm=False,
+)
+SEEN: list[list[Message]] = [
+    [user("What is red?")],
+    [user(make_picture(1), "What is it, é?")],
+    [user("First ", make_picture(2), " then", make_picture(3, (21, 50)), "?")],
+]
+
+
+def make_seeing(
+    *, spare: int = 0, tower: ViTConfig = TOWER, connector: str = "mlp", **decoder: Any
+) -> tuple[MMGPT, Processor]:
+    """A model of ours, with image marks behind the vocabulary, and a tower that public models have."""
+    _, processor = make_text(LLAMA, spare=spare)
+    torch.manual_seed(0)
+    model = MMGPT(
+        ModelConfig(
+            decoder=DecoderConfig(vocab_size=processor.vocab_size, **LLAMA | decoder),
+            vision=VisionConfig(model=tower, image_size=IMAGE_SIZE),
+            connector=ConnectorConfig(kind=connector),  # type: ignore[arg-type]
+        )
+    ).eval()
+    roughened(model)
+    image = ImageTransformConfig(size=IMAGE_SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), backend="torchvision")
+    config = ProcessorConfig(image=image, tokens_per_image=model.tokens_per_image, max_length=128)
+    return model, Processor(processor.tokenizer, config, vocab_size=processor.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("spare", "decoder"),
+    [(0, {"tie_embeddings": False}), (2, {}), (9, {"qkv_bias": True})],
+    ids=["untied", "tied", "padded"],
+)
+def test_marks_behind_the_vocabulary_go_inside(spare: int, decoder: dict[str, Any], tmp_path: Path) -> None:
+    """Their ids are special tokens afterwards; the logits of all others stay, and they are never generated."""
+    import transformers as tf
+
+    model, processor = make_seeing(spare=spare, **decoder)
+    export_model(saved(tmp_path / "ours", (model, processor)), tmp_path / "out")
+    other = tf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    theirs_processor = tf.AutoProcessor.from_pretrained(tmp_path / "out")
+    known = processor.tokenizer.vocab_size
+    assert other.config.text_config.vocab_size == max(known + 3, known + spare)
+    inside = {known + spare + place: known + place for place in range(3)}  # our id -> the exported one
+    for chat, logits in zip(SEEN, logits_of(model, processor, SEEN), strict=True):
+        messages = [{"role": "user", "content": [as_part(part) for part in chat[0]["content"]]}]
+        given = theirs_processor.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        example = processor(processor.chat(chat))
+        assert given["input_ids"][0].tolist() == [inside.get(id, id) for id in example.input_ids.tolist()]
+        with torch.inference_mode():
+            expected = other(**given).logits[0]
+            written = other.generate(**given, do_sample=False, max_new_tokens=8)[0, len(logits) :]
+        assert expected.std() > 0.1
+        torch.testing.assert_close(logits[:, :known], expected[:, :known], **CLOSE)
+        assert not set(written.tolist()) & set(inside.values())
+        if example.images:
+            assert torch.equal(processor.pixels([example]), given["pixel_values"])
+    again = load_model(tmp_path / "out")
+    for one, two in zip(logits_of(*again, SEEN), logits_of(model, processor, SEEN), strict=True):
+        torch.testing.assert_close(one[:, :known], two[:, :known], **CLOSE)
+
+
+def as_part(part: Any) -> dict[str, Any]:
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+
+
+def test_structures_that_no_family_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused with what is in the way, and without its eyes the decoder goes all the same."""
+    cases = [
+        (make_tiny(), "vision encoder 'timm/test_vit' has no counterpart"),
+        (
+            make_seeing(tower=dataclasses.replace(TOWER, post_norm=True)),
+            "vision.post_norm True has no counterpart in llava",
+        ),
+        (make_seeing(connector="resampler"), "connector 'resampler' has no counterpart"),
+        (make_seeing(connector="pixel_shuffle"), "begin and end marks of images have no counterpart"),
+        (make_seeing(positions="xpos"), "the closest one, llama, lacks positions 'xpos'"),
+        (make_seeing(**GPT2), "lacks norm 'layer'"),
+    ]
+    for number, (pair, message) in enumerate(cases):
+        folder = saved(tmp_path / str(number), pair)
+        assert main(["export", str(folder), "--out", str(tmp_path / "out")]) == 1
+        assert message in (told := capsys.readouterr().err)
+        assert "--decoder-only exports the language model alone" in told or "lacks" in told
+        assert not (tmp_path / "out").exists()
+    assert main(["export", str(tmp_path / "0"), "--out", str(tmp_path / "out"), "--decoder-only"]) == 0
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs(tmp_path / "out")(ids).logits, ours(load_model(tmp_path / "0")[0], ids), **CLOSE
+        )
+
+
+# ---- mmproj ----
+
+
+@pytest.mark.parametrize("kind", ["llava", "idefics3"])
+def test_mmproj(kind: str, tmp_path: Path) -> None:
+    """Every key and tensor that llama.cpp's clip.cpp looks for, by name and shape, with its values."""
+    reference(kind, tmp_path / "public")
+    model, processor = load_model(tmp_path / "public")
+    if kind == "llava":  # its vocabulary is SentencePiece's, which is not written
+        with pytest.raises(CheckpointError, match="the tokenizer splits text otherwise"):
+            export_model(tmp_path / "public", tmp_path / "out", format="gguf")
+        (tmp_path / "out").mkdir()
+        mmproj.write_mmproj(model, processor, tmp_path / "out/mmproj-float32.gguf", dtype="float32")
+    else:
+        export_model(tmp_path / "public", tmp_path / "out", format="gguf", dtype="float32")
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"model-float32.gguf", "mmproj-float32.gguf"}
+    reader = open_gguf(tmp_path / "out/mmproj-float32.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert model.config.vision is not None
+    tower = model.config.vision.model
+    assert isinstance(tower, ViTConfig)
+    is_llava = kind == "llava"
+    expected: dict[str, Any] = {
+        "general.architecture": "clip",
+        "general.type": "mmproj",
+        "general.file_type": 0,
+        "clip.has_vision_encoder": True,
+        "clip.projector_type": "mlp" if is_llava else "idefics3",
+        "clip.use_gelu": not is_llava,  # CLIP's is QuickGELU, which llama.cpp takes where nothing is said
+        "clip.vision.image_size": tower.image_size,
+        "clip.vision.patch_size": tower.patch_size,
+        "clip.vision.embedding_length": tower.width,
+        "clip.vision.feed_forward_length": tower.mlp_width,
+        "clip.vision.block_count": 2,  # LLaVA's tower has three, of which the last is not run
+        "clip.vision.attention.head_count": tower.num_heads,
+        "clip.vision.projection_dim": model.decoder.config.width,
+        "clip.vision.attention.layer_norm_epsilon": np.float32(tower.norm_eps),
+        "clip.vision.image_mean": [float(np.float32(mean)) for mean in processor.config.image.mean],  # type: ignore[union-attr]
+        "clip.vision.image_std": [float(np.float32(std)) for std in processor.config.image.std],  # type: ignore[union-attr]
+    }
+    if is_llava:
+        expected["clip.vision.feature_layer"] = [2]
+    else:
+        expected |= {"clip.vision.projector.scale_factor": 2, "clip.vision.preproc_image_size": 56}
+    assert {name: fields[name] for name in expected} == expected
+    assert {name for name in fields if name.startswith("clip.")} <= set(expected)
+
+    width, wide = tower.width, tower.mlp_width
+    shapes: dict[str, tuple[int, ...]] = {
+        "v.patch_embd.weight": (width, 3, tower.patch_size, tower.patch_size),
+        "v.position_embd.weight": (tower.num_patches + is_llava, width),
+    }
+    norms = [f"v.blk.{layer}.ln{number}" for layer in range(2) for number in (1, 2)]
+    norms.append("v.pre_ln" if is_llava else "v.post_ln")
+    shapes |= {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
+    for layer in range(2):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
+            shapes |= {f"v.blk.{layer}.{name}.weight": (width, width), f"v.blk.{layer}.{name}.bias": (width,)}
+        shapes |= {f"v.blk.{layer}.ffn_up.weight": (wide, width), f"v.blk.{layer}.ffn_up.bias": (wide,)}
+        shapes |= {f"v.blk.{layer}.ffn_down.weight": (width, wide), f"v.blk.{layer}.ffn_down.bias": (width,)}
+    if is_llava:
+        shapes["v.class_embd"] = (width,)
+        shapes |= {"mm.0.weight": (32, width), "mm.0.bias": (32,), "mm.2.weight": (32, 32), "mm.2.bias": (32,)}
+    else:
+        shapes |= {"v.patch_embd.bias": (width,), "mm.model.fc.weight": (32, 4 * width)}
+    tensors = {t.name: t.data for t in reader.tensors}
+    assert {name: data.shape for name, data in tensors.items()} == shapes
+    state = model.vision.state_dict()  # type: ignore[union-attr]
+    q, _, v = state["tower.blocks.1.attention.qkv.weight"].chunk(3)
+    for name, tensor in {
+        "v.blk.1.attn_q.weight": q,
+        "v.blk.1.attn_v.weight": v,
+        "v.blk.0.ffn_up.bias": state["tower.blocks.0.mlp.up.bias"],
+        "v.position_embd.weight": state["tower.position_embedding"],
+    }.items():
+        assert np.array_equal(tensors[name], tensor.numpy())
+
+
+def test_what_mmproj_cannot_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused where the answer would be another one; told where only pixels differ a little."""
+    for number, (pair, message) in enumerate(
+        [
+            (make_tiny(), "vision encoder 'timm/test_vit' has no counterpart in llama.cpp"),
+            (make_seeing(), "begin and end marks of images behind the vocabulary has no counterpart in llama.cpp"),
+            (make_seeing(connector="linear"), "connector 'linear' has no counterpart in llama.cpp"),
+        ]
+    ):
+        folder = saved(tmp_path / str(number), pair)
+        assert main(["export", str(folder), "--format", "gguf", "--out", str(tmp_path / "out")]) == 1
+        assert message in capsys.readouterr().err
+        assert (
+            main(
+                ["export", str(folder), "--format", "gguf", "--out", str(tmp_path / f"{number}-text"), "--decoder-only"]
+            )
+            == 0
+        )
+    cropped = ImageTransformConfig(size=30, mode="crop")
+    assert mmproj.differences(TOWER, ConnectorConfig(kind="mlp"), cropped) == [
+        "the projector's GELU is computed by its tanh approximation",
+        "images are padded and resized, not by 'crop' with 'bicubic'",
+    ]
+    lanczos = ImageTransformConfig(size=30, interpolation="lanczos")
+    assert mmproj.differences(TOWER, ConnectorConfig(kind="pixel_shuffle"), lanczos) == []

@@ -18,13 +18,14 @@ from mm_gpt.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectorConfig:
-    kind: Literal["linear", "mlp", "pixel_shuffle", "resampler", "xconnector"] = "mlp"
+    kind: Literal["linear", "mlp", "pixel_shuffle", "pixel_shuffle_mlp", "resampler", "xconnector"] = "mlp"
     """linear: one projection per patch (k = P). mlp: Linear, GELU, Linear per patch (k = P; LLaVA-1.5, arXiv
     2310.03744). pixel_shuffle: `scale` x `scale` neighbours side by side, then a Linear (k = P / scale**2; Idefics3,
-    arXiv 2408.12637). resampler: Flamingo's perceiver (k = num_latents; arXiv 2204.14198). xconnector: KOSMOS-2's one
+    arXiv 2408.12637). pixel_shuffle_mlp: LayerNorm, Linear, GELU, Linear instead of that Linear (InternVL 1.5, arXiv
+    2404.16821). resampler: Flamingo's perceiver (k = num_latents; arXiv 2204.14198). xconnector: KOSMOS-2's one
     cross-attention (k = num_latents; arXiv 2306.14824)."""
     scale: int = 2
-    """pixel_shuffle: how many patches a side go into one token."""
+    """pixel_shuffle, pixel_shuffle_mlp: how many patches a side go into one token."""
     bias: bool = True
     """mlp, pixel_shuffle: the projections have a bias; those of Idefics3, SmolVLM and nanoVLM have none."""
     num_latents: int = 64
@@ -53,6 +54,8 @@ def build_connector(config: ConnectorConfig, in_width: int, out_width: int, num_
             return MLPConnector(in_width, out_width, num_patches, bias=config.bias)
         case "pixel_shuffle":
             return PixelShuffleConnector(in_width, out_width, num_patches, scale=config.scale, bias=config.bias)
+        case "pixel_shuffle_mlp":
+            return PixelShuffleMLPConnector(in_width, out_width, num_patches, scale=config.scale)
         case "resampler":
             return Resampler(in_width, out_width, config)
         case "xconnector":
@@ -103,6 +106,16 @@ class PixelShuffleConnector(nn.Module):
         """(N, P, D_v) to (N, P / scale**2, scale**2 * D_v)."""
         rows, s = self.grid // self.scale, self.scale
         return rearrange(x, "n (h a w b) d -> n (h w) (a b d)", h=rows, w=rows, a=s, b=s)
+
+
+class PixelShuffleMLPConnector(PixelShuffleConnector):
+    def __init__(self, in_width: int, out_width: int, num_patches: int, *, scale: int) -> None:
+        super().__init__(in_width, out_width, num_patches, scale=scale)
+        self.norm = nn.LayerNorm(in_width * scale**2)
+        self.fc2 = nn.Linear(out_width, out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.projection(self.norm(self.shuffle(x)))))
 
 
 class Resampler(nn.Module):

@@ -9,6 +9,8 @@ into tiles of that size and add the whole image, squashed, as one more tile:
   global tile comes first. The features of the padding are cut off, and each row of features ends in a newline token.
 - `anyres_max` (LLaVA-OneVision; arXiv:2408.03326): the same, and feature grids of more than `max_tiles` tiles are
   scaled down. Of several images in one conversation each is a single tile, padded to a square.
+- `internvl` (InternVL 1.5; arXiv:2404.16821): squashed into the grid of `min_tiles` to `max_tiles` tiles whose shape is
+  closest to the image's; the global tile comes last, and has the text of any other.
 - `nanovlm` (huggingface/nanoVLM): sides rounded up to whole tiles; the global tile, made of float pixels, comes first.
 
 With the transform's backend "torchvision" (nanovlm: "pil") pixels equal those of the models' own processors. Token
@@ -41,7 +43,7 @@ from mm_gpt.vision.transforms import (
 Size = tuple[int, int]
 """Height and width, or rows and columns."""
 
-_KINDS = ("idefics3", "anyres", "anyres_max", "nanovlm")
+_KINDS = ("idefics3", "anyres", "anyres_max", "internvl", "nanovlm")
 MAX_LONGEST_EDGE = 4096
 """Idefics3's processor goes no higher."""
 
@@ -50,7 +52,7 @@ MAX_LONGEST_EDGE = 4096
 class TilingConfig:
     """How an image is cut. The size of a tile is the ImageTransformConfig's. Checked when built: ConfigError."""
 
-    kind: Literal["idefics3", "anyres", "anyres_max", "nanovlm"]
+    kind: Literal["idefics3", "anyres", "anyres_max", "internvl", "nanovlm"]
     longest_edge: int = 0
     """idefics3, nanovlm: pixels of the long side before it is cut."""
     split: bool = True
@@ -60,21 +62,25 @@ class TilingConfig:
     pinpoints: tuple[tuple[int, int], ...] = ()
     """anyres, anyres_max: the resolutions (height, width) to choose from."""
     max_tiles: int = 0
-    """anyres_max: as many tiles' features survive at most."""
+    """anyres_max: as many tiles' features survive at most. internvl: an image is cut into as many at most."""
+    min_tiles: int = 0
+    """internvl: an image is cut into as many at least."""
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ConfigError(unknown_name("kind of tiling", str(self.kind), _KINDS))
-        anyres = self.kind.startswith("anyres")
-        if not (0 if anyres else 1) <= self.longest_edge <= (0 if anyres else MAX_LONGEST_EDGE):
-            allowed = "is not" if anyres else f"must be 1 to {MAX_LONGEST_EDGE}"
+        anyres, edge = self.kind.startswith("anyres"), self.kind in ("idefics3", "nanovlm")
+        if not (1 if edge else 0) <= self.longest_edge <= (MAX_LONGEST_EDGE if edge else 0):
+            allowed = f"must be 1 to {MAX_LONGEST_EDGE}" if edge else "is not"
             raise ConfigError(f"longest_edge {allowed} for tiling {self.kind!r}, got {self.longest_edge!r}")
         if anyres != bool(self.pinpoints):
             raise ConfigError(f"tiling {self.kind!r} {'needs' if anyres else 'has no'} pinpoints")
         if any(len(pair) != 2 or min(pair) < 1 for pair in self.pinpoints):
             raise ConfigError(f"pinpoints must be pairs (height, width), not {self.pinpoints!r}")
-        if self.max_tiles < 0 or (self.kind == "anyres_max") != bool(self.max_tiles):
+        if self.max_tiles < 0 or (self.kind in ("anyres_max", "internvl")) != bool(self.max_tiles):
             raise ConfigError(f"max_tiles {self.max_tiles!r} does not go with tiling {self.kind!r}")
+        if not 0 <= self.min_tiles <= (self.max_tiles if self.kind == "internvl" else 0):
+            raise ConfigError(f"min_tiles {self.min_tiles!r} does not go with tiling {self.kind!r}")
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,8 @@ class Tiler:
             tiles = self._transform(image)[None]
         elif self.tiling.kind == "idefics3":
             tiles = self._idefics3(to_pixels(image), rows * cols > 0)
+        elif self.tiling.kind == "internvl":
+            tiles = self._internvl(to_pixels(image), rows * cols > 0)
         elif self.tiling.kind == "nanovlm":
             tiles = self._nanovlm(to_pixels(image), rows * cols > 0)
         elif rows * cols > 0:
@@ -150,6 +158,9 @@ class Tiler:
             long = longest if tiling.enlarge else min(longest, _round_up(max(height, width), tile))
             short = max(tile, _round_up(min(height, width) * (long / max(height, width)), tile))
             return (short, long) if width >= height else (long, short)
+        if tiling.kind == "internvl":
+            rows, cols = closest_grid((height, width), tile, tiling.min_tiles, tiling.max_tiles)
+            return rows * tile, cols * tile
         return best_resolution((height, width), tiling.pinpoints)
 
     def _idefics3(self, pixels: Tensor, split: bool) -> Tensor:
@@ -160,6 +171,13 @@ class Tiler:
         pixels = resize_pixels(pixels, *self._canvas(height, width), self.image)
         whole = resize_pixels(pixels, tile, tile, self.image)[None]
         return normalise(torch.cat([_cut(pixels, tile), whole]) if split else whole, self.image)
+
+    def _internvl(self, pixels: Tensor, split: bool) -> Tensor:
+        tile, (height, width) = self.image.size, pixels.shape[-2:]
+        tiles = _cut(resize_pixels(pixels, *self._canvas(height, width), self.image), tile)
+        if split:
+            tiles = torch.cat([tiles, resize_pixels(pixels, tile, tile, self.image)[None]])
+        return normalise(tiles, self.image)
 
     def _nanovlm(self, pixels: Tensor, split: bool) -> Tensor:
         tile, (height, width) = self.image.size, pixels.shape[-2:]
@@ -266,6 +284,22 @@ def best_resolution(size: Size, pinpoints: tuple[Size, ...]) -> Size:
         return kept, kept - pinpoint[0] * pinpoint[1]
 
     return max(pinpoints, key=score)  # the first of equals
+
+
+def closest_grid(size: Size, tile: int, min_tiles: int, max_tiles: int) -> Size:
+    """Rows and columns, `min_tiles` to `max_tiles` in all, with the aspect ratio that is closest to the image's.
+
+    Of grids that are as close, more tiles are taken only where the image has more than half of their pixels.
+    """
+    height, width = size
+    best, least = (1, 1), math.inf
+    grids = [(rows, cols) for cols in range(1, max_tiles + 1) for rows in range(1, max_tiles // cols + 1)]
+    for rows, cols in sorted(grids, key=math.prod):  # of as many tiles, the taller grid first
+        difference = abs(width / height - cols / rows)
+        is_filled = height * width > 0.5 * tile * tile * rows * cols
+        if rows * cols >= min_tiles and (difference < least or (difference == least and is_filled)):
+            best, least = (rows, cols), difference
+    return best
 
 
 def fit_longest_edge(height: int, width: int, longest: int) -> Size:

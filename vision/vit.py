@@ -1,4 +1,4 @@
-"""A plain vision transformer: the towers of CLIP, SigLIP, SigLIP 2 (fixed resolution), Kosmos-2, Idefics3 and SmolVLM.
+"""A plain vision transformer: the towers of CLIP, SigLIP, SigLIP 2 (fixed resolution), Kosmos-2, Idefics3, InternVL.
 
 Shapes: N images, (H, W) pixels, P patches, T tokens (P, one more with a class token), D width, h heads, c head size.
 
@@ -6,7 +6,8 @@ Vision-language models take their tokens from different places of the same netwo
 LLaVA-OneVision behind the last, Kosmos-2, PaliGemma and SmolVLM behind the norm after it. `feature_layer` and
 `post_norm` say where. What comes later is kept with its weights, but is not run.
 
-Papers: ViT (2010.11929), CLIP (2103.00020), SigLIP (2303.15343), SigLIP 2 (2502.14786), Idefics3 (2408.12637).
+Papers: ViT (2010.11929), CLIP (2103.00020), SigLIP (2303.15343), SigLIP 2 (2502.14786), Idefics3 (2408.12637),
+InternVL (2312.14238).
 """
 
 from dataclasses import dataclass
@@ -38,12 +39,21 @@ class ViTConfig:
     """A norm before the first block (CLIP)."""
     patch_bias: bool = True
     """The patch embedding has a bias; CLIP's has none."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Of the blocks. rms: InternViT-6B."""
     norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    """Queries and keys pass an RMSNorm over all their heads together (InternViT-6B)."""
+    layer_scale: bool = False
+    """What a block adds to the tokens is multiplied by learned factors, one per feature (InternViT)."""
+    last_norm: bool = True
+    """There is a norm behind the last block; InternViT has none."""
     feature_layer: int = -1
     """Which of the `num_layers` + 1 hidden states are the tokens: 0 is what enters the first block, i what leaves the
     i-th; negative ones count from the last, so that -2 is what leaves the last but one block."""
     post_norm: bool = True
-    """The tokens pass the norm that follows the last block."""
+    """The tokens pass the norm behind the last block, if there is one."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "width", "num_layers", "num_heads", "mlp_width"):
@@ -70,11 +80,15 @@ class Attention(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
+        # Whatever `norm_eps` is, InternViT has this one here
+        self.q_norm = nn.RMSNorm(config.width, 1e-6) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.width, 1e-6) if config.qk_norm else nn.Identity()
         self.out = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "n t (three h c) -> three n h t c", three=3, h=self.num_heads)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (rearrange(y, "n t (h c) -> n h t c", h=self.num_heads) for y in (self.q_norm(q), self.k_norm(k), v))
         return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "n h t c -> n t (h c)"))
 
 
@@ -94,17 +108,29 @@ class MLP(nn.Module):
         return self.down(x)
 
 
+class LayerScale(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.factors = nn.Parameter(torch.full((width,), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factors
+
+
 class Block(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width, config.norm_eps)
+        norm = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+        self.attention_norm = norm(config.width, config.norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = nn.LayerNorm(config.width, config.norm_eps)
+        self.attention_scale = LayerScale(config.width) if config.layer_scale else nn.Identity()
+        self.mlp_norm = norm(config.width, config.norm_eps)
         self.mlp = MLP(config)
+        self.mlp_scale = LayerScale(config.width) if config.layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention_scale(self.attention(self.attention_norm(x)))
+        return x + self.mlp_scale(self.mlp(self.mlp_norm(x)))
 
 
 class ViT(nn.Module):
@@ -122,7 +148,7 @@ class ViT(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(config.num_patches + config.class_token, width))
         self.pre_norm = nn.LayerNorm(width, config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.post_norm = nn.LayerNorm(width, config.norm_eps)
+        self.post_norm = nn.LayerNorm(width, config.norm_eps) if config.last_norm else nn.Identity()
         for parameter in (self.class_token, self.position_embedding):
             if parameter is not None:
                 nn.init.normal_(parameter, std=width**-0.5)  # as long as a normalised token is small: CLIP's scale

@@ -4,13 +4,16 @@ One table of names serves all but GPT-2; a configuration's missing keys have the
 many repositories rely. The same tables serve the language half of whole models (`prefix`, `head`).
 """
 
+import dataclasses
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
+import torch
+
 from mm_gpt.errors import CheckpointError, unknown_name
-from mm_gpt.hub.weights import Origin, Table, plus_one, same, transposed
+from mm_gpt.hub.weights import Checkpoint, Origin, Table, plus_one, same, transposed
 from mm_gpt.model.decoder_config import DecoderConfig, PatternName
 from mm_gpt.model.positions import RopeScaling
 
@@ -28,10 +31,9 @@ _LLAMA: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
     "rope_theta": 10_000.0,
 }
+_BIAS: dict[str, Any] = {"attention_bias": False}
 _QWEN = _LLAMA | {
     "vocab_size": 151_936,
     "intermediate_size": 22_016,
@@ -41,20 +43,25 @@ _QWEN = _LLAMA | {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-_GEMMA = _LLAMA | {
-    "vocab_size": 256_000,
-    "hidden_size": 3072,
-    "intermediate_size": 24_576,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "head_dim": 256,
-    "hidden_act": "gelu_pytorch_tanh",
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
-_GEMMA2 = _GEMMA | {
+_GEMMA = (
+    _LLAMA
+    | _BIAS
+    | {
+        "vocab_size": 256_000,
+        "hidden_size": 3072,
+        "intermediate_size": 24_576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    }
+)
+_GEMMA2 = {key: value for key, value in _GEMMA.items() if key != "hidden_act"} | {
     "hidden_size": 2304,
+    "hidden_activation": "gelu_pytorch_tanh",
     "intermediate_size": 9216,
     "num_hidden_layers": 26,
     "num_attention_heads": 8,
@@ -65,7 +72,7 @@ _GEMMA2 = _GEMMA | {
     "attn_logit_softcapping": 50.0,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA,
+    "llama": _LLAMA | _BIAS,
     "mistral": _LLAMA
     | {
         "intermediate_size": 14_336,
@@ -74,7 +81,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
     },
     "qwen2": _QWEN,
-    "qwen3": _QWEN | {"head_dim": 128},
+    "qwen3": _QWEN | _BIAS | {"head_dim": 128},
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2
@@ -99,23 +106,30 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""What a key that is not in `config.json` stands for, by model type."""
+"""What a key that is not in `config.json` stands for, by model type; None is decided by other keys."""
+_FRACTIONS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "n_inner", "sliding_window", *_FRACTIONS[1:])
 
 # Keys that change nothing about the numbers of a forward pass.
 _HARMLESS = re.compile(
     r"_.*|architectures|model_type|.*dtype|.*token_ids?|use_cache|initializer_range|pretraining_tp|.*transformers.*"
-    r"|.*dropout|.*pdrop|layer_types|rope_scaling|rope_parameters|hidden_activation|cache_implementation|max_length"
+    r"|.*dropout|.*pdrop|layer_types|rope_scaling|rope_parameters|hidden_act(ivation)?|cache_implementation|max_length"
     r"|id2label|label2id|return_dict|output_.*|problem_type|chunk_size_feed_forward|is_.*|task_specific_params|summary_.*"
     r"|n_ctx|gradient_checkpointing|bad_words_ids|begin_suppress_tokens|top_[kp]|temperature|do_sample|num_.*beam.*"
     r"|tie_encoder_decoder|torchscript|auto_map|finetuning_task|quantization_config|attn_implementation|license|name"
     r"|repetition_penalty|length_penalty|.*beams|min_length|early_stopping|typical_p|.*ngram_size|prefix|remove_.*"
     r"|pruned_heads|use_bfloat16|tokenizer_class|decoder_start_.*|cross_attention_.*|add_cross_attention|forced_.*"
     r"|exponential_decay_.*|suppress_tokens|encoder_.*|diversity_penalty|num_return_sequences|.*tp_plan|.*pp_plan"
+    r"|original_max_position_embeddings"
 )
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "partial_rotary_factor": (1.0, None),
+    "rope_interleaved": (False, None),
+    "use_mrope": (False, None),
     "use_bidirectional_attention": (False, None),
+    "is_causal": (True, None),
+    "clip_qkv": (None,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "reorder_and_upcast_attn": (False,),  # float32 is what we compute in anyway, but the order differs
@@ -139,17 +153,50 @@ def decoder_config(values: dict[str, Any], where: str) -> DecoderConfig:
     kind = values.get("model_type")
     if kind not in DEFAULTS:
         raise CheckpointError(f"{where}: {unknown_name('model type', str(kind), DEFAULTS)}")
-    for key, allowed in _MUST_BE.items():
-        if key in values and values[key] not in allowed:
-            raise CheckpointError(f"{where}: {key} {values[key]!r} is not supported, only {allowed[0]!r}")
+    _check(values, where)
     full = DEFAULTS[kind] | values
-    ignored = [k for k in values if k not in DEFAULTS[kind] and k not in _MUST_BE and not _HARMLESS.fullmatch(k)]
+    for key, default in DEFAULTS[kind].items():
+        _check_type(key, full[key], default, where)
+    ignored = [
+        key
+        for key, value in values.items()
+        # A key that is unknown and off is no news
+        if value and key not in DEFAULTS[kind] and key not in _MUST_BE and not _HARMLESS.fullmatch(key)
+    ]
     if ignored:
         logger.warning("%s: unknown keys are ignored: %s", where, ", ".join(ignored))
     try:
         return _gpt2(full, where) if kind == "gpt2" else _llama(kind, full, where)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{where}: {type(error).__name__} {error} while reading the configuration") from None
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{where}: lacks {error}") from None
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _check(values: dict[str, Any], where: str) -> None:
+    for key, allowed in _MUST_BE.items():
+        if key in values and values[key] not in allowed:
+            value = repr(values[key])
+            shown = value if len(value) < 40 else f"{value[:36]}..."
+            raise CheckpointError(f"{where}: {key} {shown} is not supported, only {allowed[0]!r}")
+
+
+def _check_type(key: str, value: Any, default: Any, where: str) -> None:
+    """Raises CheckpointError for a value of another type than the default's, and for counts below one."""
+    if value is None and key in _MAY_BE_NULL:
+        return
+    if isinstance(default, bool | str):
+        kind, fits = type(default).__name__, isinstance(value, type(default))
+    else:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        whole = not isinstance(default, float) and key not in _FRACTIONS
+        kind = "a whole number above 0" if whole else "a number above 0"
+        least = key == "max_window_layers" and value == 0
+        fits = number and (value > 0 or least) and (not whole or isinstance(value, int))
+    if not fits:
+        raise CheckpointError(f"{where}: {key} {value!r} is not {kind}")
 
 
 def _llama(kind: str, values: dict[str, Any], where: str) -> DecoderConfig:
@@ -157,6 +204,10 @@ def _llama(kind: str, values: dict[str, Any], where: str) -> DecoderConfig:
     gemma = kind.startswith("gemma")
     patterns, window = _patterns(kind, values, where)
     theta, scaling, local_theta = _rope(kind, values, where)
+    biases = kind not in ("mistral", "qwen2") and values["attention_bias"]
+    activation = values["hidden_act" if "hidden_act" in DEFAULTS[kind] else "hidden_activation"]
+    if kind == "gemma" and activation == "gelu":
+        activation = "gelu_pytorch_tanh"  # the first files named the wrong one; the models were trained with this
     return DecoderConfig(
         vocab_size=values["vocab_size"],
         width=values["hidden_size"],
@@ -169,9 +220,9 @@ def _llama(kind: str, values: dict[str, Any], where: str) -> DecoderConfig:
         norm_eps=float(values["rms_norm_eps"]),
         norm_place="both" if kind in ("gemma2", "gemma3_text") else "pre",
         qk_norm=kind in ("qwen3", "gemma3_text"),
-        activation=_activation(values.get("hidden_activation") or values["hidden_act"], where),  # type: ignore[arg-type]
-        qkv_bias=bool(values["attention_bias"]) or kind == "qwen2",
-        output_bias=bool(values["attention_bias"]),
+        activation=_activation(activation, where),  # type: ignore[arg-type]
+        qkv_bias=biases or kind == "qwen2",
+        output_bias=biases,
         rope_theta=theta,
         rope_scaling=scaling,
         local_rope_theta=local_theta,
@@ -215,64 +266,70 @@ def _activation(name: str, where: str) -> str:
 
 
 def _patterns(kind: str, values: dict[str, Any], where: str) -> tuple[tuple[PatternName, ...], int | None]:
-    """Which layers see a window only, and its size."""
+    """Which layers see a window only, and its size. Older files have a rule of the family instead of a list."""
     layers, window = values["num_hidden_layers"], values.get("sliding_window")
-    types = values.get("layer_types")
+    if kind in ("llama", "gemma") or (kind.startswith("qwen") and not values["use_sliding_window"]):
+        window = None
+    types = None if kind == "mistral" else values.get("layer_types")
+    if types is not None and len(types) < layers:
+        raise CheckpointError(f"{where}: layer_types has {len(types)} entries for {layers} layers")
     if types is None:
+        types = ["sliding_attention"]
         if kind == "gemma2":
             types = ["sliding_attention", "full_attention"]
         elif kind == "gemma3_text":
             every = values.get("_sliding_window_pattern") or values["sliding_window_pattern"]
             types = ["sliding_attention"] * (every - 1) + ["full_attention"]
-        elif kind in ("qwen2", "qwen3"):
-            first = values["max_window_layers"] if values["use_sliding_window"] else layers
-            types = ["full_attention" if layer < first else "sliding_attention" for layer in range(layers)]
-        elif kind == "mistral":
-            types = ["sliding_attention"]
-        else:
-            return ("dense",), None
+        elif kind.startswith("qwen"):
+            full = min(layers, values["max_window_layers"])
+            types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     names: dict[str, PatternName] = {"full_attention": "dense", "sliding_attention": "local"}
     for name in types:
         if name not in names:
             raise CheckpointError(f"{where}: {unknown_name('layer type', str(name), names)}")
-    if window is None or "sliding_attention" not in types:
+    if window is None or "sliding_attention" not in types[:layers]:
         return ("dense",), None
-    return tuple(names[name] for name in types), window
+    return tuple(names[name] for name in types[:layers]), window
 
 
 def _rope(kind: str, values: dict[str, Any], where: str) -> tuple[float, RopeScaling | None, float | None]:
     """Theta, scaling and the local layers' theta: newer files have `rope_parameters`, older ones `rope_scaling`."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    local: float | None = None
+    newer, older = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    local_theta: float | None = None
+    rope = older or newer
     if kind == "gemma3_text":
-        local = float(values["rope_local_base_freq"])
-        if "sliding_attention" in rope:
-            local = float(rope["sliding_attention"].get("rope_theta", local))
-            if rope["sliding_attention"].get("rope_type", "default") != "default":
-                raise CheckpointError(f"{where}: rope scaling of the local layers is not supported")
-            rope = rope.get("full_attention", {})
+        rope = (newer.get("full_attention") or {}) | older
+        local = newer.get("sliding_attention") or {}
+        local_theta = float(local.get("rope_theta", values["rope_local_base_freq"]))
+        if local.get("rope_type", "default") != "default":
+            raise CheckpointError(f"{where}: rope scaling of the local layers is not supported")
+    _check(rope, where)
     theta = float(rope.get("rope_theta", values["rope_theta"]))
     name = rope.get("rope_type", rope.get("type", "default"))
     if name in ("default", "mrope"):  # mrope has ordinary positions as long as there is text alone
-        return theta, None, local
-    if name not in ("linear", "llama3"):
-        raise CheckpointError(f"{where}: rope scaling {name!r} is not supported, only linear and llama3")
+        return theta, None, local_theta
     if name == "linear":
-        return theta, RopeScaling(kind="linear", factor=float(rope["factor"])), local
+        return theta, RopeScaling(kind="linear", factor=float(rope["factor"])), local_theta
+    if name != "llama3":
+        raise CheckpointError(f"{where}: rope scaling {name!r} is not supported, only linear and llama3")
+    original = rope.get("original_max_position_embeddings", values["max_position_embeddings"])
     scaling = RopeScaling(
         kind="llama3",
         factor=float(rope["factor"]),
         low_freq_factor=float(rope["low_freq_factor"]),
         high_freq_factor=float(rope["high_freq_factor"]),
-        original_length=int(rope["original_max_position_embeddings"]),
+        original_length=int(values.get("original_max_position_embeddings") or original),
     )
-    return theta, scaling, local
+    return theta, scaling, local_theta
 
 
 def decoder_table(kind: str, *, prefix: str = "model.", head: str = "lm_head.weight") -> Table:
-    """Our decoder's parameters in the names of a model type; `prefix` goes before all but the head."""
+    """Our decoder's parameters in the names of a model type; `prefix` goes before all but the head.
+
+    The default is that of a language model in a file of its own: `model.`, or GPT-2's `transformer.`.
+    """
     if kind == "gpt2":
-        return _gpt2_table(prefix, head)
+        return _gpt2_table("transformer." if prefix == "model." else prefix, head)
     layer = prefix + "layers.{i}."
     norm = plus_one if kind.startswith("gemma") else same
     both = kind in ("gemma2", "gemma3_text")
@@ -298,7 +355,6 @@ def decoder_table(kind: str, *, prefix: str = "model.", head: str = "lm_head.wei
 
 
 def _gpt2_table(prefix: str, head: str) -> Table:
-    prefix = "transformer." if prefix == "model." else prefix
     layer = prefix + "h.{i}."
     names: Iterable[tuple[str, str]] = (
         ("attention.qkv", "attn.c_attn"),
@@ -320,6 +376,26 @@ def _gpt2_table(prefix: str, head: str) -> Table:
         table[f"blocks.{{i}}.{ours}.weight"] = transposed(f"{layer}{theirs}.weight")
         table[f"blocks.{{i}}.{ours}.bias"] = same(f"{layer}{theirs}.bias")
     return table
+
+
+def stored_prefix(kind: str, names: Collection[str]) -> str:
+    """What stands before the names of a decoder's file: nothing in old ones of GPT-2, and in those of a bare stack."""
+    prefix = "transformer." if kind == "gpt2" else "model."
+    return prefix if any(name.startswith(prefix) for name in names) else ""
+
+
+def settle_tying(config: DecoderConfig, table: Table, checkpoint: Checkpoint) -> tuple[DecoderConfig, Table]:
+    """What is stored outranks `tie_word_embeddings`, as in transformers: two matrices that differ are two, and a single
+    one, of whichever name, is both."""
+    (embedding,), (head,) = table["embedding.weight"].parts, table["head.weight"].parts
+    if not config.tie_embeddings or head not in checkpoint.names:
+        return config, table
+    if embedding not in checkpoint.names:
+        return config, table | {"embedding.weight": same(head)}
+    first, second = checkpoint.tensor(embedding), checkpoint.tensor(head)
+    if first.dtype == second.dtype and torch.equal(first, second):
+        return config, table
+    return dataclasses.replace(config, tie_embeddings=False), table
 
 
 DECODER_LEFT_OVER = (r".*rotary_emb\.inv_freq", r".*\.attn\.(masked_)?bias")

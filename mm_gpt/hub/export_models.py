@@ -36,6 +36,8 @@ LLAVA = {
     "anyres_max": ("llava_onevision", "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionProcessor"),
 }
 """By the kind of tiling: model type, its class and its processor."""
+LLAVA_TEXTS = ("llama", "mistral", "qwen2", "qwen3")
+"""GPT-2's class does not take part, and Gemma's would scale the images along with the words."""
 MARKS = ("<|image_begin|>", "<image>", "<|image_end|>")
 """What the three ids behind the vocabulary become: the image's begin, each of its tokens, its end."""
 _FILTERS = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
@@ -113,7 +115,7 @@ def _llava(model: MMGPT, processor: Processor) -> Plan:
     if tiling is not None and tiling.kind not in LLAVA:
         raise CheckpointError(f"tiling {tiling.kind!r} with connector 'mlp' has no counterpart; {INSTEAD}")
     kind, name, processor_name = LLAVA[None if tiling is None else tiling.kind]
-    text = decoder_values(model.decoder.config)
+    text = decoder_values(model.decoder.config, kinds=LLAVA_TEXTS)
     text["architectures"] = [CLASSES[text["model_type"]]]
     strategy = "default" if tower.class_token and not vision.include_class_token else "full"
     values: dict[str, Any] = {

@@ -52,6 +52,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "image_grid_pinpoints": [[384 * rows, 384 * cols] for rows in range(1, 7) for cols in range(1, 7)],
         "vision_aspect_ratio": "anyres_max_9",
     },
+    "GotOcr2ImageProcessor": {  # InternVL's
+        **_COMMON,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "size": {"height": 384, "width": 384},
+        "min_patches": 1,
+        "max_patches": 12,
+    },
     "Idefics3ImageProcessor": _IDEFICS3,
     "SmolVLMImageProcessor": _IDEFICS3,
 }
@@ -81,6 +89,8 @@ def read_image_processor(values: dict[str, Any], where: str) -> tuple[ImageTrans
     try:
         if name in ("Idefics3ImageProcessor", "SmolVLMImageProcessor"):
             image, tiling = _idefics3(settings)
+        elif name == "GotOcr2ImageProcessor":
+            image, tiling = _internvl(settings)
         elif "image_grid_pinpoints" in DEFAULTS[name]:
             image, tiling = _anyres(settings, name)
         else:
@@ -148,7 +158,7 @@ class _Settings:
 
     def integer(self, key: str, value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(key, "expected a whole number of pixels")
+            raise self.error(key, "expected a whole number above 0")
         return value
 
     def edges(self, key: str) -> tuple[str, int]:
@@ -217,6 +227,13 @@ def _anyres(settings: _Settings, name: str) -> tuple[ImageTransformConfig, Tilin
     if not number.isdigit():
         raise settings.error("vision_aspect_ratio", "expected anyres_max_ and a number")
     return image, TilingConfig(kind="anyres_max", pinpoints=pinpoints, max_tiles=int(number))  # type: ignore[arg-type]
+
+
+def _internvl(settings: _Settings) -> tuple[ImageTransformConfig, TilingConfig]:
+    """Published files say `crop_to_patches` false, but InternVL's processor cuts whatever they say."""
+    least, most = (settings.integer(key, settings.values[key]) for key in ("min_patches", "max_patches"))
+    tiling = TilingConfig(kind="internvl", min_tiles=least, max_tiles=most)
+    return settings.image(settings.length("size", ["square"])), tiling
 
 
 def _idefics3(settings: _Settings) -> tuple[ImageTransformConfig, TilingConfig]:

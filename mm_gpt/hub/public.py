@@ -59,3 +59,42 @@ PUBLIC_MODELS = (
     PublicModel("google/gemma-2-2b-it", "Gemma 2", 2614.3, GEMMA),
     PublicModel("google/gemma-3-1b-it", "Gemma 3", 999.9, GEMMA),
 )
+
+FAMILY_CHECKS = (
+    FamilyCheck(
+        "SmolVLM, Idefics3",
+        ("idefics3", "smolvlm"),
+        "Idefics3ForConditionalGeneration and SmolVLM's",
+        "2e-6",
+        "test_family_idefics3",
+    ),
+    FamilyCheck(
+        "nanoVLM", ("none",), "SiglipVisionModel with LlamaForCausalLM; its own code", "2e-6", "test_family_nanovlm"
+    ),
+    FamilyCheck("LLaVA-1.5", ("llava",), "LlavaForConditionalGeneration", "2e-6", "test_family_llava"),
+    FamilyCheck("LLaVA-NeXT", ("llava_next",), "LlavaNextForConditionalGeneration", "2e-6", "test_family_llava"),
+    FamilyCheck(
+        "LLaVA-OneVision", ("llava_onevision",), "LlavaOnevisionForConditionalGeneration", "2e-6", "test_family_llava"
+    ),
+    FamilyCheck(
+        "PaliGemma 1 and 2", ("paligemma",), "PaliGemmaForConditionalGeneration", "3e-6", "test_family_paligemma"
+    ),
+    FamilyCheck("Kosmos-2", ("kosmos-2",), "Kosmos2ForConditionalGeneration", "2e-6", "test_family_kosmos2"),
+)
+"""Pixel values, tiling and prompt ids are equal, exactly, in all of them."""
+
+
+def tables() -> dict[str, list[tuple[str, ...]]]:
+    """The tables, each with its header, by their titles."""
+    models: list[tuple[str, ...]] = [("REPOSITORY", "LICENCE", "PARAMETERS", "IN MEMORY", "FAMILY")]
+    for model in PUBLIC_MODELS:
+        parameters = f"{model.parameters:,.0f} M"
+        models.append((model.repository, model.licence, parameters, model.memory, model.family))
+    checks: list[tuple[str, ...]] = [("FAMILY", "MODEL TYPE", "COMPARED WITH", "LOGITS DIFFER BY", "TEST")]
+    for check in FAMILY_CHECKS:
+        kinds = ", ".join(check.model_types)
+        checks.append((check.name, kinds, check.reference, check.difference, f"tests/{check.test}.py"))
+    return {
+        "Public checkpoints by name (memory: float32 on the CPU / bfloat16 on a GPU)": models,
+        "Families, and what they were compared with (small random models, float32)": checks,
+    }

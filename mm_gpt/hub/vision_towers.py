@@ -32,6 +32,7 @@ _DEFAULTS = {
     "siglip_vision_model": ((768, 3072, 12, 12, 224, 16), "gelu_pytorch_tanh", 1e-6),
     "idefics3_vision": ((1152, 3072, 12, 16, 224, 32), "gelu_pytorch_tanh", 1e-6),
     "smolvlm_vision": ((1152, 3072, 12, 16, 224, 32), "gelu_pytorch_tanh", 1e-6),
+    "internvl_vision": ((1024, 4096, 24, 16, 448, 14), "gelu", 1e-6),
 }
 # The type of the whole model decides over its tower's: published Idefics3 towers call themselves idefics3_vision,
 # idefics3 or even siglip_vision_model, and have the defaults of the first.

@@ -76,10 +76,10 @@ class Conversation:
             self.messages += [turn, {"role": "assistant", "content": self.answer.text}]
 
     def _example(self, turn: Message) -> Example:
-        """What is to be read, as far as it is not in the cache: all messages, or with memory the last answer and `turn`.
+        """All messages and `turn`; with memory the last answer and `turn`. `_read` skips what is in the cache.
 
         The answer comes again because it is not always what was generated: it may have been cut off, or end in a stop
-        text; and its last token was not read. `_read` skips what is in the cache.
+        text; and its last token was not read.
         """
         processor = self.engine.processor
         if not self.memory_length:
@@ -115,7 +115,7 @@ class Conversation:
         self.tokens_read = len(new)
         segment = model.decoder.config.max_length if self.memory_length else len(new)
         cache = self._cache = self._prepared_cache(start, segment, room)
-        self._images = _image_keys(example)
+        self._images = _images(example)
         for at in range(start, len(ids), segment):
             if self.memory_length:
                 cache.keep_last(self.memory_length)
@@ -133,8 +133,10 @@ class Conversation:
         Templates may write earlier turns in another way than they were, or leave images of them out.
         """
         start = _common(ids[:-1], self._seen)
-        images = zip(example.image_starts, _image_keys(example), self._images, strict=False)
-        start = min([start, *(at for at, mine, its in images if mine != its)])
+        for mine, its in zip(_images(example), self._images, strict=False):
+            if mine[0] is not its[0] or mine[1:] != its[1:]:
+                start = min(start, mine[1])
+                break
         is_image = self.engine.processor.is_image
         if start and is_image(ids[start]) and is_image(ids[start - 1]):
             start = max(at for at in example.image_starts if at < start)  # an image is read as a whole
@@ -157,10 +159,10 @@ class Conversation:
         return cache
 
 
-def _image_keys(example: Example) -> list[tuple[Any, ...]]:
-    """What tells the images of a prompt apart: place, source and how it is cut."""
-    keys = zip(example.image_starts, example.images, example.grids, example.sizes, strict=True)
-    return [(at, id(image.source), image.mirrored, grid, size) for at, image, grid, size in keys]
+def _images(example: Example) -> list[tuple[Any, ...]]:
+    """What tells the images of a prompt apart: source, place, and how it is cut."""
+    parts = zip(example.images, example.image_starts, example.grids, example.sizes, strict=True)
+    return [(image.source, at, grid, size, image.mirrored) for image, at, grid, size in parts]
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ import torch
 from mm_gpt.chat_template import ChatTemplate
 from mm_gpt.errors import CheckpointError, unknown_name
 from mm_gpt.hub.image_processors import read_image_processor
-from mm_gpt.hub.weights import Checkpoint, Table, read_json
+from mm_gpt.hub.weights import Checkpoint, Table, read_json, unfilled
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
 from mm_gpt.tokenizer import Tokenizer
@@ -46,6 +46,7 @@ FAMILIES = {
     "paligemma": "paligemma",
     **dict.fromkeys(("llava", "llava_next", "llava_onevision"), "llava"),
     **dict.fromkeys(("idefics3", "smolvlm"), "idefics3"),
+    "internvl": "internvl",
     "nanovlm": "nanovlm",
 }
 """`model_type` of a Hugging Face configuration -> the module here that reads it."""
