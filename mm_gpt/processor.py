@@ -40,6 +40,8 @@ class ProcessorConfig:
     """How an image is written with the vocabulary's own special tokens; None: with three ids right behind it."""
     begin_of_text: bool = False
     """Begin each text with the tokenizer's own first ids, unless it is written with them already."""
+    begin_of_chat: bool = True
+    """With `begin_of_text`: chats as well. Off for decoders alone, whose templates write what they want themselves."""
 
 
 @dataclass
@@ -245,7 +247,10 @@ class Processor:
             part.targets += targets
             runs.clear()
 
-        if self.config.begin_of_text and not begins_with(segments, self.tokenizer.names.get("bos_token")):
+        first = segments[0] if segments else None
+        is_template = isinstance(first, Text) and first.is_control
+        wanted = self.config.begin_of_text and (self.config.begin_of_chat or not is_template)
+        if wanted and not begins_with(segments, self.tokenizer.names.get("bos_token")):
             part.ids += self.tokenizer.prefix_ids
             part.targets += [False] * len(part.ids)
         for segment in segments:

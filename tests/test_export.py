@@ -667,7 +667,9 @@ def test_what_mmproj_cannot_say(
     cropped = ImageTransformConfig(size=30, mode="crop")
     assert mmproj.differences(TOWER, ConnectorConfig(kind="mlp"), cropped) == [
         "the projector's GELU is computed by its tanh approximation",
-        "images are padded and resized, not by 'crop' with 'bicubic'",
+        "images are padded, with bicubic interpolation, not 'crop', 'bicubic'",
     ]
+    clip = dataclasses.replace(TOWER, class_token=True)
+    assert "class token" in mmproj.differences(clip, ConnectorConfig(kind="mlp"), cropped)[0]
     lanczos = ImageTransformConfig(size=30, interpolation="lanczos")
     assert mmproj.differences(TOWER, ConnectorConfig(kind="pixel_shuffle"), lanczos) == []

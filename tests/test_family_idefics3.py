@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import test_repository
 import tokenizers
 import torch
 from conftest import make_picture
@@ -19,12 +20,17 @@ from family_checks import (
     roughen,
     user,
 )
+from test_repository import NAME, Hub
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+import mm_gpt
+from mm_gpt.cli import main
 from mm_gpt.errors import CheckpointError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.hub.families.idefics3 import read
 from mm_gpt.processor import IGNORE_INDEX
+
+hub, cache = test_repository.hub, test_repository.cache  # fixtures
 
 # Tiles of 28 pixels, an image enlarged to 56: grids of 2 x 2, 1 x 2 and 2 x 1.
 A, B, C = make_picture(0, (40, 30)), make_picture(1, (60, 21)), make_picture(2, (13, 57))
@@ -276,6 +282,26 @@ def test_the_same_answers(theirs: Theirs, tmp_path: Path) -> None:
     inputs = theirs.inputs([user(A, "What is this?")])
     out = theirs.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
     check_answers(theirs.folder, A, "What is this?", out[inputs["input_ids"].shape[1] :].tolist(), tmp_path)
+
+
+def test_by_its_name_from_a_hub(
+    hub: Hub,
+    cache: Path,
+    smolvlm: Theirs,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The whole way of `mm-gpt ask --model OWNER/NAME`: fetched, answered, and answered again without a network."""
+    A.save(tmp_path / "shown.png")
+    hub.files = {path.name: path.read_bytes() for path in smolvlm.folder.iterdir()}
+    expected = mm_gpt.load(smolvlm.folder, device="cpu").ask(A, "What is this?", max_new_tokens=4)
+    command = ["ask", "--model", NAME, str(tmp_path / "shown.png"), "What is this?", "--max-new-tokens", "4"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.strip() == expected
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(command) == 0
+    assert capsys.readouterr().out.strip() == expected
 
 
 def test_training_labels(smolvlm: Theirs) -> None:

@@ -482,6 +482,30 @@ def test_with_memory_each_turn_is_a_segment(options: dict[str, Any]) -> None:
         assert first.logprob == pytest.approx(float(expected[first.id]), abs=1e-11)
 
 
+@pytest.mark.parametrize(("memory", "call"), [(0, 1), (24, 1), (24, 2), (24, 3)])
+def test_interrupted_while_reading(monkeypatch: pytest.MonkeyPatch, memory: int, call: int) -> None:
+    """Ctrl-C in the prompt: the turn was not taken, and asked again it is answered as if nothing had been."""
+    model, processor = text_model(max_length=40 if memory else 400, memory_length=memory)
+    talks = [talk_of(model, processor, max_new_tokens=5) for _ in range(2)]
+    turns = [asked(0), asked(1), LONG, asked(2)]
+    expected = [[token.logprob for token in talks[0].say(turn).logprobs or ()] for turn in turns]
+    read, calls = model.decoder.forward, itertools.count(1)
+
+    def interrupted(*args: Any, **options: Any) -> Tensor:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return read(*args, **options)
+
+    found = answered(talks[1], turns[:2])
+    with monkeypatch.context() as patch:
+        patch.setattr(model.decoder, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            talks[1].say(LONG)
+    assert len(talks[1].messages) == 4
+    found += answered(talks[1], turns[2:])
+    assert found == [pytest.approx(values, abs=1e-11) for values in expected]
+
+
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What is answered, whatever the model thinks of it: answers would else carry news from turn to turn."""

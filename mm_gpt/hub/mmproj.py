@@ -148,10 +148,12 @@ def differences(tower: ViTConfig, connector: ConnectorConfig, image: ImageTransf
     found = []
     if tower.activation == "gelu":
         found.append("the encoder's GELU is computed by its tanh approximation")
+    if tower.class_token:
+        found.append("versions up to 11549 at least take the class token for the last patch, and give other features")
     if connector.kind == "mlp":
         found.append("the projector's GELU is computed by its tanh approximation")
-        if (image.mode, image.interpolation) != ("pad", "bilinear"):
-            found.append(f"images are padded and resized, not by {image.mode!r} with {image.interpolation!r}")
+        if (image.mode, image.interpolation) != ("pad", "bicubic"):
+            found.append(f"images are padded, with bicubic interpolation, not {image.mode!r}, {image.interpolation!r}")
     elif image.interpolation != "lanczos":
         found.append(f"images are resized with Lanczos, not {image.interpolation!r}")
     return found

@@ -20,7 +20,7 @@ def read(folder: Path, values: dict[str, Any], tokenizer: Tokenizer) -> Import:
     config, table = settle_tying(decoder_config(values, f"{folder}/config.json"), table, checkpoint)
     return Import(
         model=ModelConfig(decoder=config),
-        processor=ProcessorConfig(max_length=config.max_length, begin_of_text=True),
+        processor=ProcessorConfig(max_length=config.max_length, begin_of_text=True, begin_of_chat=False),
         tables={"decoder": table},
         template=read_template(folder, tokenizer) or plain_template(PLAIN, folder, tokenizer),
         left_over=tied_left_over(config),
