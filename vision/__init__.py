@@ -1,1 +1,1 @@
-"""Vision: open_clip encoders that give patch tokens, connectors, image transforms and contrastive (CLIP) training."""
+"""Vision: encoders that give patch tokens, connectors, image transforms and tiling, contrastive (CLIP) training."""

