@@ -41,26 +41,48 @@ def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "") -> T:
 
 
 def override(config: T, assignments: list[str]) -> T:
-    """Apply command-line overrides such as `optimizer.lr=1e-3` to a (nested) dataclass and return the new one."""
+    """Apply command-line overrides such as `optimizer.lr=1e-3` to a (nested) dataclass and return the new one.
+
+    All of one dataclass take effect at once: values that must fit each other may be changed in any order.
+    """
+    tree: dict[str, Any] = {}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise ConfigError(f"override {assignment!r} is not of the form key=value")
-        config = _override_one(config, path.split("."), text, path)
-    return config
+        *parents, last = path.split(".")
+        branch = tree
+        for key in parents:
+            branch = branch.setdefault(key, {})
+            if not isinstance(branch, dict):
+                raise ConfigError(f"{path}: {key!r} has no keys of its own")
+        branch[last] = text
+    return _override_all(config, tree, "")
 
 
-def _override_one(config: Any, keys: list[str], text: str, path: str) -> Any:
+def _override_all(config: Any, tree: dict[str, Any], where: str) -> Any:
     names = [f.name for f in dataclasses.fields(config)]
-    if keys[0] not in names:
-        raise ConfigError(f"{path}: {unknown_name('key', keys[0], names)}")
-    if len(keys) > 1:
-        child = getattr(config, keys[0])
-        if not dataclasses.is_dataclass(child):
-            raise ConfigError(f"{path}: {keys[0]!r} has no keys of its own")
-        return dataclasses.replace(config, **{keys[0]: _override_one(child, keys[1:], text, path)})
-    hint = typing.get_type_hints(type(config))[keys[0]]
-    return dataclasses.replace(config, **{keys[0]: _parse(hint, text, path)})
+    changes = {}
+    for key, value in tree.items():
+        path = f"{where}{key}"
+        if key not in names:
+            raise ConfigError(f"{_first_leaf(path, value)}: {unknown_name('key', key, names)}")
+        if isinstance(value, dict):
+            child = getattr(config, key)
+            if not dataclasses.is_dataclass(child):
+                raise ConfigError(f"{_first_leaf(path, value)}: {key!r} has no keys of its own")
+            changes[key] = _override_all(child, value, f"{path}.")
+        else:
+            changes[key] = _parse(typing.get_type_hints(type(config))[key], value, path)
+    return dataclasses.replace(config, **changes)
+
+
+def _first_leaf(path: str, value: Any) -> str:
+    """The whole path that somebody wrote, for messages."""
+    while isinstance(value, dict):
+        key, value = next(iter(value.items()))
+        path = f"{path}.{key}"
+    return path
 
 
 def _parse(hint: Any, text: str, where: str) -> Any:

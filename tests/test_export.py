@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -673,3 +675,16 @@ def test_what_mmproj_cannot_say(
     assert "class token" in mmproj.differences(clip, ConnectorConfig(kind="mlp"), cropped)[0]
     lanczos = ImageTransformConfig(size=30, interpolation="lanczos")
     assert mmproj.differences(TOWER, ConnectorConfig(kind="pixel_shuffle"), lanczos) == []
+
+
+def test_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands and the code of docs/export.md, with a small model of a public structure in the place of theirs."""
+    text = (Path(__file__).parent.parent / "docs/export.md").read_text()
+    saved(tmp_path / "runs/finetune/best", make_seeing())
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for line in block.splitlines():
+            assert main(shlex.split(line)[1:]) == 0, line
+    (code,) = re.findall(r"^```py\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    exec(compile(code, "docs/export.md", "exec"), {})
+    assert (tmp_path / "exported-gguf/model-q8_0.gguf").exists()

@@ -7,12 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import make_picture
 
 import mm_gpt
+from mm_gpt.cli import main
 from mm_gpt.config import override
+from mm_gpt.document import Document, Text
 from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.model.decoder_config import DecoderConfig
+from mm_gpt.model.presets import preset
+from mm_gpt.processor import collate
 from mm_gpt.training.language import LanguageRecipe, SourceConfig
-from mm_gpt.training.recipes import RECIPES, run_recipe, tiny
+from mm_gpt.training.recipes import RECIPES, recipe, run_recipe, tiny
+from mm_gpt.training.semicausal import load_semicausal
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,3 +94,78 @@ def test_a_language_recipe_says_what_it_validates_on() -> None:
 def test_empty_folder_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(MMGPTError, match=r"holds no \.tar"):
         run_recipe(tiny(str(tmp_path)), tmp_path / "run", progress=False)
+
+
+SHAPE = ("num_layers=2", "width=32", "num_heads=4", "num_kv_heads=4", "head_size=8", "mlp_width=48", "vocab_size=500")
+SMALL = [f"model.decoder.{value}" for value in SHAPE]
+RUN = ["row_length=64", "rows=2", "train.steps=2", "train.precision=fp32"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(
+            f"Text number {number}: the cat sat on the mat and looked at the dog. " * 8
+        )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("gpt1", []),
+        ("gpt2-small", []),
+        ("gpt3-125m", ["model.decoder.window=16"]),
+        ("transformer-xl", ["model.decoder.memory_length=16"]),
+        ("sparse-transformer-strided", ["model.decoder.stride=8"]),
+        ("sparse-transformer-fixed", ["model.decoder.stride=8", "model.decoder.summary=2"]),
+        ("qwen3-0.6b", []),
+        ("metalm", [f"model.encoder.{value}" for value in SHAPE] + ["shortest=4", "longest=8"]),
+    ],
+)
+def test_a_preset_is_a_recipe(name: str, more: list[str], texts: Path, tmp_path: Path) -> None:
+    """`mm-gpt train PRESET --data TEXTS`, at another size: trained, saved, and loaded through the usual door."""
+    command = ["train", name, "--data", str(texts), "--out", str(tmp_path / "run"), *SMALL, *more, *RUN]
+    assert main(command) == 0
+    model = mm_gpt.load(tmp_path / "run/best", device="cpu")
+    assert model.model.decoder.config.positions == preset_decoder(name).positions
+    assert model.complete("The cat", max_new_tokens=3).completion_tokens >= 1
+
+
+def preset_decoder(name: str) -> DecoderConfig:
+    config = preset(name).config
+    return config if isinstance(config, DecoderConfig) else config.decoder  # type: ignore[return-value]
+
+
+def test_kosmos_trains_on_captioned_pictures(tmp_path: Path) -> None:
+    """The last block of the tower, the connector and the decoder, and nothing else of the tower."""
+    for number in range(4):
+        make_picture(number).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a picture")
+    small = ["model.vision.model=timm/test_vit", "model.vision.image_size=32", "model.connector.num_latents=4"]
+    small += ["model.connector.num_heads=4", "image.size=32"]
+    command = ["train", "kosmos-1", "--data", str(tmp_path), "--out", str(tmp_path / "run"), *SMALL, *small, *RUN]
+    assert main(command) == 0
+    assert mm_gpt.load(tmp_path / "run/best", device="cpu").caption(make_picture(1)).image_tokens == 4 + 2
+
+
+def test_a_docked_encoder_is_saved_and_resumed(texts: Path, tmp_path: Path) -> None:
+    """MetaLM: stopping after a step and going on gives the losses of the run that was not stopped."""
+    values = [*SMALL, *(f"model.encoder.{value}" for value in SHAPE), "shortest=4", "longest=8", *RUN]
+    logs = []
+    for out, steps in (("whole", [3]), ("parts", [1, 3])):
+        for number, last in enumerate(steps):
+            chosen = override(recipe("metalm", str(texts)), [*values, f"train.steps={last}", "train.warmup_steps=0"])
+            chosen = override(chosen, ["train.log_every=1", "train.final_lr=1"])
+            run_recipe(chosen, tmp_path / out, resume=number > 0, progress=False)
+        rows = [json.loads(line) for line in (tmp_path / out / "log.jsonl").read_text().splitlines()]
+        logs.append([row["loss"] for row in rows if "loss" in row])
+    assert logs[0] == logs[1]
+    model, processor = load_semicausal(tmp_path / "whole/best")
+    example = processor(Document((Text("The cat sat on the mat and looked."),)))
+    batch = collate([[example]], torch.zeros(0, 3, 0, 0))
+    plain = mm_gpt.load(tmp_path / "whole/best", device="cpu").model
+    with torch.inference_mode():
+        assert torch.equal(model(batch, [[]]), plain(batch))  # without spans: the decoder alone
+        assert not torch.allclose(model(batch, [[(2, 6)]])[:, 2:], plain(batch)[:, 2:])

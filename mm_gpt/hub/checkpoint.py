@@ -5,7 +5,6 @@ A decoder that comes from the registry is not stored again: the folder names it 
 and repositories of the hub by name.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from mm_gpt.errors import CheckpointError, MMGPTError, unknown_name
 from mm_gpt.hub import download, gguf, registry
 from mm_gpt.hub.families import is_foreign, load_foreign
 from mm_gpt.hub.repository import fetch_repository, is_repository_name
-from mm_gpt.hub.weights import open_safetensors, read_json
+from mm_gpt.hub.weights import open_safetensors, read_json, write_json
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
@@ -103,8 +102,8 @@ def save_model(model: MMGPT, processor: Processor, folder: Path, *, card: str | 
     state = {k: _compact(v, k) for k, v in model.state_dict().items() if base_stored or not _is_base(k)}
     save_file(state, folder / "model.safetensors")
     (folder / "model.safetensors").chmod(0o644)  # the library writes for the owner alone; a model is to be shared
-    _write_json(folder / "config.json", configs.to_dict(model.config))
-    _write_json(folder / "processor.json", configs.to_dict(processor.config))
+    write_json(folder / "config.json", configs.to_dict(model.config))
+    write_json(folder / "processor.json", configs.to_dict(processor.config))
     if base_stored:
         tokenizer = processor.tokenizer
         tokenizer.save(folder / "tokenizer.json")
@@ -114,7 +113,7 @@ def save_model(model: MMGPT, processor: Processor, folder: Path, *, card: str | 
             more_ends=tokenizer.end_ids,
             names=tokenizer.names,
         )
-        _write_json(folder / "tokenizer_config.json", configs.to_dict(ends))
+        write_json(folder / "tokenizer_config.json", configs.to_dict(ends))
     if processor.template is not None:
         (folder / TEMPLATE).write_text(processor.template.source, encoding="utf-8")
     if card is not None:
@@ -203,7 +202,3 @@ def _compact(tensor: Tensor, name: str) -> Tensor:
     if not half.isfinite().all():
         raise CheckpointError(f"{name} holds values that half precision cannot store")
     return half.contiguous()
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -150,9 +150,9 @@ def decoder_config(values: dict[str, Any], where: str) -> DecoderConfig:
 
     Raises CheckpointError naming `where` and the key that is unknown, or whose value asks for what we do not have.
     """
-    kind = values.get("model_type")
+    kind = str(values.get("model_type"))
     if kind not in DEFAULTS:
-        raise CheckpointError(f"{where}: {unknown_name('model type', str(kind), DEFAULTS)}")
+        raise CheckpointError(f"{where}: {unknown_name('model type', kind, DEFAULTS)}")
     _check(values, where)
     full = DEFAULTS[kind] | values
     for key, default in DEFAULTS[kind].items():
@@ -214,7 +214,7 @@ def _llama(kind: str, values: dict[str, Any], where: str) -> DecoderConfig:
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=values["num_key_value_heads"] or heads,
-        head_size=values["head_dim"] or values["hidden_size"] // heads,
+        head_size=values["head_dim"] or _split(values["hidden_size"], heads, where),
         mlp_width=values["intermediate_size"],
         max_length=values["max_position_embeddings"],
         norm_eps=float(values["rms_norm_eps"]),
@@ -244,7 +244,7 @@ def _gpt2(values: dict[str, Any], where: str) -> DecoderConfig:
         num_layers=values["n_layer"],
         num_heads=heads,
         num_kv_heads=heads,
-        head_size=width // heads,
+        head_size=_split(width, heads, where),
         mlp_width=values["n_inner"] or 4 * width,
         max_length=values["n_positions"],
         norm="layer",
@@ -257,6 +257,12 @@ def _gpt2(values: dict[str, Any], where: str) -> DecoderConfig:
         positions="learned",
         tie_embeddings=bool(values["tie_word_embeddings"]),
     )
+
+
+def _split(width: int, heads: int, where: str) -> int:
+    if width % heads:
+        raise CheckpointError(f"{where}: a width of {width} cannot be split into {heads} heads")
+    return width // heads
 
 
 def _activation(name: str, where: str) -> str:

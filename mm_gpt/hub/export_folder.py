@@ -20,7 +20,7 @@ from mm_gpt.errors import CheckpointError
 from mm_gpt.hub.decoders import decoder_table, part_sizes
 from mm_gpt.hub.export_decoders import CLASSES, decoder_values
 from mm_gpt.hub.families import text
-from mm_gpt.hub.weights import Table, written
+from mm_gpt.hub.weights import Table, write_json, written
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Processor
 from mm_gpt.tokenizer import Tokenizer
@@ -83,14 +83,14 @@ def write_folder(model: MMGPT, processor: Processor, folder: Path, *, dtype: tor
     ids = {f"{name}_id": processor.tokenizer.backend.token_to_id(token) for name, token in names.items()}
     begin_end = {"bos_token_id": ids.get("bos_token_id"), "eos_token_id": ends if len(ends) > 1 else ends[0]}
     stored = {"torch_dtype": str(dtype).removeprefix("torch.")}
-    _write_json(folder / "config.json", plan.values | begin_end | stored)
+    write_json(folder / "config.json", plan.values | begin_end | stored)
     generation: dict[str, Any] = {**begin_end, "pad_token_id": ids.get("pad_token_id")}
     if plan.hidden_ids:
         generation["suppress_tokens"] = list(plan.hidden_ids)
-    _write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", generation)
     write_tokenizer(processor, folder, names, max_length=model.decoder.config.max_length)
     for name, values in plan.files.items():
-        _write_json(folder / name, values)
+        write_json(folder / name, values)
     template = template_source(processor)
     if plan.has_template and template is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -160,7 +160,7 @@ def write_weights(
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"part-{number}").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def compact(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -188,7 +188,7 @@ def write_tokenizer(processor: Processor, folder: Path, names: dict[str, str], *
     }
     if processor.config.image_text is not None:
         config["extra_special_tokens"] = {"image_token": processor.config.image_text.token}
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
@@ -223,7 +223,3 @@ def with_template(processor: Processor, source: str, tokenizer: Tokenizer, **cha
     config = dataclasses.replace(processor.config, **changes)
     vocab_size = max(processor.vocab_size, tokenizer.vocab_size)
     return Processor(tokenizer, config, vocab_size=vocab_size, template=template)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -332,13 +332,21 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {_what_else(path) or f'not a readable safetensors file ({error})'}") from None
+
+
+def _what_else(path: Path) -> str | None:
+    """What is found in place of safetensors."""
+    try:
         with path.open("rb") as stream:
-            start = stream.read(4)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
-            raise CheckpointError(
-                f"{path}: a pickle, not safetensors; pickles may run code and are never read"
-            ) from None
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+            start = stream.read(40)
+    except OSError:
+        return None
+    if start.startswith((b"PK", b"\x80")):
+        return "a pickle, not safetensors; pickles may run code and are never read"
+    if start.startswith(b"version https://git-lfs"):
+        return "not the weights, but Git LFS's note of them; `git lfs pull` fetches the file"
+    return None
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -365,3 +373,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """An object as a JSON file that people can read."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

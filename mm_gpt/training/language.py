@@ -6,7 +6,7 @@ import logging
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -269,6 +269,9 @@ class LanguageTask:
 
     def validate(self) -> dict[str, float]:
         """Mean loss per target in nats: over all validation sources, and of each."""
+        return self._validate(self.loss)
+
+    def _validate(self, loss_of: Callable[[Batch], tuple[Tensor, Tensor]]) -> dict[str, float]:
         total, count = 0.0, 0
         values: dict[str, float] = {}
         for source, records in zip(self._validated, self.validation_records, strict=True):
@@ -280,8 +283,8 @@ class LanguageTask:
             examples = [self.processor(document) for document in documents if self._length(document) < math.inf]
             packed = pack([len(e) for e in examples], max(self.row_length, max(map(len, examples), default=1)))
             for row in packed:
-                batch = self._collate([[examples[i] for i in row]], None).to(self.model.device)
-                loss, targets = self.model.loss(batch)
+                batch = self._collate([[examples[i] for i in row]], None)
+                loss, targets = loss_of(batch.to(next(self.model.parameters()).device))
                 source_total += loss.item()
                 source_count += int(targets)
             values[f"loss {source.path}"] = source_total / max(1, source_count)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mm_gpt import config as configs
-from mm_gpt.errors import ConfigError, MMGPTError, unknown_name
+from mm_gpt.errors import MMGPTError, unknown_name
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import ModelConfig
@@ -18,12 +18,13 @@ from mm_gpt.training.classification import ClassificationRecipe, ClassificationT
 from mm_gpt.training.contrastive import ContrastiveRecipe, ContrastiveTask
 from mm_gpt.training.language import LanguageRecipe, LanguageTask, SourceConfig
 from mm_gpt.training.loop import Task, TrainConfig, train
+from mm_gpt.training.semicausal import SemiCausalRecipe, SemiCausalTask
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.contrastive import ContrastiveConfig, TextTowerConfig
 from mm_gpt.vision.encoder import VisionConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
 
-Recipe = LanguageRecipe | ContrastiveRecipe | ClassificationRecipe
+Recipe = LanguageRecipe | SemiCausalRecipe | ContrastiveRecipe | ClassificationRecipe
 
 HALF = (0.5, 0.5, 0.5)
 LITE2 = VisionConfig(model="timm/tf_efficientnet_lite2", image_size=256)
@@ -208,18 +209,19 @@ UNPUBLISHED_LR = 2.5e-4
 """For the presets whose paper names no learning rate: GPT's."""
 
 
-def of_preset(name: str, data: str) -> LanguageRecipe:
+def of_preset(name: str, data: str) -> LanguageRecipe | SemiCausalRecipe:
     """A published model from random weights, with its paper's hyperparameters, on plain text or captioned images."""
     chosen = preset(name)
     config = chosen.config
+    train = TrainConfig(**({"steps": 2000, "lr": UNPUBLISHED_LR} | chosen.training))  # type: ignore[arg-type]
     if isinstance(config, SemiCausalConfig):
-        raise ConfigError(f"{name} is trained by mm_gpt.model.semicausal.SemiCausalLM, there is no recipe for it")
+        return SemiCausalRecipe(train=train, model=config, sources=(SourceConfig(path="."),), data=data)
     model = ModelConfig(decoder=config) if isinstance(config, DecoderConfig) else config
     decoder = model.decoder
     assert isinstance(decoder, DecoderConfig)
     length = decoder.max_length if not decoder.memory_length else 4 * decoder.memory_length
     return LanguageRecipe(
-        train=TrainConfig(**({"steps": 2000, "lr": UNPUBLISHED_LR} | chosen.training)),  # type: ignore[arg-type]
+        train=train,
         model=model,
         image=None if model.vision is None else ImageTransformConfig(size=model.vision.image_size),
         sources=(SourceConfig(path="."),),
@@ -256,10 +258,15 @@ def recipe(name: str, data: str) -> Recipe:
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> None:
     """Train a recipe into `out`; its best model is then in `out/best`. Raises what `train` raises."""
     task: Task
-    if isinstance(recipe, ClassificationRecipe):
-        task = ClassificationTask(recipe)
-    else:
-        task = LanguageTask(recipe) if isinstance(recipe, LanguageRecipe) else ContrastiveTask(recipe)
+    match recipe:
+        case LanguageRecipe():
+            task = LanguageTask(recipe)
+        case SemiCausalRecipe():
+            task = SemiCausalTask(recipe)
+        case ClassificationRecipe():
+            task = ClassificationTask(recipe)
+        case _:
+            task = ContrastiveTask(recipe)
     if resume and (out / "recipe.json").exists():
         _check_same(recipe, out / "recipe.json")
     train(task, recipe.train, out, resume=resume, progress=progress, describe=configs.to_dict(recipe))

@@ -70,7 +70,8 @@ def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) ->
     """
     kind = "nanovlm" if _is_nanovlm(values) else str(values.get("model_type"))
     if kind not in FAMILIES:
-        raise CheckpointError(f"{folder}/config.json: {unknown_name('model type', kind, FAMILIES)}")
+        problem = unknown_name("model type", kind, FAMILIES) if "model_type" in values else "has no model_type"
+        raise CheckpointError(f"{folder}/config.json: {problem}")
     if values.get("quantization_config") is not None:
         raise CheckpointError(f"{folder}/config.json: quantized weights (quantization_config) are not supported")
     family = importlib.import_module(f"mm_gpt.hub.families.{FAMILIES[kind]}")

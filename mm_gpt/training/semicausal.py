@@ -1,0 +1,129 @@
+"""MetaLM's pretraining (2206.06336): a causal decoder with a bidirectional encoder docked to it, on plain text."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mm_gpt import config as configs
+from mm_gpt.errors import ConfigError
+from mm_gpt.hub.checkpoint import fill, load_model, save_model
+from mm_gpt.hub.weights import read_json, write_json
+from mm_gpt.model.mmgpt import MMGPT, ModelConfig
+from mm_gpt.model.semicausal import SemiCausalConfig, SemiCausalLM, Spans, sample_spans
+from mm_gpt.processor import Batch, Processor
+from mm_gpt.training.language import LanguageRecipe, LanguageTask, SourceConfig
+from mm_gpt.training.loop import ParameterGroup, TrainConfig
+
+CONFIG_FILE, WEIGHTS_FILE = "semicausal.json", "semicausal.safetensors"
+"""The encoder and the connector; the decoder beside them is a model folder like any other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemiCausalRecipe:
+    """A complete description of one run."""
+
+    train: TrainConfig
+    model: SemiCausalConfig
+    sources: tuple[SourceConfig, ...]
+    """Plain texts, or chats."""
+    holdout: float = 0.1
+    tokenizer: str | None = None
+    row_length: int = 2048
+    rows: int = 4
+    shortest: int = 64
+    longest: int = 128
+    """Tokens in a span."""
+    share: float = 0.25
+    """Of the tokens that are in spans."""
+    train_last: int = 2
+    """How many of the encoder's last blocks are trained: the others belong to its own pretraining."""
+    encoder: str | None = None
+    """Weights for the encoder: the folder of a run of this kind. None: random ones, and then all of it is trained."""
+    data: str = "."
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shortest <= self.longest or not 0 <= self.share < 1:
+            raise ConfigError("spans need 0 < shortest <= longest and a share from 0 to below 1")
+
+    def language(self) -> LanguageRecipe:
+        """The part that any language model's run has."""
+        own = {field.name for field in dataclasses.fields(LanguageRecipe)}
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in own}
+        shared |= {"model": ModelConfig(decoder=self.model.decoder), "image": None}
+        return LanguageRecipe(**shared, decoder="full", augment=False)
+
+
+class SemiCausalTask(LanguageTask):
+    """A `Task` for the loop. Spans follow from (seed, step), as the plan of an epoch does."""
+
+    model: SemiCausalLM  # type: ignore[assignment]
+
+    def __init__(self, recipe: SemiCausalRecipe):
+        super().__init__(recipe.language())
+        self.spans_of = recipe
+        self.decoder_alone = cast(MMGPT, self.model)
+        self.model = SemiCausalLM(recipe.model)
+        self.model.decoder = self.decoder_alone.decoder
+        if recipe.encoder is not None:
+            _load_docked(self.model, Path(recipe.encoder))
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        last = self.spans_of.train_last if self.spans_of.encoder is not None else len(self.model.encoder.blocks)
+        self.model.freeze_encoder(train_last=last)
+        if self.spans_of.encoder is None:
+            self.model.encoder.requires_grad_(True)
+        return [
+            ParameterGroup("decoder", list(self.model.decoder.parameters())),
+            ParameterGroup("encoder", [*self.model.encoder.parameters(), *self.model.connector.parameters()]),
+        ]
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.model.loss(batch, self._spans(batch))
+
+    def _spans(self, batch: Batch) -> list[Spans]:
+        """Spans of each row. What is sampled follows from the row's own tokens, so that a repeated step is the same."""
+        spans: list[Spans] = []
+        for ids, documents in zip(batch.input_ids.tolist(), batch.document_ids.tolist(), strict=True):
+            generator = torch.Generator().manual_seed(hash((self.recipe.train.seed, *ids)) % 2**63)
+            limits = {"shortest": self.spans_of.shortest, "longest": self.spans_of.longest}
+            spans.append(
+                sample_spans(len(ids), generator=generator, document_ids=documents, share=self.spans_of.share, **limits)
+            )
+        return spans
+
+    def validate(self) -> dict[str, float]:
+        """Mean loss per target in nats outside of spans, and of the decoder alone, without any."""
+        docked = self._validate(lambda batch: self.loss(batch))
+        alone = self._validate(lambda batch: self.decoder_alone.loss(batch))
+        return {**docked, "loss without spans": alone["loss"]}
+
+    def samples(self) -> list[str]:
+        return []
+
+    def save(self, folder: Path) -> None:
+        save_model(self.decoder_alone, self.processor, folder)
+        docked = {k: v.contiguous() for k, v in self.model.state_dict().items() if not k.startswith("decoder.")}
+        save_file(docked, folder / WEIGHTS_FILE)
+        write_json(folder / CONFIG_FILE, configs.to_dict(self.model.config))
+
+
+def load_semicausal(folder: Path) -> tuple[SemiCausalLM, Processor]:
+    """The model of a run, docked encoder and all. `mm_gpt.load(folder)` gives its decoder alone.
+
+    Raises CheckpointError naming the file that is missing or does not fit.
+    """
+    alone, processor = load_model(folder)
+    where = folder / CONFIG_FILE
+    model = SemiCausalLM(configs.from_dict(SemiCausalConfig, read_json(where), where=str(where)))
+    model.decoder = alone.decoder
+    _load_docked(model, folder)
+    return model.eval(), processor
+
+
+def _load_docked(model: SemiCausalLM, folder: Path) -> None:
+    fill(model, folder / WEIGHTS_FILE, skip=lambda name: name.startswith("decoder."))
