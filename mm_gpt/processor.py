@@ -43,6 +43,18 @@ class ProcessorConfig:
     begin_of_chat: bool = True
     """With `begin_of_text`: chats as well. Off for decoders alone, whose templates write what they want themselves."""
 
+    def __post_init__(self) -> None:
+        if self.max_length < 1 or self.tokens_per_image < 0:
+            raise ConfigError(
+                f"max_length {self.max_length} and tokens_per_image {self.tokens_per_image} must be above 0"
+            )
+        if self.image is None and (self.tokens_per_image or self.tiling is not None or self.image_text is not None):
+            raise ConfigError("tokens_per_image, tiling and image_text need image")
+        if self.image is not None and not self.tokens_per_image:
+            raise ConfigError("image needs tokens_per_image, at least 1")
+        if self.tiling is not None and self.image_text is None:
+            raise ConfigError("tiling needs image_text: how the tiles are written")
+
 
 @dataclass
 class Example:
@@ -100,7 +112,8 @@ class _Part:
 
     ids: list[int] = field(default_factory=list)
     targets: list[bool] = field(default_factory=list)
-    images: list[tuple[int, Image, Size, Size]] = field(default_factory=list)  # first id, image, grid, size
+    images: list[tuple[int, int, Image, Size, Size]] = field(default_factory=list)
+    """The places of each image's first id and of its last placeholder, the image, its grid and its size."""
 
 
 class Processor:
@@ -223,9 +236,9 @@ class Processor:
             as_tensor(labels),
             as_tensor(positions),
             as_tensor(branches),
-            images=[image for _, image, _, _ in images],
-            grids=[grid for _, _, grid, _ in images],
-            sizes=[size for _, _, _, size in images],
+            images=[image for _, _, image, _, _ in images],
+            grids=[grid for *_, grid, _ in images],
+            sizes=[size for *_, size in images],
             image_starts=starts,
             image_tokens=image_tokens,
             id=document.id,
@@ -263,7 +276,7 @@ class Processor:
             grid = self._tiler.grid(*size, alone=num_images == 1)
             if self.config.image_text is None:
                 flush()
-                part.images.append((len(part.ids), segment, grid, size))
+                part.images.append((len(part.ids), len(part.ids) + self.config.tokens_per_image, segment, grid, size))
                 own = [self.image_start_id, *[self.image_patch_id] * self.config.tokens_per_image, self.image_end_id]
                 part.ids += own
                 part.targets += [False] * len(own)  # an image is read, never predicted, its marks included
@@ -283,7 +296,7 @@ class Processor:
         if written:  # the text was encoded as a whole: find each image's first id
             places = [at for at, id in enumerate(part.ids) if id == self._placeholder]
             for image, grid, size, count in written:
-                part.images.append((places[0], image, grid, size))
+                part.images.append((places[0], places[count - 1], image, grid, size))
                 del places[:count]
         return part
 
@@ -291,7 +304,8 @@ class Processor:
 def _common(parts: Sequence[_Part]) -> int:
     """How many ids at the start all parts share, images included.
 
-    At least the last id before a part's first target stays with the part: what that id predicts differs.
+    At least the last id before a part's first target stays with the part: what that id predicts differs. An image's
+    placeholders stay together.
     """
     length = min(len(part.ids) for part in parts)
     for part in parts:
@@ -300,10 +314,12 @@ def _common(parts: Sequence[_Part]) -> int:
     first, *others = parts
     for other in others:
         length = next((at for at in range(length) if first.ids[at] != other.ids[at]), length)
-        for (at, image, *_), (_, its, *_) in zip(first.images, other.images, strict=False):
-            if image is not its:
+        for (at, _, image, grid, _), (_, _, its, its_grid, _) in zip(first.images, other.images, strict=False):
+            if image is not its or grid != its_grid:
                 length = min(length, at)
                 break
+    while inside := [at for part in parts for at, last, *_ in part.images if at < length <= last]:
+        length = min(inside)
     return max(0, length)
 
 

@@ -6,9 +6,13 @@ few by 1e-2.
 
 import dataclasses
 import itertools
+import json
 import math
+import runpy
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +34,7 @@ from mm_gpt.model.mmgpt import MMGPT, ModelConfig, attention_mask
 from mm_gpt.model.relative import RelativeAttention, shift
 from mm_gpt.processor import IGNORE_INDEX, Processor, ProcessorConfig, collate
 
+ROOT = Path(__file__).resolve().parent.parent
 D, H, C = 32, 4, 8
 
 
@@ -580,3 +585,22 @@ def test_with_memory_and_images() -> None:
         assert answer.logprobs
         logprobs.append(answer.logprobs[0].logprob)
     assert logprobs[0] != logprobs[1]
+
+
+def test_the_benchmark_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its token counts are exact at any size; its seconds are a matter of the machine."""
+    script = ROOT / "examples" / "benchmarks" / "conversation.py"
+    if not script.is_file():
+        pytest.skip("the examples are not installed")
+    out, plot = tmp_path / "speed.json", tmp_path / "speed.png"
+    command = [script, "--turns", "4", "--repeats", "1", "--width", "64", "--layers", "1", "--out", out, "--plot", plot]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "again" in capsys.readouterr().out
+    read = {row["way"]: row["tokens_read"] for row in json.loads(out.read_text())["rows"]}
+    assert max(read["memory"][1:]) - min(read["memory"][1:]) <= 2  # how an answer ends may differ by that
+    assert read["again"] == sorted(read["again"])
+    assert read["again"][3] > 3 * read["again"][0]
+    assert plot.stat().st_size > 1000

@@ -137,9 +137,11 @@ class VisionEncoder(nn.Module):
         return features[:, getattr(trunk, "num_prefix_tokens", 0) :]
 
     def _output_shape(self) -> tuple[int, int]:
-        """(P, D_v), by a forward pass on the meta device: it costs nothing, and no trunk needs a rule of its own."""
+        """(P, D_v): a ViT of ours knows, of the others a forward pass on the meta device tells."""
         if self.config.include_class_token and not _has_class_token(self.tower):
             raise ConfigError(f"{self.config.model_name} has no class token: include_class_token must be false")
+        if isinstance(self.tower, ViT):
+            return self.tower.config.num_patches + self.config.include_class_token, self.tower.config.width
         size = self.config.image_size
         tensors = [*self.named_parameters(), *self.named_buffers()]
         state = {name: tensor.detach().to("meta") for name, tensor in tensors}

@@ -46,6 +46,7 @@ PUBLIC_MODELS = (
     PublicModel("llava-hf/llava-1.5-7b-hf", "LLaVA-1.5", 7063, LLAMA2),
     PublicModel("llava-hf/llava-v1.6-mistral-7b-hf", "LLaVA-NeXT", 7567, "Apache-2.0"),
     PublicModel("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "LLaVA-OneVision", 894, "Apache-2.0"),
+    PublicModel("OpenGVLab/InternVL3-1B-hf", "InternVL", 938.2, "see its page"),
     PublicModel("microsoft/kosmos-2-patch14-224", "Kosmos-2", 1664, "MIT"),
     PublicModel("google/paligemma-3b-mix-224", "PaliGemma", 2923, GEMMA),
     PublicModel("google/paligemma2-3b-pt-224", "PaliGemma", 3033, GEMMA),
@@ -79,6 +80,7 @@ FAMILY_CHECKS = (
     FamilyCheck(
         "PaliGemma 1 and 2", ("paligemma",), "PaliGemmaForConditionalGeneration", "3e-6", "test_family_paligemma"
     ),
+    FamilyCheck("InternVL", ("internvl",), "InternVLForConditionalGeneration", "2e-6", "test_family_internvl"),
     FamilyCheck("Kosmos-2", ("kosmos-2",), "Kosmos2ForConditionalGeneration", "2e-6", "test_family_kosmos2"),
 )
 """Pixel values, tiling and prompt ids are equal, exactly, in all of them."""
