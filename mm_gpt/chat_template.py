@@ -18,20 +18,12 @@ from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateSyntaxError, nodes
-from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.exceptions import TemplateError
 from PIL import Image as PILImage
 
 from mm_gpt.document import Image, Message, Segment, Text
 from mm_gpt.errors import MMGPTError
-from mm_gpt.template_sandbox import (
-    BUDGET,
-    MARKS,
-    MAX_CHARACTERS,
-    MAX_LOOPS,
-    Generation,
-    TemplateEnvironment,
-    searched_words,
-)
+from mm_gpt.template_sandbox import MARKS, MAX_WORK, Generation, TemplateEnvironment, budget, searched_words
 from mm_gpt.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -128,18 +120,12 @@ class ChatTemplate:
         self, messages: list[dict[str, Any]], variables: Mapping[str, Any], marks: tuple[str, str] = ("", "")
     ) -> str:
         """The rendered text; `marks` are written around what `{% generation %}` encloses."""
-        loops = MAX_LOOPS + 10 * len(str(messages))  # some templates walk through a string's characters
-        given = {**self.special, **variables, "messages": messages, BUDGET: [loops], MARKS: marks}
-        pieces, length = [], 0
+        given = {**self.special, **variables, "messages": messages, MARKS: marks}
         try:
-            for piece in self._template.generate(given):
-                pieces.append(piece)
-                length += len(piece)
-                if length > MAX_CHARACTERS:
-                    raise SecurityError(f"it writes more than {MAX_CHARACTERS} characters")
+            with budget(MAX_WORK + 100 * len(str(given))):  # some templates walk through a string's characters
+                return self._template.render(given)
         except Exception as error:  # a template is a program: whatever it raises is the template's fault
             raise MMGPTError(f"{self.where}: the chat template fails: {_line(error)}") from None
-        return "".join(pieces)
 
     def _data(self, chat: Sequence["_Turn"], image_token: str | None, put: Callable[..., str]) -> list[dict[str, Any]]:
         """The messages in the form that the template takes; `put(text, turn, part)` may replace each text."""

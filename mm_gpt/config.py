@@ -56,6 +56,8 @@ def override(config: T, assignments: list[str]) -> T:
             branch = branch.setdefault(key, {})
             if not isinstance(branch, dict):
                 raise ConfigError(f"{path}: {key!r} has no keys of its own")
+        if isinstance(branch.get(last), dict):
+            raise ConfigError(f"{path}: {_first_leaf(path, branch[last])} was given as well")
         branch[last] = text
     return _override_all(config, tree, "")
 
@@ -137,7 +139,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         item = typing.get_args(hint)[0]
         return tuple(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
-        return dict(value)
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected an object with keys, got {value!r}")
+        item = typing.get_args(hint)[1]
+        return {key: _convert(item, v, f"{where}.{key}") for key, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where=where)  # type: ignore[arg-type]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

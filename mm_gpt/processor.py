@@ -44,14 +44,12 @@ class ProcessorConfig:
     """With `begin_of_text`: chats as well. Off for decoders alone, whose templates write what they want themselves."""
 
     def __post_init__(self) -> None:
-        if self.max_length < 1 or self.tokens_per_image < 0:
-            raise ConfigError(
-                f"max_length {self.max_length} and tokens_per_image {self.tokens_per_image} must be above 0"
-            )
+        if self.max_length < 1:
+            raise ConfigError(f"max_length must be at least 1, not {self.max_length}")
         if self.image is None and (self.tokens_per_image or self.tiling is not None or self.image_text is not None):
             raise ConfigError("tokens_per_image, tiling and image_text need image")
-        if self.image is not None and not self.tokens_per_image:
-            raise ConfigError("image needs tokens_per_image, at least 1")
+        if self.image is not None and self.tokens_per_image < 1:
+            raise ConfigError(f"image needs tokens_per_image of at least 1, not {self.tokens_per_image}")
         if self.tiling is not None and self.image_text is None:
             raise ConfigError("tiling needs image_text: how the tiles are written")
 

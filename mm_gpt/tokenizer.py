@@ -100,6 +100,26 @@ class Tokenizer:
     def prefix_ids(self) -> list[int]:
         return self.affixes[0]
 
+    def without_ids_from(self, vocab_size: int) -> "Tokenizer":
+        """Without the added tokens that a decoder of `vocab_size` ids has no rows for: such text stays text.
+
+        Gemma 3's text models come with the tokenizer of those that see, which has one more token.
+        """
+        state = json.loads(self.backend.to_str())
+        for token in [token for token in state["added_tokens"] if token["id"] >= vocab_size]:
+            state["added_tokens"].remove(token)
+            if isinstance(state["model"].get("vocab"), dict):
+                state["model"]["vocab"].pop(token["content"], None)
+        backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+        return Tokenizer(
+            backend,
+            end_of_text=self.end_of_text,
+            end_of_turn=self.end_of_turn,
+            more_ends=[id for id in self.end_ids if id < vocab_size],
+            names={name: token for name, token in self.names.items() if backend.token_to_id(token) is not None},
+            chat_templates=self.chat_templates,
+        )
+
     # ---- Text -> ids ----
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -234,6 +235,25 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 
 def test_the_whole_one_loads(whole: Path) -> None:
     load_model(whole)
+
+
+def test_a_special_token_without_a_row(whole: Path, tmp_path: Path) -> None:
+    """Gemma 3 1B has the tokenizer of its larger siblings, with an image token right behind the decoder's vocabulary.
+    Such text is text: the id would be an index out of range."""
+    folder = shutil.copytree(whole, tmp_path / "model")
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens([f"<{n}>" for n in range(VOCAB - backend.get_vocab_size())] + ["<image_soft_token>"])
+    assert backend.token_to_id("<image_soft_token>") == VOCAB
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|im_end|>", "mask_token": "<image_soft_token>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    _, processor = load_model(folder)
+    assert processor.tokenizer.vocab_size == processor.vocab_size == VOCAB
+    text = "cat <image_soft_token> mat <|im_end|>"
+    ids = processor.tokenizer.encode(text, allow_special=True)
+    assert max(ids) < VOCAB
+    assert processor.tokenizer.special["<|im_end|>"] == ids[-1]
+    assert processor.tokenizer.decode(ids, keep_special=True) == text
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -19,7 +19,7 @@ from mm_gpt.errors import CheckpointError, MMGPTError
 from mm_gpt.hub import checkpoint
 from mm_gpt.hub.checkpoint import load_decoder, load_model, save_model
 from mm_gpt.model.decoder import Decoder, DecoderConfig
-from mm_gpt.model.lora import LoRAConfig
+from mm_gpt.model.lora import LoRAConfig, merge_lora
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Processor, collate
 from mm_gpt.tokenizer import Tokenizer
@@ -274,3 +274,33 @@ def test_the_mean_of_models(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         average([folder, tmp_path / "nowhere"], tmp_path / "never")
     assert not (tmp_path / "never").exists()
+
+
+def test_an_adapted_model_as_decoder(tmp_path: Path) -> None:
+    """Its updates become weights, so that a model on top of it may have its own; two around one layer cannot merge."""
+    tiny, processor = make_tiny()
+    tiny.add_lora(LoRAConfig(rank=2, alpha=4))
+    with torch.no_grad():
+        for name, parameter in tiny.named_parameters():
+            if ".lora_b" in name:
+                parameter.normal_(std=0.1)
+    for name in ("below", "above"):
+        (tmp_path / name).mkdir()
+    save_model(tiny, processor, tmp_path / "below")
+    decoder, _ = load_decoder(str(tmp_path / "below"))
+    assert not [name for name, _ in decoder.named_parameters() if ".lora_" in name]
+    config = dataclasses.replace(tiny.config, decoder=str(tmp_path / "below"), lora=LoRAConfig(rank=3, alpha=3))
+    above = MMGPT(config, decoder)
+    save_model(above, processor, tmp_path / "above")
+    again, again_processor = load_model(tmp_path / "above")
+    torch.testing.assert_close(hidden(again, again_processor), hidden(above, processor), rtol=0, atol=0.05)
+    before = hidden(again, again_processor)
+    merge_lora(again.decoder)
+    torch.testing.assert_close(hidden(again, again_processor), before, rtol=0, atol=1e-4)
+
+
+def test_a_folder_that_is_its_own_decoder(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"decoder": str(folder)}))
+    with pytest.raises(CheckpointError, match=r"config\.json: the folder names itself as its decoder"):
+        load_model(folder)

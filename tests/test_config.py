@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from mm_gpt.config import from_dict, override, to_dict
 from mm_gpt.errors import ConfigError
+from mm_gpt.hub.checkpoint import TokenizerConfig
 from mm_gpt.inference.engine import GenerationConfig
 from mm_gpt.model.decoder import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import ModelConfig
+from mm_gpt.processor import ProcessorConfig
 from mm_gpt.training.loop import TrainConfig
 
 
@@ -131,11 +133,12 @@ def test_false_is_false() -> None:
         ("kind=blue", r"kind: unknown value 'blue'"),
         ("name.first=x", r"name\.first: 'name' has no keys of its own"),
         ("inner=x", "inner: cannot read 'x' as Inner"),
+        ("inner.size=3 inner=none", r"inner: inner\.size was given as well"),
     ],
 )
 def test_override_errors(assignment: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        override(Outer(name="x"), [assignment])
+        override(Outer(name="x"), assignment.split())
 
 
 def test_later_overrides_win_and_the_original_stays() -> None:
@@ -174,3 +177,40 @@ def test_impossible_decoders() -> None:
         from_dict(DecoderConfig, values | {"num_kv_heads": 4})
     with pytest.raises(ConfigError, match="head_size 7 must be even"):
         from_dict(DecoderConfig, values | {"head_size": 7})
+    for changes, message in (
+        ({"num_kv_heads": 0}, "num_kv_heads must be above 0, not 0"),  # was a ZeroDivisionError
+        ({"num_layers": -1}, "num_layers must be above 0"),
+        ({"rope_theta": float("nan")}, "rope_theta must be above 0"),
+        ({"position_offset": -2}, "position_offset cannot be below 0"),
+        ({"positions": "sinusoidal", "width": 49}, "width 49 must be even"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            from_dict(DecoderConfig, values | changes)
+
+
+@pytest.mark.parametrize("names", ["x", [1], 3, {"bos_token": 5}])
+def test_a_dict_is_checked_as_well(names: Any) -> None:
+    values = {"end_of_text": "a", "end_of_turn": "b", "names": names}
+    with pytest.raises(ConfigError, match=r"tokenizer\.names"):
+        from_dict(TokenizerConfig, values, where="tokenizer")
+    assert from_dict(TokenizerConfig, values | {"names": {"bos_token": "a"}}).names == {"bos_token": "a"}
+
+
+def test_impossible_processors() -> None:
+    image = {"size": 32}
+    for values, message in (
+        ({"max_length": 0}, "max_length must be at least 1"),
+        ({"max_length": 9, "tokens_per_image": 4}, "need image"),
+        ({"max_length": 9, "image": image}, "tokens_per_image of at least 1, not 0"),
+        (
+            {
+                "max_length": 9,
+                "image": image,
+                "tokens_per_image": 4,
+                "tiling": {"kind": "idefics3", "longest_edge": 64},
+            },
+            "tiling needs image_text",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            from_dict(ProcessorConfig, values)

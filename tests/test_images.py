@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from mm_gpt import images
+from mm_gpt import document, images
 from mm_gpt.errors import ImageError, URLError
-from mm_gpt.images import ImageLimits, fetch_image_bytes, is_public_address, is_url, load_image, source_name
+from mm_gpt.images import ImageLimits, fetch_image_bytes, image_size, is_public_address, is_url, load_image, source_name
 
 LOCAL = ImageLimits(timeout_s=5, allow_private_addresses=True)
 
@@ -737,3 +737,37 @@ def test_tls_is_checked_by_name_though_connected_by_address(tmp_path, monkeypatc
         load_image("https://other.test/photo")
     server.shutdown()
     server.server_close()
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_size_of_a_turned_photo_is_that_of_the_upright_one(format, orientation):
+    """The tiles of an image are counted from its size before it is decoded: sideways, they would be others."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photo(), format, exif=exif)
+    assert image_size(data) == load_image(data).size[::-1] == ((40, 24) if orientation in (5, 6, 7, 8) else (24, 40))
+    opened = document.Image(Image.open(io.BytesIO(data)), mirrored=True)
+    assert opened.size() == opened.load().size[::-1] == image_size(data)
+
+
+def test_size_from_every_source(tmp_path):
+    data = encode(photo(), "GIF")
+    (tmp_path / "photo").write_bytes(data)
+    url = f"data:image/gif;base64,{base64.b64encode(data).decode()}"
+    for source in (data, tmp_path / "photo", str(tmp_path / "photo"), url, photo(), np.asarray(photo())):
+        assert image_size(source) == (24, 40)
+
+
+def test_size_needs_no_pixels_and_refuses_what_loading_refuses(tmp_path):
+    assert image_size(encode(photo(400, 240), "JPEG")[:-400]) == (240, 400)  # the rest of the file is missing
+    limits = ImageLimits(max_pixels=900)
+    for source in (encode(photo(), "PNG"), photo(), np.asarray(photo())):
+        with pytest.raises(ImageError, match=r"40 x 24 pixels, over the limit of 900"):
+            image_size(source, limits=limits)
+    for source, message in ((b"", "empty"), (b"text", "not a JPEG"), (tmp_path, "is a folder"), (3, "not an image")):
+        with pytest.raises(ImageError, match=message):
+            image_size(source)

@@ -1,17 +1,18 @@
 """The multimodal model: what sees what, what is learned, and what is trained."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
-from conftest import make_picture, make_tiny, tiny_config
+from conftest import make_picture, make_tiny, make_tokenizer, tiny_config
 from torch import Tensor
 
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import MMGPTError
 from mm_gpt.model.lora import LoRAConfig, LoRALinear, add_lora, merge_lora
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig, attention_mask
-from mm_gpt.processor import IGNORE_INDEX, Batch, Example, Processor, collate
+from mm_gpt.processor import IGNORE_INDEX, Batch, Example, Processor, ProcessorConfig, collate
 
 CONNECTORS = ["linear", "mlp", "pixel_shuffle", "resampler", "xconnector"]
 
@@ -245,6 +246,65 @@ def test_the_mask_is_left_out_where_it_says_nothing(shared: tuple[MMGPT, Process
         causal = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
         expected = decoder(x, positions, mask=causal)
         torch.testing.assert_close(decoder(x, positions), expected, rtol=0, atol=1e-5)
+
+
+PATTERNS: list[dict[str, Any]] = [
+    {},
+    {"attention": ("dense", "local"), "window": 3},
+    {"attention": ("strided",), "stride": 3},
+    {"attention": ("strided_heads", "fixed_heads"), "stride": 3, "summary": 1},
+    {"attention": ("fixed",), "stride": 3, "summary": 1, "positions": "learned"},
+    {"positions": "relative"},
+    {"positions": "relative", "memory_length": 4},
+]
+
+
+@pytest.mark.parametrize("changes", PATTERNS, ids=str)
+def test_padding_on_the_right_needs_no_mask(changes: dict[str, Any]) -> None:
+    """Whole rows of different lengths, with the fast kernels: each is what it is alone, and gradients are finite."""
+    tokenizer = make_tokenizer()
+    decoder = dataclasses.replace(tiny_config(tokenizer.vocab_size).decoder, **changes)
+    torch.manual_seed(0)
+    model = MMGPT(ModelConfig(decoder=decoder)).eval()
+    processor = Processor(tokenizer, ProcessorConfig(max_length=256), vocab_size=tokenizer.vocab_size)
+    examples = [processor(Document((Text(text),))) for text in ("a", "a red circle " * 3, "one sentence, two")]
+    none = torch.zeros(0, 3, 0, 0)
+    batch = collate([[example] for example in examples], none, pad_to_multiple=8)
+    assert attention_mask(batch) is None
+    together, left = hidden(model, batch), collate([[example] for example in examples], none, pad_left=True)
+    for row, example in enumerate(examples):
+        alone = hidden(model, collate([[example]], none))[0]
+        torch.testing.assert_close(together[row, : len(example)], alone, rtol=0, atol=2e-5)
+        if "memory_length" not in changes:  # padding on the left moves the borders of segments
+            torch.testing.assert_close(hidden(model, left)[row, -len(example) :], alone, rtol=0, atol=2e-5)
+    model.loss(batch)[0].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_a_prefix_is_read_in_both_directions(shared: tuple[MMGPT, Processor], pad_left: bool, window: int) -> None:
+    """Token by token: packed documents with an image, with a second question behind the first answer, without any
+    target, with nothing but targets; and padding."""
+    _, processor = shared
+    read = {"is_target": False}
+    documents = [
+        Document((picture(1), Text("what ", **read), Text("a circle"), Text(" then ", **read), Text("blue"))),
+        Document((Text("only read", **read),)),
+        Document((Text("only targets"),)),
+    ]
+    batch = batch_of(processor, [documents, documents[:1]], pad_left=pad_left)
+    mask = attention_mask(batch, prefix_lm=True, window=window)
+    assert mask is not None
+    for row, (ids, labels) in enumerate(zip(batch.document_ids.tolist(), batch.labels.tolist(), strict=True)):
+        for i, document in enumerate(ids):
+            places = [at for at, other in enumerate(ids) if other == document]
+            learned = [at for at in places if labels[at] != IGNORE_INDEX]
+            prefix_end = learned[0] if learned else places[-1]  # what a label names stands one place further
+            for j in range(len(ids)):
+                together = i <= prefix_end and j <= prefix_end
+                back = j <= i and (window is None or i - j < window)
+                assert bool(mask[row, 0, i, j]) == (ids[j] == document and (together or back)), (row, i, j)
 
 
 # ---- loss ----

@@ -1,17 +1,23 @@
 """Documents to numbers: image slots, targets, labels, branches, padding."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_picture, make_tiny
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, processors
 
 from mm_gpt.document import Document, Image, Message, Segment, Text, interleave
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
-from mm_gpt.processor import IGNORE_INDEX, collate
+from mm_gpt.image_text import ImageTextConfig
+from mm_gpt.processor import IGNORE_INDEX, Processor, ProcessorConfig, collate
+from mm_gpt.tokenizer import Tokenizer
+from mm_gpt.vision.tiling import TilingConfig
+from mm_gpt.vision.transforms import ImageTransformConfig
 
 MODEL, PROCESSOR = make_tiny()
 TOKENIZER = PROCESSOR.tokenizer
@@ -237,3 +243,78 @@ def test_collate_loses_nothing(documents: list[list[list[Segment]]], pad_left: b
 def test_a_mirrored_image_is_loaded_left_to_right() -> None:
     picture = make_picture(3)
     assert np.array_equal(np.asarray(Image(picture, mirrored=True).load()), np.asarray(picture)[:, ::-1])
+
+
+# ---- an image in the words of the vocabulary ----
+
+
+def foreign(**changes: Any) -> Processor:
+    """A processor whose images are written with a special token of the vocabulary, as public models do."""
+    backend = TOKENIZER.backend.from_str(TOKENIZER.backend.to_str())
+    backend.add_special_tokens([AddedToken("<image>", special=True, normalized=False)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer = Tokenizer(backend, end_of_text="<|endoftext|>", end_of_turn="<|im_end|>")
+    values: dict[str, Any] = {
+        "image": ImageTransformConfig(size=32),
+        "tokens_per_image": 4,
+        "max_length": 500,
+        "image_text": ImageTextConfig(token="<image>"),
+    }
+    return Processor(tokenizer, ProcessorConfig(**(values | changes)), vocab_size=tokenizer.vocab_size)
+
+
+PLAIN = foreign()
+TILED = foreign(
+    tiling=TilingConfig(kind="anyres_max", pinpoints=((32, 64), (64, 32)), max_tiles=4),
+    image_text=ImageTextConfig(token="<image>", kind="rows"),
+)
+WIDE = Image(make_picture(1, (90, 30)))
+
+pieces = st.sampled_from([PICTURE, WIDE, Text("a b", is_target=False), Text("c", is_target=False)])
+answers = st.one_of(st.just(()), st.tuples(st.sampled_from([Text("yes"), Text("no")])))
+branches = st.lists(
+    st.tuples(st.lists(pieces, max_size=4), answers).map(lambda p: (*p[0], *p[1])), min_size=1, max_size=3
+)
+
+
+@pytest.mark.parametrize("processor", [PROCESSOR, PLAIN, TILED], ids=["marks", "plain", "tiled"])
+@given(st.lists(pieces, max_size=3), branches)
+@example([PICTURE], [(Text("yes"),), (Text("no"),)])  # nothing between image and answer
+@example([WIDE], [(Text("yes"),), (PICTURE, Text("no"))])  # cut into tiles only where it is the only image
+@example([], [(PICTURE, PICTURE, Text("yes")), (PICTURE, WIDE, Text("yes"))])
+@settings(max_examples=60, deadline=None)
+def test_each_branch_with_its_images_reads_as_alone(
+    processor: Processor, shared: list[Segment], branches: list[tuple[Segment, ...]]
+) -> None:
+    """What the branches share is encoded once; a branch together with it is the document of that branch: ids, labels,
+    positions, and as many placeholders for each image as its tiles give tokens."""
+    found = processor(Document(tuple(shared), tuple(branches)))
+    assert [found.image_starts.index(at) for at in found.image_starts] == list(range(len(found.images)))
+    assert len(processor.pixels([found])) == sum(rows * cols + 1 for rows, cols in found.grids)
+    for number, branch in enumerate(branches, start=1):
+        visible = (found.branch_ids == 0) | (found.branch_ids == number)
+        alone = processor(Document((*shared, *branch)))
+        length = int(visible.sum())
+        has_answer = any(isinstance(s, Text) and s.is_target for s in branch)
+        assert length == len(alone) if not has_answer else length <= len(alone)
+        assert found.input_ids[visible].tolist() == alone.input_ids[:length].tolist()
+        assert found.position_ids[visible].tolist() == alone.position_ids[:length].tolist()
+        assert found.labels[visible].tolist() == alone.labels[:length].tolist()
+        own = [i for i, at in enumerate(found.image_starts) if visible[at]]
+        assert [found.images[i] for i in own] == alone.images
+        assert [found.grids[i] for i in own] == alone.grids
+
+
+@pytest.mark.parametrize("chats", [True, False])
+def test_where_a_text_begins(chats: bool) -> None:
+    """The tokenizer's own first id: once before a text, and before a chat only where no template decides on it."""
+    processor = foreign(begin_of_text=True, begin_of_chat=chats)
+    chat = processor.chat([{"role": "user", "content": "a"}])
+    for document, begins in ((Document((Text("a"),)), True), (Document((PICTURE, Text("a"))), True), (chat, chats)):
+        ids = processor(document).input_ids.tolist()
+        assert ids[: ids[0] == 0] == [0] * begins
+        assert ids.count(0) == begins
+    assert processor(Document(())).input_ids.tolist() == [0]
+    assert 0 not in foreign()(Document((Text("a"),))).input_ids.tolist()

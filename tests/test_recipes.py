@@ -18,7 +18,7 @@ from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.presets import preset
 from mm_gpt.processor import collate
-from mm_gpt.training.language import LanguageRecipe, SourceConfig
+from mm_gpt.training.language import LanguageRecipe, LanguageTask, SourceConfig
 from mm_gpt.training.recipes import RECIPES, recipe, run_recipe, tiny
 from mm_gpt.training.semicausal import load_semicausal
 
@@ -169,3 +169,35 @@ def test_a_docked_encoder_is_saved_and_resumed(texts: Path, tmp_path: Path) -> N
     with torch.inference_mode():
         assert torch.equal(model(batch, [[]]), plain(batch))  # without spans: the decoder alone
         assert not torch.allclose(model(batch, [[(2, 6)]])[:, 2:], plain(batch)[:, 2:])
+
+
+def test_segment_memory_is_trained(texts: Path) -> None:
+    """A row of the length of one segment would never have a memory: the preset's own numbers, at a small width."""
+    task = LanguageTask(override(recipe("transformer-xl", str(texts)), SMALL))
+    assert isinstance(task.recipe, LanguageRecipe)
+    decoder = task.model.decoder.config
+    (batch,) = task.micro_batches(0, 1)
+    longest = int((batch.document_ids > 0).sum(dim=1).max())
+    assert longest > 2 * decoder.memory_length
+    assert decoder.memory_length == decoder.max_length == 150
+    # What a row begins with counts two segments later, in two layers.
+    row = dataclasses.replace(batch, document_ids=torch.ones_like(batch.document_ids))
+    with torch.no_grad():
+        before = task.model.eval()(row)
+        row.input_ids[:, 0] = (row.input_ids[:, 0] + 1) % 400
+        after = task.model(row)
+    assert (before[:, 150:300] != after[:, 150:300]).any()
+
+
+def test_bytes_have_room_for_the_marks(texts: Path) -> None:
+    """Sparse Transformer's 256 ids are bytes alone; the tokenizer's marks became other tokens, without a word."""
+    small = [value for value in SMALL if "vocab_size" not in value]
+    sizes = ["model.decoder.max_length=256", "row_length=128"]
+    task = LanguageTask(override(recipe("sparse-transformer-fixed", str(texts)), [*small, *sizes]))
+    assert task.processor.tokenizer.vocab_size == task.model.decoder.config.vocab_size == 259
+    assert max(int(batch.input_ids.max()) for batch in task.micro_batches(0, 4)) < 259
+
+
+def test_spans_that_the_encoder_cannot_read() -> None:
+    with pytest.raises(ConfigError, match="spans of 128 tokens: the encoder reads 64"):
+        override(recipe("metalm", "."), ["model.encoder.max_length=64"])

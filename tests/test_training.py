@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from mm_gpt.datasets.sources import Record
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import CheckpointError, ConfigError, MMGPTError
-from mm_gpt.hub.checkpoint import load_model
+from mm_gpt.hub import checkpoint as hub_checkpoint
+from mm_gpt.hub.checkpoint import load_model, save_model
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Batch, collate
@@ -808,6 +809,61 @@ def test_starting_from_a_model(tmp_path: Path, data: Path) -> None:
     other = dataclasses.replace(recipe.model, lora=LORA)
     with pytest.raises(ConfigError, match="holds another model than the recipe describes"):
         LanguageTask(dataclasses.replace(recipe, start=str(tmp_path), model=other))
+
+
+@pytest.mark.parametrize("by_name", [True, False], ids=["by name", "stored"])
+def test_training_all_of_a_model_with_low_rank_updates(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, by_name: bool
+) -> None:
+    """`finetune ... decoder=full` on the default model, say: the updates become weights, and all weights are trained.
+    They stayed frozen under their adaptation, without a word."""
+    tiny, processor = make_tiny()
+    name = "smollm2-135m-instruct" if by_name else tiny.config.decoder
+    model = MMGPT(dataclasses.replace(tiny.config, decoder=name, lora=LORA), tiny.decoder)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".lora_b" in key:
+                parameter.normal_(std=0.1)
+    monkeypatch.setattr(hub_checkpoint, "load_decoder", lambda name: (make_tiny()[0].decoder, processor.tokenizer))
+    (tmp_path / "start").mkdir()
+    save_model(model, processor, tmp_path / "start")
+    recipe = tiny_recipe(data, start=str(tmp_path / "start"), model=None, train={"steps": 2, "lr": 1e-2})
+    task = LanguageTask(recipe)
+    batch = task.micro_batches(0, 1)[0]
+    started = load_model(tmp_path / "start")[0]
+    with torch.no_grad():
+        torch.testing.assert_close(task.model.eval()(batch), started(batch), rtol=0, atol=1e-4)
+    train(task, recipe.train, tmp_path / "run", progress=False)
+    again = load_model(tmp_path / "run/step-000002")[0]
+    assert again.config.lora is None
+    assert again.config.decoder == tiny.config.decoder
+    for key, weight in make_tiny()[0].decoder.named_parameters():
+        assert not torch.equal(again.decoder.get_parameter(key), weight), key  # all of them are trained
+    with torch.no_grad():
+        torch.testing.assert_close(again(batch), task.model.eval()(batch), rtol=0, atol=0.1)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(data: Path) -> None:
+    """Its last ids would be read as images, or as nothing."""
+    config = tiny_config(make_tokenizer().vocab_size - 1)
+    with pytest.raises(ConfigError, match=r"the tokenizer has \d+ ids, the decoder \d+"):
+        tiny_task(tiny_recipe(data, model=config))
+
+
+def test_a_model_of_text_alone(tmp_path: Path, data: Path) -> None:
+    """Nothing of the image's settings concerns it, and pictures are refused by name."""
+    config = dataclasses.replace(tiny_config(make_tokenizer().vocab_size), vision=None, connector=None)
+    chats = (SourceConfig(path="chats.jsonl"),)
+    recipe = tiny_recipe(data, model=config, image=None, sources=chats, validation=chats, train={"steps": 2})
+    assert recipe.augment
+    task = tiny_task(recipe)
+    train(task, recipe.train, tmp_path, progress=False)
+    assert task.validate()["loss"] > 0
+    assert task.samples() == []
+    assert load_model(tmp_path / "best")[0].tokens_per_image == 0
+    pictures = tiny_task(dataclasses.replace(recipe, sources=(SourceConfig(path="pictures"),)))
+    with pytest.raises(MMGPTError, match=r"\d\.png: this model reads text alone"):
+        pictures.micro_batches(0, 1)
 
 
 def test_bf16_keeps_master_weights_in_float32(data: Path) -> None:

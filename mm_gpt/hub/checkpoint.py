@@ -21,6 +21,7 @@ from mm_gpt.hub.families import is_foreign, load_foreign
 from mm_gpt.hub.repository import fetch_repository, is_repository_name
 from mm_gpt.hub.weights import open_safetensors, read_json, write_json
 from mm_gpt.model.decoder import Decoder
+from mm_gpt.model.lora import merge_lora
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
 from mm_gpt.tokenizer import Tokenizer
@@ -86,6 +87,7 @@ def load_decoder(name: str) -> tuple[Decoder, Tokenizer]:
     """
     if Path(name).is_dir():
         model, processor = load_model(Path(name))
+        merge_lora(model.decoder)
         return model.decoder, processor.tokenizer
     registry.lookup(name)
     paths = download.fetch(name)
@@ -136,6 +138,8 @@ def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple
         return load_foreign(folder, values, dtype=dtype)
     config, processor_config = read_configs(folder)
     if isinstance(config.decoder, str):
+        if Path(config.decoder).is_dir() and Path(config.decoder).samefile(folder):
+            raise CheckpointError(f"{folder}/config.json: the folder names itself as its decoder")
         decoder, tokenizer = load_decoder(config.decoder)
     else:
         decoder = Decoder(config.decoder)

@@ -85,10 +85,19 @@ class DecoderConfig:
     and MLP and output by √ln(2L). deepnorm: Xavier, the same ones by (8L)^-1/4."""
 
     def __post_init__(self) -> None:
+        sizes = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_size", "mlp_width")
+        for name in (*sizes, "max_length", "norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:  # written so that NaN is refused
+                raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("position_offset", "memory_length"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} cannot be below 0: {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_size % 2 and self.positions in ("rope", "xpos"):
             raise ConfigError(f"head_size {self.head_size} must be even for rotary positions")
+        if self.width % 2 and self.positions in ("sinusoidal", "relative"):
+            raise ConfigError(f"width {self.width} must be even for sinusoids")
         if self.positions == "xpos" and self.max_length > MAX_XPOS_LENGTH:
             raise ConfigError(f"xPos overflows float32 beyond {MAX_XPOS_LENGTH} tokens, not {self.max_length}")
         if not self.attention:

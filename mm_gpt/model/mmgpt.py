@@ -155,8 +155,9 @@ class MMGPT(nn.Module):
             return self.decoder(x, positions, **masks, cache=cache)
         # Transformer-XL: segment after segment, each with the states of those before as its memory.
         states, memory = [], None
-        for start in range(0, x.shape[1], length):
-            end, first = start + length, max(0, start - length)
+        segment = min(length, self.decoder.config.max_length)
+        for start in range(0, x.shape[1], segment):
+            end, first = start + segment, max(0, start - length)
             seen = None if masks["mask"] is None else masks["mask"][:, :, start:end, first:end]
             hidden, memory = self.decoder.forward_segment(x[:, start:end], positions[:, start:end], memory, mask=seen)
             states.append(hidden)

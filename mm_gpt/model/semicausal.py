@@ -45,11 +45,13 @@ class SemiCausalConfig:
 class SemiCausalLM(nn.Module):
     """`spans` has one list for each row of the batch; without any span this is the plain language model."""
 
-    def __init__(self, config: SemiCausalConfig):
+    def __init__(self, config: SemiCausalConfig, decoder: Decoder | None = None):
+        """`decoder` has weights already; None: random ones."""
         super().__init__()
         self.config = config
-        self.decoder, self.encoder = Decoder(config.decoder), Decoder(config.encoder)
-        for part in (self.decoder, self.encoder):
+        self.decoder = Decoder(config.decoder) if decoder is None else decoder
+        self.encoder = Decoder(config.encoder)
+        for part in (self.encoder,) if decoder is not None else (self.decoder, self.encoder):
             if not part.embedding.weight.is_meta:
                 init_weights(part)
         self.connector = nn.Linear(config.encoder.width, config.decoder.width)

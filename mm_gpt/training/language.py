@@ -6,10 +6,10 @@ import logging
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTEr
 from mm_gpt.hub.checkpoint import fill, load_decoder, load_model, save_model
 from mm_gpt.hub.vision_towers import load_open_clip
 from mm_gpt.model.decoder import Block, Decoder
-from mm_gpt.model.lora import LoRAConfig
+from mm_gpt.model.lora import LoRAConfig, merge_lora
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import ROLES, Batch, Example, Processor, ProcessorConfig, collate, stack_pixels
 from mm_gpt.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS, question_prompt
@@ -68,7 +68,8 @@ class LanguageRecipe:
     vision_weights: str | None = None
     """Folder of a contrastive run whose vision tower is taken."""
     decoder: Literal["frozen", "full"] = "frozen"
-    """`full` trains every weight of the decoder; with `model.lora` it stays frozen under its adaptation."""
+    """`full` trains every weight of the decoder; with `model.lora` it stays frozen under its adaptation. Without
+    `model`, the adaptation that `start` has becomes part of its weights."""
     train_connector: bool = True
     vision_blocks: int | None = 0
     """How many of the vision tower's last blocks are trained; None trains the whole tower."""
@@ -76,14 +77,16 @@ class LanguageRecipe:
     vision_lr: float = 0.1
     """Learning rates as multiples of `train.lr`."""
     row_length: int = 512
-    """Tokens in a packed row, at most the model's context. A longer document has a row of its own."""
+    """Tokens in a packed row, at most the model's context unless it has segment memory. A longer document has a row of
+    its own."""
     rows: int = 6
     """Rows in a micro-batch."""
     max_captions: int = 5
     max_questions: int = 8
     """Captions and questions of one image that are learned together in one document."""
     augment: bool = True
-    """Random crops and colour jitter, and the mirror image where no text of the document tells its sides apart."""
+    """Random crops and colour jitter, and the mirror image where no text of the document tells its sides apart. Models
+    that cut images into tiles get the mirror image alone."""
     compile: bool = False
     """Compile the decoder's blocks for training (torch.compile): 1.4 times as fast on a CPU after a minute; needs a C++
     compiler."""
@@ -104,18 +107,24 @@ class LanguageTask:
     def __init__(self, recipe: LanguageRecipe, tokenizer: Tokenizer | None = None):
         self.recipe = recipe
         self.errors = ErrorCounter()
-        sources = [(source, self._records(source)) for source in (*recipe.sources, *recipe.validation)]
+        sources = (*recipe.sources, *recipe.validation)
+        records = [self._records(source) for source in sources]
+        texts = [self._texts(source) for source in sources]
         model = recipe.model
         if tokenizer is None and recipe.tokenizer is not None:
             tokenizer = Tokenizer.from_hf_folder(Path(recipe.tokenizer))
         if tokenizer is None and recipe.start is None and model is not None and not isinstance(model.decoder, str):
-            texts = [text for source, records in sources for record in records for text in _texts(record)]
-            texts += [text for source in (*recipe.sources, *recipe.validation) for text in self._plain_texts(source)]
+            written = [text for found in records for record in found for text in _texts(record)]
+            written += [text for found in texts for _, text in found]
+            written += [text for source in sources for text in self._chat_texts(source)]
             prompts = [*ROLES, CAPTION_PROMPT, *OTHER_CAPTION_PROMPTS] * 4  # often enough to be learned as words
-            tokenizer = Tokenizer.train([*texts, *prompts], model.decoder.vocab_size)
+            tokenizer = Tokenizer.train([*written, *prompts], model.decoder.vocab_size)
         self.model, self.processor = build_model(recipe, tokenizer)
         self.row_length = min(recipe.row_length, self.processor.config.max_length)
-        documents = [self._text_documents(source) or records for source, records in sources]
+        documents = [
+            self._chats(source) or self._cut(found) or pictures
+            for source, found, pictures in zip(sources, texts, records, strict=True)
+        ]
         self.records, self.validation_records = documents[: len(recipe.sources)], documents[len(recipe.sources) :]
         if recipe.holdout:
             every = round(1 / recipe.holdout)
@@ -240,22 +249,26 @@ class LanguageTask:
         multiple = self.row_length if seed is not None and self.recipe.compile else 64
         return collate(rows, pixel_values, pad_to_multiple=multiple)
 
-    def _plain_texts(self, source: SourceConfig) -> list[str]:
+    def _texts(self, source: SourceConfig) -> list[tuple[str, str]]:
+        """Name and text of each file of a source of plain texts."""
         path = Path(self.recipe.data) / source.path
-        return [text for _, text in read_texts(path, self.errors)] if is_text_source(path) else []
+        return list(read_texts(path, self.errors)) if is_text_source(path) else []
 
-    def _text_documents(self, source: SourceConfig) -> list[Record | Document]:
-        """The chats or plain texts of a source that has no images."""
-        path = Path(self.recipe.data) / source.path
-        if path.suffix == ".jsonl":
-            return list(read_chats(path, self.processor))
-        if not is_text_source(path):
-            return []
+    def _cut(self, texts: Sequence[tuple[str, str]]) -> list[Record | Document]:
         return [
             document
-            for name, text in read_texts(path, self.errors)
+            for name, text in texts
             for document in text_documents(text, self.processor.tokenizer, self.row_length, id=name)
         ]
+
+    def _chats(self, source: SourceConfig) -> list[Record | Document]:
+        path = Path(self.recipe.data) / source.path
+        return list(read_chats(path, self.processor)) if path.suffix == ".jsonl" else []
+
+    def _chat_texts(self, source: SourceConfig) -> list[str]:
+        path = Path(self.recipe.data) / source.path
+        chats = _read_messages(path) if path.suffix == ".jsonl" else ()
+        return [text for _, messages in chats for message in messages for text in _written(message)]
 
     def _records(self, source: SourceConfig) -> list[Record | Document]:
         path = Path(self.recipe.data) / source.path
@@ -269,7 +282,7 @@ class LanguageTask:
 
     def validate(self) -> dict[str, float]:
         """Mean loss per target in nats: over all validation sources, and of each."""
-        return self._validate(self.loss)
+        return self._validate(self.model.loss)
 
     def _validate(self, loss_of: Callable[[Batch], tuple[Tensor, Tensor]]) -> dict[str, float]:
         total, count = 0.0, 0
@@ -331,6 +344,9 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
             raise ConfigError(f"{recipe.start} holds another model than the recipe describes")
         if recipe.lora is not None and model.config.lora is None and recipe.decoder != "full":
             model.add_lora(recipe.lora)
+        if recipe.model is None and recipe.decoder == "full" and model.config.lora is not None:
+            merge_lora(model.decoder)
+            model.config = dataclasses.replace(model.config, lora=None)
     else:
         assert recipe.model is not None
         decoder: Decoder | None = None
@@ -339,12 +355,13 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
         if tokenizer is None:
             raise ConfigError("a decoder that is not in the registry needs a tokenizer")
         model = MMGPT(recipe.model, decoder)
-        config = ProcessorConfig(
-            image=recipe.image,
-            tokens_per_image=model.tokens_per_image,
-            max_length=model.decoder.config.max_length,
-        )
-        processor = Processor(tokenizer, config, vocab_size=model.decoder.config.vocab_size)
+        length, vocab_size = model.decoder.config.max_length, model.decoder.config.vocab_size
+        if tokenizer.vocab_size > vocab_size:
+            raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the decoder {vocab_size}")
+        if model.decoder.config.memory_length:  # rows are read in segments, and none is too long
+            length = max(length, recipe.row_length)
+        config = ProcessorConfig(image=recipe.image, tokens_per_image=model.tokens_per_image, max_length=length)
+        processor = Processor(tokenizer, config, vocab_size=vocab_size)
     if recipe.vision_weights is not None:
         if model.vision is None:
             raise ConfigError("vision_weights need a model with a vision encoder")
@@ -409,6 +426,17 @@ def training_prompt(question: str, answer: str, rng: random.Random) -> str:
 def read_chats(path: Path, processor: Processor) -> list[Document]:
     """Text-only chats from a .jsonl of `{"messages": [...]}`. Raises MMGPTError naming file and line."""
     documents = []
+    for number, messages in _read_messages(path):
+        try:
+            document = processor.chat(messages, answer_starts=False)
+        except MMGPTError as error:
+            raise MMGPTError(f"{path}:{number}: {error}") from None
+        documents.append(dataclasses.replace(document, id=f"{path.name}:{number}"))
+    return documents
+
+
+def _read_messages(path: Path) -> Iterator[tuple[int, list[Any]]]:
+    """The messages of each line that is not empty, with its number."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at U+2028 inside a string
     except OSError as error:
@@ -420,16 +448,19 @@ def read_chats(path: Path, processor: Processor) -> list[Document]:
             continue
         try:
             messages = json.loads(line)["messages"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (json.JSONDecodeError, RecursionError, KeyError, TypeError):
             messages = None
         if not isinstance(messages, list):
             raise MMGPTError(f"{path}:{number}: not an object with a list of 'messages'")
-        try:
-            document = processor.chat(messages, answer_starts=False)
-        except MMGPTError as error:
-            raise MMGPTError(f"{path}:{number}: {error}") from None
-        documents.append(dataclasses.replace(document, id=f"{path.name}:{number}"))
-    return documents
+        yield number, messages
+
+
+def _written(message: Any) -> list[str]:
+    """The texts of a message."""
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _share(records: Sequence[Record | Document], repeat: float, epoch: int, seed: int) -> list[Record | Document]:

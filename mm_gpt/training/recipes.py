@@ -4,11 +4,13 @@
 """
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from mm_gpt import config as configs
 from mm_gpt.errors import MMGPTError, unknown_name
+from mm_gpt.hub.weights import read_json
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import ModelConfig
@@ -209,6 +211,10 @@ UNPUBLISHED_LR = 2.5e-4
 """For the presets whose paper names no learning rate: GPT's."""
 
 
+SMALLEST_VOCABULARY = 256 + 3
+"""Of a tokenizer that is learned: all bytes, and the marks of texts and turns."""
+
+
 def of_preset(name: str, data: str) -> LanguageRecipe | SemiCausalRecipe:
     """A published model from random weights, with its paper's hyperparameters, on plain text or captioned images."""
     chosen = preset(name)
@@ -219,6 +225,9 @@ def of_preset(name: str, data: str) -> LanguageRecipe | SemiCausalRecipe:
     model = ModelConfig(decoder=config) if isinstance(config, DecoderConfig) else config
     decoder = model.decoder
     assert isinstance(decoder, DecoderConfig)
+    if decoder.vocab_size < SMALLEST_VOCABULARY:  # Sparse Transformer's bytes
+        decoder = dataclasses.replace(decoder, vocab_size=SMALLEST_VOCABULARY)
+        model = dataclasses.replace(model, decoder=decoder)
     length = decoder.max_length if not decoder.memory_length else 4 * decoder.memory_length
     return LanguageRecipe(
         train=train,
@@ -274,9 +283,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: boo
 
 def _check_same(recipe: Recipe, path: Path) -> None:
     """A run continues only as what it was; the number of steps may grow."""
-    import json
-
-    before = json.loads(path.read_text())
+    before = read_json(path)
     now = json.loads(json.dumps(configs.to_dict(recipe)))
     for values in (before, now):
         for key in ("steps", "log_every", "validate_every", "save_every"):

@@ -49,6 +49,8 @@ class SemiCausalRecipe:
     def __post_init__(self) -> None:
         if not 0 < self.shortest <= self.longest or not 0 <= self.share < 1:
             raise ConfigError("spans need 0 < shortest <= longest and a share from 0 to below 1")
+        if self.longest > self.model.encoder.max_length:
+            raise ConfigError(f"spans of {self.longest} tokens: the encoder reads {self.model.encoder.max_length}")
 
     def language(self) -> LanguageRecipe:
         """The part that any language model's run has."""
@@ -59,7 +61,7 @@ class SemiCausalRecipe:
 
 
 class SemiCausalTask(LanguageTask):
-    """A `Task` for the loop. Spans follow from (seed, step), as the plan of an epoch does."""
+    """A `Task` for the loop. Spans follow from the seed and the tokens of their row."""
 
     model: SemiCausalLM  # type: ignore[assignment]
 
@@ -67,8 +69,7 @@ class SemiCausalTask(LanguageTask):
         super().__init__(recipe.language())
         self.spans_of = recipe
         self.decoder_alone = cast(MMGPT, self.model)
-        self.model = SemiCausalLM(recipe.model)
-        self.model.decoder = self.decoder_alone.decoder
+        self.model = SemiCausalLM(recipe.model, self.decoder_alone.decoder)
         if recipe.encoder is not None:
             _load_docked(self.model, Path(recipe.encoder))
 
@@ -98,8 +99,8 @@ class SemiCausalTask(LanguageTask):
 
     def validate(self) -> dict[str, float]:
         """Mean loss per target in nats outside of spans, and of the decoder alone, without any."""
-        docked = self._validate(lambda batch: self.loss(batch))
-        alone = self._validate(lambda batch: self.decoder_alone.loss(batch))
+        docked = self._validate(self.loss)
+        alone = self._validate(self.decoder_alone.loss)
         return {**docked, "loss without spans": alone["loss"]}
 
     def samples(self) -> list[str]:
@@ -119,8 +120,7 @@ def load_semicausal(folder: Path) -> tuple[SemiCausalLM, Processor]:
     """
     alone, processor = load_model(folder)
     where = folder / CONFIG_FILE
-    model = SemiCausalLM(configs.from_dict(SemiCausalConfig, read_json(where), where=str(where)))
-    model.decoder = alone.decoder
+    model = SemiCausalLM(configs.from_dict(SemiCausalConfig, read_json(where), where=str(where)), alone.decoder)
     _load_docked(model, folder)
     return model.eval(), processor
 

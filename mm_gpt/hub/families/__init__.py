@@ -84,6 +84,8 @@ def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) ->
     with unfilled():
         model = MMGPT(plan.model)
     vocab_size = model.decoder.config.vocab_size
+    if tokenizer.vocab_size > vocab_size and (plan.model.image_token_id or 0) < vocab_size:
+        tokenizer = tokenizer.without_ids_from(vocab_size)
     if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the decoder {vocab_size}")
     checkpoint = Checkpoint(folder)

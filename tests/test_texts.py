@@ -1,0 +1,129 @@
+"""Plain texts as training documents: what is a source of them, what is read, and where they are cut."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import make_picture, make_tokenizer
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import processors
+
+from mm_gpt.config import override
+from mm_gpt.datasets import texts
+from mm_gpt.datasets.sources import ErrorCounter
+from mm_gpt.datasets.texts import is_text_source, read_texts, text_documents
+from mm_gpt.document import Text
+from mm_gpt.processor import IGNORE_INDEX, Processor, ProcessorConfig
+from mm_gpt.tokenizer import Tokenizer
+from mm_gpt.training.language import LanguageTask
+from mm_gpt.training.recipes import recipe
+
+TOKENIZER = make_tokenizer()
+
+
+def processor_of(tokenizer: Tokenizer, *, begin_of_text: bool = False) -> Processor:
+    config = ProcessorConfig(max_length=10_000, begin_of_text=begin_of_text)
+    return Processor(tokenizer, config, vocab_size=tokenizer.vocab_size)
+
+
+def beginning_tokenizer() -> Tokenizer:
+    """One whose own rule puts a token in front, as Llama's does."""
+    tokenizer = make_tokenizer()
+    mark = "<|endoftext|>"
+    post = processors.TemplateProcessing(single=f"{mark} $A", special_tokens=[(mark, tokenizer.special[mark])])
+    tokenizer.backend.post_processor = post
+    return Tokenizer(tokenizer.backend, end_of_text=mark, end_of_turn="<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("files", "is_text"),
+    [
+        (["a.txt", "b.txt"], True),
+        (["below/A.TXT", "notes.md"], True),
+        (["a.txt", "a.png"], False),
+        (["a.txt", "below/a.jpeg"], False),
+        (["a.txt", "a.gif"], False),  # a caption, although the picture beside it cannot be read
+        (["a.txt", "0.tar"], False),
+        (["a.md"], False),
+        ([], False),
+    ],
+)
+def test_what_is_a_source_of_texts(tmp_path: Path, files: list[str], is_text: bool) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+        assert is_text_source(tmp_path / name) == name.lower().endswith(".txt")
+    assert is_text_source(tmp_path) == is_text
+    assert not is_text_source(tmp_path / "gone")
+
+
+def test_files_are_read_by_name_and_bad_ones_counted(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes("\ufeff two\r\nlines ".encode())  # as Windows writes it
+    (tmp_path / "a.TXT").write_text("öne")
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "d.txt").write_text(" \n")
+    (tmp_path / "e.txt").mkdir()
+    (tmp_path / "f.md").write_text("no text")
+    errors = ErrorCounter()
+    assert list(read_texts(tmp_path, errors)) == [("a.TXT", "öne"), ("b.txt", "two\nlines")]
+    assert errors.counts == {"unreadable text": 1, "empty text": 1}
+    assert list(read_texts(tmp_path / "a.TXT", errors)) == [("a.TXT", "öne")]
+
+
+TEXT = st.lists(st.sampled_from(["a", "one ", "😀", "  ", "\n", "image", "é", "<|endoftext|>", "<|im_"]), max_size=60)
+
+
+@given(TEXT, st.integers(16, 40), st.booleans(), st.sampled_from([7, 50, 2**18]))
+@example(["<|endoftext|>"] * 60, 24, True, 2**18)
+@settings(max_examples=100, deadline=None)
+def test_nothing_is_lost_and_no_piece_is_too_long(words: list[str], room: int, begins: bool, chunk: int) -> None:
+    """Special tokens that stand in a text are many tokens there: a piece of them must not grow beyond its row."""
+    text = "".join(words)
+    processor = processor_of(beginning_tokenizer() if begins else TOKENIZER, begin_of_text=begins)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "CHUNK", chunk)
+        documents = list(text_documents(text, processor.tokenizer, room, id="x"))
+    written = [[s for s in document.segments if isinstance(s, Text)] for document in documents]
+    assert "".join(segments[0].text for segments in written) == text
+    for number, (document, segments) in enumerate(zip(documents, written, strict=True), start=1):
+        assert [s.text for s in segments[1:]] == (["<|endoftext|>"] if number == len(documents) else [])
+        assert document.id == (f"x:{number}" if len(documents) > 1 else "x")
+        found = processor(document)
+        assert len(found) <= room
+        assert found.labels[:-1].tolist() == found.input_ids[1:].tolist()  # every token is learned
+        assert found.labels[-1] == IGNORE_INDEX
+
+
+def test_rows_are_filled() -> None:
+    lengths = [len(processor_of(TOKENIZER)(d)) for d in text_documents("A red circle. " * 500, TOKENIZER, 64)]
+    assert min(lengths[:-1]) >= 64 - texts.MARGIN
+
+
+SIZES = ("num_layers=1", "width=16", "num_heads=2", "num_kv_heads=2", "head_size=8", "mlp_width=16", "vocab_size=500")
+SMALL = [f"model.decoder.{value}" for value in SIZES]
+
+
+def test_a_bad_file_is_counted_once_though_the_tokenizer_reads_it_too(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The cat sat on the mat. " * 200)
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    task = LanguageTask(override(recipe("gpt2-small", str(tmp_path)), [*SMALL, "row_length=64"]))
+    assert task.errors.total == 1
+
+
+def test_a_tokenizer_is_learned_from_chats(tmp_path: Path) -> None:
+    """Without their words every letter would be a token of its own."""
+    word = "extraordinarily"
+    chats = [
+        [{"role": "user", "content": word}, {"role": "assistant", "content": [{"type": "text", "text": f"{word} 1"}]}]
+    ] * 20
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    task = LanguageTask(override(recipe("gpt2-small", str(tmp_path)), [*SMALL, "sources=chats.jsonl"]))
+    assert len(task.processor.tokenizer.encode(word)) == 1
+
+
+def test_a_folder_of_texts_and_pictures_is_captions(tmp_path: Path) -> None:
+    make_picture().save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a picture")
+    assert not is_text_source(tmp_path)
+    assert list(read_texts(tmp_path, ErrorCounter())) == [("a.txt", "a picture")]
