@@ -5,7 +5,8 @@ alone, without imports, on files that the system has in its cache:
 
 - load: until the model is there. Where the type stays as it is stored, transformers maps the files and reads nothing
   yet; so there is also
-- used: until every weight was read once, as the first answer does.
+- used: until every weight was read once, as the first answer does; and the processor time of that, which a busy
+  machine does not stretch.
 - peak: the most resident memory that the process ever had (VmHWM), minus what it had before the call. It counts mapped
   pages of files as well as memory of the process's own; how much of each is there in the end is in the JSON.
 
@@ -91,7 +92,7 @@ def memory(file: str, *keys: str) -> list[int]:
 def measure(name: str, folder: Path, dtype: torch.dtype) -> dict[str, float]:
     load = (ours if name == "mm-gpt" else theirs)(folder, dtype)
     (before,) = memory("status", "VmRSS")
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     model = load()
     loaded = time.perf_counter() - start
     (peak,) = memory("status", "VmHWM")
@@ -99,11 +100,12 @@ def measure(name: str, folder: Path, dtype: torch.dtype) -> dict[str, float]:
     start = time.perf_counter()
     for parameter in model.parameters():
         parameter.detach().view(torch.int16 if parameter.element_size() == 2 else torch.int32).max()
-    used = loaded + time.perf_counter() - start
+    used, cpu = loaded + time.perf_counter() - start, time.process_time() - start_cpu
     rss, anonymous = memory("smaps_rollup", "Rss", "Anonymous")
     return {
         "load_s": loaded,
         "used_s": used,
+        "used_cpu_s": cpu,
         "model_bytes": size,
         "peak_growth_bytes": peak - before,
         "anonymous_bytes_after_use": anonymous,
@@ -120,8 +122,8 @@ def compare(folder: Path, dtype: str, repeats: int) -> dict[str, dict[str, float
         if file.is_file():
             file.read_bytes()  # into the system's cache
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
-    for _ in tqdm(range(repeats), desc=f"{folder.name} as {dtype}"):
-        for name in NAMES:
+    for repeat in tqdm(range(repeats), desc=f"{folder.name} as {dtype}"):
+        for name in NAMES[:: -1 if repeat % 2 else 1]:
             command = [sys.executable, __file__, "--one", name, str(folder), dtype]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             runs[name].append(json.loads(output.splitlines()[-1]))
@@ -151,11 +153,12 @@ def main() -> None:
                 write_checkpoint(folder, args.size, TYPES[folder.name])
             for dtype in TYPES:
                 rows.append({"stored": folder.name, "loaded": dtype, **compare(folder, dtype, args.repeats)})
-    print(f"{'stored':12} {'as':5} {'size':>8}   {'load s':>13}   {'used s':>13}   {'peak / size':>13}")
+    titles = "".join(f"   {title:>13}" for title in ("load s", "used s", "used CPU s", "peak / size"))
+    print(f"{'stored':12} {'as':5} {'size':>8}{titles}")
     for row in rows:
-        pairs = [[row[name][key] for name in NAMES] for key in ("load_s", "used_s", "peak_growth_bytes")]
         size = row["mm-gpt"]["model_bytes"]
-        pairs[2] = [peak / size for peak in pairs[2]]
+        pairs = [[row[name][key] for name in NAMES] for key in ("load_s", "used_s", "used_cpu_s")]
+        pairs.append([row[name]["peak_growth_bytes"] / size for name in NAMES])
         columns = "   ".join(f"{a:6.2f} {b:6.2f}" for a, b in pairs)
         print(f"{row['stored']:12} {row['loaded']:5} {size / 1e6:5.0f} MB   {columns}")
     print("each pair: mm-gpt, transformers", file=sys.stderr)
