@@ -122,7 +122,7 @@ class ChatTemplate:
         """The rendered text; `marks` are written around what `{% generation %}` encloses."""
         given = {**self.special, **variables, "messages": messages, MARKS: marks}
         try:
-            with budget(MAX_WORK + 100 * len(str(given))):  # some templates walk through a string's characters
+            with budget(MAX_WORK + 200 * len(str(given))):  # some templates walk through a string's characters
                 return self._template.render(given)
         except Exception as error:  # a template is a program: whatever it raises is the template's fault
             raise MMGPTError(f"{self.where}: the chat template fails: {_line(error)}") from None

@@ -26,6 +26,8 @@ from jinja2.visitor import NodeTransformer
 
 MAX_WORK = 5_000_000
 """For one rendering, besides what the length of the messages allows. On one core it is gone in some seconds."""
+STEP = 20
+"""The price of a value, next to a character of a text, which costs 1."""
 MAX_BITS = 4096
 """Of a number."""
 # A variable whose name holds a space: a template cannot read or write it.
@@ -81,7 +83,7 @@ def size_of(value: Any, indent: int = 0) -> int:
     rest = [(value, 0)]
     while rest and size <= left:
         item, depth = rest.pop()
-        size += 1 + indent * depth
+        size += STEP + indent * depth
         if isinstance(item, str | list | tuple | dict):
             size += len(item)
         if size > left or isinstance(item, str):
@@ -90,6 +92,8 @@ def size_of(value: Any, indent: int = 0) -> int:
             rest += [(key, depth) for key in item] + [(inner, depth + 1) for inner in item.values()]
         elif isinstance(item, list | tuple):
             rest += [(inner, depth + 1) for inner in item]
+        elif isinstance(item, range):
+            size += STEP * len(item)
     return size
 
 
@@ -189,7 +193,11 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def cut_out(self, value: Any) -> Any:
-        spend(len(value) if hasattr(value, "__len__") else 1)
+        spend(STEP + len(value) if hasattr(value, "__len__") else STEP)
+        return value
+
+    def gone_through(self, value: Any) -> Any:
+        spend(STEP * (1 + len(value) if hasattr(value, "__len__") else 1))
         return value
 
     def written(self, value: Any) -> str:
@@ -257,9 +265,9 @@ def _paid(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         given = [*args[:inner], *map(_settled, args[inner:])]
         value = given[inner] if len(given) > inner else None
         if name in _AT_ONCE:
-            spend(1)
+            spend(STEP)
         elif name in _ONE_BY_ONE:
-            spend(1 + 3 * len(value) if hasattr(value, "__len__") else 1)
+            spend(STEP * (1 + len(value) if hasattr(value, "__len__") else 1))
         else:
             spend(_cost(name, value, given[inner + 1 :], kwargs))
         return function(*given, **kwargs)
@@ -286,6 +294,7 @@ class _Bounded(NodeTransformer):
         self.environment = environment
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
+        node.iter = self._call("gone_through", [node.iter], node.lineno)  # a pass that `if` leaves out has a price, too
         return self._pass(node)
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
@@ -328,7 +337,8 @@ class _Bounded(NodeTransformer):
 
     def _pass(self, node: Any) -> nodes.Node:
         """A pass through `node.body` costs as much as there is in it."""
-        work = nodes.Const(sum(1 for part in node.body for _ in part.find_all(nodes.Node)) + 1, lineno=node.lineno)
+        parts = sum(1 for part in node.body for _ in part.find_all(nodes.Node))
+        work = nodes.Const(STEP + 5 * parts, lineno=node.lineno)
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(self._call("spent", [work], node.lineno), lineno=node.lineno))
         return node

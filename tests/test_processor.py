@@ -1,5 +1,6 @@
 """Documents to numbers: image slots, targets, labels, branches, padding."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.image_text import ImageTextConfig
 from mm_gpt.processor import IGNORE_INDEX, Processor, ProcessorConfig, collate
 from mm_gpt.tokenizer import Tokenizer
-from mm_gpt.vision.tiling import TilingConfig
+from mm_gpt.vision.tiling import TilingConfig, num_image_tokens
 from mm_gpt.vision.transforms import ImageTransformConfig
 
 MODEL, PROCESSOR = make_tiny()
@@ -291,7 +292,10 @@ def test_each_branch_with_its_images_reads_as_alone(
     """What the branches share is encoded once; a branch together with it is the document of that branch: ids, labels,
     positions, and as many placeholders for each image as its tiles give tokens."""
     found = processor(Document(tuple(shared), tuple(branches)))
-    assert [found.image_starts.index(at) for at in found.image_starts] == list(range(len(found.images)))
+    patch = PATCH if processor is PROCESSOR else processor.tokenizer.special["<image>"]
+    side, sizes = math.isqrt(processor.config.tokens_per_image), zip(found.sizes, found.grids, strict=True)
+    wanted = [num_image_tokens(processor.config.tiling, size=size, grid=grid, side=side) for size, grid in sizes]
+    assert int((found.input_ids == patch).sum()) == sum(wanted)
     assert len(processor.pixels([found])) == sum(rows * cols + 1 for rows, cols in found.grids)
     for number, branch in enumerate(branches, start=1):
         visible = (found.branch_ids == 0) | (found.branch_ids == number)
