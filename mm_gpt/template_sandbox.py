@@ -79,6 +79,8 @@ def size_of(value: Any, indent: int = 0) -> int:
 
     Values that stand in several places count in each of them: that is how often they are printed.
     """
+    if isinstance(value, str):
+        return STEP + len(value)
     left, size = _left.get()[0], 0
     rest = [(value, 0)]
     while rest and size <= left:
@@ -231,10 +233,12 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(obj, "__self__", None)
+        if owner is self:  # the bounded tree's
+            return obj(*args)
         if isinstance(owner, str | list | tuple):
             args = tuple(map(_settled, args))
             spend(_cost(obj.__name__, owner, args, kwargs))
-        elif owner is not self and not isinstance(obj, Macro):  # whose body pays
+        elif not isinstance(obj, Macro):  # whose body pays
             spend(size_of([args, [kwargs[name] for name in kwargs.keys() - _INNER_NAMES]]))
         return super().call(context, obj, *args, **kwargs)
 

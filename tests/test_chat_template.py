@@ -471,6 +471,13 @@ def make(source: str, **special: str) -> ChatTemplate:
     return ChatTemplate(source, special=special, where="a/chat_template.jinja", guarded=["<|im_end|>"])
 
 
+MUCH = "works too long, or writes too much"
+DOUBLED = (
+    "{% set n = namespace(x=[0, 0], y=[0, 0]) %}"
+    "{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}"
+)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -478,15 +485,46 @@ def make(source: str, **special: str) -> ChatTemplate:
         ("{{ raise_exception('only\nuser') }}", "fails: only user"),
         ("{{ messages[0].nothing.at_all }}", "fails: .*has no attribute 'nothing'"),
         ("{{ 1 / 0 }}", "fails: division by zero"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "loops too often"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", MUCH),
         ("{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}", "fails: "),
-        ("{{ 'a' * 10 ** 9 }}", "more than 20000000 characters"),
+        ("{{ 'a' * 10 ** 9 }}", MUCH),
         ("{{ 9 ** 99999 }}", "too large"),
         ("{{ '%999999999d' % 1 }}", "pads"),
-        (
-            "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-            "more than 20000000 characters",
-        ),
+        ("{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}", MUCH),
+        ("{{ '%(a)999999999d' % {'a': 1} }}", "pads"),
+        ("{{ '%999999999d' | format(1) }}", "pads"),
+        ("{{ '{:>999999999}'.format(1) }}", "pads"),
+        ("{{ '{0:{1}}'.format(1, 999999999) }}", "pads"),
+        ("{{ ('{0}' * 100000).format('b' * 100000) | length }}", MUCH),
+        ("{{ ('%(a)s' * 100000) % {'a': 'b' * 100000} }}", MUCH),
+        ("{{ 'x' | center(10 ** 9) }}", "No filter named 'center'"),
+        ("{{ ['x'] | map('center', 10 ** 9) | list }}", "No filter named 'center'"),
+        ("{{ 'x'.ljust(10 ** 9) }}", "'ljust' of 'str' object is unsafe"),
+        ("{{ 'x'['zfill'](10 ** 9) }}", "'zfill' of 'str' object is unsafe"),
+        ("{{ (1).to_bytes(10 ** 9, 'big') }}", "'to_bytes' of 'int' object is unsafe"),
+        ("{{ lipsum(n=100000) }}", "'lipsum' is undefined"),
+        ("{{ 'a\nb' | indent(10 ** 9) }}", MUCH),
+        ("{{ [1] | tojson(indent=10 ** 9) }}", MUCH),
+        ("{{ range(9999) | list | tojson(separators=('b' * 9999, ':')) }}", MUCH),
+        ("{{ ('a' * 100000).replace('a', 'b' * 100000) }}", MUCH),
+        ("{{ ('a' * 100000) | replace(new='b' * 100000, old='a') }}", MUCH),
+        ("{{ ('b' * 100000).join('a' * 100000) }}", MUCH),
+        ("{{ ([['b' * 100000]] * 9999) | map('first') | join }}", MUCH),
+        ("{{ ([[0]] * 99999) | sum(start=[]) }}", MUCH),
+        ("{{ 1.5 | round(10 ** 9, 'ceil') }}", "more than 100 digits"),
+        ("{% set x %}{% for i in range(9999) %}{{ 'a' * 10000 }}{% endfor %}{% endset %}", MUCH),
+        ("{% filter upper %}{% for i in range(9999) %}{{ 'a' * 10000 }}{% endfor %}{% endfilter %}", MUCH),
+        ("{% for i in range(9999) recursive %}{% if loop.depth < 5 %}{{ loop(range(9999)) }}{% endif %}{% endfor %}", MUCH),
+        ("{% for i in range(9999) %}{% for j in range(9999) if false %}{% endfor %}{% endfor %}", MUCH),
+        ("{% for i in range(9999) %}{% set x = range(9999) | select('none') | list %}{% endfor %}", MUCH),
+        ("{% for i in range(9999) %}{{ 'a' in range(9999) }}{% endfor %}", MUCH),
+        # Sixty lists, each of which holds the one before it twice: small, until they are printed or compared
+        (DOUBLED + "{{ n.x }}", MUCH),
+        (DOUBLED + "{{ n.x | tojson }}", MUCH),
+        (DOUBLED + "{{ n.x == n.y }}", MUCH),
+        (DOUBLED + "{{ n.x is eq(n.y) }}", MUCH),
+        (DOUBLED + "{{ n.x in [n.y] }}", MUCH),
+        (DOUBLED.replace("[", "(").replace("]", ")") + "{{ messages[0].get(n.x) }}", MUCH),
         ("{{ ''.__class__.__mro__ }}", "fails: .*unsafe"),
         ("{% set n = namespace(__class__=1) %}", "no field"),
         ("{{ messages.append(1) }}", "fails: .*"),
@@ -498,6 +536,19 @@ def test_a_bad_template_is_one_clear_error(source: str, message: str) -> None:
         make(source).render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     assert str(caught.value).startswith("a/chat_template.jinja")
     assert "\n" not in str(caught.value)
+
+
+def test_long_conversations_are_not_refused() -> None:
+    """Templates go through all messages several times, some through each character of them."""
+    chat = conversation("", *(f"message {n} " + "word " * 40 for n in range(100)))
+    source = (
+        "{% for m in messages[::-1] %}{% if m.role == 'user' and '</think>' not in m.content %}{% endif %}{% endfor %}"
+        "{% set users = messages | selectattr('role', 'equalto', 'user') | list %}{{ users | length }}"
+        "{% for m in messages %}{% if loop.index0 == messages | length %}{% endif %}"
+        "{% for letter in m.content %}{% if letter == '#' %}{{ letter }}{% endif %}{% endfor %}"
+        "{{ m.content | trim }}{{ m | tojson }}{{ '%s-%d{}'.format(1) % ('a', 2) }}{% endfor %}"
+    )
+    assert make(source).text(chat, add_generation_prompt=False).count("message 99") == 2
 
 
 def test_templates_that_rewrite_messages() -> None:

@@ -154,7 +154,7 @@ def test_any_row_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, ro
     path.write_text(json.dumps(row) + "\n")
     errors = ErrorCounter()
     processor = Processor(TOKENIZER, ProcessorConfig(max_length=64), vocab_size=V)
-    rows = read_rows(path, processor, Decoder(gpt1_config(num_layers=0)), errors)
+    rows = read_rows(path, processor, Decoder(gpt1_config(num_layers=1)), errors)
     assert len(rows) + errors.total == 1
 
 

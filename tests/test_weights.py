@@ -16,6 +16,7 @@ from mm_gpt.errors import CheckpointError
 from mm_gpt.hub import weights
 from mm_gpt.hub.weights import (
     CHUNK_BYTES,
+    MAPPED_BYTES,
     Account,
     Checkpoint,
     Table,
@@ -124,6 +125,44 @@ def test_parameters_that_exist_stay_where_they_are(tmp_path: Path) -> None:
     Checkpoint(tmp_path).load(module, TABLE, dtype=torch.float16)
     assert not any(p.requires_grad or p.is_meta for p in module.parameters())
     torch.testing.assert_close(module.wide, tensors()["w"].half(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["in order", "out of order", "in two files", "not aligned"])
+def test_matrices_that_are_a_piece_of_the_file(tmp_path: Path, kind: str) -> None:
+    """Those are mapped; what is written into them, by training say, never reaches the file, nor the other way round."""
+    rows = MAPPED_BYTES // 512
+    table = {"layers.{i}.weight": same("{i}.up", "{i}.gate") if kind == "out of order" else same("{i}.gate", "{i}.up")}
+    generator = torch.Generator().manual_seed(0)
+    state = {f"0.{name}": torch.randn(rows, 128, generator=generator) for name in ("gate", "up")}
+    write(tmp_path, state, shards=2 if kind == "in two files" else 1)
+    file = tmp_path / "model.safetensors"
+    if kind == "not aligned":  # a header that is not padded, as other writers may leave it
+        content = file.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        file.write_bytes((size + 1).to_bytes(8, "little") + content[8 : 8 + size] + b" " + content[8 + size :])
+    with unfilled():
+        module = nn.ModuleDict({"layers": nn.ModuleList([nn.Embedding(2 * rows, 128)])})
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.load(module, table)
+    weight = module.get_parameter("layers.0.weight")
+    expected = torch.cat([state[name.format(i=0)] for name in table["layers.{i}.weight"].parts])
+    torch.testing.assert_close(weight, expected, rtol=0, atol=0)
+    if Path("/proc/self/maps").exists():
+        assert is_mapped(weight) == (kind == "in order")
+    with torch.no_grad():
+        weight[0] += 1
+    torch.testing.assert_close(checkpoint.tensor("0.gate"), state["0.gate"], rtol=0, atol=0)
+    write(tmp_path, {"0.gate": torch.zeros(1)})
+    torch.testing.assert_close(weight[1:], expected[1:], rtol=0, atol=0)
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether the first byte belongs to a safetensors file."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return line.endswith(("safetensors", "safetensors (deleted)"))
+    return False
 
 
 def test_there_and_back(tmp_path: Path) -> None:
@@ -272,6 +311,8 @@ with unfilled():
 before = memory("VmRSS")
 checkpoint = Checkpoint(Path(sys.argv[1]))
 checkpoint.load(module, {"layers.{i}.weight": same("{i}.a", "{i}.b")}, dtype=getattr(torch, sys.argv[2]))
+for parameter in module.parameters():
+    parameter.detach().max()  # what is mapped counts once it is used
 print(json.dumps({"growth": memory("VmHWM") - before, "compiler": "torch._dynamo" in sys.modules}))
 """
 # VmHWM and not ru_maxrss, which begins with what the parent of the process held.

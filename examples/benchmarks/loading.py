@@ -3,8 +3,8 @@
 Each load is a fresh process; the two take turns, so that a busy moment of the machine hits both. Counted is the call
 alone, without imports, on files that the system has in its cache:
 
-- load: until the model is there. Where the type stays as it is stored, transformers maps the files and reads nothing
-  yet; so there is also
+- load: until the model is there. What stays in the type that it is stored in may be a mapping of the file of which
+  nothing is read yet; so there is also
 - used: until every weight was read once, as the first answer does; and the processor time of that, which a busy
   machine does not stretch.
 - peak: the most resident memory that the process ever had (VmHWM), minus what it had before the call. It counts mapped

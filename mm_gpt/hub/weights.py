@@ -3,11 +3,14 @@
 A table maps each parameter to where it comes from: `{"blocks.{i}.mlp.down.weight": same("layers.{i}.fc2.weight")}`
 with `{i}` for the number of a layer. The same table, read backwards, is the exporter.
 
-Files are read, not mapped: straight into the parameter where nothing changes, through a small buffer where the type
-does. Mapped pages would count as memory next to the parameters, and q, k and v become one matrix here anyway.
+A matrix that is stored as it is needed, in one place (gate and up mostly are), becomes a mapping of its part of the
+file, one for each, which goes when the matrix does. The rest, such as q, k and v or another type, is read into place
+through a small buffer: a file that is mapped as a whole would stay in memory next to the parameters made of it.
 """
 
 import json
+import math
+import mmap
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -15,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,8 @@ CHUNK_BYTES = 256 << 10
 """Read at a time where the type changes: little enough to stay in a core's cache."""
 MAX_THREADS = 4
 """That read at once. One is slower: most of the time goes into the pages of new memory, not into the disk."""
+MAPPED_BYTES = 1 << 20
+"""From this size on a tensor is mapped."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be stored as."""
 
@@ -139,18 +145,27 @@ class Account:
             if absent:
                 self._missing += absent
                 continue
-            device = torch.device("cpu") if parameter.is_meta else parameter.device
-            try:
-                target = torch.empty(parameter.shape, dtype=dtype, device=device)
-            except RuntimeError:
-                shape = tuple(parameter.shape)
-                raise CheckpointError(f"{self.where}: no memory for {parts[0]} of shape {shape}") from None
-            start = 0
-            for part in parts:
-                start += put(part, origin, target[start:] if len(parts) > 1 else target)
-            if len(parts) > 1 and start != len(target):
-                raise CheckpointError(f"{self.where}: {', '.join(parts)} have {start} rows, not {len(target)}")
+            target = self._mapped(parts, origin, parameter, dtype)
+            if target is None:
+                target = self._empty(parts[0], parameter, dtype)
+                start = 0
+                for part in parts:
+                    start += put(part, origin, target[start:] if len(parts) > 1 else target)
+                if len(parts) > 1 and start != len(target):
+                    raise CheckpointError(f"{self.where}: {', '.join(parts)} have {start} rows, not {len(target)}")
             _set_parameter(module, ours, nn.Parameter(target, requires_grad=parameter.requires_grad))
+
+    def _mapped(self, parts: Sequence[str], origin: Origin, parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The parameter as a piece of a file, where there is one that is the same byte for byte."""
+        return None
+
+    def _empty(self, part: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        device = torch.device("cpu") if parameter.is_meta else parameter.device
+        try:
+            return torch.empty(parameter.shape, dtype=dtype, device=device)
+        except RuntimeError:
+            shape = tuple(parameter.shape)
+            raise CheckpointError(f"{self.where}: no memory for {part} of shape {shape}") from None
 
     def _place(self, part: str, origin: Origin, room: Tensor, shape: Sequence[int]) -> Tensor:
         """Where in `room` a part of this shape belongs. Raises CheckpointError when it does not fit."""
@@ -185,6 +200,10 @@ class Stored:
     start: int
     """In bytes, from the beginning of the file."""
 
+    @property
+    def end(self) -> int:
+        return self.start + math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
 
 class Checkpoint(Account):
     """The tensors of a folder: `model.safetensors`, or shards with an index.
@@ -204,7 +223,7 @@ class Checkpoint(Account):
     def load(
         self, module: nn.Module, table: Table, *, dtype: torch.dtype = torch.float32, skip: Collection[str] = ()
     ) -> None:
-        """`fill` from the files."""
+        """`fill` from the files, which may be replaced by others afterwards, but not written into."""
         jobs: list[Future[None]] = []
         with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
 
@@ -223,6 +242,30 @@ class Checkpoint(Account):
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+    def _mapped(self, parts: Sequence[str], origin: Origin, parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
+        stored = [self._stored(part) for part in parts]
+        first, last = stored[0], stored[-1]
+        if (
+            origin.read is not _as_it_is
+            or not parameter.dim()
+            or not (parameter.is_meta or parameter.device.type == "cpu")
+            or any(DTYPES[s.dtype] != dtype or not s.shape or s.shape[1:] != parameter.shape[1:] for s in stored)
+            or sum(s.shape[0] for s in stored) != len(parameter)
+            or any((a.path, a.end) != (b.path, b.start) for a, b in pairwise(stored))
+            or last.end - first.start < MAPPED_BYTES
+            or first.start % dtype.itemsize
+        ):
+            return None
+        offset = first.start % mmap.ALLOCATIONGRANULARITY
+        begin = first.start - offset
+        with first.path.open("rb") as stream:
+            try:
+                # What is written to the pages stays in memory: the file is never changed
+                pages = mmap.mmap(stream.fileno(), last.end - begin, access=mmap.ACCESS_COPY, offset=begin)
+            except (OSError, ValueError):  # a file system without mappings, or a file that has become shorter
+                return None
+        return torch.frombuffer(pages, dtype=dtype, count=parameter.numel(), offset=offset).view(parameter.shape)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as it is stored."""
@@ -368,7 +411,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object")

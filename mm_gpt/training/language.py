@@ -230,7 +230,8 @@ class LanguageTask:
         if pairs := training_questions(record, source, rng, self.recipe.max_questions):
             image = _image(record, [text for pair in pairs for text in pair], rng, augment)
             documents.append(self.processor.questions(image, pairs, id=record.key))
-        if self.model.config.prefix_lm:  # the image is read with the question in view, so no two questions share it
+        # The image is read with the question in view, or distances are those of the row: no two questions share it.
+        if self.model.config.prefix_lm or self.model.decoder.config.positions == "relative":
             documents = [Document(d.segments + branch, id=d.id) for d in documents for branch in d.branches]
         return documents
 

@@ -215,6 +215,10 @@ SMALLEST_VOCABULARY = 256 + 3
 """Of a tokenizer that is learned: all bytes, and the marks of texts and turns."""
 
 
+DENSE_ROW = 2048
+"""Tokens in a row of a preset with dense attention, whose context may be 40,000: memory grows with the square."""
+
+
 def of_preset(name: str, data: str) -> LanguageRecipe | SemiCausalRecipe:
     """A published model from random weights, with its paper's hyperparameters, on plain text or captioned images."""
     chosen = preset(name)
@@ -228,7 +232,9 @@ def of_preset(name: str, data: str) -> LanguageRecipe | SemiCausalRecipe:
     if decoder.vocab_size < SMALLEST_VOCABULARY:  # Sparse Transformer's bytes
         decoder = dataclasses.replace(decoder, vocab_size=SMALLEST_VOCABULARY)
         model = dataclasses.replace(model, decoder=decoder)
-    length = decoder.max_length if not decoder.memory_length else 4 * decoder.memory_length
+    length = 4 * decoder.memory_length or decoder.max_length
+    if decoder.attention == ("dense",):
+        length = min(length, DENSE_ROW)
     return LanguageRecipe(
         train=train,
         model=model,
