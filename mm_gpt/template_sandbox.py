@@ -168,9 +168,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         # Not optimized: no part of a template may run before there is a budget
         extensions = [Generation, "jinja2.ext.loopcontrols"]
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=extensions)
-        filters = self.filters | {"tojson": _to_json}
+        filters: dict[str, Any] = {**self.filters, "tojson": _to_json}
+        tests: dict[str, Any] = self.tests
         self.filters = {name: _paid(name, call) for name, call in filters.items() if name not in _NO_FILTERS}
-        self.tests |= {name: _paid(name, self.tests[name]) for name in _TESTS_THAT_COMPARE}
+        tests.update({name: _paid(name, tests[name]) for name in _TESTS_THAT_COMPARE})
         self.globals = {
             "range": self.globals["range"],  # the sandbox's, which ends at 100,000
             "raise_exception": _raise_exception,
@@ -267,7 +268,7 @@ def _paid(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def paid(*args: Any, **kwargs: Any) -> Any:
         given = [*args[:inner], *map(_settled, args[inner:])]
-        value = given[inner] if len(given) > inner else None
+        value: Any = given[inner] if len(given) > inner else None
         if name in _AT_ONCE:
             spend(STEP)
         elif name in _ONE_BY_ONE:

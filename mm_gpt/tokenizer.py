@@ -93,7 +93,9 @@ class Tokenizer:
         """The ids that the file's own rule puts before and behind a text (`<s>` in Llama 2, nothing in GPT-2)."""
         bare = self.backend.encode("a", add_special_tokens=False).ids
         full = self.backend.encode("a", add_special_tokens=True).ids
-        start = next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)
+        start = next((i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare), None)
+        if start is None:
+            raise CheckpointError("tokenizer.json: its post_processor changes the text, not only what is around it")
         return full[:start], full[start + len(bare) :]
 
     @property
@@ -435,11 +437,13 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict[str, A
             raise CheckpointError(f"{folder}: {token.content!r} is declared as id {id}, but the vocabulary gives {got}")
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     extra = list(extra.values()) if isinstance(extra, dict) else extra
+    if not isinstance(extra, list):
+        raise CheckpointError(f"{folder}/tokenizer_config.json: the extra special tokens {extra!r} are no list")
     known = [t for t in [*names.values(), *map(_text_of, extra)] if backend.token_to_id(t) is not None]
     # An image placeholder that plain text could write would open a place for an image that is not there.
     model = _read_json(folder / "config.json", optional=True)
     added = backend.get_added_tokens_decoder()
-    images = [value for key, value in model.items() if key in ("image_token_id", "image_token_index")]
+    images = [model[key] for key in ("image_token_id", "image_token_index") if isinstance(model.get(key), int)]
     _make_special(backend, [*known, *(added[id].content for id in images if id in added)])
 
 
@@ -460,7 +464,7 @@ def _end_ids(folder: Path) -> tuple[list[int], str]:
             ends = part.get("eos_token_id")
             if ends is not None:
                 ends = ends if isinstance(ends, list) else [ends]
-                if not all(isinstance(id, int) and id >= 0 for id in ends):
+                if not all(isinstance(id, int) and 0 <= id < 1 << 32 for id in ends):
                     raise CheckpointError(f"{folder / file}: eos_token_id {ends} is not a list of ids")
                 return ends, file
     return [], "config.json"
@@ -511,7 +515,7 @@ def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file")
     try:
         values = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number without end
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a JSON object")

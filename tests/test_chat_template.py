@@ -514,7 +514,10 @@ DOUBLED = (
         ("{{ 1.5 | round(10 ** 9, 'ceil') }}", "more than 100 digits"),
         ("{% set x %}{% for i in range(9999) %}{{ 'a' * 10000 }}{% endfor %}{% endset %}", MUCH),
         ("{% filter upper %}{% for i in range(9999) %}{{ 'a' * 10000 }}{% endfor %}{% endfilter %}", MUCH),
-        ("{% for i in range(9999) recursive %}{% if loop.depth < 5 %}{{ loop(range(9999)) }}{% endif %}{% endfor %}", MUCH),
+        (
+            "{% for i in range(9999) recursive %}{% if loop.depth < 5 %}{{ loop(range(9999)) }}{% endif %}{% endfor %}",
+            MUCH,
+        ),
         ("{% for i in range(9999) %}{% for j in range(9999) if false %}{% endfor %}{% endfor %}", MUCH),
         ("{% for i in range(9999) %}{% set x = range(9999) | select('none') | list %}{% endfor %}", MUCH),
         ("{% for i in range(9999) %}{{ 'a' in range(9999) }}{% endfor %}", MUCH),

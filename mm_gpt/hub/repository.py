@@ -197,7 +197,7 @@ def _shards(index: Path) -> list[str]:
     """The weight files that an index names. Raises CheckpointError for one that is not in the same folder."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is not an index of weight files ({_reason(error)})") from None
     wrong = [name for name in names if not (isinstance(name, str) and _SHARD.fullmatch(name))]
     if wrong or not names:

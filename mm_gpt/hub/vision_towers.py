@@ -44,6 +44,8 @@ _TOWER_OF = {
     "idefics3": "idefics3_vision",
     "smolvlm": "smolvlm_vision",
 }
+MAX_SIDE = 1000
+"""Patches in a row of an Idefics3 tower; the released ones have 32 at most."""
 _CLIP_LIKE = ("clip_vision_model", "kosmos_2_vision_model")
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 
@@ -99,7 +101,7 @@ def vit_config(values: dict[str, Any], *, where: str) -> ViTConfig:
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from None
     side = config.image_size // config.patch_size
-    if kind in ("idefics3_vision", "smolvlm_vision") and not _positions_in_order(side):
+    if kind in ("idefics3_vision", "smolvlm_vision") and (side > MAX_SIDE or not _positions_in_order(side)):
         raise CheckpointError(
             f"{where}: image_size {config.image_size} and patch_size {config.patch_size} are not supported: "
             f"in a grid of {side} x {side} patches, Idefics3 gives some of them the position of their neighbour"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mm_gpt.chat_template import ChatTemplate
-from mm_gpt.errors import CheckpointError, unknown_name
+from mm_gpt.errors import CheckpointError, MMGPTError, unknown_name
 from mm_gpt.hub.image_processors import read_image_processor
 from mm_gpt.hub.weights import Checkpoint, Table, read_json, unfilled
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
@@ -80,9 +80,18 @@ def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) ->
     else:
         tokenizer = Tokenizer.from_hf_folder(folder)
     read: Reader = family.read
-    plan = read(folder, values, tokenizer)
-    with unfilled():
-        model = MMGPT(plan.model)
+    try:
+        _check_layers(values)
+        plan = read(folder, values, tokenizer)
+        with unfilled():
+            model = MMGPT(plan.model)
+    except MMGPTError as error:
+        if str(folder) in str(error):
+            raise
+        raise CheckpointError(f"{folder}/config.json: {error}") from None
+    except _BROKEN as error:  # a value of a type or a size that nobody asked about
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"{folder}/config.json: no configuration of this model type ({what})") from error
     vocab_size = model.decoder.config.vocab_size
     if tokenizer.vocab_size > vocab_size and (plan.model.image_token_id or 0) < vocab_size:
         tokenizer = tokenizer.without_ids_from(vocab_size)
@@ -99,6 +108,20 @@ def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) ->
             checkpoint.load(module, table, dtype=dtype, skip=plan.skip.get(part, ()))
     checkpoint.finish(plan.left_over)
     return model.eval(), Processor(tokenizer, plan.processor, vocab_size=vocab_size, template=plan.template)
+
+
+_BROKEN = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
+MAX_LAYERS = 1000
+_LAYERS = ("num_hidden_layers", "n_layer", "layers", "lm_n_blocks", "vit_n_blocks")
+
+
+def _check_layers(values: dict[str, Any]) -> None:
+    """Before anything is built: each layer needs memory, even without its weights."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_layers(value)
+        elif key in _LAYERS and isinstance(value, int) and value > MAX_LAYERS:
+            raise CheckpointError(f"{key} {value} is more than {MAX_LAYERS}")
 
 
 def read_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -57,8 +57,8 @@ def read(folder: Path, values: dict[str, Any], tokenizer: Tokenizer) -> Import:
     image, tiling = read_images(folder)
     if tiling is not None or image.size != tower.image_size:
         raise CheckpointError(f"{folder}: images of {image.size} pixels are prepared for a tower of {tower.image_size}")
-    mask = tokenizer.names.get("mask_token")
-    if mask is None:
+    mask = tokenizer.names.get("mask_token", "")
+    if mask not in tokenizer.special:
         raise CheckpointError(f"{folder}: the tokenizer has no mask_token, which stands for an image's tokens")
     queries = values.get("latent_query_num", 64)
     tower_names = tower_prefix(safetensors_index(folder), where=str(folder))
