@@ -7,8 +7,9 @@ alone, without imports, on files that the system has in its cache:
   nothing is read yet; so there is also
 - used: until every weight was read once, as the first answer does; and the processor time of that, which a busy
   machine does not stretch.
-- peak: the most resident memory that the process ever had (VmHWM), minus what it had before the call. It counts mapped
-  pages of files as well as memory of the process's own; how much of each is there in the end is in the JSON.
+- peak: the most resident memory that the process ever had (VmHWM), the first use included, minus what it had before
+  the call. It counts mapped pages of files as well as memory of the process's own; how much of each there is in the
+  end is in the JSON.
 
     python examples/benchmarks/loading.py
     python examples/benchmarks/loading.py --model FOLDER
@@ -95,12 +96,12 @@ def measure(name: str, folder: Path, dtype: torch.dtype) -> dict[str, float]:
     start, start_cpu = time.perf_counter(), time.process_time()
     model = load()
     loaded = time.perf_counter() - start
-    (peak,) = memory("status", "VmHWM")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     start = time.perf_counter()
     for parameter in model.parameters():
         parameter.detach().view(torch.int16 if parameter.element_size() == 2 else torch.int32).max()
     used, cpu = loaded + time.perf_counter() - start, time.process_time() - start_cpu
+    (peak,) = memory("status", "VmHWM")
     rss, anonymous = memory("smaps_rollup", "Rss", "Anonymous")
     return {
         "load_s": loaded,
