@@ -70,7 +70,7 @@ class ChatTemplate:
             uses = tree.find_all(nodes.ExtensionAttribute)
             self._has_generation = any(use.identifier == Generation.identifier for use in uses)
             self._template = environment.from_string(environment.bound(tree))
-        except (TemplateError, RecursionError, SyntaxError) as error:
+        except (TemplateError, RecursionError, SyntaxError, ValueError, MemoryError) as error:
             line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
             raise MMGPTError(f"{where}{line}: not a readable chat template ({_line(error)})") from None
 

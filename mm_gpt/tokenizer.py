@@ -8,7 +8,8 @@ messages gives others (SentencePiece puts a space before a text's first word, by
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+MAX_GAPS = 100_000
+"""Ids without a token that a vocabulary may have, besides as many as it has tokens."""
 Span = tuple[int, int]
 
 
@@ -76,7 +79,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self.backend.get_vocab_size()
+        """One more than the largest id."""
+        return 1 + max(self.backend.get_vocab().values())
 
     @property
     def end_tokens(self) -> tuple[str, ...]:
@@ -93,9 +97,7 @@ class Tokenizer:
         """The ids that the file's own rule puts before and behind a text (`<s>` in Llama 2, nothing in GPT-2)."""
         bare = self.backend.encode("a", add_special_tokens=False).ids
         full = self.backend.encode("a", add_special_tokens=True).ids
-        start = next((i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare), None)
-        if start is None:
-            raise CheckpointError("tokenizer.json: its post_processor changes the text, not only what is around it")
+        start = next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)
         return full[:start], full[start + len(bare) :]
 
     @property
@@ -298,14 +300,14 @@ class Tokenizer:
         if backend.token_to_id(eos) is None:
             raise CheckpointError(f"{folder}: the vocabulary lacks the eos_token {eos!r}")
         _make_special(backend, [eos])
-        return cls(
-            backend,
-            end_of_text=eos,
-            end_of_turn=eos,
-            more_ends=[id for id in ends if backend.id_to_token(id) is not None],
-            names=names,
-            chat_templates=_chat_templates(folder, config),
-        )
+        templates = _chat_templates(folder, config)
+        more_ends = [id for id in ends if backend.id_to_token(id) is not None]
+        with _library_errors(f"{folder}: the tokenizer does not work"):
+            tokenizer = cls(
+                backend, end_of_text=eos, end_of_turn=eos, more_ends=more_ends, names=names, chat_templates=templates
+            )
+            tokenizer.affixes  # noqa: B018 (the first text through all of its parts)
+        return tokenizer
 
     @classmethod
     def from_gpt2_files(cls, encoder_json: Path, vocab_bpe: Path) -> "Tokenizer":
@@ -379,13 +381,26 @@ def _keep_spaces_in_offsets(backend: tokenizers.Tokenizer) -> None:
     backend.post_processor = post
 
 
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """The Rust library raises bare Exception, and BaseException where it fails itself."""
+    try:
+        yield
+    except (MMGPTError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise CheckpointError(f"{what} ({error})") from None
+
+
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust library raises bare Exception
-        raise CheckpointError(f"{path}: not a readable tokenizer ({error})") from None
+    with _library_errors(f"{path}: not a readable tokenizer"):
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    ids = backend.get_vocab().values()
+    if max(ids, default=0) > MAX_GAPS + 2 * len(ids):  # the library counts all the way to the last id
+        raise CheckpointError(f"{path}: its ids go up to {max(ids)}, but it has {len(ids)} tokens")
+    return backend
 
 
 def _read_vocabulary(vocabulary: Path, merges: Path, *, qwen2: bool = False) -> tokenizers.Tokenizer:

@@ -171,6 +171,11 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "null": (configured(vocab_size=None), r"config\.json: vocab_size None is not a whole number above 0"),
     "head groups": (configured(num_attention_heads=3), r"config\.json: a width of 16 cannot be split into 3 heads"),
     "kv groups": (configured(num_key_value_heads=3), r"config\.json: num_heads 2 is not a multiple"),
+    "endless width": (configured(hidden_size=10**12), r"config\.json: no configuration of this model type"),
+    "endless head": (configured(head_dim=10**30), r"config\.json: no configuration of this model type"),
+    "endless depth": (configured(num_hidden_layers=10**9), r"config\.json: num_hidden_layers 1000000000 is more than"),
+    "config without end": (replaced("config.json", '{"a":' * 100_000), r"config\.json: not readable as JSON"),
+    "number without end": (replaced("config.json", f'{{"a": {"9" * 5000}}}'), r"config\.json: not readable as JSON"),
     "endless vocabulary": (configured(vocab_size=1 << 50), r"no memory for|has shape"),
     # its files
     "config not JSON": (replaced("config.json", "{'a': 1}"), r"config\.json: not readable as JSON"),

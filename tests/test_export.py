@@ -249,7 +249,9 @@ def test_types_and_shards(llama: Path, tmp_path: Path) -> None:
 # ---- The place, and mistakes ----
 
 
-def test_places(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_places(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing that is not an export is deleted; a folder under its final name is whole."""
     out = tmp_path / "out"
     assert main(["export", str(llama), "--out", str(out)]) == 0
@@ -267,6 +269,20 @@ def test_places(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (precious / "thesis.txt").touch()
     assert main(["export", str(llama), "--out", str(precious), "--overwrite"]) == 1
     assert "holds no exported model, and is not replaced" in capsys.readouterr().err
+    (precious / "config.json").touch()
+    for other in ("processor.json", "notes"):  # a model from training; a folder
+        (precious / other).mkdir()
+        assert main(["export", str(llama), "--out", str(precious), "--overwrite"]) == 1
+        assert "holds no exported model, and is not replaced" in capsys.readouterr().err
+        (precious / other).rmdir()
+    monkeypatch.chdir(precious)
+    assert main(["export", str(llama), "--out", ".", "--overwrite"]) == 1
+    assert capsys.readouterr().err.startswith("mm-gpt: error: .: the folder that you are in")
+    (tmp_path / "link").symlink_to("out")
+    assert main(["export", str(llama), "--out", str(tmp_path / "link"), "--overwrite"]) == 0
+    assert (tmp_path / "link").readlink() == Path("out")
+    (tmp_path / "link").unlink()
+    capsys.readouterr()
     assert main(["export", str(llama), "--out", str(precious / "thesis.txt")]) == 1
     assert main(["export", str(llama), "--out", str(precious / "thesis.txt/x")]) == 1
     assert main(["export", str(llama), "--format", "ggfu", "--out", str(out)]) == 1

@@ -24,6 +24,7 @@ SIZES = [(1, 1), (1, 40), (40, 1), (24, 24), (48, 24), (25, 47), (50, 33), (33, 
 CLIP = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
 SQUARE = {"size": {"height": 24, "width": 24}}
 PINPOINTS = {"image_grid_pinpoints": [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]}
+INTERNVL = {"image_processor_type": "GotOcr2ImageProcessor"}
 IDEFICS3 = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 24}}
 FAMILIES = {
     "clip": ("CLIPImageProcessor", CLIP),
@@ -315,6 +316,17 @@ def test_tiles_of_onevision_are_read_outside_the_image_processor():
         ("onevision", {"vision_aspect_ratio": "square"}, "vision_aspect_ratio"),
         ("idefics3", {"size": {"height": 24, "width": 24}}, "size is"),
         ("idefics3", {"size": {"longest_edge": 5000}}, "longest_edge"),
+        ("idefics3", {"do_image_splitting": "no"}, "expected true or false"),
+        # What would fill the memory, at the first image or before it
+        ("idefics3", {"max_image_size": {"longest_edge": 1}}, r"makes up to \d+ tiles of 1 pixels"),
+        ("siglip", {**INTERNVL, "max_patches": 3000}, "makes up to 3000 tiles"),
+        ("siglip", {**INTERNVL, "max_patches": 10**9}, "max_patches is 1000000000: expected a whole number, 1 to"),
+        ("llava-next", {"image_grid_pinpoints": [[24 * 10**6, 24 * 10**6]]}, "expected a whole number, 1 to 4096"),
+        ("llava-next", {"image_grid_pinpoints": [[24, 24]] * 10**5}, "image_grid_pinpoints"),
+        ("siglip", {"size": {"height": 10**9, "width": 10**9}}, "expected a whole number, 1 to 4096"),
+        ("clip", {"image_mean": [10**400] * 3}, "image_mean"),
+        ("onevision", {"vision_aspect_ratio": "anyres_max_" + "9" * 5000}, "vision_aspect_ratio"),
+        ("onevision", {"vision_aspect_ratio": "anyres_max_²"}, "vision_aspect_ratio"),
     ],
 )
 def test_unsupported_settings_are_refused(family, change, message):

@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import make_tokenizer
@@ -373,6 +374,44 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
         Tokenizer.from_hf_folder(tmp_path)
     write(tmp_path, tokenizer_config__json={})
     assert Tokenizer.from_hf_folder(tmp_path).end_ids == (2, 0)
+    write(tmp_path, tokenizer_config__json={"extra_special_tokens": True})
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: the extra special tokens True are no list"):
+        Tokenizer.from_hf_folder(tmp_path)
+    write(tmp_path, tokenizer_config__json='{"a":' * 100_000)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: not readable as JSON"):
+        Tokenizer.from_hf_folder(tmp_path)
+    write(tmp_path, tokenizer_config__json='{"a": ' + "9" * 5000 + "}")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: not readable as JSON"):
+        Tokenizer.from_hf_folder(tmp_path)
+    write(tmp_path, tokenizer_config__json={}, generation_config__json={"eos_token_id": 10**12})
+    with pytest.raises(CheckpointError, match=r"eos_token_id \[1000000000000\] is not a list of ids"):
+        Tokenizer.from_hf_folder(tmp_path)
+    write(tmp_path, generation_config__json={}, config__json={"image_token_id": []})
+    Tokenizer.from_hf_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab": {"a": 1 << 31}}, r"tokenizer\.json: its ids go up to 2147483648"),  # counted one by one
+        ({"continuing_subword_prefix": "much longer than a token"}, "not a readable tokenizer"),  # a panic
+    ],
+)
+def test_a_hostile_file(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    state = json.loads(TOKENIZER.backend.to_str())
+    state["model"] |= changes | {"vocab": state["model"]["vocab"] | changes.get("vocab", {})}
+    write(tmp_path, tokenizer__json=state, special_tokens_map__json={"eos_token": "<|im_end|>"})
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Tokenizer.from_hf_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_ids_with_gaps() -> None:
+    """What counts for a decoder's table is the largest id, not how many there are."""
+    state = json.loads(TOKENIZER.backend.to_str())
+    state["model"]["vocab"]["far"] = 5000
+    tokenizer = Tokenizer(Backend.from_str(json.dumps(state)), end_of_text="<|endoftext|>", end_of_turn="<|im_end|>")
+    assert tokenizer.vocab_size == 5001
 
 
 @pytest.mark.skipif(not GPT2_FILES.exists(), reason="needs OpenAI's files of GPT-2")

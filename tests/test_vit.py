@@ -312,6 +312,7 @@ def test_published_configs(name: str) -> None:
         ({"model_type": "dinov2"}, "'dinov2' is not one of"),
         ({}, "None is not one of"),
         ({"model_type": "clip", "vision_config": [1]}, "must be an object"),
+        ({"model_type": "idefics3", "vision_config": {"image_size": 10**12}}, "are not supported"),
     ],
 )
 def test_unsupported_config_is_named(values: dict[str, Any], message: str) -> None:

@@ -46,6 +46,8 @@ Size = tuple[int, int]
 _KINDS = ("idefics3", "anyres", "anyres_max", "internvl", "nanovlm")
 MAX_LONGEST_EDGE = 4096
 """Idefics3's processor goes no higher."""
+MAX_TILES = 1000
+"""Of one image. The released models have 36 at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,8 @@ class Tiler:
             return
         if image.mode != "squash":
             raise ConfigError(f"tiles come from mode 'squash', not {image.mode!r}")
+        if (most := _most_tiles(tiling, image.size)) > MAX_TILES:
+            raise ConfigError(f"tiling {tiling.kind!r} makes up to {most} tiles of {image.size} pixels: too many")
         # Of several images each is padded to a square: LLaVA-OneVision's way
         self._square = ImageTransform(dataclasses.replace(image, mode="pad"))
         lengths = [length for pair in tiling.pinpoints for length in pair]
@@ -196,6 +200,12 @@ class Tiler:
         canvas[:, top : top + inner[0], left : left + inner[1]] = resize_pixels(pixels, *inner, self.image)
         whole = resize_pixels(pixels, tile, tile, self.image)[None]
         return normalise(torch.cat([whole, _cut(canvas, tile)]), self.image)
+
+
+def _most_tiles(tiling: TilingConfig, tile: int) -> int:
+    """How many tiles an image may become, besides the global one."""
+    pairs = tiling.pinpoints or ((tiling.longest_edge, tiling.longest_edge),)
+    return max(tiling.max_tiles, *(-(-height // tile) * -(-width // tile) for height, width in pairs))
 
 
 # ---- From tile features to image tokens ----

@@ -228,7 +228,7 @@ def _llama(kind: str, values: dict[str, Any], where: str) -> DecoderConfig:
         local_rope_theta=local_theta,
         attention=patterns,
         window=window,
-        attention_scale=values["query_pre_attn_scalar"] ** -0.5 if "query_pre_attn_scalar" in values else None,
+        attention_scale=values["query_pre_attn_scalar"] ** -0.5 if "query_pre_attn_scalar" in DEFAULTS[kind] else None,
         attention_softcap=values.get("attn_logit_softcapping"),
         logit_softcap=values.get("final_logit_softcapping"),
         embedding_scale=values["hidden_size"] ** 0.5 if gemma else 1.0,

@@ -15,6 +15,7 @@ from mm_gpt.errors import CheckpointError, MMGPTError, unknown_name
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.hub.export_folder import write_folder
 from mm_gpt.hub.gguf_writer import GGUF_TYPES, write_gguf
+from mm_gpt.hub.repository import CONFIG_FILE
 from mm_gpt.model.lora import merge_lora
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,7 +46,8 @@ def export_model(
     _check_place(Path(name), out, overwrite=overwrite)
     model, processor = load_model(name)
     merge_lora(model.decoder.blocks)
-    temporary = out.with_name(f".tmp-{out.name}")
+    place = out.resolve()  # a link to a folder stays, and what it leads to is replaced
+    temporary = place.with_name(f".tmp-{place.name}")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
         temporary.mkdir(parents=True)
@@ -53,7 +55,7 @@ def export_model(
             write_folder(model, processor, temporary, dtype=DTYPES[dtype], decoder_only=decoder_only)
         else:
             write_gguf(model, processor, temporary, dtype=dtype, decoder_only=decoder_only)
-        _replace(temporary, out)
+        _replace(temporary, place)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from None
     finally:
@@ -62,12 +64,17 @@ def export_model(
 
 
 def _check_place(source: Path, out: Path, *, overwrite: bool) -> None:
+    if out.resolve() == Path.cwd():
+        raise MMGPTError(f"{out}: the folder that you are in; an export replaces its folder, so give another one")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise MMGPTError(f"{out}: exists and is not empty; --overwrite replaces it")
         if out.resolve() in (source.resolve(), *source.resolve().parents):
             raise MMGPTError(f"{out}: holds the model that is to be exported")
-        if not (out / "config.json").exists() and not any(out.glob("*.gguf")):
+        files = {path.name for path in out.iterdir()}
+        exported = CONFIG_FILE in files or any(name.endswith(".gguf") for name in files)
+        # Folders in it are somebody's work, and so is a model of ours
+        if not exported or "processor.json" in files or any(path.is_dir() for path in out.iterdir()):
             raise MMGPTError(f"{out}: holds no exported model, and is not replaced")
     elif out.exists() and not out.is_dir():
         raise MMGPTError(f"{out}: a file; an export is a folder")

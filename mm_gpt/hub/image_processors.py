@@ -5,11 +5,12 @@
 of its class. A setting that would change pixels and that we do not have is refused: CheckpointError names file and key.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from mm_gpt.errors import CheckpointError, ConfigError, unknown_name
-from mm_gpt.vision.tiling import Tiler, TilingConfig
+from mm_gpt.vision.tiling import MAX_LONGEST_EDGE, MAX_TILES, Tiler, TilingConfig
 from mm_gpt.vision.transforms import CLIP_MEAN, CLIP_STD, ImageTransformConfig
 
 HALF = (0.5, 0.5, 0.5)
@@ -130,7 +131,7 @@ class _Settings:
         self.values, self.where = values, where
 
     def error(self, key: str, why: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {key} is {self.values.get(key)!r}: {why}")
+        return CheckpointError(f"{self.where}: {key} is {repr(self.values.get(key))[:80]}: {why}")
 
     def check_common(self) -> None:
         for key in ("do_resize", "do_rescale", "do_normalize"):
@@ -143,7 +144,8 @@ class _Settings:
             raise self.error("resample", "only 1 (lanczos), 2 (bilinear) and 3 (bicubic) are supported")
         for key in ("image_mean", "image_std"):
             numbers = self.values[key]
-            if not isinstance(numbers, Sequence) or not all(isinstance(n, float | int) for n in numbers):
+            fits = isinstance(numbers, Sequence) and all(isinstance(n, float | int) and abs(n) < 1e6 for n in numbers)
+            if not fits:
                 raise self.error(key, "expected three numbers")
 
     def image(self, size: int, **how: Any) -> ImageTransformConfig:
@@ -157,8 +159,8 @@ class _Settings:
         )
 
     def integer(self, key: str, value: object) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(key, "expected a whole number above 0")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_LONGEST_EDGE:
+            raise self.error(key, f"expected a whole number, 1 to {MAX_LONGEST_EDGE}")
         return value
 
     def edges(self, key: str) -> tuple[str, int]:
@@ -217,14 +219,14 @@ def _anyres(settings: _Settings, name: str) -> tuple[ImageTransformConfig, Tilin
     if settings.values.get("crop_size") is not None and settings.length("crop_size", ["square"]) != tile:
         raise settings.error("crop_size", f"tiles must be as large as size, {tile}")
     pairs = settings.values["image_grid_pinpoints"]
-    if not isinstance(pairs, list) or not all(isinstance(pair, list) for pair in pairs):
-        raise settings.error("image_grid_pinpoints", "expected a list of [height, width]")
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) for pair in pairs) or len(pairs) > MAX_TILES:
+        raise settings.error("image_grid_pinpoints", f"expected a list of [height, width], {MAX_TILES} at most")
     pinpoints = tuple(tuple(settings.integer("image_grid_pinpoints", length) for length in pair) for pair in pairs)
     image = settings.image(tile)
     if name == "LlavaNextImageProcessor":
         return image, TilingConfig(kind="anyres", pinpoints=pinpoints)  # type: ignore[arg-type]
     number = str(settings.values["vision_aspect_ratio"]).removeprefix("anyres_max_")
-    if not number.isdigit():
+    if not re.fullmatch("[0-9]{1,4}", number):
         raise settings.error("vision_aspect_ratio", "expected anyres_max_ and a number")
     return image, TilingConfig(kind="anyres_max", pinpoints=pinpoints, max_tiles=int(number))  # type: ignore[arg-type]
 
@@ -238,6 +240,8 @@ def _internvl(settings: _Settings) -> tuple[ImageTransformConfig, TilingConfig]:
 
 def _idefics3(settings: _Settings) -> tuple[ImageTransformConfig, TilingConfig]:
     split = settings.values["do_image_splitting"]
+    if not isinstance(split, bool):
+        raise settings.error("do_image_splitting", "expected true or false")
     longest = settings.length("size", ["longest_edge"])
     tile = settings.length("max_image_size", ["longest_edge"])
-    return settings.image(tile), TilingConfig(kind="idefics3", longest_edge=longest, split=bool(split))
+    return settings.image(tile), TilingConfig(kind="idefics3", longest_edge=longest, split=split)

@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "add_cross_attention": False,
 }
 """What a key that is not in `text_config` stands for."""
+MARKS = ("<image>", "</image>")
 TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -60,6 +61,8 @@ def read(folder: Path, values: dict[str, Any], tokenizer: Tokenizer) -> Import:
     mask = tokenizer.names.get("mask_token", "")
     if mask not in tokenizer.special:
         raise CheckpointError(f"{folder}: the tokenizer has no mask_token, which stands for an image's tokens")
+    if missing := [mark for mark in MARKS if tokenizer.backend.token_to_id(mark) is None]:
+        raise CheckpointError(f"{folder}: the tokenizer has no token {missing[0]}, which stands beside an image")
     queries = values.get("latent_query_num", 64)
     tower_names = tower_prefix(safetensors_index(folder), where=str(folder))
     return Import(
@@ -73,7 +76,7 @@ def read(folder: Path, values: dict[str, Any], tokenizer: Tokenizer) -> Import:
             image=image,
             tokens_per_image=queries,
             max_length=decoder.max_length,
-            image_text=ImageTextConfig(token=mask, before="<image>", after="</image>"),
+            image_text=ImageTextConfig(token=mask, before=MARKS[0], after=MARKS[1]),
             begin_of_text=True,
         ),
         tables={
