@@ -41,7 +41,7 @@ from mm_gpt.datasets.caption_words import (
     UNREAL,
     word_set,
 )
-from mm_gpt.datasets.sources import QuestionAnswer
+from mm_gpt.datasets.samples import QuestionAnswer
 
 
 @dataclass(frozen=True)

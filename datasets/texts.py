@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-from mm_gpt.datasets.sources import IMAGE_SUFFIXES, ErrorCounter
+from mm_gpt.datasets.samples import IMAGE_SUFFIXES, ErrorCounter
 from mm_gpt.document import Document, Text
 from mm_gpt.tokenizer import Tokenizer
 

@@ -19,7 +19,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from PIL import Image as PILImage
 
-from mm_gpt.datasets.sources import ErrorCounter, QuestionAnswer, Record, read_records
+from mm_gpt.datasets.captioned import read_records
+from mm_gpt.datasets.samples import ErrorCounter, QuestionAnswer, Record
 from mm_gpt.document import Document, Image
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.eval.harness import EvalConfig
@@ -28,6 +29,7 @@ from mm_gpt.eval.metrics.statistics import bootstrap_statistic, wilson_interval
 from mm_gpt.eval.metrics.vqa import exact_match, vqa_accuracy
 from mm_gpt.eval.perplexity import WINDOW, read_text, window_nats, windows
 from mm_gpt.hub.checkpoint import load_decoder
+from mm_gpt.images import image_bytes
 from mm_gpt.inference.assistant import CAPTION_NO_REPEAT, CHAT_NO_REPEAT, Assistant
 from mm_gpt.inference.engine import GenerationConfig
 from mm_gpt.model.decoder import Decoder
@@ -179,9 +181,8 @@ class ImageTask(Task):
             if fitting := [item for item in about if item is not None]:
                 items += fitting
                 self.images.append(Image(record.image))
-                image = record.image if isinstance(record.image, bytes) else record.image.read_bytes()
                 self._digest.update(repr([(item.id, item.row) for item in fitting]).encode())
-                self._digest.update(hashlib.sha256(image).digest())
+                self._digest.update(hashlib.sha256(image_bytes(record.image)).digest())
             if len(self.images) == self.config.limit:
                 break
         if not items:

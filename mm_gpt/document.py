@@ -3,8 +3,8 @@
 Pretraining pages, captions, questions, chats and few-shot prompts differ only in how they build Documents.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image as PILImage
@@ -31,6 +31,8 @@ class Image:
     source: ImageSource
     mirrored: bool = False
     """Left and right swapped, for training: a caption without sides or written words fits that as well."""
+    alt: str = ""
+    """What the page says in place of the image. Not fed to the model: see `datasets.extract`."""
 
     def load(self) -> PILImage.Image:
         """The decoded RGB image. Raises ImageError naming the source."""
@@ -61,6 +63,8 @@ class Document:
     segments: tuple[Segment, ...]
     branches: tuple[tuple[Segment, ...], ...] = ()
     id: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What is known about it besides: `url`, `title`, `language`, `licence`, ... JSON values, not fed to the model."""
 
     @property
     def images(self) -> list[Image]:

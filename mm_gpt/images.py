@@ -117,11 +117,9 @@ def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
     if isinstance(source, bytes | bytearray):
         return _decode(bytes(source), name, limits)
     if isinstance(source, str) and is_url(source):
-        is_data = source[:5].lower() == "data:"
-        data = _data_url_bytes(source, limits) if is_data else fetch_image_bytes(source, limits)
-        return _decode(data, name, limits)
+        return _decode(image_bytes(source, limits=limits), name, limits)
     if isinstance(source, str | os.PathLike):
-        return _decode(_read_file(source, name, limits), name, limits)
+        return _decode(image_bytes(source, limits=limits), name, limits)
     if numpy is not None and isinstance(source, numpy.ndarray):
         return _from_array(source, name, limits)
     raise ImageError(f"{name}: not an image; give a path, URL, bytes, PIL image or numpy array")
@@ -148,6 +146,16 @@ def image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
     _check_size(image.size, name, limits)
     width, height = image.size
     return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+
+
+def image_bytes(source: "str | os.PathLike[str] | bytes", *, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """The undecoded file behind a path, an http(s) or data URL, or bytes. Raises ImageError (URLError for URLs)."""
+    if isinstance(source, bytes | bytearray):
+        return bytes(source)
+    if isinstance(source, str) and is_url(source):
+        is_data = source[:5].lower() == "data:"
+        return _data_url_bytes(source, limits) if is_data else fetch_image_bytes(source, limits)
+    return _read_file(source, source_name(source), limits)
 
 
 def _one_line(text: object) -> str:

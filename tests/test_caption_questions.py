@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mm_gpt.datasets import caption_words
 from mm_gpt.datasets.caption_questions import derive_questions
-from mm_gpt.datasets.sources import QuestionAnswer
+from mm_gpt.datasets.samples import QuestionAnswer
 
 DOG = [
     "A brown dog is running through the grass .",

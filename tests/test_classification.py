@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mm_gpt
-from mm_gpt.datasets.sources import ErrorCounter
+from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.errors import CheckpointError, ConfigError, ContextOverflowError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model, save_model
 from mm_gpt.model.classification import (

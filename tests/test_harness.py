@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import mm_gpt
-from mm_gpt.datasets.sources import QuestionAnswer
+from mm_gpt.datasets.samples import QuestionAnswer
 from mm_gpt.document import Document, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.eval.harness import EvalConfig, add_arguments, evaluate, git_commit, model_sha256, run, table

@@ -11,7 +11,7 @@ from tokenizers import processors
 
 from mm_gpt.config import override
 from mm_gpt.datasets import texts
-from mm_gpt.datasets.sources import ErrorCounter
+from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.datasets.texts import is_text_source, read_texts, text_documents
 from mm_gpt.document import Text
 from mm_gpt.processor import IGNORE_INDEX, Processor, ProcessorConfig

@@ -21,7 +21,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mm_gpt.datasets.sources import Record
+from mm_gpt.datasets.samples import Record
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import CheckpointError, ConfigError, MMGPTError
 from mm_gpt.hub import checkpoint as hub_checkpoint

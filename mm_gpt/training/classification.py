@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mm_gpt import config as configs
-from mm_gpt.datasets.sources import ErrorCounter
+from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.errors import CheckpointError, ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model, save_model
 from mm_gpt.hub.weights import open_safetensors, read_json

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mm_gpt.datasets.caption_questions import derive_questions
+from mm_gpt.datasets.captioned import clean_caption, read_records
 from mm_gpt.datasets.packing import pack
-from mm_gpt.datasets.sources import ErrorCounter, Record, clean_caption, read_records
+from mm_gpt.datasets.samples import ErrorCounter, Record
 from mm_gpt.datasets.texts import is_text_source, read_texts, text_documents
 from mm_gpt.document import Document, Image
 from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTError

@@ -1,4 +1,4 @@
-"""Sources of training data: WebDataset tars, folders of images with captions, folders of tars. Nothing is decoded here.
+"""Images with captions or questions: WebDataset tars, folders, lists. Nothing is decoded here.
 
 A bad record never stops a run: it is counted by reason, named in a log warning, and skipped. The order is fixed: a tar
 in its own order, a folder by name.
@@ -10,79 +10,18 @@ members (small on disk, huge in memory) are refused, and a caption list cannot n
 
 import csv
 import json
-import logging
 import re
 import tarfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
+from mm_gpt.datasets.samples import IMAGE_SUFFIXES, BadRecordError, ErrorCounter, QuestionAnswer, Record
 from mm_gpt.errors import MMGPTError
 
-logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_MEMBER_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class QuestionAnswer:
-    """A question about an image. `answers` holds every accepted answer, `answer` first."""
-
-    question: str
-    answer: str
-    answers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Record:
-    """An image that is not decoded yet (file bytes from a tar, a path from a folder) and what people say about it."""
-
-    key: str
-    image: bytes | Path
-    captions: tuple[str, ...] = ()
-    questions: tuple[QuestionAnswer, ...] = ()
-    source: str = ""
-
-
-@dataclass
-class ErrorCounter:
-    """Skipped records by reason, with the names of the first few."""
-
-    max_examples: int = 5
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, reason: str, record: str) -> None:
-        """Count `record` under `reason` and log it; after `max_examples` of one reason, only count."""
-        self.counts[reason] += 1
-        named = self.examples.setdefault(reason, [])
-        if len(named) < self.max_examples:
-            named.append(record)
-            last = "; more of this kind are only counted" if len(named) == self.max_examples else ""
-            logger.warning("skipped %s: %s%s", record, reason, last)
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
-
-    def summary(self) -> str:
-        """One line, such as `3 records skipped: 2 bad JSON (a.tar:7, a.tar:9); 1 empty image (a.tar:8)`."""
-        if not self.counts:
-            return "no records skipped"
-        parts = []
-        for reason, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0])):
-            more = ", ..." if count > len(self.examples[reason]) else ""
-            parts.append(f"{count} {reason} ({', '.join(self.examples[reason])}{more})")
-        return f"{self.total} record{'s' if self.total != 1 else ''} skipped: {'; '.join(parts)}"
-
-
-class _BadRecord(Exception):
-    """Why one record is skipped."""
 
 
 def read_records(path: str | Path, errors: ErrorCounter) -> Iterator[Record]:
@@ -132,7 +71,7 @@ def _read_tar(path: Path, errors: ErrorCounter) -> Iterator[Record]:
             continue
         try:
             yield _record(sample["__key__"], sample, path.stem)
-        except _BadRecord as error:
+        except BadRecordError as error:
             errors.add(str(error), name)
 
 
@@ -174,7 +113,7 @@ def _read_folder(folder: Path, images: list[Path], errors: ErrorCounter) -> Iter
                 if beside.is_file():
                     fields[suffix] = beside.read_bytes()
             yield _record(image.stem, fields, folder.name)
-        except _BadRecord as error:
+        except BadRecordError as error:
             errors.add(str(error), str(image))
 
 
@@ -186,14 +125,14 @@ def _read_list(path: Path, errors: ErrorCounter) -> Iterator[Record]:
         try:
             image = row.get("image")
             if not isinstance(image, str) or not image:
-                raise _BadRecord("no image named")
+                raise BadRecordError("no image named")
             captions, questions = _texts(row)
             if not captions and not questions:
-                raise _BadRecord("no captions or questions")
+                raise BadRecordError("no captions or questions")
             entry = merged.setdefault(image, ([], []))
             entry[0].extend(captions)
             entry[1].extend(questions)
-        except _BadRecord as error:
+        except BadRecordError as error:
             errors.add(str(error), f"{path.name}:{line}")
     for name, (captions, questions) in merged.items():
         image = (folder / name).resolve()
@@ -211,7 +150,7 @@ def _jsonl_rows(path: Path, errors: ErrorCounter) -> Iterator[tuple[int, dict[st
             if line.strip():
                 try:
                     yield number, _json(line)
-                except _BadRecord as error:
+                except BadRecordError as error:
                     errors.add(str(error), f"{path.name}:{number}")
 
 
@@ -229,12 +168,12 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _record(key: str, fields: dict[str, Any], source: str) -> Record:
-    """A record from {"json": bytes, "txt": bytes, an image suffix: bytes, or "image": Path}. Raises _BadRecord."""
+    """A record from {"json": bytes, "txt": bytes, an image suffix: bytes, or "image": Path}. Raises BadRecordError."""
     image = next((fields[s] for s in ("image", *IMAGE_SUFFIXES) if s in fields), None)
     if image is None:
-        raise _BadRecord("no image")
+        raise BadRecordError("no image")
     if (image.stat().st_size if isinstance(image, Path) else len(image)) == 0:
-        raise _BadRecord("empty image")
+        raise BadRecordError("empty image")
     captions: list[str] = []
     questions: list[QuestionAnswer] = []
     if "json" in fields:
@@ -245,7 +184,7 @@ def _record(key: str, fields: dict[str, Any], source: str) -> Record:
     if "txt" in fields:
         captions += [line.strip() for line in _utf8(fields["txt"]).splitlines() if line.strip()]
     if not captions and not questions:
-        raise _BadRecord("no captions or questions")
+        raise BadRecordError("no captions or questions")
     # img2dataset writes the same caption to .txt and .json
     return Record(key, image, _unique(captions), _unique(questions), source)
 
@@ -254,7 +193,7 @@ def _texts(values: dict[str, Any]) -> tuple[list[str], list[QuestionAnswer]]:
     caption, captions, pairs = values.get("caption"), values.get("captions") or [], values.get("qa") or []
     captions = [*([caption] if caption else []), *(captions if isinstance(captions, list) else [captions])]
     if not all(isinstance(c, str) for c in captions):
-        raise _BadRecord("captions are not text")
+        raise BadRecordError("captions are not text")
     return [c.strip() for c in captions if c.strip()], [
         _question(p) for p in (pairs if isinstance(pairs, list) else [0])
     ]
@@ -262,10 +201,10 @@ def _texts(values: dict[str, Any]) -> tuple[list[str], list[QuestionAnswer]]:
 
 def _question(pair: Any) -> QuestionAnswer:
     if not isinstance(pair, dict) or not all(isinstance(pair.get(k), str) and pair[k] for k in ("question", "answer")):
-        raise _BadRecord("question without text or answer")
+        raise BadRecordError("question without text or answer")
     answers = pair.get("answers") or [pair["answer"]]
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise _BadRecord("answers are not a list of text")
+        raise BadRecordError("answers are not a list of text")
     return QuestionAnswer(pair["question"], pair["answer"], tuple(answers))
 
 
@@ -273,9 +212,9 @@ def _json(data: bytes) -> dict[str, Any]:
     try:
         values = json.loads(_utf8(data))
     except (ValueError, RecursionError):
-        raise _BadRecord("bad JSON") from None
+        raise BadRecordError("bad JSON") from None
     if not isinstance(values, dict):
-        raise _BadRecord("JSON is not an object")
+        raise BadRecordError("JSON is not an object")
     return values
 
 
@@ -283,7 +222,7 @@ def _utf8(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise _BadRecord("text is not UTF-8") from None
+        raise BadRecordError("text is not UTF-8") from None
 
 
 def _unique(items: Iterable[Any]) -> tuple[Any, ...]:

@@ -1,0 +1,106 @@
+"""What sources yield: Documents, Records (an image and what people say about it), Conversations; and what they skip."""
+
+import importlib
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from mm_gpt.document import Document, Message
+from mm_gpt.errors import MMGPTError
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+
+
+@dataclass(frozen=True)
+class QuestionAnswer:
+    """A question about an image. `answers` holds every accepted answer, `answer` first."""
+
+    question: str
+    answer: str
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Record:
+    """An image that is not decoded yet (file bytes from a tar, a path, an http(s) URL) and what people say about it."""
+
+    key: str
+    image: bytes | Path | str
+    captions: tuple[str, ...] = ()
+    questions: tuple[QuestionAnswer, ...] = ()
+    source: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What else is known about it, as JSON values: `url`, `boxes`, `question_ids`, ..."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns about images that are not decoded yet: what the model's chat template renders. Assistant turns are learned.
+
+    Content parts are strings and `mm_gpt.document.Image`s.
+    """
+
+    key: str
+    messages: tuple[Message, ...]
+    source: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+Sample: TypeAlias = Document | Record | Conversation
+
+
+class BadRecordError(Exception):
+    """Why one record is skipped: readers catch it and count it. The message is the reason, a few words."""
+
+
+def optional_import(name: str, *, extra: str = "corpus") -> Any:
+    """The module of an optional package. Raises MMGPTError that tells how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise MMGPTError(f'{package} is not installed: pip install "mm-gpt[{extra}]"') from None
+
+
+@dataclass
+class ErrorCounter:
+    """Skipped records by reason, with the names of the first few."""
+
+    max_examples: int = 5
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, record: str) -> None:
+        """Count `record` under `reason` and log it; after `max_examples` of one reason, only count."""
+        self.counts[reason] += 1
+        named = self.examples.setdefault(reason, [])
+        if len(named) < self.max_examples:
+            named.append(record)
+            last = "; more of this kind are only counted" if len(named) == self.max_examples else ""
+            logger.warning("skipped %s: %s%s", record, reason, last)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def summary(self) -> str:
+        """One line, such as `3 records skipped: 2 bad JSON (a.tar:7, a.tar:9); 1 empty image (a.tar:8)`."""
+        if not self.counts:
+            return "no records skipped"
+        parts = []
+        for reason, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0])):
+            more = ", ..." if count > len(self.examples[reason]) else ""
+            parts.append(f"{count} {reason} ({', '.join(self.examples[reason])}{more})")
+        return f"{self.total} record{'s' if self.total != 1 else ''} skipped: {'; '.join(parts)}"
+
+    def merge(self, other: "ErrorCounter") -> None:
+        """Add what another counter, of another process say, has counted."""
+        self.counts += other.counts
+        for reason, names in other.examples.items():
+            own = self.examples.setdefault(reason, [])
+            own += names[: self.max_examples - len(own)]
