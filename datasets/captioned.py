@@ -1,124 +1,218 @@
-"""Images with captions or questions: WebDataset tars, folders, lists. Nothing is decoded here.
+"""Images with captions or questions: WebDataset tars, folders, lists, and what img2dataset writes. No image is decoded.
 
 A bad record never stops a run: it is counted by reason, named in a log warning, and skipped. The order is fixed: a tar
 in its own order, a folder by name.
 
-Safety: tars are opened as local files (`pipe:` and other URLs are only names of files that do not exist), only image,
-.json and .txt members are read (a .pkl or .pyd member stays unread bytes), members over `MAX_MEMBER_BYTES` and sparse
-members (small on disk, huge in memory) are refused, and a caption list cannot name a file outside its folder.
+Safety: tars are read as streams from wherever `files.open_file` allows (`pipe:` is refused), only image, .json and .txt
+members are read (a .pkl or .pyd member stays unread bytes), members over `MAX_MEMBER_BYTES` and sparse members (small
+on disk, huge in memory) are refused, and a caption list cannot name a file outside its folder.
 """
 
 import csv
+import hashlib
 import json
+import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
+from mm_gpt.datasets.files import base_name, is_remote, list_files, local_path, open_file, suffix_of
+from mm_gpt.datasets.rows import is_text, plain_values, read_parquet
 from mm_gpt.datasets.samples import IMAGE_SUFFIXES, BadRecordError, ErrorCounter, QuestionAnswer, Record
 from mm_gpt.errors import MMGPTError
+from mm_gpt.images import source_name
 
 MAX_MEMBER_BYTES = 64 * 2**20
+_TAR_BUFFER = 2**20
+_NOT_METADATA = ("id", "key", "image", "caption", "captions", "qa", "txt", "source", "exif", *IMAGE_SUFFIXES)
+"""`exif` tells where and with what a photo was taken: it is of no use here, and private."""
 
 
-def read_records(path: str | Path, errors: ErrorCounter) -> Iterator[Record]:
+def read_records(
+    path: str | Path, errors: ErrorCounter, *, images: str | None = None, check_hash: bool = False
+) -> Iterator[Record]:
     """The records of `path`, in an order that never changes; bad ones are counted in `errors` and skipped.
 
     `path` is one of
     - a WebDataset .tar: `key.jpg` with `key.json` (`{"captions": [...]}`, `{"caption": ...}` or
       `{"qa": [{"question", "answer", "answers"?}]}`) and/or `key.txt` (one caption a line), as from img2dataset
+    - an img2dataset .parquet with the images inside (its "parquet" output)
     - a folder with `captions.jsonl` (lines of `{"image": "photo.jpg", ...}` with the keys above) or `captions.csv`
-      (columns image,caption; several lines may name one image)
-    - a folder of images with `photo.txt` or `photo.json` beside `photo.jpg`
-    - a folder of tars, read in order of their names.
+      (columns image,caption; several lines may name one image); `images` is the folder of the images, if another one
+    - a folder of images with `photo.txt` or `photo.json` beside `photo.jpg`, or a folder of such folders (img2dataset's
+      "files" output)
+    - a folder of tars, or else of such parquets, read in order of their names
+    - a URL, a glob or `{00000..00010}` of tars or of such parquets, see `files.list_files`.
+
+    Other plain values of the .json or the row (`url`, `width`, `height`, `sha256`, `status`, ...) become metadata. A
+    `status` of a failed download is counted, and so are the failed downloads that a `00000_stats.json` beside a local
+    shard tells of. `check_hash` counts and skips images whose `sha256` is missing or another one. img2dataset takes it
+    before it resizes and encodes, so ask for this only where it did neither (`disable_all_reencoding`).
 
     Raises MMGPTError, when called and not at the first record, if `path` does not exist or holds none of these.
     """
-    path = Path(path)
-    if path.is_file():
-        if path.suffix.lower() != ".tar":
-            raise MMGPTError(f"{path}: expected a .tar or a folder")
-        return _read_tar(path, errors)
-    if not path.is_dir():
+    location = os.fspath(path)
+    if is_remote(location):
+        return _read_shards(_named_shards(location), errors, check_hash)
+    path = local_path(location)
+    if not path.exists():
+        if re.search(r"[*?\[{]", location):
+            return _read_shards(_named_shards(location), errors, check_hash)
         raise MMGPTError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        if path.suffix.lower() not in (".tar", ".parquet"):
+            raise MMGPTError(f"{path}: expected a .tar, a .parquet or a folder")
+        return _read_shards([str(path)], errors, check_hash)
     names = sorted(path.iterdir())
-    tars = [name for name in names if name.suffix.lower() == ".tar"]
-    images = [name for name in names if _suffix(name.name) in IMAGE_SUFFIXES]
+    tars = [str(name) for name in names if name.suffix.lower() == ".tar"]
     lists = [path / name for name in ("captions.jsonl", "captions.csv") if (path / name).is_file()]
     if len(lists) + bool(tars) > 1:
-        raise MMGPTError(f"{path}: holds {', '.join(p.name for p in [*lists, *tars[:1]])}; name the one to read")
+        found = ", ".join([*(p.name for p in lists), *map(base_name, tars[:1])])
+        raise MMGPTError(f"{path}: holds {found}; name the one to read")
     if lists:
-        return _read_list(lists[0], errors)
+        return _read_list(lists[0], errors, path if images is None else local_path(images))
     if tars:
-        return (record for tar in tars for record in _read_tar(tar, errors))
-    if images:
-        return _read_folder(path, images, errors)
+        return _read_shards(tars, errors, check_hash)
+    if _images_of(path):
+        return _read_folder(path, errors, check_hash)
+    folders = [name for name in names if name.is_dir() and _images_of(name)]
+    if folders:
+        return (r for folder in folders for r in _read_folder(folder, errors, check_hash, prefix=f"{folder.name}/"))
+    parquets = [str(name) for name in names if name.suffix.lower() == ".parquet"]
+    if parquets:
+        return _read_shards(parquets, errors, check_hash)
     raise MMGPTError(f"{path}: holds no .tar, no {', .'.join(IMAGE_SUFFIXES)} image and no captions.jsonl or .csv")
 
 
-def _read_tar(path: Path, errors: ErrorCounter) -> Iterator[Record]:
+def _named_shards(location: str) -> list[str]:
+    """The tars behind a URL or pattern, else the parquets: beside tars, those hold only what is known of them."""
+    names = list_files(location)
+    for suffix in (".tar", ".parquet"):
+        shards = [name for name in names if suffix_of(name) == suffix]
+        if shards:
+            return shards
+    raise MMGPTError(f"{source_name(location)}: holds no .tar and no .parquet")
+
+
+def _read_shards(shards: Sequence[str], errors: ErrorCounter, check_hash: bool) -> Iterator[Record]:
+    for shard in shards:
+        read = _read_tar if suffix_of(shard) == ".tar" else _read_images_of_parquet
+        yield from read(shard, errors, check_hash)
+
+
+def _read_tar(location: str, errors: ErrorCounter, check_hash: bool) -> Iterator[Record]:
+    tar = base_name(location)
+
     def duplicate(_: Exception) -> bool:
-        errors.add("duplicate member", path.name)
+        errors.add("duplicate member", tar)
         return True
 
-    for sample in group_by_keys(_tar_members(path, errors), handler=duplicate):
-        name = f"{path.name}:{sample['__key__']}"
+    for sample in group_by_keys(_tar_members(location, errors), handler=duplicate):
+        name = f"{tar}:{sample['__key__']}"
         if "__refused__" in sample:
             errors.add(sample["__refused__"], name)
             continue
         try:
-            yield _record(sample["__key__"], sample, path.stem)
+            yield make_record(sample["__key__"], sample, Path(tar).stem, check_hash=check_hash)
         except BadRecordError as error:
             errors.add(str(error), name)
+    _count_failed(location, errors)
 
 
-def _tar_members(path: Path, errors: ErrorCounter) -> Iterator[dict[str, Any]]:
+def _tar_members(location: str, errors: ErrorCounter) -> Iterator[dict[str, Any]]:
     """What `group_by_keys` reads: {"fname", "data", "__url__"} for each image, .json or .txt member."""
-    try:
-        tar = tarfile.open(path, mode="r:")  # noqa: SIM115 (closed by the with below)
-    except tarfile.ReadError:
-        raise MMGPTError(f"{path}: not an uncompressed tar") from None
-    with tar:
-        while True:
-            try:
-                member = tar.next()
-                if member is None:
+    with open_file(location) as stream:
+        try:
+            # As a stream, "r|": a remote tar is read from its beginning to its end, with no jumps in it.
+            tar = tarfile.open(fileobj=stream, mode="r|", bufsize=_TAR_BUFFER)  # noqa: SIM115 (closed by the with below)
+        except tarfile.TarError:
+            raise MMGPTError(f"{source_name(location)}: not an uncompressed tar") from None
+        with tar:
+            while True:
+                try:
+                    member = tar.next()
+                    if member is None:
+                        break
+                    tar.members = []  # type: ignore[attr-defined]  # or a long shard keeps every header in memory
+                    suffix = _suffix(member.name)
+                    if not member.isreg() or suffix not in (*IMAGE_SUFFIXES, "json", "txt"):
+                        continue
+                    if member.size > MAX_MEMBER_BYTES or member.issparse():
+                        # Refused, not dropped: the rest of its record must not pass for a whole one.
+                        key, _ = base_plus_ext(member.name)
+                        yield {"fname": f"{key}.__refused__", "data": "member too large", "__url__": location}
+                        continue
+                    file = tar.extractfile(member)
+                    assert file is not None  # isreg() said so
+                    yield {"fname": member.name, "data": file.read(), "__url__": location}
+                except (tarfile.TarError, EOFError, OSError, MMGPTError) as error:
+                    errors.add(f"broken tar, rest of it unread ({error})", base_name(location))
                     break
-                tar.members = []  # type: ignore[attr-defined]  # or a long shard keeps every header in memory
-                suffix = _suffix(member.name)
-                if not member.isreg() or suffix not in (*IMAGE_SUFFIXES, "json", "txt"):
-                    continue
-                if member.size > MAX_MEMBER_BYTES or member.issparse():
-                    # Refused, not dropped: the rest of its record must not pass for a whole one.
-                    key, _ = base_plus_ext(member.name)
-                    yield {"fname": f"{key}.__refused__", "data": "member too large", "__url__": str(path)}
-                    continue
-                stream = tar.extractfile(member)
-                assert stream is not None  # isreg() said so
-                yield {"fname": member.name, "data": stream.read(), "__url__": str(path)}
-            except (tarfile.ReadError, tarfile.HeaderError, EOFError) as error:
-                errors.add(f"broken tar, rest of it unread ({error})", path.name)
-                break
 
 
-def _read_folder(folder: Path, images: list[Path], errors: ErrorCounter) -> Iterator[Record]:
-    for image in images:
+def _read_images_of_parquet(location: str, errors: ErrorCounter, check_hash: bool) -> Iterator[Record]:
+    name = base_name(location)
+    for number, row in read_parquet(location, errors):
+        columns = [suffix for suffix in IMAGE_SUFFIXES if suffix in row]
+        if not columns:
+            raise MMGPTError(f"{source_name(location)}: no column {' or '.join(IMAGE_SUFFIXES)} with images")
+        try:
+            image = next((row[column] for column in columns if row[column] is not None), None)
+            if image is not None and not isinstance(image, bytes):
+                raise BadRecordError("image is not bytes")
+            key = row.get("key")
+            text = row.get("txt")
+            yield _record(
+                str(key) if isinstance(key, int) or is_text(key) else str(number),
+                image,
+                {**row, "caption": row.get("caption") or text},
+                "",
+                Path(name).stem,
+                check_hash,
+            )
+        except BadRecordError as error:
+            errors.add(str(error), f"{name}:{number}")
+
+
+def _count_failed(location: str, errors: ErrorCounter) -> None:
+    """Count the downloads that img2dataset's statistics beside a local shard call failed: a tar does not have them."""
+    if is_remote(location):
+        return
+    shard = local_path(location)
+    try:
+        stats = json.loads(shard.with_name(f"{shard.stem}_stats.json").read_bytes())
+        failed = sum(int(stats[name]) for name in ("failed_to_download", "failed_to_resize"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return  # written by something else
+    if failed > 0:
+        errors.add("not downloaded", f"{failed} of {shard.name}")
+        errors.counts["not downloaded"] += failed - 1
+
+
+def _images_of(folder: Path) -> list[Path]:
+    return [name for name in sorted(folder.iterdir()) if _suffix(name.name) in IMAGE_SUFFIXES]
+
+
+def _read_folder(folder: Path, errors: ErrorCounter, check_hash: bool, *, prefix: str = "") -> Iterator[Record]:
+    for image in _images_of(folder):
         try:
             fields: dict[str, Any] = {"image": image}
             for suffix in ("json", "txt"):
                 beside = image.with_suffix(f".{suffix}")
                 if beside.is_file():
                     fields[suffix] = beside.read_bytes()
-            yield _record(image.stem, fields, folder.name)
+            yield make_record(f"{prefix}{image.stem}", fields, folder.name, check_hash=check_hash)
         except BadRecordError as error:
             errors.add(str(error), str(image))
+    _count_failed(str(folder), errors)
 
 
-def _read_list(path: Path, errors: ErrorCounter) -> Iterator[Record]:
-    folder = path.parent.resolve()
+def _read_list(path: Path, errors: ErrorCounter, folder: Path) -> Iterator[Record]:
+    folder = folder.resolve()
     rows = _jsonl_rows(path, errors) if path.suffix == ".jsonl" else _csv_rows(path)
     merged: dict[str, tuple[list[str], list[QuestionAnswer]]] = {}  # a dict keeps the order of first appearance
     for line, row in rows:
@@ -167,29 +261,40 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise MMGPTError(f"{path}: line {reader.line_num}: {error}") from None
 
 
-def _record(key: str, fields: dict[str, Any], source: str) -> Record:
+def make_record(key: str, fields: Mapping[str, Any], source: str, *, check_hash: bool = False) -> Record:
     """A record from {"json": bytes, "txt": bytes, an image suffix: bytes, or "image": Path}. Raises BadRecordError."""
     image = next((fields[s] for s in ("image", *IMAGE_SUFFIXES) if s in fields), None)
+    values = _json(fields["json"]) if "json" in fields else {}
+    return _record(key, image, values, _utf8(fields["txt"]) if "txt" in fields else "", source, check_hash)
+
+
+def _record(
+    key: str, image: bytes | Path | None, values: Mapping[str, Any], text: str, source: str, check_hash: bool
+) -> Record:
+    """`text` has one caption a line, unless it is just the caption that `values` have."""
+    if values.get("status") in ("failed_to_download", "failed_to_resize"):
+        raise BadRecordError("not downloaded")
     if image is None:
         raise BadRecordError("no image")
     if (image.stat().st_size if isinstance(image, Path) else len(image)) == 0:
         raise BadRecordError("empty image")
-    captions: list[str] = []
-    questions: list[QuestionAnswer] = []
-    if "json" in fields:
-        values = _json(fields["json"])
-        captions, questions = _texts(values)
-        if isinstance(values.get("source"), str):
-            source = values["source"]
-    if "txt" in fields:
-        captions += [line.strip() for line in _utf8(fields["txt"]).splitlines() if line.strip()]
+    captions, questions = _texts(values)
+    # img2dataset writes the same caption to .txt and .json: one of several lines is still one
+    if text.strip() not in captions:
+        captions += [line.strip() for line in text.splitlines() if line.strip()]
     if not captions and not questions:
         raise BadRecordError("no captions or questions")
-    # img2dataset writes the same caption to .txt and .json
-    return Record(key, image, _unique(captions), _unique(questions), source)
+    if check_hash:
+        data = image.read_bytes() if isinstance(image, Path) else image
+        if values.get("sha256") != hashlib.sha256(data).hexdigest():
+            raise BadRecordError("sha256 is missing or another one")
+    if is_text(values.get("source")):
+        source = values["source"]
+    metadata = plain_values(values, without=_NOT_METADATA)
+    return Record(key, image, _unique(captions), _unique(questions), source, metadata)
 
 
-def _texts(values: dict[str, Any]) -> tuple[list[str], list[QuestionAnswer]]:
+def _texts(values: Mapping[str, Any]) -> tuple[list[str], list[QuestionAnswer]]:
     caption, captions, pairs = values.get("caption"), values.get("captions") or [], values.get("qa") or []
     captions = [*([caption] if caption else []), *(captions if isinstance(captions, list) else [captions])]
     if not all(isinstance(c, str) for c in captions):

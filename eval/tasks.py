@@ -11,7 +11,7 @@ import logging
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from mm_gpt.datasets.captioned import read_records
+from mm_gpt.datasets.evaluation_index import EvaluationItem
 from mm_gpt.datasets.samples import ErrorCounter, QuestionAnswer, Record
 from mm_gpt.document import Document, Image
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
@@ -30,7 +31,7 @@ from mm_gpt.eval.metrics.vqa import exact_match, vqa_accuracy
 from mm_gpt.eval.perplexity import WINDOW, read_text, window_nats, windows
 from mm_gpt.hub.checkpoint import load_decoder
 from mm_gpt.images import image_bytes
-from mm_gpt.inference.assistant import CAPTION_NO_REPEAT, CHAT_NO_REPEAT, Assistant
+from mm_gpt.inference.assistant import CAPTION_NO_REPEAT, CHAT_NO_REPEAT, Assistant, load
 from mm_gpt.inference.engine import GenerationConfig
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.prompts import CAPTION_PROMPT, question_prompt
@@ -118,6 +119,7 @@ class Task(ABC):
     """What the bootstrap draws: images or windows."""
     scale: ClassVar[float]
     """What a score is multiplied by when it is printed; results files hold the plain score."""
+    lower_is_better: ClassVar[bool] = False
 
     def __init__(self, config: EvalConfig, assistant: Assistant):
         self.config, self.assistant = config, assistant
@@ -127,6 +129,14 @@ class Task(ABC):
 
     @abstractmethod
     def _items(self) -> list[Item]: ...
+
+    @classmethod
+    @abstractmethod
+    def sources(cls, config: EvalConfig, assistant: Assistant | None) -> Iterator[EvaluationItem]:
+        """The texts and images of all items, whatever the limit, under the ids of `items`: what a corpus must not hold.
+
+        `assistant` is needed where the items depend on the tokenizer; None loads the config's model for that.
+        """
 
     @abstractmethod
     def check_control(self, control: str) -> None:
@@ -165,18 +175,21 @@ class ImageTask(Task):
     unit = "images"
     scale = 100.0
 
+    @classmethod
     @abstractmethod
-    def _asked(self, record: Record) -> list[tuple[str, str, dict[str, Any]]]:
+    def _asked(cls, record: Record) -> list[tuple[str, str, dict[str, Any]]]:
         """(what is added to the record's key, prompt, row) of each item about this image."""
+
+    @classmethod
+    @abstractmethod
+    def _texts(cls, record: Record) -> list[tuple[str, ...]]:
+        """What people wrote, of each item of `_asked`."""
 
     def _items(self) -> list[Item]:
         self.images: list[Image] = []
         self.prompts: dict[str, str] = {}
         items: list[Item] = []
-        seen: Counter[str] = Counter()
-        for record in self._records():
-            seen[record.key] += 1
-            key = record.key if seen[record.key] == 1 else f"{record.key}@{seen[record.key]}"
+        for key, record in self._records(self.config, self.errors):
             about = [self._item(key, len(self.images), record, *asked) for asked in self._asked(record)]
             if fitting := [item for item in about if item is not None]:
                 items += fitting
@@ -189,19 +202,31 @@ class ImageTask(Task):
             raise MMGPTError(f"{', '.join(self.config.data)}: nothing to evaluate: {self.errors.summary()}")
         return items
 
-    def _records(self) -> Iterable[Record]:
-        """Records that have something to ask and an image that opens. Every condition sees the same ones."""
-        sources = [read_records(path, self.errors) for path in self.config.data]  # a wrong path is known at once
+    @classmethod
+    def _records(cls, config: EvalConfig, errors: ErrorCounter) -> Iterator[tuple[str, Record]]:
+        """Records that have something to ask and an image that opens, with keys that stay apart.
+
+        Every condition sees the same ones.
+        """
+        seen: Counter[str] = Counter()
+        sources = [read_records(path, errors) for path in config.data]  # a wrong path is known at once
         for record in itertools.chain.from_iterable(sources):
-            if not self._asked(record):
-                self.errors.add(f"nothing for {self.name}", record.key)
+            if not cls._asked(record):
+                errors.add(f"nothing for {cls.name}", record.key)
                 continue
             try:
                 Image(record.image).load()
             except ImageError as error:
-                self.errors.add("broken image", f"{record.key}: {error}")
+                errors.add("broken image", f"{record.key}: {error}")
                 continue
-            yield record
+            seen[record.key] += 1
+            yield record.key if seen[record.key] == 1 else f"{record.key}@{seen[record.key]}", record
+
+    @classmethod
+    def sources(cls, config: EvalConfig, assistant: Assistant | None) -> Iterator[EvaluationItem]:
+        for key, record in cls._records(config, ErrorCounter()):
+            for (suffix, _, _), texts in zip(cls._asked(record), cls._texts(record), strict=True):
+                yield EvaluationItem(key + suffix, texts, (record.image,))
 
     def _item(self, key: str, group: int, record: Record, suffix: str, prompt: str, row: dict[str, Any]) -> Item | None:
         id = key + suffix
@@ -257,8 +282,13 @@ class Captioning(ImageTask):
     max_new_tokens = 40
     no_repeat_ngram_size = CAPTION_NO_REPEAT
 
-    def _asked(self, record: Record) -> list[tuple[str, str, dict[str, Any]]]:
+    @classmethod
+    def _asked(cls, record: Record) -> list[tuple[str, str, dict[str, Any]]]:
         return [("", CAPTION_PROMPT, {"references": list(record.captions)})] if record.captions else []
+
+    @classmethod
+    def _texts(cls, record: Record) -> list[tuple[str, ...]]:
+        return [record.captions]
 
     def scores(self, rows: Sequence[dict[str, Any]]) -> dict[str, Score]:
         predictions, references = [r["prediction"] for r in rows], [r["references"] for r in rows]
@@ -277,13 +307,18 @@ class VQA(ImageTask):
     max_new_tokens = 32
     no_repeat_ngram_size = CHAT_NO_REPEAT
 
-    def _asked(self, record: Record) -> list[tuple[str, str, dict[str, Any]]]:
+    @classmethod
+    def _asked(cls, record: Record) -> list[tuple[str, str, dict[str, Any]]]:
         asked = []
         for number, pair in enumerate(record.questions):
             prompt = question_prompt(pair.question, pair.answer)
             row = {"question": prompt, "answer": pair.answer, "references": accepted_answers(pair)}
             asked.append((f"#{number}", prompt, row))
         return asked
+
+    @classmethod
+    def _texts(cls, record: Record) -> list[tuple[str, ...]]:
+        return [(f"{pair.question} {pair.answer}",) for pair in record.questions]
 
     def scores(self, rows: Sequence[dict[str, Any]]) -> dict[str, Score]:
         return self._scores([row["prediction"] for row in rows])
@@ -315,26 +350,41 @@ class Perplexity(Task):
     controls = default_controls = ("before",)
     unit = "windows"
     scale = 1.0
+    lower_is_better = True
 
     def _items(self) -> list[Item]:
-        length = min(WINDOW, self.assistant.model.decoder.config.max_length)
         self._before: Decoder | None = None
         self._pieces: dict[str, list[int]] = {}
         items: list[Item] = []
-        for number, path in enumerate(map(Path, self.config.data)):
-            ids = self.assistant.processor.tokenizer.encode(read_text(path))
-            if len(ids) < 2:
-                self.errors.add("text of fewer than two tokens", str(path))
-            for piece in windows(ids, length):
-                if len(items) == self.config.limit:
-                    break
-                id = f"{number}:{path.name}#{len(items)}"
-                self._pieces[id] = piece
-                items.append(Item(id=id, group=len(items), length=len(piece), row={"tokens": len(piece) - 1}))
-                self._digest.update(repr(piece).encode())
+        for id, piece in itertools.islice(
+            self._windows(self.config, self.assistant, self.errors), self.config.limit
+        ):
+            self._pieces[id] = piece
+            items.append(Item(id=id, group=len(items), length=len(piece), row={"tokens": len(piece) - 1}))
+            self._digest.update(repr(piece).encode())
         if not items:
             raise MMGPTError(f"{', '.join(self.config.data)}: no text to evaluate")
         return items
+
+    @classmethod
+    def _windows(
+        cls, config: EvalConfig, assistant: Assistant, errors: ErrorCounter
+    ) -> Iterator[tuple[str, list[int]]]:
+        """(id, token ids) of each window of each text."""
+        length = min(WINDOW, assistant.model.decoder.config.max_length)
+        count = itertools.count()
+        for number, path in enumerate(map(Path, config.data)):
+            ids = assistant.processor.tokenizer.encode(read_text(path))
+            if len(ids) < 2:
+                errors.add("text of fewer than two tokens", str(path))
+            for piece in windows(ids, length):
+                yield f"{number}:{path.name}#{next(count)}", piece
+
+    @classmethod
+    def sources(cls, config: EvalConfig, assistant: Assistant | None) -> Iterator[EvaluationItem]:
+        assistant = assistant or load(config.model, device=config.device)
+        for id, piece in cls._windows(config, assistant, ErrorCounter()):
+            yield EvaluationItem(id, (assistant.processor.tokenizer.decode(piece),))
 
     def predict(self, items: Sequence[Item], control: str) -> list[dict[str, Any]]:
         decoder = self._untouched() if control == "before" else self.assistant.model.decoder

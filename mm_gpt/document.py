@@ -34,9 +34,12 @@ class Image:
     alt: str = ""
     """What the page says in place of the image. Not fed to the model: see `datasets.extract`."""
 
-    def load(self) -> PILImage.Image:
-        """The decoded RGB image. Raises ImageError naming the source."""
-        image = load_image(self.source)
+    def load(self, *, at_least: tuple[int, int] | None = None) -> PILImage.Image:
+        """The decoded RGB image; not smaller than `at_least` (height, width) if that is given, see `load_image`.
+
+        Raises ImageError naming the source.
+        """
+        image = load_image(self.source, at_least=at_least)
         return ImageOps.mirror(image) if self.mirrored else image
 
     def size(self) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import ssl
 import stat
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
@@ -60,6 +61,8 @@ _DECODERS: tuple[tuple[re.Pattern[bytes], type[ImageFile.ImageFile]], ...] = (
     (re.compile(rb"BM"), BmpImagePlugin.BmpImageFile),
 )
 
+_SUFFIXES = ("jpg", "png", "webp", "gif", "bmp")
+
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: PILImage.Transpose.FLIP_LEFT_RIGHT,
@@ -101,11 +104,16 @@ def source_name(source: ImageSource) -> str:
     return name if len(name) <= 300 else f"{name[:200]}...{name[-60:]}"
 
 
-def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> PILImage.Image:
+def load_image(
+    source: ImageSource, *, at_least: tuple[int, int] | None = None, limits: ImageLimits = DEFAULT_LIMITS
+) -> PILImage.Image:
     """Any image source as a new RGB image: upright (EXIF), transparency on white, the first frame of an animation.
 
     Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 or float in [0, 1]. 16-bit greyscale is scaled, not
     clipped, to 8 bits. The format is told by content, never by file name: JPEG, PNG, WEBP, GIF or BMP.
+
+    `at_least` (height, width) says that a smaller picture will do: a JPEG file comes at 1/2, 1/4 or 1/8 of its size,
+    the smallest that leaves both sides that long, in a half to a fifth of the time. Everything else comes as it is.
 
     A string that is no URL is read as a path. A server must not pass a stranger's string here without `is_url`.
     Raises ImageError (URLError for URLs), one line that names the source.
@@ -115,14 +123,17 @@ def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
     if isinstance(source, PILImage.Image):
         return _to_rgb(source, name, limits)
     if isinstance(source, bytes | bytearray):
-        return _decode(bytes(source), name, limits)
-    if isinstance(source, str) and is_url(source):
-        return _decode(image_bytes(source, limits=limits), name, limits)
+        return _decode(bytes(source), name, at_least, limits)
     if isinstance(source, str | os.PathLike):
-        return _decode(image_bytes(source, limits=limits), name, limits)
+        return _decode(image_bytes(source, limits=limits), name, at_least, limits)
     if numpy is not None and isinstance(source, numpy.ndarray):
         return _from_array(source, name, limits)
     raise ImageError(f"{name}: not an image; give a path, URL, bytes, PIL image or numpy array")
+
+
+def image_format(data: bytes) -> str:
+    """`jpg`, `png`, `webp`, `gif` or `bmp` by an image file's first bytes; empty for anything else."""
+    return next((name for (magic, _), name in zip(_DECODERS, _SUFFIXES, strict=True) if magic.match(data)), "")
 
 
 def image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
@@ -180,8 +191,13 @@ def _read_file(path: str | os.PathLike[str], name: str, limits: ImageLimits) -> 
     return data
 
 
-def _decode(data: bytes, name: str, limits: ImageLimits) -> PILImage.Image:
-    return _to_rgb(_open(data, name, limits), name, limits)
+def _decode(data: bytes, name: str, at_least: tuple[int, int] | None, limits: ImageLimits) -> PILImage.Image:
+    image = _open(data, name, limits)
+    if at_least is not None:
+        _check_size(image.size, name, limits)  # of the file: scaled, it would pass
+        height, width = at_least
+        image.draft(None, (height, width) if _orientation(image) in _SIDEWAYS else (width, height))
+    return _to_rgb(image, name, limits)
 
 
 def _open(data: bytes, name: str, limits: ImageLimits) -> PILImage.Image:
@@ -339,38 +355,89 @@ def is_public_address(address: str) -> bool:
 
 
 def fetch_image_bytes(url: str, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """The body behind an http(s) URL, from public addresses only.
+    """The body behind an http(s) URL, from public addresses only (see `open_url`). Raises URLError naming `url`."""
+    deadline = Deadline(limits.timeout_s)
+    response = open_url(
+        url,
+        deadline,
+        max_redirects=limits.max_redirects,
+        allow_private_addresses=limits.allow_private_addresses,
+        headers={"Accept": "image/*,*/*;q=0.5"},
+    )
+    try:
+        return _read_response(response, limits)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise _url_error(url, response.url, error, deadline) from error
+    finally:
+        response.close()
+
+
+class Deadline:
+    """Until when a download may take; `extend` gives it more time, for a body that arrives in pieces."""
+
+    def __init__(self, seconds: float) -> None:
+        self.extend(seconds)
+
+    def extend(self, seconds: float) -> None:
+        """`seconds` from now, whatever was left."""
+        self.seconds, self._at = seconds, time.monotonic() + seconds
+
+    def remaining(self) -> float:
+        """Seconds, more than 0. Raises TimeoutError when there are none."""
+        seconds = self._at - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        return seconds
+
+
+def open_url(
+    url: str,
+    deadline: Deadline,
+    *,
+    max_redirects: int = 5,
+    allow_private_addresses: bool = False,
+    headers: Mapping[str, str] | None = None,
+) -> http.client.HTTPResponse:
+    """The answer to a GET of an http(s) URL, whatever its status, from public addresses only. Close it.
 
     Each host is resolved once; if any of its addresses is not public the URL is refused, otherwise the connection goes
     to a checked address itself, so that a second DNS answer cannot change the goal. Redirects start over. Proxies set
     in the environment are not used: a proxy would resolve the name again, where no check reaches.
-    Raises URLError naming `url`.
+    `deadline` holds for connecting, TLS and headers, and goes on for the body. `response.url` is where redirects led.
+    Raises URLError naming `url`; its cause is an OSError or HTTPException where another attempt may succeed.
     """
-    name = source_name(url)
-    deadline = time.monotonic() + limits.timeout_s
     target = url
     try:
-        for _ in range(limits.max_redirects + 1):
-            body, location = _request(target, limits, deadline)
-            if location is None:
-                return body
-            target = urljoin(target, location)
-    except URLError as error:
-        via = "" if target == url else f" (redirected to {source_name(target)})"
-        raise URLError(f"{name}{via}: {error}") from error.__cause__
-    except TimeoutError as error:
-        raise URLError(f"{name}: no complete answer within {limits.timeout_s:g} s") from error
+        for _ in range(max_redirects + 1):
+            response = _get(target, deadline, allow_private_addresses, headers or {})
+            location = response.headers.get("Location")
+            if response.status not in (301, 302, 303, 307, 308) or not location:
+                response.url = target
+                return response
+            response.close()
+            target = urljoin(target, location.encode("latin-1", "replace").decode("utf-8", "replace"))
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise URLError(f"{name}: {_one_line(error) or type(error).__name__}") from error
-    raise URLError(f"{name}: more than {limits.max_redirects} redirects")
+        raise _url_error(url, target, error, deadline) from (error.__cause__ if isinstance(error, URLError) else error)
+    raise URLError(f"{source_name(url)}: more than {max_redirects} redirects")
 
 
-def _request(url: str, limits: ImageLimits, deadline: float) -> tuple[bytes, str | None]:
-    """One GET: (body, None), or (b"", where it redirects to). URLError here holds the reason only."""
+def _url_error(url: str, target: str, error: Exception, deadline: Deadline) -> URLError:
+    """`error` with the URL's name. A URLError raised inside holds the reason only."""
+    name = source_name(url)
+    if isinstance(error, TimeoutError):
+        return URLError(f"{name}: no complete answer within {deadline.seconds:g} s")
+    via = f" (redirected to {source_name(target)})" if isinstance(error, URLError) and target != url else ""
+    return URLError(f"{name}{via}: {_one_line(error) or type(error).__name__}")
+
+
+def _get(
+    url: str, deadline: Deadline, allow_private_addresses: bool, headers: Mapping[str, str]
+) -> http.client.HTTPResponse:
+    """One GET. URLError here holds the reason only."""
     parts = urlsplit(url)
     host, port = _checked_host(parts)
     addresses = _resolve(host, port)
-    if not limits.allow_private_addresses:
+    if not allow_private_addresses:
         for address in addresses:
             if not is_public_address(address):
                 raise URLError(f"{host} is at {address}, which is not a public address")
@@ -378,25 +445,23 @@ def _request(url: str, limits: ImageLimits, deadline: float) -> tuple[bytes, str
     try:
         if parts.scheme == "https":
             # the certificate is checked for the name in the URL, although the connection went to an address
-            sock.settimeout(_remaining(deadline))
+            sock.settimeout(deadline.remaining())
             sock = _tls_context().wrap_socket(sock, server_hostname=host)
         connection = http.client.HTTPConnection(host, port)
         connection.sock = _DeadlineSocket(sock, deadline)
         path = quote(parts.path or "/", safe="/%:=&~+!$,;'@()*[]")
         query = f"?{quote(parts.query, safe='/%:=&~+!$,;@()*[]?')}" if parts.query else ""
         netloc = f"[{host}]" if ":" in host else host
-        headers = {"Host": netloc if parts.port is None else f"{netloc}:{port}"}
-        headers |= {"User-Agent": "mm-gpt", "Accept": "image/*,*/*;q=0.5", "Connection": "close"}
-        connection.request("GET", path + query, headers=headers)
-        return _read_response(connection.getresponse(), limits)
-    finally:
+        fixed = {"Host": netloc if parts.port is None else f"{netloc}:{port}"}
+        fixed |= {"User-Agent": "mm-gpt", "Connection": "close"}
+        connection.request("GET", path + query, headers={**headers, **fixed})
+        return connection.getresponse()
+    except BaseException:
         sock.close()
+        raise
 
 
-def _read_response(response: http.client.HTTPResponse, limits: ImageLimits) -> tuple[bytes, str | None]:
-    location = response.headers.get("Location")
-    if response.status in (301, 302, 303, 307, 308) and location:
-        return b"", location.encode("latin-1", "replace").decode("utf-8", "replace")
+def _read_response(response: http.client.HTTPResponse, limits: ImageLimits) -> bytes:
     if not 200 <= response.status < 300:
         raise URLError(f"the server answered {response.status} {_one_line(response.reason)}".rstrip())
     expected = response.length
@@ -408,7 +473,7 @@ def _read_response(response: http.client.HTTPResponse, limits: ImageLimits) -> t
         raise too_large
     if expected is not None and len(body) < expected:
         raise URLError(f"the connection closed after {len(body):,} of {expected:,} bytes")
-    return body, None
+    return body
 
 
 def _checked_host(parts: SplitResult) -> tuple[str, int]:
@@ -434,13 +499,13 @@ def _resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in answers))
 
 
-def _connect_any(addresses: list[str], port: int, deadline: float) -> socket.socket:
+def _connect_any(addresses: list[str], port: int, deadline: Deadline) -> socket.socket:
     for address in addresses[:-1]:  # half of what is left, so that one dead address does not use up the time
         try:
-            return _connect(address, port, _remaining(deadline) / 2)
+            return _connect(address, port, deadline.remaining() / 2)
         except OSError:
             continue
-    return _connect(addresses[-1], port, _remaining(deadline))
+    return _connect(addresses[-1], port, deadline.remaining())
 
 
 def _connect(address: str, port: int, timeout_s: float) -> socket.socket:
@@ -451,32 +516,31 @@ def _tls_context() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
-def _remaining(deadline: float) -> float:
-    seconds = deadline - time.monotonic()
-    if seconds <= 0:
-        raise TimeoutError
-    return seconds
-
-
 class _DeadlineSocket(io.RawIOBase):
     """What http.client needs of a socket, with one deadline for everything.
 
     A socket's own timeout starts again with every byte, so a server that sends one now and then would never end.
     """
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self._sock, self._deadline = sock, deadline
+    def __init__(self, sock: socket.socket, deadline: Deadline, *, closes: bool = False) -> None:
+        self._sock, self._deadline, self._closes = sock, deadline, closes
 
     def sendall(self, data: bytes) -> None:
-        self._sock.settimeout(_remaining(self._deadline))
+        self._sock.settimeout(self._deadline.remaining())
         self._sock.sendall(data)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_DeadlineSocket(self._sock, self._deadline))  # http.client closes self early
+        # http.client closes self before the body is read; the response's own file ends the connection
+        return io.BufferedReader(_DeadlineSocket(self._sock, self._deadline, closes=True))
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        self._sock.settimeout(_remaining(self._deadline))
+        self._sock.settimeout(self._deadline.remaining())
         return self._sock.recv_into(buffer)
+
+    def close(self) -> None:
+        if self._closes:
+            self._sock.close()
+        super().close()

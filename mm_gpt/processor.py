@@ -242,6 +242,10 @@ class Processor:
             id=document.id,
         )
 
+    def count(self, document: Document) -> int:
+        """Tokens that a document without branches takes, however many the context holds. Raises ImageError."""
+        return len(self._encode(document.segments).ids)
+
     def is_image(self, id: int) -> bool:
         """Whether an id stands for (a part of) an image."""
         return id >= self.vocab_size if self._placeholder is None else id == self._placeholder

@@ -5,6 +5,7 @@ that a template wrote. Ids are those of one call of the backend on the whole tex
 messages gives others (SentencePiece puts a space before a text's first word, byte-level BPE merges across borders).
 """
 
+import hashlib
 import json
 import re
 import secrets
@@ -81,6 +82,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return 1 + max(self.backend.get_vocab().values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names this tokenizer by all that decides its ids: 16 hexadecimal digits."""
+        return hashlib.sha256(f"{self.backend.to_str()}{self.end_of_text}{self.end_of_turn}".encode()).hexdigest()[:16]
 
     @property
     def end_tokens(self) -> tuple[str, ...]:
@@ -339,10 +345,18 @@ class Tokenizer:
         return cls(backend, end_of_text="<|endoftext|>", end_of_turn=end_of_turn)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A byte-level BPE learned from `texts`, with at most `vocab_size` ids."""
+    def train(cls, texts: Iterable[str], vocab_size: int, *, split: str | None = None) -> "Tokenizer":
+        """A byte-level BPE learned from `texts`, with at most `vocab_size` ids.
+
+        `split` is a regular expression whose matches no merge crosses; SmolLM2's rule when there is none.
+        """
         backend = tokenizers.Tokenizer(models.BPE())
-        backend.pre_tokenizer = GGUF_PRE_TOKENIZERS["smollm"]()
+        if split is None:
+            backend.pre_tokenizer = GGUF_PRE_TOKENIZERS["smollm"]()
+        else:
+            words = pre_tokenizers.Split(Regex(split), "isolated")
+            as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            backend.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
         backend.decoder = decoders.ByteLevel()
         special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         trainer = trainers.BpeTrainer(

@@ -1,5 +1,6 @@
 """Reading records: what people have on disk, and what is broken in it."""
 
+import hashlib
 import io
 import json
 import logging
@@ -64,6 +65,110 @@ def test_img2dataset_tar_counts_its_caption_once(tmp_path: Path) -> None:
     assert [r.captions for r in records] == [("a dog",)]
 
 
+IMG2DATASET = {
+    "caption": "a dog,\nwet",
+    "url": "http://x/y.jpg",
+    "key": "000000000",
+    "status": "success",
+    "error_message": None,
+    "width": 3,
+    "height": 2,
+    "original_width": 30,
+    "original_height": 20,
+    "exif": '{"GPS": "here"}',
+    "sha256": hashlib.sha256(JPEG).hexdigest(),
+}
+
+
+def test_img2dataset_metadata_is_kept_and_a_caption_of_two_lines_is_one(tmp_path: Path) -> None:
+    """The caption stands in .json and .txt: read line by line from the latter, it would count three times."""
+    meta = json.dumps(IMG2DATASET).encode()
+    tar = write_tar(tmp_path / "00000.tar", [("0.jpg", JPEG), ("0.txt", b"a dog,\nwet"), ("0.json", meta)])
+    record = read(tar)[0][0]
+    assert record.captions == ("a dog,\nwet",)
+    known = ("url", "status", "width", "height", "original_width", "original_height", "sha256")
+    assert record.metadata == {name: IMG2DATASET[name] for name in known}  # no exif, which may tell where it was taken
+
+
+def test_img2dataset_failures_are_counted(tmp_path: Path) -> None:
+    failed = json.dumps({**IMG2DATASET, "status": "failed_to_resize", "error_message": "too small"}).encode()
+    tar = write_tar(tmp_path / "00000.tar", [("0.jpg", JPEG), ("0.txt", b"x"), ("1.json", failed)])
+    stats = {"count": 9, "successes": 1, "failed_to_download": 5, "failed_to_resize": 1}
+    (tmp_path / "00000_stats.json").write_text(json.dumps(stats))
+    (tmp_path / "00000.parquet").write_bytes(b"metadata only, not read beside a tar")
+    records, errors = read(tmp_path)
+    assert len(records) == 1
+    assert errors.counts == {"not downloaded": 7}
+    (tmp_path / "00000_stats.json").write_text('{"failed_to_download": "many"}')
+    assert read(tar)[1].counts == {"not downloaded": 1}
+
+
+def test_sha256_is_checked_when_asked(tmp_path: Path) -> None:
+    meta = json.dumps(IMG2DATASET).encode()
+    members = [
+        ("0.jpg", JPEG),
+        ("0.json", meta),
+        ("1.jpg", b"other"),
+        ("1.json", meta),
+        ("2.jpg", JPEG),
+        ("2.txt", b"x"),
+    ]
+    tar = write_tar(tmp_path / "t.tar", members)
+    errors = ErrorCounter()
+    assert [r.key for r in read_records(tar, errors, check_hash=True)] == ["0"]
+    assert errors.counts == {"sha256 is missing or another one": 2}
+    assert len(read(tar)[0]) == 3
+
+
+def test_img2dataset_parquet_with_images(tmp_path: Path) -> None:
+    table = pytest.importorskip("pyarrow.parquet")
+    arrow = pytest.importorskip("pyarrow")
+    rows = [
+        {**IMG2DATASET, "jpg": JPEG, "txt": "a dog", "similarity": 0.5},
+        {**IMG2DATASET, "jpg": None, "txt": None, "status": "failed_to_download", "similarity": float("nan")},
+        {**IMG2DATASET, "jpg": JPEG, "txt": "a cat", "caption": None, "key": "2", "similarity": float("nan")},
+    ]
+    table.write_table(arrow.Table.from_pylist(rows), tmp_path / "00000.parquet")
+    records, errors = read(tmp_path)
+    assert [(r.key, r.image, r.captions) for r in records] == [
+        ("000000000", JPEG, ("a dog,\nwet",)),
+        ("2", JPEG, ("a cat",)),
+    ]
+    assert records[0].metadata["similarity"] == 0.5
+    assert "similarity" not in records[1].metadata  # NaN is no JSON value
+    assert errors.counts == {"not downloaded": 1}
+    table.write_table(arrow.Table.from_pylist([IMG2DATASET]), tmp_path / "meta.parquet")
+    with pytest.raises(MMGPTError, match=r"meta\.parquet: no column jpg"):
+        read(tmp_path / "meta.parquet")
+
+
+def test_img2dataset_files(tmp_path: Path) -> None:
+    """Shards are folders there; the same name may come in each, so that the key has the folder in it."""
+    for shard in ("00001", "00000"):
+        (tmp_path / shard).mkdir()
+        (tmp_path / shard / "0.jpg").write_bytes(JPEG)
+        (tmp_path / shard / "0.txt").write_text("a dog")
+        (tmp_path / shard / "0.json").write_text(json.dumps({**IMG2DATASET, "caption": "a dog"}))
+        (tmp_path / f"{shard}.parquet").write_bytes(b"not read")
+        (tmp_path / f"{shard}_stats.json").write_text('{"failed_to_download": 2, "failed_to_resize": 0}')
+    records, errors = read(tmp_path)
+    assert [(r.key, r.captions) for r in records] == [("00000/0", ("a dog",)), ("00001/0", ("a dog",))]
+    assert errors.counts == {"not downloaded": 4}
+
+
+def test_tars_from_elsewhere_and_by_pattern(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    for number in range(3):
+        tar = write_tar(tmp_path / f"{number:02d}.tar", [(f"{number}.jpg", JPEG), (f"{number}.txt", b"x")])
+        store.pipe(f"/captioned-test/{number:02d}.tar", tar.read_bytes())
+    for location in ("memory://captioned-test/{00..02}.tar", f"{tmp_path}/{{00..02}}.tar", f"{tmp_path}/0?.tar"):
+        assert [r.key for r in read_records(location, ErrorCounter())] == ["0", "1", "2"]
+    for nowhere in ("memory://captioned-test/9.tar", f"{tmp_path}/9*.tar"):
+        with pytest.raises(MMGPTError, match="no such file"):
+            read_records(nowhere, ErrorCounter())
+
+
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
@@ -105,9 +210,9 @@ def test_pickle_members_are_never_loaded(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_pipe_urls_are_only_missing_files(tmp_path: Path) -> None:
+def test_pipe_urls_run_nothing(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
-    with pytest.raises(MMGPTError, match="no such file"):
+    with pytest.raises(MMGPTError, match="commands are not run"):
         read_records(f"pipe:touch {marker}", ErrorCounter())
     assert not marker.exists()
 

@@ -141,7 +141,7 @@ def test_training_never_mirrors_and_jitters_little(mode):
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(0, 2**31))
 def test_crops_stay_inside_and_keep_their_share(width, height, seed):
     transform = TrainTransform(ImageTransformConfig(size=8), generator(seed))
-    left, top, right, bottom = transform._crop_box(width, height)
+    left, top, right, bottom = transform._crop().box(width, height)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
     rounding = 1 / width + 1 / height

@@ -100,9 +100,9 @@ class ContrastiveTask:
         plain = ImageTransform(self.recipe.image)
         pixels, texts = [], []
         for record in records:
-            image = Image(record.image).load()
+            image = Image(record.image)
             if rng is None:
-                pixels.append(plain(image))
+                pixels.append(plain(image.load()))
                 texts.append(record.captions[0])
             else:
                 generator = torch.Generator().manual_seed(rng.getrandbits(48))

@@ -243,7 +243,7 @@ class LanguageTask:
             pixels = []
             for number, image in enumerate(image for example in examples for image in example.images):
                 generator = torch.Generator().manual_seed((seed * 31 + number) % 2**63)
-                pixels.append(TrainTransform(config.image, generator)(image.load()))
+                pixels.append(TrainTransform(config.image, generator)(image))
             pixel_values = stack_pixels(pixels, config.image)
         else:
             pixel_values = self.processor.pixels(examples)

@@ -1,0 +1,480 @@
+"""Corpora on disk: webdataset tars of samples with an index beside each, read at random.
+
+    corpus/corpus.json                 what is in it: shards, counts, how it was made
+           shard-00000.tar             key.json and key.0.jpg, key.1.png, ... for each sample
+           shard-00000.index.npy       int64 (N + 1,): where each sample begins, and where the last ends
+
+`key.json` is `{"segments": [{"text": ...}, {"image": "0.jpg", "alt": ...}], ...}` for a Document, `{"messages": ...}` for
+a Conversation, `{"captions": ..., "qa": ...}` for a Record: webdataset itself reads these tars as well. Tars that others
+wrote (images with captions, as img2dataset does) have no index; theirs is made in memory when they are opened.
+
+Only JSON, text and image members are read, never a pickle; sizes are checked before memory is taken.
+"""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from webdataset.tariterators import base_plus_ext
+
+from mm_gpt.datasets import files
+from mm_gpt.datasets.captioned import MAX_MEMBER_BYTES, make_record
+from mm_gpt.datasets.samples import (
+    IMAGE_SUFFIXES,
+    BadRecordError,
+    Conversation,
+    ErrorCounter,
+    QuestionAnswer,
+    Record,
+    Sample,
+)
+from mm_gpt.document import Document, Image, Message, Segment, Text
+from mm_gpt.errors import MMGPTError
+from mm_gpt.images import image_format
+
+CORPUS_FILE = "corpus.json"
+VERSION = 1
+BLOCK = 512
+MAX_SAMPLE_BYTES = 512 * 2**20
+SAFE_SUFFIXES = (*IMAGE_SUFFIXES, "json", "txt")
+
+
+# ---- Samples as tar members, and back ----
+
+
+def to_members(sample: Sample) -> dict[str, bytes]:
+    """Member suffix -> bytes. Images must be bytes or local files by now: a shard holds nothing that must be fetched.
+
+    Raises BadRecordError for an image that is neither a JPEG, PNG nor WEBP file.
+    """
+    members: dict[str, bytes] = {}
+
+    def stored(image: Image | bytes | Path | str) -> str:
+        source = image.source if isinstance(image, Image) else image
+        data = Path(source).read_bytes() if isinstance(source, os.PathLike) else source
+        if not isinstance(data, bytes):
+            raise BadRecordError("an image that is not fetched yet")
+        suffix = image_format(data)
+        if suffix not in IMAGE_SUFFIXES:
+            raise BadRecordError(f"an image of format {suffix or 'unknown'}")
+        name = f"{len(members)}.{suffix}"
+        members[name] = data
+        return name
+
+    def segment(part: Segment) -> dict[str, Any]:
+        if isinstance(part, Image):
+            return {"image": stored(part)} | ({"alt": part.alt} if part.alt else {})
+        return {"text": part.text} | ({} if part.is_target else {"is_target": False})
+
+    values: dict[str, Any]
+    match sample:
+        case Document():
+            if sample.branches:
+                raise BadRecordError("a document with branches: store a Record")
+            values = {"id": sample.id, "segments": [segment(part) for part in sample.segments]}
+        case Conversation():
+            turns = [
+                {**turn, "content": [segment(_part(part)) for part in _parts(turn["content"])]}
+                for turn in sample.messages
+            ]
+            values = {"id": sample.key, "messages": turns, "source": sample.source}
+        case Record():
+            pairs = [{"question": q.question, "answer": q.answer, "answers": list(q.answers)} for q in sample.questions]
+            values = {"id": sample.key, "image": stored(sample.image), "captions": list(sample.captions), "qa": pairs}
+            values["source"] = sample.source
+    if sample.metadata:
+        values["metadata"] = dict(sample.metadata)
+    return {"json": json.dumps(values, ensure_ascii=False).encode(), **members}
+
+
+def from_members(key: str, members: Mapping[str, bytes], source: str = "") -> Sample:
+    """The sample that `to_members` took apart, or a Record of any tar of captioned images. Raises BadRecordError."""
+    values = _json(members["json"]) if "json" in members else {}
+
+    def image(part: Mapping[str, Any]) -> Image:
+        name = part["image"]
+        if name not in members:
+            raise BadRecordError(f"missing member {str(name)[:80]}")
+        return Image(members[name], alt=str(part.get("alt", "")))
+
+    def segment(part: Any) -> Segment:
+        if not isinstance(part, dict) or ("image" in part) == ("text" in part):
+            raise BadRecordError("a segment that is neither text nor image")
+        if "image" in part:
+            return image(part)
+        if not isinstance(part["text"], str):
+            raise BadRecordError("a text that is no text")
+        return Text(part["text"], is_target=part.get("is_target") is not False)
+
+    metadata = values.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise BadRecordError("metadata is not an object")
+    name = str(values.get("id") or key)
+    if isinstance(values.get("segments"), list):
+        return Document(tuple(map(segment, values["segments"])), id=name, metadata=metadata)
+    if isinstance(values.get("messages"), list):
+        messages: list[Message] = []
+        for turn in values["messages"]:
+            if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+                raise BadRecordError("a message without a role")
+            messages.append({**turn, "content": [_plain(segment(_part(part))) for part in _parts(turn.get("content"))]})
+        return Conversation(name, tuple(messages), str(values.get("source", source)), metadata)
+    if isinstance(values.get("image"), str) and "qa" in values:
+        captions = values.get("captions") or []
+        if not all(isinstance(caption, str) for caption in captions):
+            raise BadRecordError("captions are not text")
+        try:
+            pairs = tuple(
+                QuestionAnswer(str(q["question"]), str(q["answer"]), tuple(map(str, q.get("answers", ()))))
+                for q in values["qa"]
+            )
+        except (TypeError, KeyError, AttributeError):
+            raise BadRecordError("question without text or answer") from None
+        pixels = image(values).source
+        assert isinstance(pixels, bytes)
+        return Record(name, pixels, tuple(captions), pairs, str(values.get("source", source)), metadata)
+    return make_record(key, dict(members), source)
+
+
+def _part(part: Any) -> Any:
+    """A content part of a message as a segment, or as the JSON of one."""
+    if isinstance(part, str):
+        return Text(part)
+    if isinstance(part, dict) and part.get("type") == "image" and not isinstance(part.get("image"), str):
+        return Image(part["image"])
+    return part
+
+
+def _parts(content: Any) -> Sequence[Any]:
+    return content if isinstance(content, list | tuple) else [content]
+
+
+def _plain(segment: Segment) -> Segment | str:
+    return segment.text if isinstance(segment, Text) else segment
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        raise BadRecordError("bad JSON") from None
+    if not isinstance(values, dict):
+        raise BadRecordError("JSON is not an object")
+    return values
+
+
+# ---- Reading ----
+
+
+class Shard:
+    """One tar, with each sample a read away. Safe to share between forked processes and threads."""
+
+    def __init__(self, path: Path, errors: ErrorCounter | None = None):
+        """An index beside the tar is used; without one the headers are read now, and what is broken is counted.
+
+        Raises MMGPTError when there is no such tar, or it is compressed.
+        """
+        self.path = path
+        index = index_path(path)
+        if index.is_file():
+            self.offsets = _read_index(index)
+        else:
+            self.offsets = index_tar(path, errors if errors is not None else ErrorCounter())
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise MMGPTError(f"{path}: {error.strerror or error}") from None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __del__(self) -> None:
+        if (file := getattr(self, "_file", None)) is not None:
+            os.close(file)
+
+    def read(self, number: int) -> tuple[str, dict[str, bytes]]:
+        """Key and members (suffix -> bytes) of a sample. Raises BadRecordError, also where a tar was cut short."""
+        start, end = int(self.offsets[number]), int(self.offsets[number + 1])
+        if end - start > MAX_SAMPLE_BYTES:
+            raise BadRecordError("sample too large")
+        data = os.pread(self._file, end - start, start)
+        if len(data) < end - start:
+            raise BadRecordError("the tar is cut short")
+        return _split(data)
+
+    def sample(self, number: int) -> Sample:
+        """The sample, its images still encoded. Raises BadRecordError."""
+        key, members = self.read(number)
+        return from_members(key, members, self.path.stem)
+
+
+def index_path(tar: Path) -> Path:
+    return tar.with_suffix(".index.npy")
+
+
+def _read_index(path: Path) -> np.ndarray:
+    try:
+        offsets = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise MMGPTError(f"{path}: broken index ({error})") from None
+    if offsets.ndim != 1 or offsets.dtype != np.int64 or len(offsets) == 0 or (np.diff(offsets) <= 0).any():
+        raise MMGPTError(f"{path}: broken index")
+    return offsets
+
+
+def index_tar(path: Path, errors: ErrorCounter) -> np.ndarray:
+    """Where the samples of an uncompressed tar begin and end, from its headers alone: int64 (N + 1,).
+
+    Members that belong together stand together; a key that comes again later is another sample. What is cut off at the
+    end is counted. Raises MMGPTError when the file is missing or no tar.
+    """
+    try:
+        tar = tarfile.open(path, mode="r:")  # noqa: SIM115 (closed by the with below)
+    except (tarfile.ReadError, OSError) as error:
+        reason = "not an uncompressed tar" if isinstance(error, tarfile.ReadError) else error.strerror or error
+        raise MMGPTError(f"{path}: {reason}") from None
+    offsets: list[int] = []
+    current: str | None = None
+    end = 0
+    size = path.stat().st_size
+    with tar:
+        while True:
+            try:
+                member = tar.next()
+            except (tarfile.ReadError, tarfile.HeaderError, EOFError) as error:
+                errors.add(f"broken tar, rest of it unread ({error})", path.name)
+                break
+            if member is None:
+                break
+            tar.members = []  # type: ignore[attr-defined]  # or a long shard keeps every header in memory
+            until = member.offset_data + -(-member.size // BLOCK) * BLOCK
+            key = base_plus_ext(member.name)[0] if member.isreg() else current
+            if until > size:
+                errors.add("broken tar, rest of it unread (cut short)", path.name)
+                if offsets and key == current:
+                    end = offsets.pop()  # its sample is not whole
+                break
+            if key is not None and key != current:
+                offsets.append(member.offset)
+                current = key
+            end = until
+    return np.array([*offsets, end], dtype=np.int64)
+
+
+def _split(data: bytes) -> tuple[str, dict[str, bytes]]:
+    """Key and members of the piece of a tar that holds one sample.
+
+    Plain headers are read here: tarfile takes ten times as long. Anything else goes to tarfile.
+    """
+    key: str | None = None
+    members: dict[str, bytes] = {}
+    at = 0
+    while at + BLOCK <= len(data):
+        header = data[at : at + BLOCK]
+        if header[156:157] not in (b"0", b"\0") or header[124] & 0x80:
+            return _split_slowly(data)
+        try:
+            size = int(header[124:136].rstrip(b"\0 "), 8)
+            name = header[:100].partition(b"\0")[0].decode()
+            if header[257:262] == b"ustar" and header[345]:
+                name = f"{header[345:500].partition(bytes(1))[0].decode()}/{name}"
+        except ValueError:
+            raise BadRecordError("broken tar header") from None
+        own, suffix = base_plus_ext(name)
+        if key is None:
+            key = own
+        if own == key:
+            _add(members, suffix, size, data[at + BLOCK : at + BLOCK + size])
+        at += BLOCK + -(-size // BLOCK) * BLOCK
+    if key is None:
+        raise BadRecordError("empty sample")
+    return key, members
+
+
+def _split_slowly(data: bytes) -> tuple[str, dict[str, bytes]]:
+    key: str | None = None
+    members: dict[str, bytes] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                if not member.isreg():
+                    continue
+                own, suffix = base_plus_ext(member.name)
+                key = key or own
+                if member.issparse() or member.size > MAX_MEMBER_BYTES:
+                    raise BadRecordError("member too large")
+                stream = tar.extractfile(member)
+                assert stream is not None  # isreg() said so
+                if own == key:
+                    _add(members, suffix, member.size, stream.read())
+    except (tarfile.TarError, EOFError) as error:
+        raise BadRecordError(f"broken tar header ({error})") from None
+    if key is None:
+        raise BadRecordError("empty sample")
+    return key, members
+
+
+def _add(members: dict[str, bytes], suffix: str | None, size: int, data: bytes) -> None:
+    suffix = (suffix or "").lower()
+    if suffix.rpartition(".")[2] not in SAFE_SUFFIXES:
+        return
+    if size > MAX_MEMBER_BYTES:
+        raise BadRecordError("member too large")
+    if len(data) < size:
+        raise BadRecordError("the tar is cut short")
+    if suffix in members:
+        raise BadRecordError("duplicate member")
+    members[suffix] = data
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    name: str
+    samples: int
+    num_bytes: int
+
+
+class Corpus:
+    """A folder of shards, here or at a URL: then its shards are copied here as they are read, within a bounded cache."""
+
+    def __init__(self, location: str | Path):
+        """Raises MMGPTError when there is no corpus or its description is broken."""
+        self.location = str(location)
+        where = f"{self.location.rstrip('/')}/{CORPUS_FILE}"
+        try:
+            with files.open_file(where) as file:
+                values = json.loads(file.read(64 * 2**20))
+            self.about: dict[str, Any] = values
+            if values["version"] != VERSION:
+                raise MMGPTError(f"{where}: version {values['version']}, and this program reads {VERSION}")
+            self.shards = [ShardInfo(_shard_name(s["name"]), int(s["samples"]), int(s["bytes"])) for s in values["shards"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, MMGPTError):
+                raise
+            raise MMGPTError(f"{where}: not the description of a corpus ({error})") from None
+        self._open: dict[int, Shard] = {}
+
+    def __len__(self) -> int:
+        """Samples."""
+        return sum(shard.samples for shard in self.shards)
+
+    def shard(self, number: int) -> Shard:
+        """An open shard; the last few stay open. Raises MMGPTError when it is missing or does not fit its description."""
+        if number not in self._open:
+            path = self._local(self.shards[number].name)
+            self._local(index_path(Path(self.shards[number].name)).name)
+            shard = Shard(path)
+            if len(shard) != self.shards[number].samples:
+                raise MMGPTError(f"{path}: {len(shard)} samples, not the {self.shards[number].samples} of {CORPUS_FILE}")
+            while len(self._open) >= 16:
+                del self._open[next(iter(self._open))]
+            self._open[number] = shard
+        return self._open[number]
+
+    def _local(self, name: str) -> Path:
+        if files.is_remote(self.location):
+            return files.local_copy(f"{self.location.rstrip('/')}/{name}")
+        return Path(self.location) / name
+
+    def samples(self, errors: ErrorCounter) -> Iterator[Sample]:
+        """All samples in order; what cannot be read is counted and skipped."""
+        for number, info in enumerate(self.shards):
+            try:
+                shard = self.shard(number)
+            except MMGPTError as error:
+                errors.add("missing shard", str(error))
+                continue
+            for at in range(len(shard)):
+                try:
+                    yield shard.sample(at)
+                except BadRecordError as error:
+                    errors.add(str(error), f"{info.name}:{at}")
+
+
+def _shard_name(name: str) -> str:
+    if "/" in name or "\\" in name or not name.endswith(".tar"):
+        raise MMGPTError(f"{name[:80]!r} is no name of a shard")
+    return name
+
+
+def is_corpus(location: str | Path) -> bool:
+    """Whether a local folder is a corpus."""
+    return not files.is_remote(str(location)) and (Path(location) / CORPUS_FILE).is_file()
+
+
+def read_corpus(location: str, errors: ErrorCounter, *, images: str | None = None) -> Iterator[Sample]:
+    """The samples of a corpus folder or URL."""
+    return Corpus(location).samples(errors)
+
+
+# ---- Writing ----
+
+
+class ShardWriter:
+    """Samples into tars of at most about `shard_bytes`; each appears under its name only when it is whole.
+
+    The same samples give the same bytes: no times, no owners.
+    """
+
+    def __init__(self, folder: Path, *, prefix: str = "shard", shard_bytes: int = 256 * 2**20):
+        self.folder, self.prefix, self.shard_bytes = folder, prefix, shard_bytes
+        self.shards: list[ShardInfo] = []
+        self._tar: tarfile.TarFile | None = None
+        self._offsets: list[int] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, sample: Sample) -> None:
+        """Raises BadRecordError for what no shard can hold."""
+        members = to_members(sample)
+        total = sum(BLOCK + -(-len(data) // BLOCK) * BLOCK for data in members.values())
+        if total > MAX_SAMPLE_BYTES or any(len(data) > MAX_MEMBER_BYTES for data in members.values()):
+            raise BadRecordError("sample too large")
+        if self._tar is not None and self._tar.offset + total > self.shard_bytes:  # type: ignore[attr-defined]
+            self._finish()
+        if self._tar is None:
+            self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+            self._offsets = [0]
+        key = f"{len(self.shards):05d}{len(self._offsets) - 1:07d}"
+        for suffix, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{suffix}")
+            info.size, info.mtime, info.mode = len(data), 0, 0o644
+            self._tar.addfile(info, io.BytesIO(data))
+        self._offsets.append(self._tar.offset)  # type: ignore[attr-defined]
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / f".{self.prefix}-{len(self.shards):05d}.tar.tmp"
+
+    def _finish(self) -> None:
+        assert self._tar is not None
+        temporary = self._temporary
+        self._tar.close()
+        path = self.folder / f"{self.prefix}-{len(self.shards):05d}.tar"
+        with index_path(temporary).open("wb") as file:
+            np.save(file, np.array(self._offsets, dtype=np.int64), allow_pickle=False)
+        index_path(temporary).rename(index_path(path))
+        num_bytes = temporary.stat().st_size
+        temporary.rename(path)
+        self.shards.append(ShardInfo(path.name, len(self._offsets) - 1, num_bytes))
+        self._tar = None
+
+    def close(self) -> list[ShardInfo]:
+        """Finish the last shard; all of them."""
+        if self._tar is not None:
+            self._finish()
+        return self.shards
+
+
+def write_corpus_file(folder: Path, shards: Sequence[ShardInfo], about: Mapping[str, Any]) -> None:
+    """`corpus.json`: with it a folder of shards is a corpus. Written last, in one piece."""
+    rows = [{"name": s.name, "samples": s.samples, "bytes": s.num_bytes} for s in shards]
+    values = {"version": VERSION, "samples": sum(s.samples for s in shards), **about, "shards": rows}
+    temporary = folder / f".{CORPUS_FILE}.tmp"
+    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.rename(folder / CORPUS_FILE)
