@@ -5,7 +5,6 @@ nothing is decoded. A row whose images and image markers disagree is counted and
 about would be a guess.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +25,6 @@ _SPEAKERS = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model"), "assistant"),
     "system": "system",
 }
-_NEWLINES = re.compile(rf"\s*\n\s*(?={MARKER})|(?<={MARKER})\s*\n\s*")
 _NOT_METADATA = (
     "id",
     "image",
@@ -226,10 +224,17 @@ class _Images:
 
     def fill(self, text: str) -> list[str | Image]:
         """`text` with the next image at each marker, the newlines around it left out."""
-        pieces = _NEWLINES.sub("", text).split(MARKER)
-        parts: list[str | Image] = [pieces[0]]
-        for piece in pieces[1:]:
-            parts += [self.next(), piece]
+        pieces = text.split(MARKER)
+        parts: list[str | Image] = []
+        for number, piece in enumerate(pieces):
+            if number:
+                parts.append(self.next())
+                start = piece.lstrip()
+                piece = start if "\n" in piece[: len(piece) - len(start)] else piece
+            if number < len(pieces) - 1:
+                end = piece.rstrip()
+                piece = end if "\n" in piece[len(end) :] else piece
+            parts.append(piece)
         return [part for part in parts if isinstance(part, Image) or part.strip()]
 
     def open(self, source: Any) -> Image:

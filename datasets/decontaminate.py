@@ -4,8 +4,8 @@ Every 13-gram that a document shares with an evaluation set goes, with 200 chara
 split there. Pieces under 200 characters go, and so do documents that fall into more than 10 pieces. 13-grams that are
 in more than 10 documents of the corpus are common phrases and stay.
 
-That last rule needs the whole corpus before the first document can be cut, so there are two phases: `prepare` searches
-the corpus (or scans of its shards are merged, see `contamination`, and saved by `save_for_removal`), and then
+That last rule needs the whole corpus before the first document can be cut, so there are two phases: first the corpus is
+searched (`contamination.run`; or scans of its shards are merged and saved by `contamination.save_scan`), and then
 `RemoveContamination` cuts, on any number of machines.
 """
 
@@ -17,14 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mm_gpt.datasets.contamination import COMMON_DOCUMENTS, PARAGRAPH, Scan, image_hits, joined, scan_parallel
-from mm_gpt.datasets.evaluation_index import EvaluationIndex, EvaluationItem, IndexConfig
+from mm_gpt.datasets.contamination import COMMON_DOCUMENTS, COUNTS_FILE, PARAGRAPH, image_hits, joined
+from mm_gpt.datasets.evaluation_index import EvaluationIndex
 from mm_gpt.datasets.overlap import Words, composed, find_words, window_hashes
-from mm_gpt.datasets.samples import Sample
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ImageError, MMGPTError
-
-_COUNTS = "counts.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +34,7 @@ class RemoveContamination:
     """
 
     index_path: str
-    """The folder that `prepare` or `save_for_removal` has written."""
+    """The folder that `contamination.save_scan` has written."""
     window: int = 200
     """Characters that go on each side of a shared gram, and the rest of a word that this cuts."""
     min_piece: int = 200
@@ -52,7 +49,7 @@ class RemoveContamination:
     def __call__(self, document: Document, removed: Counter[str]) -> Document | None:
         pieces = self.split(document, removed)
         if len(pieces) < 2:
-            return replace(pieces[0], id=document.id) if pieces else None
+            return pieces[0] if pieces else None
         return replace(pieces[0], id=document.id, segments=tuple(s for piece in pieces for s in piece.segments))
 
     def split(self, document: Document, removed: Counter[str]) -> list[Document]:
@@ -141,29 +138,6 @@ class RemoveContamination:
         )
 
 
-def prepare(
-    samples: Iterable[Sample],
-    evaluations: Mapping[str, Iterable[EvaluationItem]],
-    folder: Path,
-    *,
-    config: IndexConfig = IndexConfig(),
-    workers: int = 1,
-) -> tuple[EvaluationIndex, Scan]:
-    """The first phase: search the whole corpus, and save what `RemoveContamination` needs into `folder`."""
-    index = EvaluationIndex.build(evaluations, config)
-    found = scan_parallel(samples, index, workers=workers)
-    save_for_removal(folder, index, found)
-    return index, found
-
-
-def save_for_removal(folder: Path, index: EvaluationIndex, found: Scan) -> None:
-    """The index, and in how many documents each of its grams stands."""
-    from safetensors.numpy import save_file
-
-    index.save(folder)
-    save_file({str(words): counts for words, counts in found.grams.items()}, folder / _COUNTS)
-
-
 @lru_cache(maxsize=2)
 def _load(folder: str, ignore_common: bool) -> tuple[EvaluationIndex, dict[int, np.ndarray]]:
     """The index and, by the words of a gram, which keys are cut out. Once in each process."""
@@ -176,7 +150,7 @@ def _load(folder: str, ignore_common: bool) -> tuple[EvaluationIndex, dict[int, 
     }
     if ignore_common:
         try:
-            counts = load_file(Path(folder) / _COUNTS)
+            counts = load_file(Path(folder) / COUNTS_FILE)
             removable = {words: keys & (counts[str(words)] <= COMMON_DOCUMENTS) for words, keys in removable.items()}
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise MMGPTError(

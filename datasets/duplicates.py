@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from mm_gpt.datasets.clusters import Clusters, Index, make_array, shared_buckets
 from mm_gpt.datasets.external_sort import U64, Sorter
 from mm_gpt.datasets.fingerprints import Fingerprints, Rows
-from mm_gpt.datasets.minhash import agreement, hash_rows
+from mm_gpt.datasets.minhash import MinHash, agreement, hash_rows
 from mm_gpt.errors import ConfigError
 
 Keep = Literal["first", "longest", "best"]
@@ -56,6 +56,8 @@ def find_duplicates(
     *,
     keep: Keep = "first",
     near: bool = True,
+    minhash: MinHash | None = None,
+    reference: Sequence[Path | str] = (),
     window: int = WINDOW,
     memory: int = 1 << 30,
     scratch: Path | str | None = None,
@@ -63,7 +65,9 @@ def find_duplicates(
     """The documents to drop, in the order of partitions' names and rows.
 
     Of duplicates stays the `first` by id (a string), the `longest` in words, or the `best` by the score that was given
-    with the fingerprints; of equal ones the first. `near=False` finds exact duplicates only.
+    with the fingerprints; of equal ones the first. `near=False` finds exact duplicates only; `minhash` sets another
+    threshold or other bands than the fingerprints were made with. Whatever is in the `reference` partitions stays, and
+    what is the same as one of their documents goes: GPT-3 so took WebText out of Common Crawl.
 
     Memory is `memory` bytes besides the interpreter's; disk in `scratch` (default: the system's temporary folder) is
     about 8 bytes per document and band and 200 per document. Raises MMGPTError for partitions that are not finished
@@ -75,12 +79,20 @@ def find_duplicates(
         raise ConfigError(f"window is {window}; it must be at least 1")
     if memory < MIN_MEMORY:
         raise ConfigError(f"memory is {memory} bytes; it must be at least {MIN_MEMORY}")
-    prints = Fingerprints(partitions)
-    return _find(prints, keep, near, window, memory, scratch)
+    prints = Fingerprints([*partitions, *reference], minhash)
+    names = {Path(folder).name for folder in reference}
+    is_reference = np.array([folder.name in names for folder in prints.folders])
+    return _find(prints, is_reference, keep, near, window, memory, scratch)
 
 
 def _find(
-    prints: Fingerprints, keep: Keep, near: bool, window: int, memory: int, scratch: Path | str | None
+    prints: Fingerprints,
+    is_reference: NDArray[np.bool_],
+    keep: Keep,
+    near: bool,
+    window: int,
+    memory: int,
+    scratch: Path | str | None,
 ) -> Iterator[Duplicate]:
     with tempfile.TemporaryDirectory(dir=scratch, prefix="duplicates-") as name:
         folder = Path(name)
@@ -89,7 +101,7 @@ def _find(
         if near:
             for band in range(prints.minhash.shape[0]):
                 _link_band(prints, clusters, columns, band, window, folder, memory)
-        yield from _drop(prints, clusters, keep, folder, memory)
+        yield from _drop(prints, clusters, is_reference, keep, folder, memory)
 
 
 def _block_rows(prints: Fingerprints, memory: int) -> int:
@@ -200,7 +212,14 @@ def _signatures(prints: Fingerprints, documents: Index) -> NDArray[np.uint32]:
 # ---- which to keep ----
 
 
-def _drop(prints: Fingerprints, clusters: Clusters, keep: Keep, folder: Path, memory: int) -> Iterator[Duplicate]:
+def _drop(
+    prints: Fingerprints,
+    clusters: Clusters,
+    is_reference: NDArray[np.bool_],
+    keep: Keep,
+    folder: Path,
+    memory: int,
+) -> Iterator[Duplicate]:
     """Choose the document to keep of each cluster; name the others."""
     max_rows = _block_rows(prints, memory)
     size = len(prints)
@@ -216,10 +235,14 @@ def _drop(prints: Fingerprints, clusters: Clusters, keep: Keep, folder: Path, me
             roots = clusters.roots(rows)
             members = np.flatnonzero(many[roots])
             ranks = _ranks(block[members], keep)
+            if is_reference[prints.partition(start)]:
+                ranks[:] = 0  # before all others
             sorter.add(np.column_stack([roots[members].astype(np.uint64), ranks, rows[members].astype(np.uint64)]))
         for root, row in _choose(prints, sorter.read(), max_rows):
             kept[root] = row
     for start, block in prints.blocks(max_rows):
+        if is_reference[prints.partition(start)]:
+            continue
         rows = np.arange(start, start + len(block))
         roots = clusters.roots(rows)
         dropped = np.flatnonzero(many[roots] & (kept[roots] != rows))
@@ -236,7 +259,7 @@ def _drop(prints: Fingerprints, clusters: Clusters, keep: Keep, folder: Path, me
 
 
 def _ranks(rows: Rows, keep: Keep) -> U64:
-    """Numbers of which the least is best."""
+    """Numbers from 1 on of which the least is best."""
     if keep == "longest":
         return np.uint64(2**32) - rows["num_words"].astype(np.uint64)
     if keep == "best":
@@ -244,7 +267,7 @@ def _ranks(rows: Rows, keep: Keep) -> U64:
         bits = (rows["score"] + 0.0).view(np.uint64)
         negative = bits >> np.uint64(63) == 1
         return np.where(negative, bits, ~bits ^ np.uint64(1 << 63))
-    return np.zeros(len(rows), dtype=np.uint64)
+    return np.ones(len(rows), dtype=np.uint64)
 
 
 def _choose(prints: Fingerprints, blocks: Iterator[U64], max_rows: int) -> Iterator[tuple[int, int]]:

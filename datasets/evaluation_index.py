@@ -9,6 +9,7 @@ It holds what these methods ask for, all answered by one pass over the corpus (s
 """
 
 import hashlib
+import itertools
 import json
 import random
 from collections import Counter
@@ -120,10 +121,10 @@ class EvaluationIndex:
 
     @classmethod
     def build(
-        cls, sets: Mapping[str, Iterable[EvaluationItem]], config: IndexConfig = IndexConfig()
+        cls, sets: Mapping[str, Iterable[EvaluationItem]], config: IndexConfig | None = None
     ) -> "EvaluationIndex":
         """Index the items of each set, by its name. Raises MMGPTError for a set without items or with an id twice."""
-        return _Builder(config).build(sets)
+        return _Builder(config or IndexConfig()).build(sets)
 
     @property
     def num_items(self) -> int:
@@ -239,7 +240,7 @@ class _Builder:
 
     def __init__(self, config: IndexConfig):
         self.config = config
-        self.grams: dict[str, list[tuple[int, int, np.ndarray]]] = {method: [] for method in GRAM_METHODS}
+        self.grams: dict[str, list[_Grams]] = {method: [] for method in GRAM_METHODS}
         self.strings: dict[str, int] = {}
         self.string_items: list[tuple[int, int]] = []
         self.looks: list[int] = []
@@ -255,7 +256,7 @@ class _Builder:
         keys: dict[int, list[np.ndarray]] = {}
         for rows in self.grams.values():
             for _, words, hashes in rows:
-                keys.setdefault(words, []).append(hashes)
+                keys.setdefault(words, []).append(np.unique(hashes))
         tables = {words: np.unique(np.concatenate(hashes)) for words, hashes in keys.items()}
         return EvaluationIndex(
             self.config,
@@ -271,7 +272,7 @@ class _Builder:
 
     def _add_set(self, name: str, items: Iterable[EvaluationItem], first: int) -> EvaluationSet:
         fingerprints: dict[str, str] = {}
-        texts: list[tuple[int, np.ndarray]] = []  # item, hashes of its words
+        texts: list[tuple[int, str]] = []
         counts: Counter[str] = Counter()
         for number, item in enumerate(items, start=first):
             if item.id in fingerprints:
@@ -280,34 +281,33 @@ class _Builder:
                 fingerprints[item.id] = item.fingerprint()
             except ImageError:
                 fingerprints[item.id] = ""
-            words = [find_words(composed(text)).hashes for text in item.texts]
-            long_enough = [(t, w) for t, w in zip(item.texts, words, strict=True) if len(w) >= self.config.min_words]
-            texts += [(number, hashes) for _, hashes in long_enough]
-            counts["too short"] += not long_enough
-            self._add_strings(number, f"{name}/{item.id}", [text for text, _ in long_enough])
+            texts += [(number, composed(text)) for text in item.texts]
             counts["broken image"] += sum(not self._add_image(number, image) for image in item.images)
         if not fingerprints:
             raise MMGPTError(f"evaluation set {name}: no items")
-        ngram_words = ngram_length([len(hashes) for _, hashes in texts])
-        for number, hashes in texts:
-            self._add_grams("overlap", number, hashes, OVERLAP_WORDS, whole_from=OVERLAP_WORDS)
-            self._add_grams("n-gram", number, hashes, ngram_words, whole_from=self.config.min_words)
-            self._add_grams("13-gram", number, hashes, REMOVED_WORDS, whole_from=MIN_WORDS)
-        return EvaluationSet(name, first, fingerprints, ngram_words, counts["too short"], counts["broken image"])
+        num_words, hashes = _words_of([text for _, text in texts])
+        is_long = num_words >= self.config.min_words
+        owners = np.array([number for number, _ in texts], np.int64)
+        ngram_words = ngram_length(num_words[is_long].tolist())
+        for method, n, whole_from in (
+            ("overlap", OVERLAP_WORDS, OVERLAP_WORDS),
+            ("n-gram", ngram_words, self.config.min_words),
+            ("13-gram", REMOVED_WORDS, max(MIN_WORDS, self.config.min_words)),
+        ):
+            lengths = np.where(num_words >= whole_from, np.minimum(num_words, n), 0)
+            self.grams[method] += _grams(owners, num_words, lengths, hashes)
+        for number, text in itertools.compress(texts, is_long):
+            self._add_strings(number, f"{name}/{number - first}", text)
+        too_short = len(fingerprints) - len(set(owners[is_long].tolist()))
+        return EvaluationSet(name, first, fingerprints, ngram_words, too_short, counts["broken image"])
 
-    def _add_grams(self, method: str, item: int, hashes: np.ndarray, n: int, *, whole_from: int) -> None:
-        n = min(n, len(hashes))
-        if n >= whole_from:
-            self.grams[method].append((item, n, window_hashes(hashes, n)))
-
-    def _add_strings(self, item: int, name: str, texts: Sequence[str]) -> None:
-        chance = random.Random(f"{self.config.seed}/{name}")
-        for text in texts:
-            letters = to_string(letters_of(composed(text)))
-            for start in _starts(len(letters), self.config, chance):
-                string = letters[start : start + self.config.substring_length]
-                number = self.strings.setdefault(string, len(self.strings))
-                self.string_items.append((item, number))
+    def _add_strings(self, item: int, name: str, text: str) -> None:
+        letters = to_string(letters_of(text))
+        chance = random.Random(f"{self.config.seed}/{name}/{letters}")
+        for start in _starts(len(letters), self.config, chance):
+            string = letters[start : start + self.config.substring_length]
+            number = self.strings.setdefault(string, len(self.strings))
+            self.string_items.append((item, number))
 
     def _add_image(self, item: int, source: ImageSource) -> bool:
         try:
@@ -349,9 +349,37 @@ def _starts(length: int, config: IndexConfig, chance: random.Random) -> Iterator
         yield from sorted(chance.sample(range(places), min(config.substrings, places)))
 
 
-def _numbered(rows: list[tuple[int, int, np.ndarray]], keys: Mapping[int, np.ndarray]) -> np.ndarray:
-    parts = []
-    for item, words, hashes in rows:
-        numbers = np.searchsorted(keys[words], hashes)
-        parts.append(np.stack([np.full(len(hashes), item), np.full(len(hashes), words), numbers], axis=1))
-    return np.concatenate(parts).astype(np.int64) if parts else np.zeros((0, 3), np.int64)
+_Grams = tuple[np.ndarray, int, np.ndarray]
+"""Items (G,), words of a gram, hashes (G,)."""
+
+
+def _words_of(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(number of words of each text, hashes of all words in order)."""
+    numbers: list[np.ndarray] = []
+    hashes: list[np.ndarray] = [np.zeros(0, np.uint64)]
+    for start in range(0, len(texts), 1000):  # as one text: numpy pays for each call, not for each word
+        part = texts[start : start + 1000]
+        words = find_words("\n".join(part))
+        ends = np.cumsum([len(text) + 1 for text in part])
+        numbers.append(np.diff(np.searchsorted(words.starts, ends), prepend=0))
+        hashes.append(words.hashes)
+    return np.concatenate([np.zeros(0, np.int64), *numbers]), np.concatenate(hashes)
+
+
+def _grams(owners: np.ndarray, num_words: np.ndarray, lengths: np.ndarray, hashes: np.ndarray) -> Iterator[_Grams]:
+    """All grams of each text, of the number of words that `lengths` says; 0 for none. One entry for each length."""
+    text_of = np.repeat(np.arange(len(num_words)), num_words)  # (W,)
+    for words in np.unique(lengths[lengths > 0]).tolist():
+        windows = window_hashes(hashes, words)
+        text = text_of[: len(windows)]
+        inside = (text == text_of[words - 1 :]) & (lengths[text] == words)
+        yield owners[text[inside]], words, windows[inside]
+
+
+def _numbered(rows: list[_Grams], keys: Mapping[int, np.ndarray]) -> np.ndarray:
+    """(P, 3) item, words of the gram, number of its key; by item, the grams of one in their order."""
+    parts = [np.zeros((0, 3), np.int64)]
+    for items, words, hashes in rows:
+        parts.append(np.stack([items, np.full(len(items), words), np.searchsorted(keys[words], hashes)], axis=1))
+    every = np.concatenate(parts)
+    return every[np.argsort(every[:, 0], kind="stable")]

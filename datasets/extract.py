@@ -6,7 +6,8 @@ text is only looked up in the page, and the page itself is written out, less wha
 the same; white space, code, lists and tables are the page's own; each image has its exact place.
 
 Images go with their surroundings: one is kept when it stands inside the element that holds the main content, and the
-smallest block around it that has text kept that text. Captions do not count as text there.
+smallest block around it that has text kept that text, or has only a short line that is no link. Captions do not count
+as text there.
 """
 
 import logging
@@ -28,7 +29,7 @@ PAGE_OPT_OUTS = ("noai", "noindex", "tdm-reservation", "train-ai=n")
 IMAGE_OPT_OUTS = ("noimageai", "noimageindex")
 
 # Parts of a page whose images are not content even where they stand among it.
-_BOILERPLATE_TAGS = frozenset("nav aside footer form button dialog label".split())
+_BOILERPLATE_TAGS = frozenset(("nav", "aside", "footer", "form", "button", "dialog"))
 _BOILERPLATE = re.compile(
     r"(?:^|[\s_-])(?:nav|navbar|navigation|menu|breadcrumbs?|footer|sidebar|widget|shar(?:e|ing)|social|related|promo"
     r"|sponsor(?:ed)?|advert(?:isement)?|ads?|banner|avatar|gravatar|author-?(?:bio|box|info)|byline|comments?|cookie"
@@ -37,6 +38,7 @@ _BOILERPLATE = re.compile(
 )
 _MAIN_SHARE = 0.9
 _ANCHOR_CHARACTERS = 32
+_MAX_LABEL_CHARACTERS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +222,7 @@ def _pieces(body: Any, stream: str) -> Iterable[tuple[str, str]]:
         elif key:
             yield key, " ".join(text.split())
         if not isinstance(piece, str) and piece.getparent() is body and piece.tail and piece.tail.strip():
-            pending.insert(0, piece.tail) if not pending else pending.append(piece.tail)
+            pending.append(piece.tail)
 
 
 # ---- Images ----
@@ -239,7 +241,7 @@ def _kept_images(
         removed["image: inline SVG"] += page.num_svg
     if not page.images:
         return {}
-    captions = Spans(page.captions)
+    captions, links = Spans(page.captions), Spans(page.links)
     main = _main_block(page, kept)
     found: dict[int, Image | str] = {}
     last: tuple[int, bytes | Path | str | None] = (-1, None)
@@ -256,7 +258,7 @@ def _kept_images(
         try:
             if without_images:
                 raise BadRecordError(f"opt-out: {without_images}")
-            if not _is_content(image, page, kept, captions, main):
+            if not _is_content(image, page, kept, captions, links, main):
                 raise BadRecordError("outside the main content")
             source = image_source(image.element, base, local)
             found[id(image)] = Image(source, alt=" ".join((image.element.get("alt") or "").split()))
@@ -283,7 +285,7 @@ def _main_block(page: FlatPage, kept: Spans) -> int:
     return best
 
 
-def _is_content(image: FlatImage, page: FlatPage, kept: Spans, captions: Spans, main: int) -> bool:
+def _is_content(image: FlatImage, page: FlatPage, kept: Spans, captions: Spans, links: Spans, main: int) -> bool:
     around = -1  # the smallest block with text of its own
     number = image.block
     while number != main:
@@ -300,7 +302,10 @@ def _is_content(image: FlatImage, page: FlatPage, kept: Spans, captions: Spans, 
         return True
     _, _, start, end = page.blocks[around]
     text = end - start - captions.within(start, end)
-    return kept.within(start, end) * 2 >= text
+    if kept.within(start, end) * 2 >= text:
+        return True
+    # trafilatura leaves out short lines as well; a card that leads to another page is made of links
+    return text <= _MAX_LABEL_CHARACTERS and links.within(start, end) * 4 < text
 
 
 def _emoji(element: Any) -> str:

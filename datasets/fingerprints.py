@@ -30,6 +30,8 @@ Rows = NDArray[np.void]
 
 IMAGE_ROW = np.dtype([("row", "<u8"), ("index", "<u4"), ("has_look", "<u4"), ("content", "<u8"), ("look", "<u8")])
 """An image: its document's row, which one of `Document.images` it is, hashes of its content and of its look."""
+SIGNATURE_SETTINGS = ("num_hashes", "shingle_words", "seed")
+"""What of `MinHash` signatures depend on."""
 SPAN = 1024
 """Most rows of a partition that are read at once."""
 GAP = 8
@@ -174,9 +176,13 @@ def _settings(minhash: MinHash) -> dict[str, Any]:
 
 class Fingerprints:
     """The rows of many partitions, numbered through in the order of the partitions' names. Never more in memory than
-    what is asked for."""
+    what is asked for.
 
-    def __init__(self, partitions: Sequence[Path | str]) -> None:
+    They are compared by `minhash`, by default as the first partition says. What the signatures depend on must be as it
+    was when they were made; threshold and bands may differ.
+    """
+
+    def __init__(self, partitions: Sequence[Path | str], minhash: MinHash | None = None) -> None:
         self.folders = sorted((Path(folder) for folder in partitions), key=lambda folder: folder.name)
         if not self.folders:
             raise MMGPTError("no partitions: write some with write_fingerprints")
@@ -185,11 +191,14 @@ class Fingerprints:
                 raise MMGPTError(f"{first} and {second} have the same name; partitions are told by their names")
         about = [_read_about(folder) for folder in self.folders]
         for folder, values in zip(self.folders, about, strict=True):
-            if values["minhash"] != about[0]["minhash"]:
+            if any(values["minhash"][name] != about[0]["minhash"][name] for name in SIGNATURE_SETTINGS):
                 raise MMGPTError(f"{folder}: made with other MinHash settings than {self.folders[0]}")
-        settings = dict(about[0]["minhash"])
-        del settings["shape"]
-        self.minhash = MinHash(**settings)
+        settings = {name: value for name, value in about[0]["minhash"].items() if name != "shape"}
+        self.minhash = minhash or MinHash(**settings)
+        for name in SIGNATURE_SETTINGS:
+            if getattr(self.minhash, name) != settings[name]:
+                found = getattr(self.minhash, name)
+                raise MMGPTError(f"{self.folders[0]}: made with {name} {settings[name]}, not {found}")
         self.dtype = row_type(self.minhash.num_hashes)
         self.starts = [0]
         for folder, values in zip(self.folders, about, strict=True):
@@ -242,8 +251,12 @@ class Fingerprints:
 
     def locate(self, row: int) -> tuple[str, int]:
         """The name of a row's partition, and which row of it this is."""
-        index = bisect_right(self.starts, row) - 1
+        index = self.partition(row)
         return self.folders[index].name, row - self.starts[index]
+
+    def partition(self, row: int) -> int:
+        """Which of `folders` holds a row."""
+        return bisect_right(self.starts, row) - 1
 
     def _parts(self, rows: NDArray[np.int64]) -> Iterator[tuple[Path, int, int, int]]:
         """Each partition of these ascending rows: folder, first row, and from where to where `rows` lie in it."""

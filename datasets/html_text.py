@@ -32,11 +32,13 @@ class Kind(IntEnum):
 
 
 SPACE, LINE, PARAGRAPH = 1, 2, 3
-_INLINE = frozenset(
+_INLINE_TAGS = (
     "a abbr acronym b bdi bdo big cite code data del dfn em font i ins kbd label mark nobr q rb rp rt ruby s samp small"
-    " span strike strong sub sup time tt u var wbr img amp-img picture source svg math".split()
+    " span strike strong sub sup time tt u var wbr img amp-img picture source svg math"
 )
-_SKIPPED = frozenset("script style template head iframe object embed video audio canvas select textarea map".split())
+_INLINE = frozenset(_INLINE_TAGS.split())
+_SKIPPED_TAGS = "script style template head iframe object embed video audio canvas select textarea map"
+_SKIPPED = frozenset(_SKIPPED_TAGS.split())
 _BOUNDARIES = {
     "ul": Kind.LIST,
     "ol": Kind.LIST,
@@ -49,6 +51,7 @@ _BOUNDARIES = {
 _FIGURE_CLASS = re.compile(r"(?:^|\s)(?:wp-caption|thumb|thumbinner|figure|captioned-image|gallerybox)(?:\s|$)")
 _CAPTION_CLASS = re.compile(r"(?:^|\s)(?:wp-caption-text|thumbcaption|gallerytext|image-caption|caption)(?:\s|$)")
 _MAX_CELL_CHARACTERS = 400
+_MAX_CAPTION_CHARACTERS = 1000
 
 
 @dataclass
@@ -63,12 +66,15 @@ class FlatImage:
 
 @dataclass
 class FlatPage:
-    """See the module. `blocks` holds (element, parent's number, first position, position behind it)."""
+    """See the module. `blocks` holds (element, parent's number, first position, position behind it).
+
+    `captions` and `links` are the ranges of positions inside of such."""
 
     events: list[tuple[Kind, Any, int]] = field(default_factory=list)
     images: list[FlatImage] = field(default_factory=list)
     blocks: list[tuple[Any, int, int, int]] = field(default_factory=list)
     captions: list[tuple[int, int]] = field(default_factory=list)
+    links: list[tuple[int, int]] = field(default_factory=list)
     stream: str = ""
     num_svg: int = 0
 
@@ -78,10 +84,12 @@ def flatten(tree: Any, max_elements: int) -> FlatPage:
     page, keys, position, count = FlatPage(), [], 0, 0
     events, blocks = page.events, page.blocks
     open_blocks: list[int] = [-1]
+    open_links: list[int] = []
+    num_figures = 0
     walk = optional_import("lxml.etree").iterwalk(tree, events=("start", "end"))
     lists: list[int] = []  # the number of the last item; -1 in a list without numbers
     layouts: list[bool] = []
-    closers: list[tuple[Kind, int] | None] = []  # of open blocks: what their end is, and where they began
+    closers: list[tuple[Kind, int, int] | None] = []  # of open blocks: kind, first position, number of their event
     for action, element in walk:
         tag = element.tag
         if action == "start":
@@ -96,6 +104,8 @@ def flatten(tree: Any, max_elements: int) -> FlatPage:
                 if tag in ("img", "amp-img"):
                     events.append((Kind.IMAGE, len(page.images), position))
                     page.images.append(FlatImage(element, open_blocks[-1], position, False))
+                elif tag == "a":
+                    open_links.append(position)
                 elif tag == "svg":
                     page.num_svg += 1
                     walk.skip_subtree()
@@ -114,8 +124,13 @@ def flatten(tree: Any, max_elements: int) -> FlatPage:
                 if kind is None and classes:
                     if _FIGURE_CLASS.search(classes):
                         kind = Kind.FIGURE
-                    elif _CAPTION_CLASS.search(classes):
+                    elif _CAPTION_CLASS.search(classes) or (num_figures and "title" in classes.split()):
                         kind = Kind.CAPTION
+                if kind is Kind.FIGURE:
+                    num_figures += 1
+                elif kind is Kind.CAPTION:
+                    if num_figures == 0 or any(c is not None and c[0] is Kind.CAPTION for c in closers):
+                        kind = None  # of nothing, or inside another that nobody closed
                 if kind is Kind.LIST:
                     lists.append(_first_number(element) - 1 if tag == "ol" else -1)
                 elif tag == "table":
@@ -137,9 +152,11 @@ def flatten(tree: Any, max_elements: int) -> FlatPage:
                     events.append((Kind.BREAK, LINE if tag == "dd" else PARAGRAPH, position))
                 blocks.append((element, open_blocks[-1], position, position))
                 open_blocks.append(len(blocks) - 1)
-                closers.append((kind, position) if kind is not None else None)
+                closers.append((kind, position, len(events) - 1) if kind is not None else None)
         else:
             text = element.tail
+            if tag == "a":
+                page.links.append((open_links.pop(), position))
             if tag not in _INLINE and tag not in _SKIPPED and tag not in ("br", "noscript"):
                 number = open_blocks.pop()
                 block = blocks[number]
@@ -147,12 +164,18 @@ def flatten(tree: Any, max_elements: int) -> FlatPage:
                 closer = closers.pop()
                 if tag == "table":
                     layouts.pop()
-                if closer is not None:
+                if closer is not None and closer[0] is Kind.CAPTION and position - closer[1] > _MAX_CAPTION_CHARACTERS:
+                    # half a page, since nobody closed it
+                    events[closer[2]] = (Kind.BREAK, PARAGRAPH, closer[1])
+                    events.append((Kind.BREAK, PARAGRAPH, position))
+                elif closer is not None:
                     events.append((closer[0], False, position))
                     if closer[0] is Kind.LIST:
                         lists.pop()
                     elif closer[0] is Kind.CAPTION:
                         page.captions.append((closer[1], position))
+                    elif closer[0] is Kind.FIGURE:
+                        num_figures -= 1
                 elif tag not in ("li", "tr", "td", "th"):
                     events.append((Kind.BREAK, LINE if tag == "dt" else PARAGRAPH, position))
                 elif layouts and layouts[-1] and tag != "li":
@@ -234,7 +257,7 @@ def segments_of(
     figures: list[int] = []  # of open figures: how many segments were written before each
     caption: list[str] | None = None
     caption_kept = False
-    waiting: list[tuple[int, str]] = []  # captions that stand before their image, with the depth of their figure
+    waiting: list[tuple[int, str, bool]] = []  # captions still without an image: depth of the figure, text, kept or not
     for kind, value, position in page.events:
         while others and others[-1][0] <= position and kind is Kind.TEXT:
             writer.paragraph(others.pop()[1])
@@ -262,7 +285,9 @@ def segments_of(
                 figures.append(len(writer.segments))
             else:
                 while waiting and waiting[-1][0] == len(figures):
-                    waiting.pop()
+                    _, text, was_kept = waiting.pop()
+                    if was_kept:
+                        writer.paragraph(text)
                 figures.pop()
         elif kind is Kind.CAPTION:
             writer.stop(PARAGRAPH)
@@ -270,15 +295,12 @@ def segments_of(
                 caption, caption_kept = [], False
             elif caption is not None:
                 text, caption = " ".join("".join(caption).split()), None
-                if figures and any(isinstance(s, Image) for s in writer.segments[figures[-1] :]):
-                    if text and captions == "keep":
-                        writer.caption(text, figures[-1])
-                elif text and captions == "keep":
-                    if caption_kept or not figures:
-                        if caption_kept:
-                            writer.paragraph(text)
-                    else:
-                        waiting.append((len(figures), text))
+                if not text or captions == "drop":
+                    continue
+                if any(isinstance(s, Image) for s in writer.segments[figures[-1] :]):
+                    writer.caption(text, figures[-1])
+                else:
+                    waiting.append((len(figures), text, caption_kept))
         elif caption is not None:
             caption.append(" ")
         else:
@@ -357,7 +379,7 @@ class _Writer:
         if self._tables and self._cell_written != self._cell:
             if self._parts and self._cell_written >= 0:
                 joint = " |" * (self._cell - self._cell_written) + " "
-            elif self._parts or self._cell > 0:
+            elif self._cell_written < 0:
                 joint += "| " * self._cell
         if not is_pre:
             value = ("x" + value + "x").split()  # type: ignore[assignment]

@@ -15,7 +15,9 @@ from urllib.parse import urljoin, urlsplit
 
 from mm_gpt.datasets.samples import BadRecordError, optional_import
 
-_DECLARED = re.compile(rb"""<(?:meta[^>]{1,300}?charset|\?xml[^>]{1,100}?encoding)\s*=\s*["']?\s*([\w.:-]{2,40})""", re.I)
+_DECLARED = re.compile(
+    rb"""<(?:meta[^>]{1,300}?charset|\?xml[^>]{1,99}?encoding)\s*=\s*["']?\s*([\w.:-]{2,40})""", re.I
+)
 # Names that pages use, and nothing else: Python also knows codecs like unicode_escape or idna.
 _CHARSET = re.compile(
     r"utf-?8|utf-?16-?(le|be)?|iso-?8859-?\d+|iso-2022-jp|windows-\d+|cp-?\d+|koi8-[ru]|gbk|gb-?\d+|big5(-hkscs)?"
@@ -52,14 +54,14 @@ def decode_html(data: bytes, charset: str = "") -> str:
     found = _DECLARED.search(data[:4096])
     names = [name.lower() for name in (charset, found[1].decode("ascii", "replace") if found else "") if name]
     declared = [_REALLY.get(name, name) for name in names if _CHARSET.fullmatch(name)]
-    if "iso-2022-jp" in declared and b"\x1b" in data or "hz" in declared and b"~{" in data:  # seven bits, not ASCII
+    if ("iso-2022-jp" in declared and b"\x1b" in data) or ("hz" in declared and b"~{" in data):  # seven-bit, not ASCII
         declared.sort(key=lambda name: name not in ("iso-2022-jp", "hz"))
     else:
         declared.insert(0, "utf-8")
     num_high = len(data) - len(data.translate(None, bytes(range(128, 256))))
     best = ""
     for encoding in declared:
-        if encoding.startswith("utf-16") or encoding.startswith("utf16"):
+        if encoding.startswith(("utf-16", "utf16")):
             continue  # a page whose ASCII declaration can be read is none
         try:
             return data.decode(encoding)
@@ -108,7 +110,7 @@ def _math_to_text(element: Any) -> None:
     if source:
         left, right = ("\\[", "\\]") if element.get("display") == "block" else ("\\(", "\\)")
         element.tail = f"{left}{source}{right}{element.tail or ''}"
-    element.drop_tree()
+        element.drop_tree()
 
 
 def base_url(tree: Any, url: str) -> str:
@@ -134,9 +136,10 @@ def join_url(base: str, address: str) -> str:
 
 def page_metadata(tree: Any, url: str, text: str) -> dict[str, Any]:
     """Whatever the page tells of `url`, `title`, `language` (as declared), `date` (ISO day) and `licence`."""
-    metas = {}
+    metas: dict[str, str] = {}
     for meta in tree.iter("meta"):
-        name = (meta.get("property") or meta.get("name") or meta.get("itemprop") or meta.get("http-equiv") or "").lower()
+        names = (meta.get(key) for key in ("property", "name", "itemprop", "http-equiv"))
+        name = next((found.lower() for found in names if found), "")
         if name and (meta.get("content") or "").strip():
             metas.setdefault(name, " ".join(meta.get("content").split()))
     title = next((t.text_content() for t in tree.iter("title") if t.getparent().tag == "head"), "")

@@ -71,6 +71,10 @@ class _DroppedError(Exception):
         self.wait_s = wait_s
 
 
+class _PartError(_DroppedError):
+    """The answer is complete and the file is not: the next request is no retry."""
+
+
 class HttpFile(io.RawIOBase):
     """The body behind `url`, opened when made. Wrap it in `io.BufferedReader`.
 
@@ -85,7 +89,7 @@ class HttpFile(io.RawIOBase):
         self.tag = ""
         self._url, self._limits = url, limits or HttpLimits()
         self._ranges = False
-        self._position = self._reached = 0
+        self._position = self._reached = self._began = 0
         self._response: http.client.HTTPResponse | None = None
         self._deadline = Deadline(self._limits.connect_s)
         self._waited_s, self._last_read = 0.0, time.monotonic()
@@ -128,7 +132,7 @@ class HttpFile(io.RawIOBase):
                     self._connect()
                 got = self._receive(piece)
             except _DroppedError as error:
-                if not idle:
+                if not idle and not isinstance(error, _PartError):
                     self._pause(error)
                 idle = False
                 self._hang_up()
@@ -161,6 +165,8 @@ class HttpFile(io.RawIOBase):
         finally:
             self._waited_s += time.monotonic() - started
         if got == 0 and self.size is not None:
+            if self._response.length == 0 and self._position - self._began >= PIECE_BYTES:
+                raise _PartError("a part of the file, as some servers send it")
             raise _DroppedError(f"the connection closed after {self._position:,} of {self.size:,} bytes")
         return got
 
@@ -210,7 +216,7 @@ class HttpFile(io.RawIOBase):
             span = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", headers.get("Content-Range", ""))
             if span is None or int(span[1]) != self._position:
                 raise self._error(f"the server sent the range {headers.get('Content-Range')!r:.80}")
-            start, size = self._position, None if span[3] == "*" else int(span[3])
+            start, size = self._position, int(span[2]) + 1 if span[3] == "*" else int(span[3])
         tag = headers.get("ETag", "")
         tag = "" if tag.startswith("W/") else tag
         if self._opened and (size != self.size or tag != self.tag):
@@ -222,6 +228,7 @@ class HttpFile(io.RawIOBase):
         if encoding not in ("", "identity") and not self._url.partition("?")[0].endswith((".gz", ".zst", ".bz2")):
             raise self._error(f"the server sent it compressed ({encoding!r:.40}) though asked not to")
         self.size, self.tag, self._ranges, self._response = size, tag, status == 206, response
+        self._began = start
         target, self._position = self._position, start
         if target != start and not self._skip(target - start):  # a server without ranges starts again
             self._position = target

@@ -1,7 +1,7 @@
 """Rules for images: size, shape, file, colour, URL, and how often an image comes again.
 
-`URLFilter` needs no file: run it before images are fetched. `ImageFilter` reads each file once and decodes it only where
-a rule asks for pixels. An image that is still a URL is never fetched here and passes; so fetch first.
+`URLFilter` needs no file: run it before images are fetched. `ImageFilter` reads each file once and decodes it only
+where a rule asks for pixels. An image that is still a URL is never fetched here and passes; so fetch first.
 """
 
 import logging
@@ -59,7 +59,7 @@ class ImageFile:
 def is_single_coloured(image: PILImage.Image, tolerance: int = 8) -> bool:
     """Whether the values of each colour channel lie within `tolerance` of 255: blank, but for a compressor's noise."""
     extrema = image.convert("RGB").getextrema()
-    return all(high - low <= tolerance for low, high in extrema)  # type: ignore[misc, operator]
+    return all(high - low <= tolerance for low, high in extrema)  # type: ignore[misc]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +155,9 @@ class ImageFilter:
             return "too large"
         if self.max_aspect_ratio is not None and long > self.max_aspect_ratio * short:
             return "aspect ratio"
-        if num_bytes is not None and self.min_bytes_per_pixel is not None:
-            if num_bytes < self.min_bytes_per_pixel * short * long:
-                return "too few bytes per pixel"
+        min_bytes = (self.min_bytes_per_pixel or 0) * short * long
+        if num_bytes is not None and num_bytes < min_bytes:
+            return "too few bytes per pixel"
         if self.unique and any(file.key == other.key for other in kept):
             return "repeated in the document"
         if self.single_colour_tolerance is not None and is_single_coloured(file.pixels, self.single_colour_tolerance):

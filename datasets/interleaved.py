@@ -9,7 +9,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Literal, TypeVar
 
 from mm_gpt.datasets.archives import ARCHIVE_SUFFIXES, read_archive
@@ -314,13 +314,13 @@ def each_file(
 
     Raises MMGPTError when there is no file, or none that can be read.
     """
-    found = list_files(location)  # raises when called, not at the first record
-    return _each(found, errors, read_one)
+    return each_of(list_files(location), errors, read_one)  # no file: raises when called, not at the first record
 
 
-def _each(
-    found: list[str], errors: ErrorCounter, read_one: Callable[[str], Iterator[AnySample]]
+def each_of(
+    found: Sequence[str], errors: ErrorCounter, read_one: Callable[[str], Iterator[AnySample]]
 ) -> Iterator[AnySample]:
+    """`each_file` of the files `found`."""
     num_failed = 0
     for file in found:
         try:

@@ -10,6 +10,7 @@ A text's words are hashed all at once, as arrays of code points; so are its shin
 import unicodedata
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ U64 = NDArray[np.uint64]
 
 BLOCK = 512
 """Shingles per step: the products of a block stay in the processor's cache."""
+PART = 1 << 20
+"""Characters of a text that are looked at together; arrays over them take some 40 bytes each."""
 WEIGHTS = 1024
 """Places of a word that have a number of their own. A longer word uses them again."""
 NO_SPACES = (  # first and last code point of scripts that are written without spaces between words
@@ -40,7 +43,8 @@ NO_SPACES = (  # first and last code point of scripts that are written without s
     (0x20000, 0x3FFFF),  # ideographs
 )
 SEPARATOR, LETTER, WORD = 0, 1, 2
-"""What a character is: between words, a part of a word, a word alone."""
+"""What a character is: between words, a part of a word, a word alone. A word starts at what is greater than a LETTER
+before it, or than 0."""
 
 
 def normalize(text: str) -> str:
@@ -56,20 +60,40 @@ def word_hashes(text: str) -> U64:
     A word is a run of letters, marks and digits. A symbol (`+`, an emoji) is a word, and so is each character of a
     script that is written without spaces.
     """
-    points = np.frombuffer(normalize(text).encode("utf-32-le", "surrogatepass"), dtype="<u4")  # (characters,)
+    if len(text) <= PART:
+        return _words_of_part(text)
+    parts, start = [], 0
+    while start < len(text):
+        end = start + PART
+        if end < len(text):
+            space = text.rfind(" ", start + 1, end)
+            end = space if space > 0 else end
+        parts.append(_words_of_part(text[start:end]))
+        start = end
+    return np.concatenate(parts)
+
+
+def _words_of_part(text: str) -> U64:
     kinds, numbers, weights = _tables()
-    points = np.minimum(points, len(kinds) - 1)
+    text = normalize(text)
+    if text.isascii():
+        points: NDArray[Any] = np.frombuffer(text.encode(), dtype=np.uint8)  # (characters,)
+    else:
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        points = np.minimum(points, len(kinds) - 1)
     kind = kinds[points]
-    before = np.empty_like(kind)
-    before[:1] = SEPARATOR
-    before[1:] = kind[:-1]
-    starts = np.flatnonzero((kind == WORD) | ((kind == LETTER) & (before != LETTER)))  # (words,)
+    follows = np.zeros_like(kind)  # a letter
+    follows[1:] = kind[:-1] & LETTER
+    starts = np.flatnonzero(kind > follows)  # (words,)
     if len(starts) == 0:
         return np.empty(0, dtype=np.uint64)
-    lengths = np.diff(starts, append=len(points))
+    lengths = np.empty_like(starts)
+    lengths[:-1] = starts[1:] - starts[:-1]
+    lengths[-1] = len(points) - starts[-1]
     place = np.arange(starts[0], len(points)) - np.repeat(starts, lengths)  # in its word
+    place &= WEIGHTS - 1
     # Separators at the end of a word count as 0.
-    return np.add.reduceat(numbers[points[starts[0] :]] * weights[place & (WEIGHTS - 1)], starts - starts[0])
+    return np.add.reduceat(numbers[points[starts[0] :]] * weights[place], starts - starts[0])
 
 
 def shingle_hashes(words: U64, num_words: int) -> U32:

@@ -8,6 +8,7 @@ more often than it is written, so that its words are not cut into bytes.
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
+from mm_gpt.datasets.plan import language_shares
 from mm_gpt.errors import MMGPTError
 from mm_gpt.tokenizer import Tokenizer
 
@@ -30,11 +31,9 @@ def language_weights(counts: Mapping[str, float], alpha: float) -> dict[str, flo
     for language, count in counts.items():
         if not 0 <= count < float("inf"):
             raise MMGPTError(f"language {language!r} has a count of {count}")
-    total = sum(counts.values())
-    if total <= 0:
+    if not any(counts.values()):
         raise MMGPTError("no language has any text")
-    powers = {language: (count / total) ** alpha if count else 0.0 for language, count in counts.items()}
-    return {language: power / sum(powers.values()) for language, power in powers.items()}
+    return dict(zip(counts, language_shares(list(counts.values()), alpha), strict=True))
 
 
 def sample_languages(

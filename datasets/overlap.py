@@ -151,16 +151,18 @@ class SubstringTable:
 
     def __init__(self, strings: Sequence[str]):
         self.strings = tuple(strings)
-        by_anchor: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        by_anchor: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
         for number, string in enumerate(self.strings):
-            length = next((anchor for anchor in _ANCHORS if anchor <= len(string)), len(string))
-            anchor = window_hashes(_letter_values(_codes(string[:length])), length)
-            if length:
-                by_anchor[length][int(anchor[0])].append(number)
+            if string:
+                length = next((anchor for anchor in _ANCHORS if anchor <= len(string)), len(string))
+                by_anchor[length][string[:length]].append(number)
         self._tables = {}
         for length, numbers in by_anchor.items():
-            table = KeyTable(np.array(list(numbers), np.uint64))
-            self._tables[length] = (table, [numbers[int(key)] for key in table.keys])
+            values = _letter_values(_codes("".join(numbers)))  # all anchors in one array: one hash for each is wanted
+            keys = window_hashes(values, length)[::length]
+            by_key = dict(zip(keys.tolist(), numbers.values(), strict=True))
+            table = KeyTable(keys)
+            self._tables[length] = (table, [by_key[key] for key in table.keys.tolist()])
 
     def find(self, letters: np.ndarray) -> list[int]:
         """The numbers of the strings that stand anywhere in `letters` (see `letters_of`), sorted."""

@@ -73,9 +73,9 @@ def read_coco(location: str, errors: ErrorCounter, *, images: str | None = None)
             image = _image(location, images, names, url)
             yield Record(str(image_id), image, _unique(said), source=_source(location), metadata=metadata)
         except BadRecordError as error:
-            errors.add(str(error), f"{name}:{image_id}")
+            errors.add(str(error), f"{name}:{str(image_id)[:80]}")
     for image_id in captions:
-        errors.add("captions of no image", f"{name}:{image_id}")
+        errors.add("captions of no image", f"{name}:{str(image_id)[:80]}")
 
 
 def read_karpathy(
@@ -258,7 +258,7 @@ class _Groups:
                 questions = tuple(group.questions)
                 yield Record(key, image, questions=questions, source=_source(location), metadata=metadata)
             except BadRecordError as error:
-                errors.add(str(error), f"{base_name(location)}:{image_id}")
+                errors.add(str(error), f"{base_name(location)}:{str(image_id)[:80]}")
 
 
 _Annotation = tuple[str | None, tuple[str, ...], str | None, str | None]
@@ -313,7 +313,7 @@ def _question(item: Any, answers: Sequence[str] | None = None, answer: str | Non
 def _answers(item: Any) -> list[str]:
     """Of `[{"answer": ...}, ...]` or a list of text."""
     values = _member(item, "answers", list)
-    return [plain_text(_member(value, "answer", str) if isinstance(value, dict) else value) for value in values]
+    return [plain_text(value.get("answer") if isinstance(value, dict) else value) for value in values]
 
 
 def _coco_names(file_name: str, url: str | None) -> list[str]:

@@ -76,7 +76,8 @@ _BEFORE_PHONE = re.compile(
 )
 _DATE = re.compile(r"(?<!\d)(?:\d{1,2}([-./ ])\d{1,2}\1(?:19|20)\d\d|(?:19|20)\d\d([-./ ])\d{1,2}\2\d{1,2})(?!\d)")
 _INTERNATIONAL = re.compile(r"(?:\+|\(\+|00(?=[1-9]\d? ))")
-_NORTH_AMERICAN = re.compile(r"(?:1[-. ])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[-. ])[2-9]\d\d[-. ]\d{4}")
+_NORTH_AMERICAN = re.compile(r"(?:1[-. ])?(?:\([2-9]\d\d\) ?[2-9]\d\d[-. ]|[2-9]\d\d([-.])[2-9]\d\d\1)\d{4}")
+_ZIP_CODE = re.compile(r"\d{5}-\d{4}")
 _NATIONAL = re.compile(r"\(?0[1-9]\d{0,4}\)?(?:[ /-]{1,3}\d{1,8}){1,4}|0[1-9](?:\.\d\d){4}")
 _DASHES = re.compile("[\u2010-\u2013]")
 
@@ -120,8 +121,8 @@ def _ip_address(match: re.Match[str]) -> str | None:
         address = ipaddress.ip_address(match[0])
     except ValueError:
         return None
-    # 1.2.3.4 is a section or a version; those of this kind that are addresses are public resolvers, nobody's own.
-    is_numbering = len(match[0]) == 7
+    # 1.16.3.2 is a section or a version. Few addresses look so, and 1.1.1.1 or 8.8.8.8 are nobody's own.
+    is_numbering = address.version == 4 and max(address.packed) < 32
     is_version = _BEFORE_VERSION.search(match.string[max(0, match.start() - 20) : match.start()])
     return None if is_numbering or is_version or not address.is_global else "<IP_ADDRESS>"
 
@@ -129,7 +130,7 @@ def _ip_address(match: re.Match[str]) -> str | None:
 def _phone(match: re.Match[str]) -> str | None:
     number = _DASHES.sub("-", match[0].replace("\u00a0", " "))
     digits = _digits(number)
-    if not 7 <= len(digits) <= 15 or _DATE.search(number) or len(set(digits)) == 1:
+    if not 7 <= len(digits) <= 15 or _DATE.search(number) or _ZIP_CODE.fullmatch(number):
         return None
     before = match.string[max(0, match.start() - 24) : match.start()]
     if re.search(r"(?i)\bisbn\w{0,3}[\s:-]{0,3}$", before):

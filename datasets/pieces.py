@@ -1,7 +1,7 @@
-"""Documents cut to the length of a row: what one piece is, what it takes in tokens, and a table of a whole shard's pieces.
+"""Documents cut to the length of a row: what a piece is, what it takes in tokens, and tables of a shard's pieces.
 
-A piece is a span of a document between two cuts. Text may be cut anywhere between two tokens, an image never: it goes to
-the next piece as a whole. Pieces are found once for each (tokenizer, image size, row length) and kept beside the corpus
+A piece is a span of a document between two cuts. Text may be cut between any two tokens, an image never: it goes to the
+next piece as a whole. Pieces are found once for each (tokenizer, image size, row length) and kept beside the corpus
 as small tables, so that the plan of an epoch needs no text.
 """
 
@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import tempfile
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,8 +20,6 @@ from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.processor import Processor
 
-MARGIN = 8
-"""Tokens kept free: a piece may take a few more alone than as part of the whole."""
 VERSION = 1
 COLUMNS = ("sample", "start_segment", "start_char", "end_segment", "end_char", "tokens", "images")
 """Of a table of pieces, int32. A piece ends before (end_segment, end_char)."""
@@ -80,8 +77,17 @@ def cut(segments: Sequence[Segment], processor: Processor, max_tokens: int) -> l
     pieces: list[tuple[Piece, int]] = []
     start = (0, 0)
     while start < whole.end:
-        end = _reach(segments, start, processor, max_tokens - MARGIN)
+        room = max_tokens
+        end = _reach(segments, start, processor, room)
         length = _length(Piece(start, end).of(segments), processor)
+        for _ in range(3):  # a piece may take a few tokens more alone than as part of the whole
+            if length <= max_tokens:
+                break
+            room -= length - max_tokens
+            if room < 1:
+                break
+            end = _reach(segments, start, processor, room)
+            length = _length(Piece(start, end).of(segments), processor)
         while length > max_tokens and (shorter := _shorter(segments, start, end)) is not None:
             end = shorter
             length = _length(Piece(start, end).of(segments), processor)
@@ -105,17 +111,18 @@ def _reach(segments: Sequence[Segment], start: tuple[int, int], processor: Proce
         elif segment.is_control:
             used += 1
         else:
-            # A token is a character at least, as a rule: no need to encode a book for one row of it.
-            text = segment.text[char : char + 16 * room]
+            text = segment.text[char : char + 6 * room]  # enough for most: a book is not encoded for one row of it
             spans = processor.tokenizer.backend.encode(text, add_special_tokens=False).offsets
             if used + len(spans) > room:
-                at = spans[max(room - used, 1 if (number, char) == start else 0)][0]
-                if at == 0 and (number, char) == start:
-                    at = max(1, bisect_left([end for _, end in spans], 1))
-                return (number, char + at) if at or char else (number, 0)
+                least = 1 if (number, char) == start else 0
+                at = spans[max(room - used, least)][0] if max(room - used, least) < len(spans) else len(text)
+                # Several tokens may share a character: then it stays whole.
+                at = max(at, min(1, len(text))) if least else at
+                return (number, char + at) if char + at else (number, 0)
             used += len(spans)
             if char + len(text) < len(segment.text):
-                return number, char + len(text)
+                char += len(text)
+                continue
         number, char = number + 1, 0
     return len(segments), 0
 

@@ -1,10 +1,10 @@
 """The order of training: which documents, in which rows, from which sources, as a pure function of the seed.
 
-A source is an endless stream of passes over its units (pieces of documents, or records), each pass in an order of its
-own: blocks of shards are shuffled, then the units of a block. A mixture takes units so that each source's share of the
-tokens follows its weight. A window of units is packed into rows, first-fit decreasing, and its rows are shuffled. So row
-n of a run follows from the seed and the sources alone: not from the number of workers or ranks, nor from what was read
-before a stop. Where a window starts is a few numbers (`Cursor`), which a checkpoint keeps.
+A source is an endless stream of passes over its units (pieces of documents, or records), each in an order of its own:
+blocks of shards are shuffled, then the units of a block. A mixture takes units so that each source's share of the
+tokens follows its weight. A window of units is packed into rows, first-fit decreasing, and its rows are shuffled. So
+row n of a run follows from the seed and the sources alone: not from the number of workers or ranks, nor from what was
+read before a stop. Where a window starts is a few numbers (`Cursor`), which a checkpoint keeps.
 """
 
 import math
@@ -98,8 +98,8 @@ class Plan:
         wait: bool = True,
     ):
         """`window_rows`: about how many rows are packed and shuffled at a time. `exponent`: XLM's, over the sources'
-        tokens; takes the place of weights. `wait`: a source that has run out waits for the end of the epoch; without it,
-        it begins its next pass at once, and repeats while larger ones still have news: shares hold to the end.
+        tokens; takes the place of weights. `wait`: a source that has run out waits for the end of the epoch; without
+        it, it begins its next pass at once, and repeats while larger ones still have news: shares hold to the end.
 
         Raises ConfigError for impossible weights, MMGPTError when the sources hold nothing.
         """

@@ -3,18 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mm_gpt.datasets.document_filters import ImageCount, ImageLimit, Interspersed, OneImageSample
 from mm_gpt.datasets.image_filters import ImageFilter, URLFilter
 from mm_gpt.datasets.language_id import Language
 from mm_gpt.datasets.pipeline import Stage
-from mm_gpt.datasets.text_filters import (
-    DocumentFilter,
-    ImageCount,
-    ImageLimit,
-    Interspersed,
-    OneImageSample,
-    ParagraphFilter,
-    RepeatedSentences,
-)
+from mm_gpt.datasets.stop_words import ENGLISH_STOP_WORDS
+from mm_gpt.datasets.text_filters import DocumentFilter, ParagraphFilter, RepeatedSentences
+from mm_gpt.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -34,6 +29,7 @@ class Filters:
 def obelics(
     *,
     languages: tuple[str, ...] = ("en",),
+    stop_words: frozenset[str] = ENGLISH_STOP_WORDS,
     flagged_words: frozenset[str] = frozenset(),
     common_words: frozenset[str] = frozenset(),
     perplexity: Callable[[str], float] | None = None,
@@ -41,10 +37,11 @@ def obelics(
     """OBELICS (Laurençon et al. 2023, https://arxiv.org/abs/2306.16527), with the values of its released configuration.
 
     The rules on flagged words, common words and perplexity need your word lists and model, and are off without them.
-    Stop words are English: for other languages take the stages and set `stop_words`. Repeated sentences are removed
-    inside a document only; OBELICS also compares paragraphs over a domain.
+    Repeated sentences are removed inside a document only; OBELICS also compares paragraphs over a domain. Raises
+    ConfigError for other languages than English with English stop words: they would drop every document.
     """
-    lists = {"flagged_words": flagged_words, "common_words": common_words}
+    if languages != ("en",) and stop_words == ENGLISH_STOP_WORDS:
+        raise ConfigError(f"obelics: give stop_words of the languages {', '.join(languages) or '(all)'}")
     flagged = 0.01 if flagged_words else None
     paragraphs = ParagraphFilter(
         min_words=4,
@@ -53,11 +50,13 @@ def obelics(
         max_word_repetition=0.1,
         max_special_characters=0.3,
         min_stop_words=0.3,
+        stop_words=stop_words,
         max_flagged_words=flagged,
         min_punctuation=0.001,
         min_tokens_for_punctuation=12,
         min_common_words=0.8 if common_words else None,
-        **lists,
+        flagged_words=flagged_words,
+        common_words=common_words,
     )
     documents = DocumentFilter(
         min_words=10,
@@ -66,21 +65,23 @@ def obelics(
         max_word_repetition=0.2,
         max_special_characters=0.275,
         min_stop_words=0.35,
+        stop_words=stop_words,
         max_flagged_words=flagged,
         min_punctuation=0.03,
         min_common_words=0.9 if common_words else None,
         max_perplexity=1500 if perplexity else None,
         perplexity=perplexity,
-        **lists,
+        flagged_words=flagged_words,
+        common_words=common_words,
     )
     return Filters(
         before_fetch=(
+            Language(languages=languages, min_score=0.8),
             URLFilter(),
             paragraphs,
             RepeatedSentences(),
             ImageCount(minimum=1, maximum=None),
             documents,
-            Language(languages=languages, min_score=0.8),
         ),
         after_fetch=(
             ImageFilter(formats=("jpg", "png", "webp"), min_side=150, max_side=20_000, max_aspect_ratio=2),
@@ -94,13 +95,13 @@ def kosmos(*, languages: tuple[str, ...] = ("en",), seed: int = 0) -> Filters:
 
     Published: the language, images interspersed in text, no image below 64 x 64 or of a single colour, at most five
     images (the first ones stay), half of the documents with one image. Spam and gibberish are told there by emoji,
-    hashtags and URLs, without numbers: at most one for ten words of a document, and in paragraphs one for two, are ours.
+    hashtags and URLs, without numbers; ours: at most one for ten words of a document, one for two of a paragraph.
     """
     return Filters(
         before_fetch=(
+            Language(languages=languages),
             ParagraphFilter(max_emoji=0.5, max_hashtags=0.5, max_urls=0.5),
             DocumentFilter(min_words=1, max_emoji=0.1, max_hashtags=0.1, max_urls=0.1),
-            Language(languages=languages),
             Interspersed(),
         ),
         after_fetch=(

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mm_gpt.datasets.text_filters import Words, random_fraction
+from mm_gpt.datasets.document_filters import random_fraction
+from mm_gpt.datasets.text_filters import Words
 from mm_gpt.document import Document, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 
@@ -134,7 +135,7 @@ def train_quality(
             logits = _logits(weight, [item for item, _ in batch]) + bias
             loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, weight=balance)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
 
@@ -145,7 +146,7 @@ def train_quality(
     report = _report(scores, good, num_positives=every.count(1.0), num_negatives=every.count(0.0))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"weight": weights, "bias": np.float32([offset])}, folder / WEIGHTS_FILE)
+    save_file({"weight": weights, "bias": np.array([offset], dtype=np.float32)}, folder / WEIGHTS_FILE)
     # NaN is no JSON.
     measured = {key: None if math.isnan(value) else value for key, value in asdict(report).items()}
     text = json.dumps({"format": 1, "training": asdict(config), "report": measured}, indent=2)

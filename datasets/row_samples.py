@@ -4,13 +4,14 @@
 """
 
 import io
+import os
 import re
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mm_gpt.datasets.files import base_name, offline, open_file, scheme_of, suffix_of
+from mm_gpt.datasets.files import base_name, folder_of, offline, scheme_of, suffix_of
 from mm_gpt.datasets.interleaved import (
     document_id,
     each_file,
@@ -40,7 +41,7 @@ def read_grit(location: str, errors: ErrorCounter, *, images: str | None = None)
     """GRIT rows (KOSMOS-2; JSON lines, JSON or parquet): a caption, an image URL, and boxes for parts of the caption.
 
     `metadata["noun_chunks"]` and `metadata["ref_exps"]` are rows of (start, end, x0, y0, x1, y1, score): characters of
-    the caption, the box as shares of the image. With `images`, the image is the file `key`, or `id`.jpg, in that folder.
+    the caption, the box as shares of the image. With `images`, the image is `key` or `id`, with .jpg, in that folder.
     """
 
     def read_one(file: str) -> Iterator[Record]:
@@ -63,12 +64,12 @@ def grit_record(row: Mapping[str, Any], key: str, *, images: str | None = None) 
     for name in ("url", "width", "height", "clip_similarity_vitb32", "clip_similarity_vitl14"):
         if isinstance(row.get(name), str | int | float):
             metadata[name] = row[name]
-    name = row.get("key") or row.get("id")
-    if images is not None and name is not None:
-        source = image_source(name if re.search(r"\.\w{3,4}$", str(name)) else f"{name}.jpg", images)
+    own = row.get("key") or row.get("id")
+    if images is not None and own is not None:
+        source = image_source(str(own) if re.search(r"\.\w{3,4}$", str(own)) else f"{own}.jpg", images)
     else:
         source = image_source(_first(row, IMAGE_COLUMNS), images)
-    return Record(str(name) if name is not None else key, source, (caption,), source="grit", metadata=metadata)
+    return Record(str(own) if own is not None else key, source, (caption,), source="grit", metadata=metadata)
 
 
 def _boxes(rows: Any, caption: str) -> list[list[float]]:
@@ -149,6 +150,8 @@ def kind_of_row(row: Mapping[str, Any]) -> str | None:
         return "conversations" if is_turns else "obelics" if "images" in keys else None
     if keys & {"noun_chunks", "ref_exps"} and "caption" in keys:
         return "grit"
+    if keys & {"question", "question_id", "chosen"}:  # a benchmark or preferences: its text is no caption
+        return None
     if keys & set(IMAGE_COLUMNS[:6]) and keys & set(CAPTION_COLUMNS):
         return "pairs"
     if keys & set(TEXT_COLUMNS):
@@ -174,21 +177,46 @@ def samples_of_row(
         case "text":
             return [text_document(row, id)]
         case "conversations":
-            from mm_gpt.datasets.conversations import _messages
-
-            messages = _messages(row, images or "", {}, errors, id)
-            key = row.get("id")
-            return [Conversation(str(key) if isinstance(key, str | int) else id, tuple(messages))]
+            return [_conversation(row, id, errors, images)]
     raise MMGPTError(f"no rows of the kind {kind!r}")
 
 
+def _conversation(row: Mapping[str, Any], id: str, errors: ErrorCounter, images: str | None) -> Conversation:
+    from mm_gpt.datasets.conversations import _messages, _metadata
+
+    for name in ("images", "image"):
+        if isinstance(row.get(name), list):
+            row = {**row, name: [_file_bytes(value) for value in row[name]]}
+        elif row.get(name) is not None:
+            row = {**row, name: _file_bytes(row[name])}
+    # without a folder of images nothing may be named: no file lies in a device
+    messages = _messages(row, os.devnull if images is None else images, {}, errors, id)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadRecordError("no answer")
+    key = row.get("id")
+    return Conversation(str(key) if isinstance(key, str | int) else id, tuple(messages), metadata=_metadata(row))
+
+
+def _file_bytes(source: Any) -> Any:
+    """A decoded picture as a file again, without loss; anything else as it is."""
+    if not hasattr(source, "getexif"):
+        return source
+    packed = io.BytesIO()
+    source.save(packed, "PNG")
+    return packed.getvalue()
+
+
 def read_pair_rows(location: str, errors: ErrorCounter, *, images: str | None = None) -> Iterator[Record]:
-    """Rows (JSON lines, JSON, parquet) with an image (bytes, URL or file name) and a caption or several."""
+    """Rows (JSON lines, JSON, parquet) with an image and a caption or several.
+
+    The image is bytes, a URL, or the name of a file in `images`, by default the folder that holds the rows.
+    """
 
     def read_one(file: str) -> Iterator[Record]:
+        folder = folder_of(file) if images is None else images
         for number, row in read_rows(file, errors):
             try:
-                yield pair_record(row, document_id(file, number), images=images)
+                yield pair_record(row, document_id(file, number), images=folder)
             except BadRecordError as error:
                 errors.add(str(error), f"{base_name(file)}:{number}")
 
@@ -202,11 +230,7 @@ def pair_record(row: Mapping[str, Any], key: str, *, images: str | None = None) 
     captions = tuple(dict.fromkeys(text for text in texts if text))
     if not captions:
         raise BadRecordError("no captions")
-    source = image_source(_first(row, IMAGE_COLUMNS), images)
-    if hasattr(source, "getexif"):  # a Record holds files: a decoded picture becomes one, without loss
-        packed = io.BytesIO()
-        source.save(packed, "PNG")
-        source = packed.getvalue()
+    source = _file_bytes(image_source(_first(row, IMAGE_COLUMNS), images))
     url = next((row[name] for name in ("url", "image_url", "URL") if isinstance(row.get(name), str)), None)
     return Record(key, source, captions, metadata={"url": url} if url else {})
 
@@ -319,6 +343,4 @@ def _below(row: dict[str, Any], images: str | None) -> dict[str, Any]:
 
 def peek_row(location: str) -> dict[str, Any] | None:
     """The first row of a file of rows, None when there is none. Raises MMGPTError when it cannot be opened."""
-    if suffix_of(location) == ".parquet":
-        open_file(location).close()
     return next((row for _, row in read_rows(location, ErrorCounter(max_examples=0))), None)

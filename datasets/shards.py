@@ -4,13 +4,14 @@
            shard-00000.tar             key.json and key.0.jpg, key.1.png, ... for each sample
            shard-00000.index.npy       int64 (N + 1,): where each sample begins, and where the last ends
 
-`key.json` is `{"segments": [{"text": ...}, {"image": "0.jpg", "alt": ...}], ...}` for a Document, `{"messages": ...}` for
-a Conversation, `{"captions": ..., "qa": ...}` for a Record: webdataset itself reads these tars as well. Tars that others
-wrote (images with captions, as img2dataset does) have no index; theirs is made in memory when they are opened.
+`key.json` is `{"segments": [{"text": ...}, {"image": "0.jpg", "alt": ...}], ...}` for a Document, `{"messages": ...}`
+for a Conversation, `{"captions": ..., "qa": ...}` for a Record: webdataset itself reads these tars as well. Tars that
+others wrote (images with captions, as img2dataset does) have no index; theirs is made in memory when they are opened.
 
 Only JSON, text and image members are read, never a pickle; sizes are checked before memory is taken.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -341,7 +342,7 @@ class ShardInfo:
 
 
 class Corpus:
-    """A folder of shards, here or at a URL: then its shards are copied here as they are read, within a bounded cache."""
+    """A folder of shards, here or at a URL: then they are copied here as they are read, within a bounded cache."""
 
     def __init__(self, location: str | Path):
         """Raises MMGPTError when there is no corpus or its description is broken."""
@@ -353,7 +354,9 @@ class Corpus:
             self.about: dict[str, Any] = values
             if values["version"] != VERSION:
                 raise MMGPTError(f"{where}: version {values['version']}, and this program reads {VERSION}")
-            self.shards = [ShardInfo(_shard_name(s["name"]), int(s["samples"]), int(s["bytes"])) for s in values["shards"]]
+            self.shards = [
+                ShardInfo(_shard_name(s["name"]), int(s["samples"]), int(s["bytes"])) for s in values["shards"]
+            ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, MMGPTError):
                 raise
@@ -365,13 +368,15 @@ class Corpus:
         return sum(shard.samples for shard in self.shards)
 
     def shard(self, number: int) -> Shard:
-        """An open shard; the last few stay open. Raises MMGPTError when it is missing or does not fit its description."""
+        """An open shard; the last few stay open. Raises MMGPTError when it is missing or is not as described."""
         if number not in self._open:
             path = self._local(self.shards[number].name)
             self._local(index_path(Path(self.shards[number].name)).name)
             shard = Shard(path)
             if len(shard) != self.shards[number].samples:
-                raise MMGPTError(f"{path}: {len(shard)} samples, not the {self.shards[number].samples} of {CORPUS_FILE}")
+                raise MMGPTError(
+                    f"{path}: {len(shard)} samples, not the {self.shards[number].samples} of {CORPUS_FILE}"
+                )
             while len(self._open) >= 16:
                 del self._open[next(iter(self._open))]
             self._open[number] = shard
@@ -381,6 +386,13 @@ class Corpus:
         if files.is_remote(self.location):
             return files.local_copy(f"{self.location.rstrip('/')}/{name}")
         return Path(self.location) / name
+
+    def cache_folder(self) -> Path:
+        """Where tables about this corpus may be kept: in it, or in the user's cache when it is not ours to write."""
+        if not files.is_remote(self.location) and os.access(self.location, os.W_OK):
+            return Path(self.location) / ".pieces"
+        name = hashlib.sha256(json.dumps([self.location, self.about], sort_keys=True).encode()).hexdigest()[:16]
+        return files.cache_folder() / "pieces" / name
 
     def samples(self, errors: ErrorCounter) -> Iterator[Sample]:
         """All samples in order; what cannot be read is counted and skipped."""
@@ -435,7 +447,7 @@ class ShardWriter:
         total = sum(BLOCK + -(-len(data) // BLOCK) * BLOCK for data in members.values())
         if total > MAX_SAMPLE_BYTES or any(len(data) > MAX_MEMBER_BYTES for data in members.values()):
             raise BadRecordError("sample too large")
-        if self._tar is not None and self._tar.offset + total > self.shard_bytes:  # type: ignore[attr-defined]
+        if self._tar is not None and self._tar.offset + total > self.shard_bytes:
             self._finish()
         if self._tar is None:
             self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
@@ -445,7 +457,7 @@ class ShardWriter:
             info = tarfile.TarInfo(f"{key}.{suffix}")
             info.size, info.mtime, info.mode = len(data), 0, 0o644
             self._tar.addfile(info, io.BytesIO(data))
-        self._offsets.append(self._tar.offset)  # type: ignore[attr-defined]
+        self._offsets.append(self._tar.offset)
 
     @property
     def _temporary(self) -> Path:

@@ -28,8 +28,9 @@ not only just also too very even still already again always never ever often som
 rather perhaps maybe well back away else further much more most soon yes
 """
 _SHORT_FORMS = """
-i'm i've i'll i'd you're you've you'll you'd he's he'll he'd she's she'll she'd it's it'll we're we've we'll we'd they're
-they've they'll they'd that's there's here's what's who's where's how's let's isn't aren't wasn't weren't haven't hasn't
+i'm i've i'll i'd you're you've you'll you'd he's he'll he'd she's she'll she'd it's it'll we're we've we'll we'd
+they're they've they'll they'd
+that's there's here's what's who's where's how's let's isn't aren't wasn't weren't haven't hasn't
 hadn't don't doesn't didn't can't cannot couldn't mightn't mustn't shan't shouldn't won't wouldn't needn't
 """
 

@@ -5,12 +5,11 @@ text once for all of them. OBELICS: https://arxiv.org/abs/2306.16527, KOSMOS-1: 
 values are in `datasets.published_filters`.
 """
 
-import hashlib
 import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 
@@ -91,17 +90,6 @@ def punctuation(text: str) -> tuple[float, int]:
     """(share of punctuation marks among words and marks, number of both)."""
     tokens = _MARK_OR_WORD.findall(text)
     return sum(token in _MARKS for token in tokens) / max(1, len(tokens)), len(tokens)
-
-
-def random_fraction(document: Document, purpose: str, seed: int) -> float:
-    """A number in (0, 1) that depends on the document, the purpose and the seed, and on nothing else.
-
-    The same on every machine and in any order. The purpose keeps two decisions about one document independent. A
-    document is told by its id, one without by its text.
-    """
-    key = document.id or "\n".join(segment.text for segment in document.segments if isinstance(segment, Text))
-    digest = hashlib.sha256(f"{seed}\0{purpose}\0{key}".encode(errors="surrogatepass")).digest()
-    return ((int.from_bytes(digest[:8], "big") >> 12) + 0.5) / 2**52
 
 
 def read_words(location: str) -> frozenset[str]:
@@ -185,13 +173,15 @@ class TextBounds:
             if getattr(self, bound) is not None and not getattr(self, needed):
                 raise ConfigError(f"{bound} needs {needed}")
 
-    def broken_rule(self, text: str) -> str | None:
-        """The first rule that the text breaks, by name; None if it keeps to all. Cheap rules come first."""
+    def broken_rules(self, text: str) -> Iterator[str]:
+        """The rules that the text breaks, by name. Cheap rules come first, and one is measured when it is asked for."""
         words = Words(text)
         for name, breaks in _RULES:
             if breaks(self, words):
-                return name
-        return None
+                yield name
+
+    def first_broken_rule(self, text: str) -> str | None:
+        return next(self.broken_rules(text), None)
 
 
 def _too_few_words(bounds: TextBounds, text: Words) -> bool:
@@ -260,13 +250,13 @@ _RULES: tuple[tuple[str, Callable[[TextBounds, Words], bool]], ...] = (
     ("emoji", _too_many_emoji),
     ("hashtags", _too_many_hashtags),
     ("URLs", _too_many_urls),
-    ("repeated characters", _repeated_characters),
     ("repeated words", _repeated_words),
     ("special characters", _special_characters),
     ("too few stop words", _too_few_stop_words),
     ("flagged words", _flagged_words),
     ("too little punctuation", _too_little_punctuation),
     ("too few common words", _too_few_common_words),
+    ("repeated characters", _repeated_characters),
     ("high perplexity", _high_perplexity),
 )
 
@@ -280,7 +270,7 @@ class ParagraphFilter(TextBounds):
     def __call__(self, document: Document, removed: Counter[str]) -> Document:
         kept = []
         for segment in document.segments:
-            if isinstance(segment, Text) and not segment.is_control and (rule := self.broken_rule(segment.text)):
+            if isinstance(segment, Text) and not segment.is_control and (rule := self.first_broken_rule(segment.text)):
                 removed[f"text: {rule}"] += 1
             else:
                 kept.append(segment)
@@ -294,7 +284,7 @@ class DocumentFilter(TextBounds):
     name: str = "documents"
 
     def __call__(self, document: Document, removed: Counter[str]) -> Document | None:
-        rule = self.broken_rule(_document_text(document))
+        rule = self.first_broken_rule(_document_text(document))
         if rule:
             removed[rule] += 1
         return None if rule else document
@@ -336,95 +326,6 @@ class RepeatedSentences:
             return True
         seen.add(words)
         return False
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageCount:
-    """Drops documents with fewer or more images than this."""
-
-    minimum: int = 1
-    maximum: int | None = 30
-    name: str = "number of images"
-
-    def __post_init__(self) -> None:
-        if self.minimum < 0 or (self.maximum is not None and self.maximum < self.minimum):
-            raise ConfigError(f"number of images: from {self.minimum} to {self.maximum} is no range")
-
-    def __call__(self, document: Document, removed: Counter[str]) -> Document | None:
-        images = _num_images(document)
-        if images < self.minimum:
-            removed["too few images"] += 1
-            return None
-        if self.maximum is not None and images > self.maximum:
-            removed["too many images"] += 1
-            return None
-        return document
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageLimit:
-    """Keeps the first images of a document and removes the others, the text stays (KOSMOS-1: five)."""
-
-    maximum: int = 5
-    name: str = "image limit"
-
-    def __post_init__(self) -> None:
-        if self.maximum < 0:
-            raise ConfigError(f"maximum: must be at least 0, is {self.maximum}")
-
-    def __call__(self, document: Document, removed: Counter[str]) -> Document:
-        kept: list[Text | Image] = []
-        images = 0
-        for segment in document.segments:
-            images += isinstance(segment, Image)
-            if isinstance(segment, Image) and images > self.maximum:
-                removed["image: over the document's limit"] += 1
-            else:
-                kept.append(segment)
-        return replace(document, segments=tuple(kept))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interspersed:
-    """Drops documents in which no image stands between texts: those are galleries above or below an article.
-
-    KOSMOS-1 keeps pages with "images interspersed in text" and says no more; this is how we read it.
-    """
-
-    name: str = "interspersed images"
-
-    def __call__(self, document: Document, removed: Counter[str]) -> Document | None:
-        kinds = [
-            isinstance(segment, Image) for segment in document.segments if isinstance(segment, Image) or segment.text
-        ]
-        texts = [at for at, is_image in enumerate(kinds) if not is_image]
-        if not texts or not any(kinds[texts[0] : texts[-1]]):
-            removed["images not interspersed"] += 1
-            return None
-        return document
-
-
-@dataclass(frozen=True, kw_only=True)
-class OneImageSample:
-    """Keeps a random part of the documents that have exactly one image (KOSMOS-1: half, for diversity)."""
-
-    keep: float = 0.5
-    seed: int = 0
-    name: str = "one-image sample"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.keep <= 1:
-            raise ConfigError(f"keep: must be from 0 to 1, is {self.keep}")
-
-    def __call__(self, document: Document, removed: Counter[str]) -> Document | None:
-        if _num_images(document) == 1 and random_fraction(document, "one image", self.seed) >= self.keep:
-            removed["one image only"] += 1
-            return None
-        return document
-
-
-def _num_images(document: Document) -> int:
-    return sum(isinstance(segment, Image) for segment in document.segments)
 
 
 def _document_text(document: Document) -> str:

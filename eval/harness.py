@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from mm_gpt.errors import ConfigError, MMGPTError, unknown_name
 
 if TYPE_CHECKING:
+    from mm_gpt.eval.contamination import DirtyItems
     from mm_gpt.eval.tasks import Score, Task
     from mm_gpt.inference.assistant import Assistant
 
@@ -53,6 +54,8 @@ class EvalConfig:
     seed: int = 0
     """Of the shuffled control and the bootstrap."""
     device: str = "auto"
+    contamination: str | None = None
+    """A report of what the training corpus holds of the data: scores are split by it."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "batch_size", "num_beams", "max_new_tokens"):
@@ -83,6 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the shuffled control and the bootstrap")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
+        "--contamination",
+        metavar="REPORT",
+        help="a contamination.json of this data: also score the items that the training corpus holds, and the others",
+    )
+    parser.add_argument(
         "-o", "--output", type=Path, default=Path("results.json"), metavar="FILE", help="default: %(default)s"
     )
     parser.add_argument("--restart", action="store_true", help="replace the results of an earlier run in the same file")
@@ -102,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         device=args.device,
+        contamination=args.contamination,
     )
     try:
         results = evaluate(config, args.output, restart=args.restart, progress=True)
@@ -150,6 +159,11 @@ def evaluate(
                 raise
             logger.warning("%s", error)
             config = dataclasses.replace(config, controls=tuple(c for c in config.controls or () if c != control))
+    dirty = None
+    if config.contamination is not None:
+        from mm_gpt.eval.contamination import read_dirty_items
+
+        dirty = read_dirty_items(Path(config.contamination), task)
     results = _header(config, task)
     samples = output.with_suffix(".samples.jsonl")
     if earlier is not None:
@@ -164,7 +178,7 @@ def evaluate(
             _write(output, json.dumps(results, indent=2) + "\n")
         conditions = ("none", *(config.controls or ()))
         rows = _predict(task, conditions, samples, progress)
-        results |= _scored(task, conditions, rows, samples)
+        results |= _scored(task, conditions, rows, samples, dirty)
         _write(output, json.dumps(results, indent=2) + "\n")
     except OSError as error:
         raise MMGPTError(f"{error.filename or output}: {error.strerror or error}") from None
@@ -283,7 +297,9 @@ def _header(config: EvalConfig, task: Task) -> dict[str, Any]:
     }
 
 
-def _scored(task: Task, conditions: tuple[str, ...], rows: Rows, samples: Path) -> dict[str, Any]:
+def _scored(
+    task: Task, conditions: tuple[str, ...], rows: Rows, samples: Path, dirty: DirtyItems | None
+) -> dict[str, Any]:
     """Metrics of every condition. The sample log is rewritten in the order of the data, each row with its scores."""
     seed = task.config.seed
     scores = {}
@@ -296,6 +312,11 @@ def _scored(task: Task, conditions: tuple[str, ...], rows: Rows, samples: Path) 
     lines += [_line(row) for (condition, _), row in rows.items() if condition not in conditions]
     _write(samples, "".join(lines))
     plain = scores["none"]
+    contamination = {}
+    if dirty is not None:
+        from mm_gpt.eval.contamination import split_scores
+
+        contamination["contamination"] = split_scores(plain, dirty, task)
     return {
         "finished": True,
         "metrics": {name: _described(score, task, seed) for name, score in plain.items()},
@@ -312,6 +333,7 @@ def _scored(task: Task, conditions: tuple[str, ...], rows: Rows, samples: Path) 
             if control != "none"
         },
         "samples": samples.name,
+        **contamination,
     }
 
 
@@ -422,6 +444,10 @@ def table(results: dict[str, Any]) -> str:
     for name, baseline in results["baselines"].items():
         label = f"{name.replace('_', ' ')} ({baseline['answer']})"
         rows.append([label, *(cell(baseline["metrics"][m]) for m in metrics)])
+    if "contamination" in results:
+        from mm_gpt.eval.contamination import table_rows
+
+        rows += table_rows(results["contamination"], metrics, cell)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     unit = next(iter(counts))
     title = (

@@ -356,9 +356,7 @@ class Perplexity(Task):
         self._before: Decoder | None = None
         self._pieces: dict[str, list[int]] = {}
         items: list[Item] = []
-        for id, piece in itertools.islice(
-            self._windows(self.config, self.assistant, self.errors), self.config.limit
-        ):
+        for id, piece in itertools.islice(self._windows(self.config, self.assistant, self.errors), self.config.limit):
             self._pieces[id] = piece
             items.append(Item(id=id, group=len(items), length=len(piece), row={"tokens": len(piece) - 1}))
             self._digest.update(repr(piece).encode())

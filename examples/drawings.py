@@ -20,6 +20,7 @@ MAX_ELEMENTS = 100_000
 MAX_ASPECT = 16
 SIZE = 448
 EMBEDDED = re.compile(r"data:(image/(png|jpe?g|gif))?[;,]", re.IGNORECASE)
+UNITS = {"px": 1.0, "pt": 96 / 72, "pc": 16.0, "mm": 96 / 25.4, "cm": 96 / 2.54, "in": 96.0}
 DPI = 96.0  # of CSS; without it, lengths in pt or mm come out as 0
 # Words by which a library sorts, which say nothing about a drawing.
 NO_KEYWORDS = {"unsorted", "clipart", "clip art", "clip-art", "image", "images", "media", "public domain", "svg"}
@@ -75,15 +76,14 @@ def rasterise(root: ElementTree.Element, size: int = SIZE) -> bytes:
 
 
 def _extent(root: ElementTree.Element) -> tuple[float, float]:
-    """(height, width) in any unit: only their ratio matters."""
+    """(height, width) in CSS pixels, or in the units of the viewBox: only their ratio matters."""
     sides = [LENGTH.fullmatch(root.get(key, "")) for key in ("height", "width")]
     try:
-        if sides[0] and sides[1] and sides[0][2] == sides[1][2]:
-            height, width = float(sides[0][1]), float(sides[1][1])
+        if sides[0] and sides[1]:
+            height, width = (float(side[1]) * UNITS[side[2] or "px"] for side in sides if side)
         else:
-            box = [float(n) for n in re.split(r"[\s,]+", root.get("viewBox", "").strip())]
-            height, width = box[3], box[2]
-    except (ValueError, IndexError):
+            _, _, width, height = map(float, re.split(r"[\s,]+", root.get("viewBox", "").strip()))
+    except ValueError:
         raise BadRecordError("drawing without a size") from None
     if not (0 < height < 1e7 and 0 < width < 1e7):
         raise BadRecordError("drawing without a size")

@@ -32,7 +32,8 @@ from mm_gpt.model.decoder import init_weights
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.mmgpt import ModelConfig
 from mm_gpt.training.classification import ClassificationRecipe, ClassificationTask
-from mm_gpt.training.language import LanguageRecipe, SourceConfig
+from mm_gpt.training.data import SourceConfig
+from mm_gpt.training.language import LanguageRecipe
 from mm_gpt.training.loop import TrainConfig, evaluate, make_optimizer, training_step
 from mm_gpt.training.recipes import run_recipe
 

@@ -5,12 +5,15 @@ Pretraining pages, captions, questions, chats and few-shot prompts differ only i
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from mm_gpt.images import ImageSource, image_size, load_image, source_name
+from mm_gpt.images import ImageSource, image_size, load_image, load_pixels, source_name
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,18 @@ class Image:
     alt: str = ""
     """What the page says in place of the image. Not fed to the model: see `datasets.extract`."""
 
-    def load(self, *, at_least: tuple[int, int] | None = None) -> PILImage.Image:
-        """The decoded RGB image; not smaller than `at_least` (height, width) if that is given, see `load_image`.
-
-        Raises ImageError naming the source.
-        """
-        image = load_image(self.source, at_least=at_least)
+    def load(self) -> PILImage.Image:
+        """The decoded RGB image. Raises ImageError naming the source."""
+        image = load_image(self.source)
         return ImageOps.mirror(image) if self.mirrored else image
+
+    def pixels(self, *, at_least: tuple[int, int]) -> "np.ndarray":
+        """uint8 (H, W, 3), for training: at a part of its size where `at_least` (height, width) allows that.
+
+        See `load_pixels`. Raises ImageError naming the source.
+        """
+        pixels = load_pixels(self.source, at_least=at_least)
+        return pixels[:, ::-1] if self.mirrored else pixels
 
     def size(self) -> tuple[int, int]:
         """(height, width) of the decoded image, from the file's header alone. Raises ImageError."""

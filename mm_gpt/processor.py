@@ -196,12 +196,18 @@ class Processor:
         """The images of several examples in order, decoded, cut and transformed: (N, 3, H, W). Raises ImageError."""
         if self._tiler is None or not any(example.images for example in examples):
             return stack_pixels([], self.config.image)
-        tiled = [
-            self._tiler(image.load(), alone=grid != (0, 0))
-            for example in examples
-            for image, grid in zip(example.images, example.grids, strict=True)
-        ]
-        return torch.cat([tiles.pixel_values for tiles in tiled])
+        return torch.cat(
+            [
+                self.tiles(image, grid)
+                for example in examples
+                for image, grid in zip(example.images, example.grids, strict=True)
+            ]
+        )
+
+    def tiles(self, image: Image, grid: Size) -> Tensor:
+        """One image, cut as its Example says: (N, 3, H, W). Raises ImageError."""
+        assert self._tiler is not None
+        return self._tiler(image.load(), alone=grid != (0, 0)).pixel_values
 
     def __call__(self, document: Document) -> Example:
         """Raises ContextOverflowError when the document is longer than the context: images are never cut."""
@@ -357,7 +363,7 @@ def collate(
     pixel_values (N, 3, H, W): the tiles of all images, in row order.
     """
     length = max((sum(map(len, row)) for row in rows), default=0)
-    length = -(-length // pad_to_multiple) * pad_to_multiple
+    length = -(-max(1, length) // pad_to_multiple) * pad_to_multiple
     columns: dict[str, list[Tensor]] = {name: [] for name in ("input", "label", "position", "document", "branch")}
     for row in rows:
         pad = length - sum(map(len, row))

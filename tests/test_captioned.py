@@ -164,6 +164,13 @@ def test_tars_from_elsewhere_and_by_pattern(tmp_path: Path) -> None:
         store.pipe(f"/captioned-test/{number:02d}.tar", tar.read_bytes())
     for location in ("memory://captioned-test/{00..02}.tar", f"{tmp_path}/{{00..02}}.tar", f"{tmp_path}/0?.tar"):
         assert [r.key for r in read_records(location, ErrorCounter())] == ["0", "1", "2"]
+    store.pipe("/captioned-test/00.tar", b"x" * 2000)
+    store.pipe("/captioned-test/01.tar", tar.read_bytes()[:1200])
+    with pytest.raises(MMGPTError, match=r"00\.tar: not an uncompressed tar"):
+        list(read_records("memory://captioned-test/00.tar", ErrorCounter()))
+    errors = ErrorCounter()
+    assert [r.key for r in read_records("memory://captioned-test/{01,02}.tar", errors)] == ["2"]
+    assert sum(count for reason, count in errors.counts.items() if reason.startswith("broken tar")) == 1
     for nowhere in ("memory://captioned-test/9.tar", f"{tmp_path}/9*.tar"):
         with pytest.raises(MMGPTError, match="no such file"):
             read_records(nowhere, ErrorCounter())

@@ -180,6 +180,28 @@ def test_clusters_are_those_of_all_pairs(tmp_path_factory: pytest.TempPathFactor
     assert {(one.document, one.duplicate_of) for one in found} == expected
 
 
+def test_a_reference_stays_whole(tmp_path: Path) -> None:
+    """As GPT-3 took WebText out of Common Crawl: whatever the ids and scores, the reference's documents stay."""
+    text, other = words(0), words(1)
+    web = [document("z1", text), document("z2", edited(text, 1, 1)), document("z3", words(2))]
+    crawl = [document("a1", edited(text, 2, 1)), document("a2", other), document("a3", other), document("a4", words(3))]
+    errors = ErrorCounter()
+    for name, part in (("crawl", crawl), ("web", web)):
+        write_fingerprints(part, tmp_path / name, errors, score=lambda one: float(one.id[0] == "a"))
+    found = find_duplicates([tmp_path / "crawl"], reference=[tmp_path / "web"], keep="best")
+    assert as_pairs(list(found)) == {("a1", "near duplicate", "z1"), ("a3", "duplicate", "a2")}
+
+
+def test_another_threshold_on_the_same_fingerprints(tmp_path: Path) -> None:
+    """Signatures of a large corpus are made once."""
+    text = words(0)
+    write_fingerprints([document("a", text), document("b", edited(text, 1, 6))], tmp_path / "part", ErrorCounter())
+    assert not list(find_duplicates([tmp_path / "part"]))
+    assert len(list(find_duplicates([tmp_path / "part"], minhash=MinHash(threshold=0.4)))) == 1
+    with pytest.raises(MMGPTError, match="made with num_hashes 128, not 64"):
+        find_duplicates([tmp_path / "part"], minhash=MinHash(num_hashes=64))
+
+
 def test_two_documents_of_one_id(tmp_path: Path) -> None:
     """Dropped by id, both would go: the row tells which one stays."""
     found = find(tmp_path / "x", [document("a", "same"), document("a", "same"), document("a", "different")])

@@ -76,6 +76,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_dead(self) -> None:
         self.send(gzip.compress(DATA, 0)[: len(DATA)], until=1000 if len(self.server.seen) == 1 else 0)
 
+    def do_parts(self) -> None:
+        """At most 300 kB an answer, as some stores do."""
+        start = int(self.headers["Range"][6:-1])
+        part = DATA[start : start + 300_000]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(DATA)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
     def do_plain(self) -> None:
         self.send(DATA, ranges=False)
 
@@ -164,7 +174,7 @@ def fetch(url: str, **changes: Any) -> bytes:
 # ---- http(s) ----
 
 
-@pytest.mark.parametrize("path", ["data.bin", "plain", "unsized", "busy", "dying", "dying-without-ranges"])
+@pytest.mark.parametrize("path", ["data.bin", "plain", "unsized", "busy", "dying", "dying-without-ranges", "parts"])
 def test_every_server_that_can_be_read_is(url: str, path: str) -> None:
     """Stops: a break in the middle of a shard that costs or repeats bytes."""
     assert fetch(f"{url}/{path}") == DATA

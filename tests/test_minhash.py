@@ -112,6 +112,15 @@ def test_words_do_not_collide() -> None:
     assert len(set(shingles.tolist())) > len(words) - 5
 
 
+def test_a_very_long_text_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays over a text of 100 MB would take gigabytes. Parts end between words, or anywhere where there is no end."""
+    text = " ".join(f"word{i}" for i in range(1000))
+    expected, unbroken = word_hashes(text).tolist(), len(word_hashes("x" * 1000))
+    monkeypatch.setattr("mm_gpt.datasets.minhash.PART", 100)
+    assert word_hashes(text).tolist() == expected
+    assert len(word_hashes("x" * 1000)) == 10 * unbroken
+
+
 def test_order_counts_inside_a_shingle_only() -> None:
     words = word_hashes("a b c d e f")
     assert shingle_hashes(words, 3).tolist() != shingle_hashes(words[::-1], 3).tolist()

@@ -42,6 +42,7 @@ OVERLAPPING = {"credentials": ("credentials", "e-mail"), "card": ("card", "phone
 KEPT = [
     "On 2023-01-15, 15.01.2023, 01/15/2023 10:30 and 1999 - 2004",
     "Version 10.0.19041.1 of the driver, v1.12.10.200, Chrome/109.0.0.0, section 1.2.3.4",
+    "Boston, MA 02110-1301, clause 252.227-7013 (c), tests 571 612 1056 failed, 1.16.3.2. Isotonic, 2.3.10.5 Scores",
     "ISBN 0-306-40615-2, ISBN-13: 978-0-306-40615-7, 978-3-16-148410-0",
     "It costs $1,234,567.89, 12 345 678 €, 1.234.567,00 EUR or 100000000 yen",
     "localhost 127.0.0.1, 192.168.0.12 and 10.20.30.40, mask 255.255.255.0",
@@ -84,30 +85,12 @@ def test_scrubbing_twice_changes_nothing_in_noise(text: str) -> None:
     assert scrub(once)[0] == once
 
 
-@pytest.mark.parametrize(
-    "unit",
-    [
-        "a",
-        "1",
-        "1 ",
-        "a.",
-        "a-",
-        "a@",
-        "@a.",
-        "a@a.",
-        "1.",
-        "1.1.",
-        "2001:",
-        "0:",
-        "+1 ",
-        "(1) ",
-        "00 ",
-        "DE89 ",
-        "A1B2 ",
-    ]
-    + ["http://a:", "eyJ", "eyJaaaaaaaaaaa.", "sk-", "-----BEGIN PRIVATE KEY-----", "-----BEGIN PRIVATE KEY-----a", "-"]
-    + ["tel ", "tel 1", "IMEI ", "4111 ", "?password=", "://", "+", "xox-", "_"],
-)
+UNITS = ["a", "1", "1 ", "a.", "a-", "a@", "@a.", "a@a.", "1.", "1.1.", "2001:", "0:", "+1 ", "(1) ", "00 ", "DE89 "]
+UNITS += ["A1B2 ", "http://a:", "eyJ", "eyJaaaaaaaaaaa.", "sk-", "-", "tel ", "tel 1", "IMEI ", "4111 ", "?password="]
+UNITS += ["-----BEGIN PRIVATE KEY-----", "-----BEGIN PRIVATE KEY-----a", "://", "+", "xox-", "_", "a@b[at]", "<", "é"]
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_time_is_linear(unit: str) -> None:
     """Stops patterns that try every start against every end: 200 kB of one unit took minutes so."""
     text = (unit * 200_000)[:200_000]

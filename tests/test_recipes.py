@@ -18,7 +18,8 @@ from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.presets import preset
 from mm_gpt.processor import collate
-from mm_gpt.training.language import LanguageRecipe, LanguageTask, SourceConfig
+from mm_gpt.training.data import SourceConfig
+from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.recipes import RECIPES, recipe, run_recipe, tiny
 from mm_gpt.training.semicausal import load_semicausal
 

@@ -1,6 +1,7 @@
 """The training loop and the language stage: exact numbers, exact resumption, and what is refused."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mm_gpt.datasets.samples import Record
+from mm_gpt.datasets.samples import Conversation, ErrorCounter, Record
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import CheckpointError, ConfigError, MMGPTError
 from mm_gpt.hub import checkpoint as hub_checkpoint
@@ -30,7 +31,8 @@ from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Batch, collate
 from mm_gpt.training import checkpoint, language
-from mm_gpt.training.language import LanguageRecipe, LanguageTask, SourceConfig, _image, read_chats
+from mm_gpt.training.data import SourceConfig, check_chats, read_source, record_image
+from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import (
     ParameterGroup,
     Task,
@@ -510,7 +512,7 @@ def test_language_training_resumes_bit_by_bit(tmp_path: Path, data: Path, kind: 
         }
     recipe = tiny_recipe(data, train={"accumulate": 2}, **changes)
     task = tiny_task(recipe)
-    assert 2 < task.epoch_length(0) < 14  # the run covers more than one epoch and stops inside one
+    assert 2 < epoch_rows(task) < 14  # the run covers more than one epoch and stops inside one
     train(task, recipe.train, tmp_path / "whole", progress=False)
     stopped = tiny_task(recipe)
     plain, calls = stopped.loss, iter(range(1, 100))
@@ -603,6 +605,26 @@ def shown(task: LanguageTask, first: int, count: int) -> list[Batch]:
     return [batch for index in range(first, first + count) for batch in task.micro_batches(index, 1)]
 
 
+def epoch_ids(task: LanguageTask, epoch: int) -> list[str]:
+    """The ids of an epoch's documents, as its windows hold them."""
+    ids: list[str] = []
+    for row, begin in task.loader.plan.rows():
+        if begin.epoch > epoch:
+            break
+        if begin.epoch == epoch:
+            ids += [task.sources[item.source].document(item.unit).id for item in row]
+    return ids
+
+
+def epoch_rows(task: LanguageTask, epoch: int = 0) -> int:
+    """Rows of an epoch."""
+    return sum(
+        1
+        for _, begin in itertools.takewhile(lambda r: r[1].epoch <= epoch, task.loader.plan.rows())
+        if begin.epoch == epoch
+    )
+
+
 def same(a: Batch, b: Batch) -> bool:
     return all(
         torch.equal(x, y) if isinstance(x, Tensor) else x == y
@@ -616,7 +638,7 @@ def test_batches_are_a_function_of_their_number(data: Path) -> None:
     in_order = shown(one, 0, 9)
     for index in (8, 3, 0, 5, 8):
         assert same(shown(other, index, 1)[0], in_order[index])
-    pair = other.micro_batches(2, 2)
+    pair = tiny_task(tiny_recipe(data, train={"accumulate": 2})).micro_batches(2, 2)
     assert same(pair[0], in_order[4])
     assert same(pair[1], in_order[5])
     changed = shown(tiny_task(tiny_recipe(data, train={"seed": 6})), 0, 9)
@@ -628,7 +650,7 @@ def test_an_epoch_shows_everything_once(data: Path) -> None:
     wanted = Counter([str(n) for n in range(5)] + [f"chats.jsonl:{n + 1}" for n in range(NUM_CHATS)])
     start, orders, pixels = 0, [], []
     for epoch in range(3):
-        batches = shown(task, start, task.epoch_length(epoch))
+        batches = shown(task, start, epoch_rows(task, epoch))
         start += len(batches)
         ids = [id for batch in batches for row in batch.ids for id in row.split()]
         assert Counter(ids) == wanted
@@ -644,7 +666,7 @@ def test_mirror_images_only_where_no_text_tells_sides_apart() -> None:
     record, rng = Record("0", Path("photo.jpg")), random.Random(0)
 
     def share(texts: list[str], *, augment: bool = True) -> float:
-        return sum(_image(record, texts, rng, augment).mirrored for _ in range(200)) / 200
+        return sum(record_image(record, texts, rng, augment).mirrored for _ in range(200)) / 200
 
     assert 0.35 < share(["A dog leaps over a wall.", "Two dogs."]) < 0.65
     assert share(["A dog leaps over a wall."], augment=False) == 0
@@ -658,7 +680,7 @@ def test_half_an_epoch_each_time(data: Path) -> None:
     task = tiny_task(tiny_recipe(data, sources=sources))
     pictures: list[str] = []
     for epoch in range(5):
-        ids = [d.id for d in task._plan(epoch)[0]]
+        ids = epoch_ids(task, epoch)
         assert sum(id.startswith("chats") for id in ids) == 2 * NUM_CHATS
         pictures += sorted(id for id in ids if not id.startswith("chats"))
     assert Counter(pictures) == Counter({str(n): 2 for n in range(5)})
@@ -672,11 +694,11 @@ def test_documents_too_long_are_left_out(data: Path, caplog: pytest.LogCaptureFi
     source = SourceConfig(path="long.jsonl")
     recipe = tiny_recipe(data, sources=(SourceConfig(path="chats.jsonl"), source), validation=(source,))
     task = tiny_task(recipe)
-    batches = shown(task, 0, task.epoch_length(0))
+    batches = shown(task, 0, epoch_rows(task))
     assert sum(len(row.split()) for batch in batches for row in batch.ids) == NUM_CHATS
-    assert "1 documents are longer than the model's context and left out" in caplog.text
+    assert "skipped long.jsonl:long.jsonl:1: longer than the context" in caplog.text
     assert task.validate()["loss"] == 0.0
-    with pytest.raises(MMGPTError, match="no usable record"):
+    with pytest.raises(MMGPTError, match="nothing to train on"):
         shown(tiny_task(dataclasses.replace(recipe, sources=(source,))), 0, 1)
 
 
@@ -686,7 +708,7 @@ def test_a_document_longer_than_a_row_has_one_of_its_own(data: Path) -> None:
     (data / "long.jsonl").write_text(json.dumps(long) + "\n")
     sources = (SourceConfig(path="chats.jsonl"), SourceConfig(path="long.jsonl"))
     task = tiny_task(dataclasses.replace(tiny_recipe(data, sources=sources), row_length=64))
-    batches = shown(task, 0, task.epoch_length(0))
+    batches = shown(task, 0, epoch_rows(task))
     (row,) = [row for batch in batches for row in batch.ids if "long" in row]
     assert row == "long.jsonl:1"
     assert max(batch.input_ids.shape[1] for batch in batches) > 64
@@ -696,8 +718,16 @@ def test_a_broken_image_is_counted_not_fatal(tmp_path: Path, caplog: pytest.LogC
     write_data(tmp_path)
     (tmp_path / "pictures" / "2.png").write_bytes(b"not a picture")
     task = tiny_task(tiny_recipe(tmp_path))
-    assert len(task.records[0]) == 4
+    assert len(task.sources[0]) == 4
     assert "1 record skipped: 1 broken image (pictures:2" in caplog.text
+
+
+def chats(path: Path) -> list[Document]:
+    processor = make_tiny()[1]
+    samples = read_source(SourceConfig(path=path.name), path.parent, ErrorCounter())
+    assert samples is not None
+    check_chats(samples, processor, path)
+    return [processor.chat(s.messages, answer_starts=False) for s in samples if isinstance(s, Conversation)]
 
 
 @pytest.mark.parametrize(
@@ -715,7 +745,7 @@ def test_chats_name_file_and_line(tmp_path: Path, line: str, message: str) -> No
     path = tmp_path / "chats.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "x"}]}\n\n' + line + "\n")
     with pytest.raises(MMGPTError, match=rf"chats\.jsonl:3: {message}"):
-        read_chats(path, make_tiny()[1])
+        chats(path)
 
 
 def test_chats_with_line_separators_inside(tmp_path: Path) -> None:
@@ -723,13 +753,13 @@ def test_chats_with_line_separators_inside(tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     chat = {"messages": [{"role": "user", "content": "one\u2028two\u0085three"}]}
     path.write_text(json.dumps(chat, ensure_ascii=False), encoding="utf-8")
-    (document,) = read_chats(path, make_tiny()[1])
+    (document,) = chats(path)
     assert any(isinstance(s, Text) and s.text == "one\u2028two\u0085three" for s in document.segments)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(MMGPTError, match=r"chats\.jsonl: not UTF-8"):
-        read_chats(path, make_tiny()[1])
+        chats(path)
     with pytest.raises(MMGPTError, match=r"gone\.jsonl: No such file"):
-        read_chats(tmp_path / "gone.jsonl", make_tiny()[1])
+        chats(tmp_path / "gone.jsonl")
 
 
 # ---- what is trained ----
@@ -861,9 +891,8 @@ def test_a_model_of_text_alone(tmp_path: Path, data: Path) -> None:
     assert task.validate()["loss"] > 0
     assert task.samples() == []
     assert load_model(tmp_path / "best")[0].tokens_per_image == 0
-    pictures = tiny_task(dataclasses.replace(recipe, sources=(SourceConfig(path="pictures"),)))
     with pytest.raises(MMGPTError, match=r"\d\.png: this model reads text alone"):
-        pictures.micro_batches(0, 1)
+        tiny_task(dataclasses.replace(recipe, sources=(SourceConfig(path="pictures"),)))
 
 
 def test_bf16_keeps_master_weights_in_float32(data: Path) -> None:

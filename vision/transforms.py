@@ -8,14 +8,13 @@ levels in one percent of the values. H and W are a height and a width in pixels.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from PIL import Image as PILImage
 from torch.nn import functional as F
 
-from mm_gpt.document import Image
 from mm_gpt.errors import ConfigError, ImageError, unknown_name
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -131,6 +130,14 @@ class ImageTransform:
         return canvas
 
 
+@runtime_checkable
+class Decodable(Protocol):
+    """An image that is not decoded yet: a `document.Image`."""
+
+    def pixels(self, *, at_least: tuple[int, int]) -> np.ndarray:
+        """uint8 (H, W, 3), not smaller than `at_least` (height, width) where the image is not."""
+
+
 @dataclass(frozen=True)
 class Crop:
     """A part of an image, in shares of its sides: it can be chosen before the image is decoded."""
@@ -166,11 +173,14 @@ class FastTransform:
         black = -torch.tensor(config.mean, dtype=torch.float64) * 255 / std
         self._scale, self._black, self._white = std.reciprocal(), black, black + 255 / std
 
-    def __call__(self, image: Image | PILImage.Image) -> torch.Tensor:
+    def __call__(self, image: Decodable | PILImage.Image) -> torch.Tensor:
         crop = self._crop()
-        if isinstance(image, Image):
-            image = image.load(at_least=self._needed(crop))
-        pixels = self._resize(image, crop)
+        if isinstance(image, Decodable):
+            decoded = image.pixels(at_least=self._needed(crop))
+        else:
+            require_rgb(image)
+            decoded = np.array(image)
+        pixels = self._resize(decoded, crop)
         height, width = pixels.shape[-2:]
         values = self._colour(pixels.flatten(1).float()).view(3, height, width)
         size = self.config.size
@@ -189,10 +199,9 @@ class FastTransform:
         size = self.config.short_side or self.config.size
         return math.ceil(size / crop.height), math.ceil(size / crop.width)
 
-    def _resize(self, image: PILImage.Image, crop: Crop) -> torch.Tensor:
-        """uint8 (3, H, W) at its final scale: size x size, or smaller on one side in mode "pad"."""
-        require_rgb(image)
-        box, size = crop.box(*image.size), self.config.size
+    def _resize(self, pixels: np.ndarray, crop: Crop) -> torch.Tensor:
+        """uint8 (H, W, 3) -> (3, H, W) at its final scale: size x size, or smaller on one side in mode "pad"."""
+        box, size = crop.box(pixels.shape[1], pixels.shape[0]), self.config.size
         width, height = box[2] - box[0], box[3] - box[1]
         out = size, size
         if self.config.mode == "pad":
@@ -203,9 +212,9 @@ class FastTransform:
             left, right = _whole(_kept_span(width, size, target, short))
             top, bottom = _whole(_kept_span(height, size, target, short))
             box = box[0] + left, box[1] + top, box[0] + right, box[1] + bottom
-        pixels = to_pixels(image if box == (0, 0, *image.size) else image.crop(box))
+        kept = np.ascontiguousarray(pixels[box[1] : box[3], box[0] : box[2]])
         filter = "bilinear" if self.config.interpolation == "bilinear" else "bicubic"
-        return F.interpolate(pixels[None], out, mode=filter, antialias=True)[0]
+        return F.interpolate(torch.from_numpy(kept).permute(2, 0, 1)[None], out, mode=filter, antialias=True)[0]
 
     def _colour(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalise (3, N) of 0 to 255."""

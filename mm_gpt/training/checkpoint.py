@@ -8,7 +8,7 @@ its final name is always whole. `OUT/best` is the model with the lowest validati
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,13 +24,21 @@ STATE_FILE = "training_state.safetensors"
 KEEP = 2  # step folders; older ones are deleted
 
 
-def save(task: "Task", optimizer: torch.optim.Optimizer, step: int, out: Path, *, best: bool) -> None:
-    """Write `OUT/step-NNNNNN`, and `OUT/best` when `best`."""
+def save(
+    task: "Task",
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    out: Path,
+    *,
+    best: bool,
+    data: dict[str, Any] | None = None,
+) -> None:
+    """Write `OUT/step-NNNNNN`, and `OUT/best` when `best`. `data` is the place in the data, as JSON values."""
     folder = out / f"step-{step:06d}"
     temporary = _empty(out / f".tmp-step-{step:06d}")
     task.save(temporary)
     save_file(_training_state(task.model, optimizer), temporary / STATE_FILE, metadata={"step": str(step)})
-    (temporary / "training_state.json").write_text(json.dumps({"step": step}) + "\n")
+    (temporary / "training_state.json").write_text(json.dumps({"step": step, "data": data or {}}) + "\n")
     _replace(temporary, folder)
     if best:
         temporary = _empty(out / ".tmp-best")
@@ -53,15 +61,16 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put parameters and optimizer moments back; returns the number of steps done.
+def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
+    """Put parameters and optimizer moments back; the number of steps done, and the place in the data.
 
     Raises CheckpointError when the state is missing, corrupt, or of another model.
     """
     path = folder / STATE_FILE
     try:
         tensors = load_file(path)
-        step = int(json.loads((folder / "training_state.json").read_text())["step"])
+        state = json.loads((folder / "training_state.json").read_text())
+        step, data = int(state["step"]), dict(state.get("data", {}))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot continue from it ({error})") from None
     expected = {name: tensor.shape for name, tensor in _training_state(model, optimizer).items()}
@@ -80,7 +89,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
                     "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
                 }
-    return step
+    return step, data
 
 
 def _training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -14,7 +14,8 @@ from mm_gpt.datasets.samples import ErrorCounter, Record
 from mm_gpt.document import Image
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_decoder
-from mm_gpt.training.language import SourceConfig, load_vision, read_whole_records
+from mm_gpt.training.data import SourceConfig, read_whole_records
+from mm_gpt.training.language import load_vision
 from mm_gpt.training.loop import ParameterGroup, TrainConfig
 from mm_gpt.vision.contrastive import ContrastiveConfig, ContrastiveModel
 from mm_gpt.vision.transforms import ImageTransform, ImageTransformConfig, TrainTransform

@@ -1,12 +1,11 @@
 """The language stage: connector alignment, low-rank adaptation or full training on next-token prediction."""
 
 import dataclasses
-import json
+import itertools
 import logging
 import math
 import random
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mm_gpt.datasets.caption_questions import derive_questions
-from mm_gpt.datasets.captioned import clean_caption, read_records
+from mm_gpt.datasets.loader import CorpusSource, Loaded, Loader
 from mm_gpt.datasets.packing import pack
-from mm_gpt.datasets.samples import ErrorCounter, Record
-from mm_gpt.datasets.texts import is_text_source, read_texts, text_documents
-from mm_gpt.document import Document, Image
+from mm_gpt.datasets.plan import Plan, Row, Share
+from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, Record, Sample
+from mm_gpt.datasets.shards import Corpus
+from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.hub.checkpoint import fill, load_decoder, load_model, save_model
 from mm_gpt.hub.vision_towers import load_open_clip
@@ -27,23 +26,24 @@ from mm_gpt.model.decoder import Block, Decoder
 from mm_gpt.model.lora import LoRAConfig, merge_lora
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import ROLES, Batch, Example, Processor, ProcessorConfig, collate, stack_pixels
-from mm_gpt.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS, question_prompt
+from mm_gpt.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
 from mm_gpt.tokenizer import Tokenizer
+from mm_gpt.training.data import (
+    Drawing,
+    SampleSource,
+    SourceConfig,
+    check_chats,
+    cut_documents,
+    draw,
+    length_of,
+    read_source,
+    written_texts,
+)
+from mm_gpt.training.distributed import ranks
 from mm_gpt.training.loop import ParameterGroup, TrainConfig, use_bf16
 from mm_gpt.vision.transforms import ImageTransformConfig, TrainTransform
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    path: str
-    """A tar, a folder of tars or of captioned images, a `.jsonl` of text chats, or a `.txt` or folder of them without
-    images; relative to the data folder."""
-    repeat: float = 1.0
-    """How many times an epoch; 0.5 is half of it, another half each time."""
-    derived_share: float = 0.0
-    """The share of captioned photos that also come with questions derived by rules from their captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,14 @@ class LanguageRecipe:
     """Compile the decoder's blocks for training (torch.compile): 1.4 times as fast on a CPU after a minute; needs a C++
     compiler."""
     validation_images: int = 200
+    exponent: float | None = None
+    """Weighs the sources by (tokens)^exponent, as XLM does, instead of by their size; 0.7 favours the small ones."""
+    wait: bool = True
+    """A source that has run out waits for the end of the epoch; False: it begins again at once, so that shares hold."""
+    window_rows: int = 256
+    """Rows that are packed and shuffled at a time."""
+    workers: int = 0
+    """Processes that read and decode; 0: a thread of the training process. Their number changes nothing else."""
     data: str = "."
     """The folder that `sources` are in."""
 
@@ -102,40 +110,120 @@ class LanguageRecipe:
             raise ConfigError("give a model, or one to start from")
 
 
+TOKENIZER_CHARACTERS = 50_000_000
+"""Of the sources' texts, for a tokenizer that is learned."""
+
+
 class LanguageTask:
-    """A `Task` for the loop. The whole plan of an epoch follows from (seed, epoch)."""
+    """A `Task` for the loop. The plan of the run follows from the seed and the sources."""
 
     def __init__(self, recipe: LanguageRecipe, tokenizer: Tokenizer | None = None):
         self.recipe = recipe
         self.errors = ErrorCounter()
-        sources = (*recipe.sources, *recipe.validation)
-        records = [self._records(source) for source in sources]
-        texts = [self._texts(source) for source in sources]
+        configs = (*recipe.sources, *recipe.validation)
+        found = [read_source(source, Path(recipe.data), self.errors) for source in configs]
+        corpora = [
+            Corpus(Path(recipe.data) / source.path) if samples is None else None
+            for source, samples in zip(configs, found, strict=True)
+        ]
         model = recipe.model
         if tokenizer is None and recipe.tokenizer is not None:
             tokenizer = Tokenizer.from_hf_folder(Path(recipe.tokenizer))
         if tokenizer is None and recipe.start is None and model is not None and not isinstance(model.decoder, str):
-            written = [text for found in records for record in found for text in _texts(record)]
-            written += [text for found in texts for _, text in found]
-            written += [text for source in sources for text in self._chat_texts(source)]
             prompts = [*ROLES, CAPTION_PROMPT, *OTHER_CAPTION_PROMPTS] * 4  # often enough to be learned as words
-            tokenizer = Tokenizer.train([*written, *prompts], model.decoder.vocab_size)
+            tokenizer = Tokenizer.train([*self._written(found, corpora), *prompts], model.decoder.vocab_size)
         self.model, self.processor = build_model(recipe, tokenizer)
         self.row_length = min(recipe.row_length, self.processor.config.max_length)
-        documents = [
-            self._chats(source) or self._cut(found) or pictures
-            for source, found, pictures in zip(sources, texts, records, strict=True)
+        config = self.model.config
+        # The image is read with the question in view, or distances are those of the row: no two questions share it.
+        separate = config.prefix_lm or self.model.decoder.config.positions == "relative"
+        self._drawing = Drawing(recipe.max_captions, recipe.max_questions, recipe.augment, separate)
+        sources = [
+            self._source(*each, held=number >= len(recipe.sources))
+            for number, each in enumerate(zip(configs, found, corpora, strict=True))
         ]
-        self.records, self.validation_records = documents[: len(recipe.sources)], documents[len(recipe.sources) :]
+        self.sources, self.held_out = sources[: len(recipe.sources)], sources[len(recipe.sources) :]
         if recipe.holdout:
-            every = round(1 / recipe.holdout)
-            self.validation_records = [records[::every] for records in self.records]
-            self.records = [[r for i, r in enumerate(records) if i % every] for records in self.records]
+            halves = [self._split(*each) for each in zip(configs, self.sources, corpora, strict=True)]
+            self.sources, self.held_out = [a for a, _ in halves], [b for _, b in halves]
         self._validated = list(recipe.validation or recipe.sources)
-        self._plans: dict[int, tuple[list[Document], list[list[list[int]]]]] = {}
-        self._first_steps: list[int] = [0]  # the first micro-batch of each epoch
+        if not any(len(source) for source in self.sources):
+            raise MMGPTError("the sources hold no usable record: " + self.errors.summary())
+        plan = Plan(
+            self.sources,
+            [Share(repeat=source.repeat, weight=source.weight) for source in recipe.sources],
+            row_length=self.row_length,
+            seed=recipe.train.seed,
+            window_rows=recipe.window_rows,
+            exponent=recipe.exponent,
+            wait=recipe.wait,
+        )
+        rank, world = ranks()
+        self.loader = Loader(
+            plan,
+            self.load,
+            rows=recipe.rows,
+            accumulate=recipe.train.accumulate,
+            rank=rank,
+            world=world,
+            workers=recipe.workers,
+            errors=self.errors,
+        )
         if self.errors.total:
             logger.warning(self.errors.summary())
+
+    def _written(self, found: Sequence[Sequence[Sample] | None], corpora: Sequence[Corpus | None]) -> list[str]:
+        """What a tokenizer is learned from."""
+        texts: list[str] = []
+        left = TOKENIZER_CHARACTERS
+        for samples, corpus in zip(found, corpora, strict=True):
+            for sample in samples or (() if corpus is None else corpus.samples(ErrorCounter())):
+                written = written_texts(sample)
+                texts += written
+                left -= sum(map(len, written)) if corpus is not None else 0
+                if left < 0:
+                    break
+        return texts
+
+    def _source(
+        self, config: SourceConfig, samples: list[Sample] | None, corpus: Corpus | None, *, held: bool = False
+    ) -> SampleSource | CorpusSource:
+        if corpus is not None:
+            return self._corpus_source(config, corpus)
+        assert samples is not None
+        check_chats(samples, self.processor, Path(self.recipe.data) / config.path)
+        samples = cut_documents(samples, self.processor, self.row_length)
+        logger.info("%s: %d samples", config.path, len(samples))
+        return self._sample_source(config, samples, augment=not held)
+
+    def _sample_source(self, config: SourceConfig, samples: list[Sample], *, augment: bool) -> SampleSource:
+        how = dataclasses.replace(self._drawing, augment=self._drawing.augment and augment)
+
+        def draw_from(sample: Sample, rng: random.Random) -> list[Document]:
+            return draw(sample, config, rng, self.processor, how)
+
+        return SampleSource(config.path, samples, draw_from, self.processor, self.recipe.train.seed, self.errors)
+
+    def _corpus_source(
+        self, config: SourceConfig, corpus: Corpus, every: tuple[int, int] | None = None
+    ) -> CorpusSource:
+        source = CorpusSource(
+            corpus, self.processor, max_tokens=self.row_length, errors=self.errors, name=config.path, every=every
+        )
+        logger.info("%s: %d pieces, %.0f tokens, %d images", config.path, len(source), source.tokens, source.images)
+        return source
+
+    def _split(
+        self, config: SourceConfig, source: SampleSource | CorpusSource, corpus: Corpus | None
+    ) -> tuple[SampleSource | CorpusSource, SampleSource | CorpusSource]:
+        """Training and held-out part of a source."""
+        every = round(1 / self.recipe.holdout)
+        if corpus is not None:
+            return self._corpus_source(config, corpus, (-every, every)), self._corpus_source(config, corpus, (0, every))
+        assert isinstance(source, SampleSource)
+        train = [sample for number, sample in enumerate(source.samples) if number % every]
+        held = list(source.samples[::every])
+        return self._sample_source(config, train, augment=True), self._sample_source(config, held, augment=False)
 
     # ---- what is trained ----
 
@@ -165,120 +253,71 @@ class LanguageTask:
     # ---- what it is trained on ----
 
     def micro_batches(self, step: int, count: int) -> list[Batch]:
-        return [self._batch(step * count + i) for i in range(count)]
+        assert count == self.loader.accumulate
+        return self.loader.micro_batches(step)
 
-    def epoch_length(self, epoch: int) -> int:
-        """Micro-batches in an epoch."""
-        return len(self._plan(epoch)[1])
+    def data_state(self, step: int) -> dict[str, Any]:
+        return self.loader.state(step)
 
-    def _batch(self, index: int) -> Batch:
-        epoch = 0
+    def load_data_state(self, state: dict[str, Any]) -> None:
+        self.loader.load_state(state)
+
+    def load(self, rows: Sequence[tuple[int, Row]]) -> Loaded:
+        """Rows of a plan as a micro-batch. What cannot be read is skipped and named; a worker process may run this."""
+        skipped: list[tuple[str, str]] = []
+        examples: list[list[Example]] = []
+        pixels: list[Tensor] = []
+        for number, row in rows:
+            examples.append([])
+            images = itertools.count()
+            for item in row:
+                source = self.sources[item.source]
+                try:
+                    document = source.document(item.unit)
+                except (BadRecordError, MMGPTError) as error:
+                    skipped.append((_reason(error), f"{source.name}:{item.unit}"))
+                    continue
+                if (read := self._read(document, number, images, skipped)) is not None:
+                    examples[-1].append(read[0])
+                    pixels += read[1]
+        return Loaded(self._collate(examples, pixels, train=True), skipped)
+
+    def _read(
+        self, document: Document, row: int, images: "itertools.count[int]", skipped: list[tuple[str, str]]
+    ) -> tuple[Example, list[Tensor]] | None:
+        """A document in numbers and its tiles. A page stands without a broken image; an answer about one does not."""
         while True:
-            if epoch + 1 == len(self._first_steps):
-                self._first_steps.append(self._first_steps[epoch] + self.epoch_length(epoch))
-            if index < self._first_steps[epoch + 1]:
-                break
-            epoch += 1
-        documents, plan = self._plan(epoch)
-        rows = [[documents[i] for i in row] for row in plan[index - self._first_steps[epoch]]]
-        seed = hash((self.recipe.train.seed, epoch, index))
-        return self._collate([[self.processor(document) for document in row] for row in rows], seed)
+            broken: Image | None = None
+            tiles: list[Tensor] = []
+            try:
+                example = self.processor(document)
+                for image, grid in zip(example.images, example.grids, strict=True):
+                    broken = image
+                    tiles.append(self._tiles(image, grid, hash((self.recipe.train.seed, row, next(images)))))
+                return example, tiles
+            except (ImageError, ContextOverflowError) as error:
+                skipped.append(("broken image" if broken else _reason(error), f"{document.id}: {error}"))
+            is_page = all(isinstance(s, Image) or s.is_target for s in document.segments) and not document.branches
+            if broken is None or not is_page:
+                return None
+            left = tuple(segment for segment in document.segments if segment is not broken)
+            if not any(isinstance(segment, Text) and not segment.is_control for segment in left):
+                return None
+            document = dataclasses.replace(document, segments=left)
 
-    def _plan(self, epoch: int) -> tuple[list[Document], list[list[list[int]]]]:
-        """The documents of an epoch, and its micro-batches as lists of rows of document indices."""
-        if epoch not in self._plans:
-            rng = random.Random(f"{self.recipe.train.seed}/{epoch}")
-            documents: list[Document] = []
-            for source, records in zip(self.recipe.sources, self.records, strict=True):
-                for record in _share(records, source.repeat, epoch, self.recipe.train.seed):
-                    documents += self._documents(record, source, rng, augment=self.recipe.augment)
-            rng.shuffle(documents)
-            lengths = [self._length(document) for document in documents]
-            fits = [i for i, length in enumerate(lengths) if length <= self.row_length]
-            longer = [i for i, length in enumerate(lengths) if self.row_length < length < math.inf]
-            if len(fits) + len(longer) < len(documents):
-                num = len(documents) - len(fits) - len(longer)
-                logger.warning("%d documents are longer than the model's context and left out", num)
-            rows = [[fits[i] for i in row] for row in pack([int(lengths[i]) for i in fits], self.row_length)]
-            rows += [[i] for i in longer]  # some models' images alone take more than a row
-            rng.shuffle(rows)
-            size = self.recipe.rows
-            batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-            if not batches:
-                raise MMGPTError("the sources hold no usable record: " + self.errors.summary())
-            self._plans = {epoch: (documents, batches)}  # one epoch's plan in memory at a time
-        return self._plans[epoch]
-
-    def _length(self, document: Document) -> float:
-        try:
-            return len(self.processor(document))
-        except ContextOverflowError:
-            return math.inf
-
-    def _documents(
-        self, record: Record | Document, source: SourceConfig, rng: random.Random, *, augment: bool
-    ) -> list[Document]:
-        """A document of the record's captions and one of its questions, as far as it has them."""
-        if isinstance(record, Document):
-            return [record]
-        documents = []
-        if record.captions:
-            captions = rng.sample(record.captions, min(len(record.captions), self.recipe.max_captions))
-            prompt = CAPTION_PROMPT if rng.random() < 0.6 else rng.choice(OTHER_CAPTION_PROMPTS)
-            cleaned = [clean_caption(caption) for caption in captions]
-            image = _image(record, captions, rng, augment)
-            documents.append(self.processor.captions(image, prompt, cleaned, id=record.key))
-        if pairs := training_questions(record, source, rng, self.recipe.max_questions):
-            image = _image(record, [text for pair in pairs for text in pair], rng, augment)
-            documents.append(self.processor.questions(image, pairs, id=record.key))
-        # The image is read with the question in view, or distances are those of the row: no two questions share it.
-        if self.model.config.prefix_lm or self.model.decoder.config.positions == "relative":
-            documents = [Document(d.segments + branch, id=d.id) for d in documents for branch in d.branches]
-        return documents
-
-    def _collate(self, rows: Sequence[Sequence[Example]], seed: int | None) -> Batch:
-        examples = [example for row in rows for example in row]
+    def _tiles(self, image: Image, grid: tuple[int, int], seed: int) -> Tensor:
+        """(N, 3, H, W) of one image, augmented."""
         config = self.processor.config
-        if seed is not None and self.recipe.augment and config.image is not None and config.tiling is None:
-            pixels = []
-            for number, image in enumerate(image for example in examples for image in example.images):
-                generator = torch.Generator().manual_seed((seed * 31 + number) % 2**63)
-                pixels.append(TrainTransform(config.image, generator)(image))
-            pixel_values = stack_pixels(pixels, config.image)
-        else:
-            pixel_values = self.processor.pixels(examples)
+        if self.recipe.augment and config.image is not None and config.tiling is None:
+            generator = torch.Generator().manual_seed(seed % 2**63)
+            return TrainTransform(config.image, generator)(image)[None]
+        return self.processor.tiles(image, grid)
+
+    def _collate(self, rows: Sequence[Sequence[Example]], tiles: Sequence[Tensor], *, train: bool) -> Batch:
+        pixel_values = torch.cat(list(tiles)) if tiles else stack_pixels([], self.processor.config.image)
         # Blocks are compiled once for each shape: all training batches have the same one.
-        multiple = self.row_length if seed is not None and self.recipe.compile else 64
+        multiple = self.row_length if train and self.recipe.compile else 64
         return collate(rows, pixel_values, pad_to_multiple=multiple)
-
-    def _texts(self, source: SourceConfig) -> list[tuple[str, str]]:
-        """Name and text of each file of a source of plain texts."""
-        path = Path(self.recipe.data) / source.path
-        return list(read_texts(path, self.errors)) if is_text_source(path) else []
-
-    def _cut(self, texts: Sequence[tuple[str, str]]) -> list[Record | Document]:
-        return [
-            document
-            for name, text in texts
-            for document in text_documents(text, self.processor.tokenizer, self.row_length, id=name)
-        ]
-
-    def _chats(self, source: SourceConfig) -> list[Record | Document]:
-        path = Path(self.recipe.data) / source.path
-        return list(read_chats(path, self.processor)) if path.suffix == ".jsonl" else []
-
-    def _chat_texts(self, source: SourceConfig) -> list[str]:
-        path = Path(self.recipe.data) / source.path
-        chats = _read_messages(path) if path.suffix == ".jsonl" else ()
-        return [text for _, messages in chats for message in messages for text in _written(message)]
-
-    def _records(self, source: SourceConfig) -> list[Record | Document]:
-        path = Path(self.recipe.data) / source.path
-        if path.suffix == ".jsonl" or is_text_source(path):
-            return []
-        records: list[Record | Document] = [*read_whole_records(path, self.errors)]
-        logger.info("%s: %d images", source.path, len(records))
-        return records
 
     # ---- how it is judged ----
 
@@ -289,16 +328,13 @@ class LanguageTask:
     def _validate(self, loss_of: Callable[[Batch], tuple[Tensor, Tensor]]) -> dict[str, float]:
         total, count = 0.0, 0
         values: dict[str, float] = {}
-        for source, records in zip(self._validated, self.validation_records, strict=True):
-            rng = random.Random(0)
+        for source, held in zip(self._validated, self.held_out, strict=True):
             source_total, source_count = 0.0, 0
-            documents = []
-            for record in records[: self.recipe.validation_images]:
-                documents += self._documents(record, source, rng, augment=False)
-            examples = [self.processor(document) for document in documents if self._length(document) < math.inf]
+            examples = [self.processor(d) for d in self._first(held) if length_of(d, self.processor) < math.inf]
             packed = pack([len(e) for e in examples], max(self.row_length, max(map(len, examples), default=1)))
             for row in packed:
-                batch = self._collate([[examples[i] for i in row]], None)
+                chosen = [examples[i] for i in row]
+                batch = self._collate([chosen], [self.processor.pixels(chosen)], train=False)
                 loss, targets = loss_of(batch.to(next(self.model.parameters()).device))
                 source_total += loss.item()
                 source_count += int(targets)
@@ -306,11 +342,20 @@ class LanguageTask:
             total, count = total + source_total, count + source_count
         return {"loss": total / max(1, count), **values}
 
+    def _first(self, held: SampleSource | CorpusSource) -> list[Document]:
+        """The same held-out documents each time."""
+        if isinstance(held, SampleSource):
+            units = [(0, at) for at in range(min(len(held), self.recipe.validation_images))]
+            return [document for unit in units for document in held.documents(*unit)]
+        found = itertools.islice(held.units(0, 0, 0), self.recipe.validation_images)
+        return [held.document(unit) for documents in found for unit, _ in documents]
+
     def samples(self) -> list[str]:
         """Greedy captions of the first validation photos."""
         from mm_gpt.inference.engine import Engine, GenerationConfig
 
-        images = [r for records in self.validation_records for r in records[:4] if isinstance(r, Record)][:4]
+        lists = [held.samples[:4] for held in self.held_out if isinstance(held, SampleSource)]
+        images = [record for records in lists for record in records if isinstance(record, Record)][:4]
         engine = Engine(self.model.eval(), self.processor)
         documents = [self.processor.chat([_user(record, CAPTION_PROMPT)]) for record in images]
         answers = engine.generate(documents, GenerationConfig(max_new_tokens=24)) if documents else []
@@ -319,22 +364,6 @@ class LanguageTask:
 
     def save(self, folder: Path) -> None:
         save_model(self.model, self.processor, folder)
-
-
-def read_whole_records(path: Path, errors: ErrorCounter) -> list[Record]:
-    """The records of a source whose images can be decoded; the others are counted in `errors`.
-
-    Each is decoded once at the start, so that a broken file is known before hours of training.
-    """
-    records = []
-    for record in read_records(path, errors):
-        try:
-            Image(record.image).load()
-        except ImageError as error:
-            errors.add("broken image", f"{path.name}:{record.key}: {error}")
-            continue
-        records.append(record)
-    return records
 
 
 def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MMGPT, Processor]:
@@ -400,89 +429,10 @@ def load_vision(vision: nn.Module, name: str) -> None:
     vision.tower.trunk.load_state_dict(load_efficientnet_lite(path), strict=True)  # type: ignore[union-attr]
 
 
-_SIDED = re.compile(r"\b(left|right|sign|sa(ys|ying)|reads?|reading|writing|written|words?|letters?|numbers?)\b", re.I)
-"""Texts that a mirror image would make untrue."""
-
-
-def _image(record: Record, texts: Sequence[str], rng: random.Random, augment: bool) -> Image:
-    """The record's image; with `augment`, its mirror image half the time when `texts` fit that as well."""
-    return Image(record.image, augment and rng.random() < 0.5 and not any(map(_SIDED.search, texts)))
-
-
-def training_questions(
-    record: Record, source: SourceConfig, rng: random.Random, max_questions: int
-) -> list[tuple[str, str]]:
-    """(question, answer) pairs about one image: its own, and with some chance ones derived from its captions."""
-    questions = rng.sample(record.questions, min(len(record.questions), max_questions))
-    if record.captions and rng.random() < source.derived_share:
-        questions += derive_questions(record.captions, rng, max_questions=max_questions)
-    return [(training_prompt(q.question, q.answer, rng), q.answer) for q in questions]
-
-
-def training_prompt(question: str, answer: str, rng: random.Random) -> str:
-    """A question as users may type it: half of them with a capital letter."""
-    prompt = question_prompt(question, answer)
-    return prompt[:1].upper() + prompt[1:] if rng.random() < 0.5 else prompt
-
-
-def read_chats(path: Path, processor: Processor) -> list[Document]:
-    """Text-only chats from a .jsonl of `{"messages": [...]}`. Raises MMGPTError naming file and line."""
-    documents = []
-    for number, messages in _read_messages(path):
-        try:
-            document = processor.chat(messages, answer_starts=False)
-        except MMGPTError as error:
-            raise MMGPTError(f"{path}:{number}: {error}") from None
-        documents.append(dataclasses.replace(document, id=f"{path.name}:{number}"))
-    return documents
-
-
-def _read_messages(path: Path) -> Iterator[tuple[int, list[Any]]]:
-    """The messages of each line that is not empty, with its number."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at U+2028 inside a string
-    except OSError as error:
-        raise MMGPTError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise MMGPTError(f"{path}: not UTF-8") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            messages = json.loads(line)["messages"]
-        except (json.JSONDecodeError, RecursionError, KeyError, TypeError):
-            messages = None
-        if not isinstance(messages, list):
-            raise MMGPTError(f"{path}:{number}: not an object with a list of 'messages'")
-        yield number, messages
-
-
-def _written(message: Any) -> list[str]:
-    """The texts of a message."""
-    content = message.get("content") if isinstance(message, dict) else None
-    parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    return [text for text in texts if isinstance(text, str)]
-
-
-def _share(records: Sequence[Record | Document], repeat: float, epoch: int, seed: int) -> list[Record | Document]:
-    """`repeat` times the records; a fraction walks through a fixed shuffle, so that all come before one repeats."""
-    whole = int(repeat)
-    chosen = list(records) * whole
-    part = round((repeat - whole) * len(records))
-    if part:
-        order = list(range(len(records)))
-        random.Random(seed).shuffle(order)
-        chosen += [records[order[(epoch * part + i) % len(records)]] for i in range(part)]
-    return chosen
-
-
-def _texts(record: Record | Document) -> list[str]:
-    if isinstance(record, Document):
-        return []
-    return [clean_caption(caption) for caption in record.captions] + [
-        text for q in record.questions for text in (q.question, q.answer)
-    ]
+def _reason(error: Exception) -> str:
+    if isinstance(error, BadRecordError):
+        return str(error)
+    return "too long" if isinstance(error, ContextOverflowError) else "unreadable"
 
 
 def _user(record: Record, text: str) -> dict[str, object]:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,14 @@ from tqdm import tqdm
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.model.mmgpt import pick_device
 from mm_gpt.training import checkpoint, plot
+from mm_gpt.training.distributed import (
+    average_buffers,
+    process_group,
+    ranks,
+    sum_gradients,
+    sum_over_ranks,
+    wait_for_all,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +103,17 @@ class Task(Protocol):
         """Write the model, complete, into an existing empty folder."""
 
 
+@runtime_checkable
+class DataState(Protocol):
+    """A task whose place in its data is more than the number of the step."""
+
+    def data_state(self, step: int) -> dict[str, Any]:
+        """JSON values from which step `step` can be loaded."""
+
+    def load_data_state(self, state: dict[str, Any]) -> None:
+        """Raises MMGPTError when the data is no longer what it was."""
+
+
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Linear warm-up, then cosine to `final_lr`; steps count from 0."""
     if step < config.warmup_steps:
@@ -138,48 +157,77 @@ def train(
 ) -> None:
     """Train `task` and leave checkpoints, `log.jsonl`, `loss.png` and `recipe.json` (what `describe` says) in `out`.
 
+    Under torchrun every rank trains on its own rows and sums gradients with the others; rank 0 validates and writes.
     Ctrl-C (or SIGTERM) finishes the step, saves, and raises KeyboardInterrupt. Raises MMGPTError when `out` already
     holds a run and `resume` is not set, or when the loss is not finite.
     """
     device = pick_device(config.device)
+    with process_group(device):
+        _train(task, config, out, device, resume=resume, progress=progress, describe=describe)
+
+
+def _train(
+    task: Task,
+    config: TrainConfig,
+    out: Path,
+    device: torch.device,
+    *,
+    resume: bool,
+    progress: bool,
+    describe: dict[str, Any] | None,
+) -> None:
+    leads = ranks()[0] == 0
     task.model.to(device)
     groups = task.parameter_groups()
     optimizer = make_optimizer(groups, config)
-    log = RunLog(out, groups, resume=resume)
-    (out / "recipe.json").write_text(json.dumps(describe or {"train": dataclasses.asdict(config)}, indent=2) + "\n")
+    log = RunLog(out, groups, resume=resume) if leads else None
+    if log is not None:
+        (out / "recipe.json").write_text(json.dumps(describe or {"train": dataclasses.asdict(config)}, indent=2) + "\n")
     step = 0
     if resume:
         if latest := checkpoint.latest(out):
-            step = checkpoint.load_training_state(latest, task.model, optimizer)
+            step, data = checkpoint.load_training_state(latest, task.model, optimizer)
+            if isinstance(task, DataState):
+                task.load_data_state(data)
             logger.info("continuing from %s", latest)
-        log.cut(step)
+        wait_for_all()
+        if log is not None:
+            log.cut(step)
     task.model.train()
-    best = log.best_loss()
+    best = log.best_loss() if log is not None else math.inf
     stopper = Stopper()
-    bar = tqdm(total=config.steps, initial=step, unit="step", disable=not progress, dynamic_ncols=True)
+    bar = tqdm(total=config.steps, initial=step, unit="step", disable=not progress or not leads, dynamic_ncols=True)
     with stopper, bar, ThreadPoolExecutor(1, thread_name_prefix="prefetch") as reader:
         ahead = reader.submit(task.micro_batches, step, config.accumulate)  # while one step runs, the next is read
         while step < config.steps:
+            begin = time.perf_counter()
             batches = ahead.result()
+            waited = time.perf_counter() - begin
             if step + 1 < config.steps:
                 ahead = reader.submit(task.micro_batches, step + 1, config.accumulate)
-            metrics = training_step(task, batches, optimizer, config, step, device)
+            metrics = training_step(task, batches, optimizer, config, step, device) | {"data_seconds": waited}
             step += 1
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             last = step == config.steps
-            values: dict[str, float] = {}
-            if step % config.validate_every == 0 or last:
-                values = evaluate(task, config, device)
-            improved = bool(values) and values["loss"] < best
-            stop = stopper.requested  # read once: what is raised below must have been saved
-            log.train(step, metrics, flush=step % config.log_every == 0 or last or stop)
-            if values:
-                best = min(best, values["loss"])
-                log.validation(step, values, task.samples())
-            if step % config.save_every == 0 or last or stop or improved:
-                checkpoint.save(task, optimizer, step, out, best=improved)
+            # Read once: what is raised below must have been saved. All ranks stop at the same step.
+            stop = sum_over_ranks([float(stopper.requested)], device)[0] > 0
+            improved = False
+            if log is not None:
+                values: dict[str, float] = {}
+                if step % config.validate_every == 0 or last:
+                    values = evaluate(task, config, device)
+                    stop = stop or (stopper.requested and ranks()[1] == 1)
+                improved = bool(values) and values["loss"] < best
+                log.train(step, metrics, flush=step % config.log_every == 0 or last or stop)
+                if values:
+                    best = min(best, values["loss"])
+                    log.validation(step, values, task.samples())
+                if step % config.save_every == 0 or last or stop or improved:
+                    data = task.data_state(step) if isinstance(task, DataState) else {}
+                    checkpoint.save(task, optimizer, step, out, best=improved, data=data)
             if stop:
+                wait_for_all()
                 raise KeyboardInterrupt(f"stopped after step {step}; continue with --resume")
 
 
@@ -193,7 +241,8 @@ def training_step(
 ) -> dict[str, float]:
     """One optimizer step; returns its loss, gradient norm, learning rate and speed. Raises MMGPTError on NaN."""
     start = time.perf_counter()
-    torch.manual_seed(config.seed * 1_000_003 + step)  # dropout; augmentation is seeded by the task in the same way
+    # Dropout, which differs between ranks; augmentation is seeded by the task in the same way.
+    torch.manual_seed(config.seed * 1_000_003 + step + ranks()[0] * 7_919_000_003)
     lr = learning_rate(config, step)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
@@ -205,9 +254,13 @@ def training_step(
             loss.backward()
         total_loss += loss.item()
         total_count += int(count)
+    total_loss, summed = sum_over_ranks([total_loss, float(total_count)], device)
+    total_count = int(summed)
     if not math.isfinite(total_loss):
         raise MMGPTError(f"the loss is {total_loss} at step {step + 1}: lower the learning rate ({config.lr})")
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    sum_gradients(trained)
+    parameters = [p for p in trained if p.grad is not None]
     for parameter in parameters:
         assert parameter.grad is not None
         parameter.grad /= max(1, total_count)  # a mean over the whole step's targets, not a mean of means
@@ -216,6 +269,7 @@ def training_step(
         raise MMGPTError(f"the gradient is {float(norm)} at step {step + 1}: lower the learning rate ({config.lr})")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    average_buffers(task.model)
     seconds = time.perf_counter() - start
     return {
         "loss": total_loss / max(1, total_count),

@@ -18,7 +18,8 @@ from mm_gpt.model.presets import PRESETS, preset
 from mm_gpt.model.semicausal import SemiCausalConfig
 from mm_gpt.training.classification import ClassificationRecipe, ClassificationTask, count_rows
 from mm_gpt.training.contrastive import ContrastiveRecipe, ContrastiveTask
-from mm_gpt.training.language import LanguageRecipe, LanguageTask, SourceConfig
+from mm_gpt.training.data import SourceConfig
+from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import Task, TrainConfig, train
 from mm_gpt.training.semicausal import SemiCausalRecipe, SemiCausalTask
 from mm_gpt.vision.connectors import ConnectorConfig
@@ -294,6 +295,10 @@ def _check_same(recipe: Recipe, path: Path) -> None:
     for values in (before, now):
         for key in ("steps", "log_every", "validate_every", "save_every"):
             values["train"].pop(key, None)
+        # Another number of ranks, with as many rows a step; or of workers.
+        for key in ("rows", "workers"):
+            values.pop(key, None)
+        values["train"].pop("accumulate", None)
     for key in now:
         if now[key] != before.get(key):
             raise MMGPTError(

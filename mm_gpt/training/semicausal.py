@@ -16,7 +16,8 @@ from mm_gpt.hub.weights import read_json, write_json
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.model.semicausal import SemiCausalConfig, SemiCausalLM, Spans, sample_spans
 from mm_gpt.processor import Batch, Processor
-from mm_gpt.training.language import LanguageRecipe, LanguageTask, SourceConfig
+from mm_gpt.training.data import SourceConfig
+from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import ParameterGroup, TrainConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "semicausal.json", "semicausal.safetensors"

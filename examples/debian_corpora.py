@@ -1,0 +1,206 @@
+"""Corpora from Debian's documentation: pages with screenshots in many languages, and eight thousand captioned drawings.
+
+    pip install "mm-gpt[corpus]" resvg-py
+    python examples/debian_corpora.py debian --languages en,de,fr,es,it,ja,ko,ru,zh,el
+
+GIMP's manual (one package a language), GNOME's help (49 languages in one package), scikit-learn's documentation and the
+Open Clip Art Library. Packages are fetched from a mirror and checked, unpacked without root, and turned into sources
+that `mm-gpt corpus build` reads; then they are built, and `debian/report.json`, `.md` and `.png` say what came of it.
+"""
+
+import argparse
+import io
+import json
+import logging
+import tarfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import debian_packages
+import drawings
+import mallard
+
+from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
+from mm_gpt.datasets.shards import ShardWriter, is_corpus, write_corpus_file
+from mm_gpt.document import Document, Image
+from mm_gpt.errors import MMGPTError
+
+logger = logging.getLogger(__name__)
+
+LANGUAGES = "en,de,fr,es,it,ja,ko,ru,zh,el"
+MAX_FIGURE_PIXELS = 448
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something to build a corpus of."""
+
+    name: str
+    language: str
+    """ISO 639-1."""
+    location: Path
+    package: str
+    version: str
+    licence: str
+
+
+# ---- GNOME's help ----
+
+
+def gnome_folders(root: Path) -> dict[str, Path]:
+    """ISO 639-1 code -> the folder of GNOME's help in that language. Variants (`pt_BR`, `sr@latin`) are left out, but
+    Chinese is there only as one."""
+    folders = {}
+    for folder in sorted((root / "usr/share/help").iterdir()):
+        code = {"C": "en", "zh_CN": "zh"}.get(folder.name, folder.name)
+        if len(code) == 2 and (folder / "gnome-help").is_dir():
+            folders[code] = folder / "gnome-help"
+    return folders
+
+
+def write_gnome(folder: Path, language: str, licence: str, out: Path, errors: ErrorCounter) -> None:
+    """The pages of one language as a corpus folder. Nothing is filtered yet; SVG figures become PNG."""
+    writer = ShardWriter(out)
+    for document in mallard.read_pages(folder, errors):
+        about = {"language": language, "licence": licence, "url": f"help:gnome-help/{document.id}", "source": "gnome"}
+        document = replace(
+            drawn(document, errors),
+            id=f"gnome/{language}/{document.id}",
+            metadata={**document.metadata, **about},
+        )
+        try:
+            writer.add(document)
+        except BadRecordError as error:
+            errors.add(str(error), document.id)
+    write_corpus_file(out, writer.close(), {"source": "gnome-user-docs", "language": language, "licence": licence})
+
+
+def drawn(document: Document, errors: ErrorCounter) -> Document:
+    """SVG figures as pixels. One that cannot be drawn is counted and left out."""
+    segments = []
+    for segment in document.segments:
+        if isinstance(segment, Image) and str(segment.source).lower().endswith(".svg"):
+            try:
+                segment = replace(segment, source=_pixels(Path(str(segment.source)).resolve()))
+            except BadRecordError as error:
+                errors.add(f"image: {error}", str(segment.source))
+                continue
+        segments.append(segment)
+    return replace(document, segments=tuple(segments))
+
+
+@lru_cache(maxsize=512)  # most languages share their figures, and pages their icons
+def _pixels(path: Path) -> bytes:
+    return drawings.rasterise(drawings.parse_svg(path.read_bytes()), MAX_FIGURE_PIXELS)
+
+
+# ---- The clip art library ----
+
+
+def write_clipart(folder: Path, licence: str, out: Path, errors: ErrorCounter, *, workers: int = 2) -> int:
+    """The drawings of a folder as a tar of captioned images; how many there are. Bad ones are counted and skipped.
+
+    The same drawing under a second name is left out.
+    """
+    files = list({path.stat().st_ino: path for path in sorted(folder.rglob("*.svg"))}.values())
+    temporary, number = out.with_name(f".{out.name}.tmp"), 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar, ProcessPoolExecutor(workers) as pool:
+        for path, result in zip(files, pool.map(_clipart, files, chunksize=16), strict=True):
+            if isinstance(result, str):
+                errors.add(result, str(path.relative_to(folder)))
+                continue
+            pixels, captions = result
+            about = {"captions": captions, "source": "openclipart", "licence": licence}
+            about["name"] = str(path.relative_to(folder))
+            _add(tar, f"{number:06d}.png", pixels)
+            _add(tar, f"{number:06d}.json", json.dumps(about, ensure_ascii=False).encode())
+            number += 1
+    temporary.replace(out)
+    return number
+
+
+def _clipart(path: Path) -> tuple[bytes, tuple[str, ...]] | str:
+    """Pixels and captions, or why there are none."""
+    try:
+        root = drawings.parse_svg(path.read_bytes())
+        _, captions = drawings.caption_svg(root)
+        return drawings.rasterise(root), captions
+    except BadRecordError as error:
+        return str(error)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+# ---- All of them ----
+
+
+def prepare(work: Path, languages: Iterable[str], mirror: str, suite: str, errors: ErrorCounter) -> Iterator[Source]:
+    """Fetch, check and unpack the packages, and make of each what the corpus pipeline reads."""
+    index = debian_packages.read_index(mirror, suite)
+
+    def unpacked(name: str) -> Path:
+        if name not in index:
+            raise MMGPTError(f"{mirror}: {suite} has no package {name}")
+        deb = debian_packages.download(index[name], work / "packages", mirror)
+        root = work / "unpacked" / f"{name}_{index[name].version.replace(':', '_')}"
+        debian_packages.unpack(deb, root, errors)
+        return root
+
+    def source(name: str, language: str, location: Path, package: str, licence: str) -> Source:
+        return Source(name, language, location, package, index[package].version, licence)
+
+    gimp_licence = debian_packages.licence(unpacked("gimp-help-common"), "gimp-help-common")
+    for language in languages:
+        package = {"zh": "gimp-help-zh-cn", "pt": "gimp-help-pt-br"}.get(language, f"gimp-help-{language}")
+        if package not in index:
+            logger.warning("%s: GIMP's manual is not in this language", language)
+            continue
+        (folder,) = (unpacked(package) / "usr/share/gimp/2.0/help").iterdir()
+        yield source(f"gimp-{language}", language, folder, package, gimp_licence)
+
+    root = unpacked("gnome-user-docs")
+    licence = debian_packages.licence(root, "gnome-user-docs")
+    for language, folder in gnome_folders(root).items():
+        out = work / "sources" / f"gnome-{language}"
+        if not is_corpus(out):
+            write_gnome(folder, language, licence, out, errors)
+        yield source(f"gnome-{language}", language, out, "gnome-user-docs", licence)
+
+    root = unpacked("python-sklearn-doc")
+    licence = debian_packages.licence(root, "python-sklearn-doc")
+    html = root / "usr/share/doc/python-sklearn-doc/html"
+    yield source("sklearn", "en", html, "python-sklearn-doc", licence)
+
+    root = unpacked("openclipart-svg")
+    licence = debian_packages.licence(root, "openclipart-svg")
+    tar = work / "sources" / "openclipart.tar"
+    if not tar.is_file():
+        write_clipart(root / "usr/share/openclipart/svg", licence, tar, errors)
+    yield source("openclipart", "en", tar, "openclipart-svg", licence)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="folder for packages, sources and corpora (about 5 GB)")
+    parser.add_argument("--languages", default=LANGUAGES, help=f"of GIMP's manual (default {LANGUAGES})")
+    parser.add_argument("--mirror", default=debian_packages.MIRROR, help="an https URL or a folder")
+    parser.add_argument("--suite", default="bookworm")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    errors = ErrorCounter()
+    sources = list(prepare(args.work, args.languages.split(","), args.mirror, args.suite, errors))
+    print(errors.summary())
+    for source in sources:
+        print(f"{source.name:16} {source.licence:16} {source.location}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Data parallelism under torchrun: each rank its own rows, one sum of all gradients a step.
+
+A rank whose rows hold no image has no gradient for the vision side: it adds zeros, so no rank waits for another.
+"""
+
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mm_gpt.errors import MMGPTError
+
+TIMEOUT = datetime.timedelta(hours=2)
+"""For validation, which only rank 0 does, and for the first reading of a corpus."""
+BUCKET = 2**24
+"""Numbers that are summed at a time."""
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, number of ranks), as torchrun says; (0, 1) without it. Raises MMGPTError when its variables are broken."""
+    try:
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        raise MMGPTError("RANK and WORLD_SIZE are not numbers: start several ranks with torchrun") from None
+    if not 0 <= rank < world:
+        raise MMGPTError(f"RANK is {rank} of WORLD_SIZE {world}")
+    return rank, world
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """The ranks' group while inside; nothing for a single process."""
+    if ranks()[1] == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Each value summed over all ranks, in float64."""
+    if ranks()[1] == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Gradients summed over all ranks. A parameter that has none anywhere keeps none."""
+    if ranks()[1] == 1 or not parameters:
+        return
+    device = parameters[0].device
+    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=device)
+    dist.all_reduce(present)
+    chosen = [p for p, number in zip(parameters, present.tolist(), strict=True) if number]
+    while chosen:
+        bucket: list[nn.Parameter] = []
+        size = 0
+        while chosen and (not bucket or size + chosen[0].numel() <= BUCKET):
+            bucket.append(chosen.pop(0))
+            size += bucket[-1].numel()
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).float().flatten() for p in bucket])
+        dist.all_reduce(flat)
+        for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+
+def average_buffers(model: nn.Module) -> None:
+    """The running statistics of BatchNorm, which each rank has seen other images for, made the same everywhere."""
+    world = ranks()[1]
+    if world == 1:
+        return
+    saved = model.state_dict(keep_vars=True)
+    for name, buffer in model.named_buffers():
+        if name in saved and buffer.is_floating_point():
+            dist.all_reduce(buffer)
+            buffer /= world
+
+
+def wait_for_all() -> None:
+    if ranks()[1] > 1:
+        dist.barrier()
