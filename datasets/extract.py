@@ -274,7 +274,7 @@ def _main_block(page: FlatPage, kept: Spans) -> int:
     total = kept.within(0, len(page.stream))
     best, best_size = 0, len(page.stream) + 1
     for number, (_, _, start, end) in enumerate(page.blocks):
-        if end - start <= best_size and kept.within(start, end) >= _MAIN_SHARE * total:
+        if _MAIN_SHARE * total <= end - start <= best_size and kept.within(start, end) >= _MAIN_SHARE * total:
             best, best_size = number, end - start
     number = best
     while number >= 0:

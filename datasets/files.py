@@ -179,13 +179,30 @@ def _list_one(location: str) -> list[str]:
             return [fs.unstrip_protocol(name) for name in names if not _is_hidden(str(name), path)]
     local = local_path(location)
     if local.is_dir():
-        walked = (os.path.join(folder, name) for folder, _, names in os.walk(local) for name in names)
-        return [name for name in walked if not _is_hidden(name, str(local)) and os.path.isfile(name)]
+        return list(_walk(local))
     if os.path.exists(local):
         return [str(local)]
     if not _is_glob(str(local)):  # one of many in braces must not go missing in silence
         raise MMGPTError(f"{source_name(local)}: no such file or folder")
     return [name for name in glob.glob(str(local), recursive=True) if os.path.isfile(name)]
+
+
+def _walk(top: Path) -> Iterator[str]:
+    """The files below `top`. Linked folders are entered, each once; a link to nothing is listed: its reader tells."""
+
+    def fail(error: OSError) -> None:
+        raise MMGPTError(f"{source_name(error.filename or top)}: {reason_of(error)}") from None
+
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(top, followlinks=True, onerror=fail):
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        paths = (os.path.join(folder, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if os.path.isfile(path) or os.path.islink(path))
 
 
 def _is_glob(path: str) -> bool:

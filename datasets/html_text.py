@@ -18,7 +18,7 @@ from mm_gpt.document import Image, Segment, Text
 class Kind(IntEnum):
     """What an event is; in brackets what its value holds."""
 
-    TEXT = 0  # (text as written)
+    TEXT = 0  # (text as written, its characters that are no white space)
     BREAK = 1  # (strength)
     IMAGE = 2  # (number in FlatPage.images)
     PRE = 3  # (True at its start)
@@ -128,9 +128,8 @@ def flatten(tree: Any, max_elements: int) -> FlatPage:
                         kind = Kind.CAPTION
                 if kind is Kind.FIGURE:
                     num_figures += 1
-                elif kind is Kind.CAPTION:
-                    if num_figures == 0 or any(c is not None and c[0] is Kind.CAPTION for c in closers):
-                        kind = None  # of nothing, or inside another that nobody closed
+                elif kind is Kind.CAPTION and (num_figures == 0 or any(c and c[0] is Kind.CAPTION for c in closers)):
+                    kind = None  # of nothing, or inside another that nobody closed
                 if kind is Kind.LIST:
                     lists.append(_first_number(element) - 1 if tag == "ol" else -1)
                 elif tag == "table":
@@ -181,8 +180,8 @@ def flatten(tree: Any, max_elements: int) -> FlatPage:
                 elif layouts and layouts[-1] and tag != "li":
                     events.append((Kind.BREAK, PARAGRAPH, position))
         if text:
-            events.append((Kind.TEXT, text, position))
-            key = "".join(text.split())
+            key = "" if text.isspace() else "".join(text.split())
+            events.append((Kind.TEXT, (text, len(key)), position))
             if key:
                 keys.append(key)
                 position += len(key)
@@ -262,7 +261,7 @@ def segments_of(
         while others and others[-1][0] <= position and kind is Kind.TEXT:
             writer.paragraph(others.pop()[1])
         if kind is Kind.TEXT:
-            length = len("".join(value.split()))
+            value, length = value
             is_kept = length > 0 and kept.within(position, position + length) * 2 >= length
             if caption is not None:
                 caption.append(value)

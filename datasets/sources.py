@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from mm_gpt.datasets.archives import ARCHIVE_SUFFIXES, read_archive
-from mm_gpt.datasets.files import base_name, exists, is_folder, list_files, open_file, scheme_of, suffix_of
+from mm_gpt.datasets.files import exists, is_folder, list_files, open_file, scheme_of, suffix_of
 from mm_gpt.datasets.interleaved import each_of
 from mm_gpt.datasets.row_samples import kind_of_row, peek_row
 from mm_gpt.datasets.rows import read_json
@@ -70,8 +70,9 @@ class Peek:
     @cached_property
     def has_captions(self) -> bool:
         """Whether images have a .txt or .json of their own name beside them, or there is a list of captions."""
-        if any(base_name(file) in ("captions.jsonl", "captions.csv") for file in self.files):
-            return len(self.files) > 1
+        lists = (f"{self.location.rstrip('/')}/{name}" for name in ("captions.jsonl", "captions.csv"))
+        if is_folder(self.location) and any(map(exists, lists)):
+            return True
         texts = {os.path.splitext(file)[0] for file in self.files if suffix_of(file) in (".txt", ".json")}
         return any(suffix_of(f) in _IMAGES and os.path.splitext(f)[0] in texts for f in self.files)
 

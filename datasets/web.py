@@ -13,7 +13,7 @@ import hashlib
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
@@ -39,6 +39,8 @@ from mm_gpt.errors import MMGPTError
 
 PAGE_SUFFIXES = (".html", ".htm", ".xhtml")
 MAX_RECORD_BYTES = 32 * 2**20
+_SAVED_WITH = re.compile(r"(?<=[^/])(?:_files|\.files|-Dateien|_fichiers|_archivos)/")
+"""The folders that browsers save beside a page."""
 _SAVED_FROM = re.compile(rb"<!--\s*saved from url=\(\d+\)\s*(https?://[^\s>]{3,2000}?)\s*-->", re.I)
 _CANONICAL = re.compile(rb"<link\b[^>]{0,200}?rel\s*=\s*[\"']?canonical\b[^>]{0,2000}>", re.I)
 _HREF = re.compile(rb"href\s*=\s*[\"']?(https?://[^\s\"'>]+)", re.I)
@@ -110,22 +112,37 @@ def folder_pages(location: str, errors: ErrorCounter, *, images: str | None = No
     Images are found under `images`, or beside the pages and nowhere outside of `location`. The page's address is what
     the browser wrote into it (`saved from url`), else its canonical link. Raises MMGPTError when nothing is there.
     """
+    return _folder_pages(location.rstrip("/"), page_files(location), errors, images)
+
+
+def page_files(location: str) -> list[str]:
+    """The pages of a folder, sorted, without the frames that a browser saved with one. Raises MMGPTError for none."""
     files = [name for name in list_files(location) if name.lower().endswith(PAGE_SUFFIXES)]
     if not files:
         raise MMGPTError(f"{location}: no page ({', '.join(PAGE_SUFFIXES)})")
-    return _folder_pages(location.rstrip("/"), files, errors, images)
+    stems = {name.rpartition(".")[0] for name in files}
+    return [path for path in files if not any(stem in stems for stem in _SAVED_WITH.split(path)[:-1])]
 
 
-def _folder_pages(location: str, files: list[str], errors: ErrorCounter, images: str | None) -> Iterator[Page]:
+def read_page_files(
+    location: str,
+    pages: Sequence[str],
+    errors: ErrorCounter,
+    *,
+    images: str | None = None,
+    config: ExtractConfig = DEFAULT,
+    removed: Counter[str] | None = None,
+) -> Iterator[Document]:
+    """`read_pages` for some of the pages of a folder: each process takes its part of `page_files`."""
+    return _documents(_folder_pages(location.rstrip("/"), pages, errors, images), errors, config, removed)
+
+
+def _folder_pages(location: str, files: Sequence[str], errors: ErrorCounter, images: str | None) -> Iterator[Page]:
     in_folder = is_folder(location)
     base = location if is_remote(location) else str(local_path(location))
-    stems = {name.rpartition(".")[0] for name in files}
     for path in files:
         folder, _, own = path.rpartition("/")
         name = path[len(base) + 1 :] if in_folder and path.startswith(f"{base}/") else own
-        parts = re.split(r"(?<=[^/])(?:_files|\.files|-Dateien|_fichiers|_archivos)/", path)
-        if len(parts) > 1 and any(stem in stems for stem in parts[:-1]):
-            continue  # an advertisement's frame, not a page
         try:
             with open_file(path) as file:
                 html = file.read(MAX_RECORD_BYTES + 1)

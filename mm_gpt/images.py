@@ -185,6 +185,16 @@ def image_bytes(source: "str | os.PathLike[str] | bytes", *, limits: ImageLimits
     return _read_file(source, source_name(source), limits)
 
 
+def to_file(image: PILImage.Image, suffix: str = "png") -> bytes:
+    """An RGB image as a file: `png` (lossless), `jpg` or `webp` (at quality 90)."""
+    buffer = io.BytesIO()
+    if suffix == "png":
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}[suffix], quality=90)
+    return buffer.getvalue()
+
+
 def _one_line(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 

@@ -44,7 +44,9 @@ def run(html: str | bytes, url: str = "https://example.com/a/page.html", **confi
 
 
 def shape(document: Document) -> list[str]:
-    return [s.text if isinstance(s, Text) else f"[{s.source}]" for s in document.segments if isinstance(s, Text | Image)]
+    return [
+        s.text if isinstance(s, Text) else f"[{s.source}]" for s in document.segments if isinstance(s, Text | Image)
+    ]
 
 
 IMG = "https://example.com/a/"
@@ -103,8 +105,14 @@ def test_image_in_every_place(part: str) -> None:
         ("<img src='spacer.gif' data-original='lazy.jpg'>", "lazy.jpg"),
         ("<img src='spacer.gif' data-lazy-src='lazy.jpg' style='display: none'>", "lazy.jpg"),
         ("<img src='blank.png' data-srcset='a.jpg 100w, b.jpg 900w'>", "b.jpg"),
-        ("<picture><source srcset='a.webp 500w, b.webp 1000w'><source srcset='c.jpg'><img src=d.jpg></picture>", "b.webp"),
-        ("<img src='/w_300,h_200/x.jpg' srcset='/w_300,h_200/x.jpg 300w, /w_900,h_600/x.jpg 900w'>", "/w_900,h_600/x.jpg"),
+        (
+            "<picture><source srcset='a.webp 500w, b.webp 1000w'><source srcset='c.jpg'><img src=d.jpg></picture>",
+            "b.webp",
+        ),
+        (
+            "<img src='/w_300,h_200/x.jpg' srcset='/w_300,h_200/x.jpg 300w, /w_900,h_600/x.jpg 900w'>",
+            "/w_900,h_600/x.jpg",
+        ),
         ("<img src='//cdn.example.org/x.jpg'>", "https://cdn.example.org/x.jpg"),
         ("<img src=' my\n photo.jpg '>", "my%20photo.jpg"),
         ("<img src='data:image/gif;base64,R0lGODlhAQABAAAAACw='><noscript><img src=n.jpg></noscript>", "n.jpg"),
@@ -154,8 +162,9 @@ def test_data_url_and_base() -> None:
 
 def test_captions_and_alt() -> None:
     """A caption follows its image, whichever comes first in the page, and is dropped by choice."""
-    figures = "<figure><figcaption>Above <b>it</b></figcaption><img src=a.png alt='A pile'></figure>", (
-        "<div class=wp-caption><img src=b.png><p class=wp-caption-text>Below it</p></div>"
+    figures = (
+        "<figure><figcaption>Above <b>it</b></figcaption><img src=a.png alt='A pile'></figure>",
+        ("<div class=wp-caption><img src=b.png><p class=wp-caption-text>Below it</p></div>"),
     )
     html = article(P[0], figures[0], P[1], figures[1], P[2], P[3])
     a, b = f"[{IMG}a.png]", f"[{IMG}b.png]"
@@ -280,7 +289,9 @@ def test_one_broken_byte_does_not_change_the_encoding() -> None:
 def test_hostile_pages_end_quickly() -> None:
     """Deep nesting, entity bombs, huge and broken pages: a document or a counted reason, never an exception."""
     deep = "<div>" * 50_000 + P[0] + "</div>" * 50_000
-    bomb = "<!DOCTYPE html [<!ENTITY a 'aaaaaaaaaa'><!ENTITY b '&a;&a;&a;&a;&a;&a;&a;&a;'>]>" + article(*P, "<p>&b;</p>")
+    bomb = "<!DOCTYPE html [<!ENTITY a 'aaaaaaaaaa'><!ENTITY b '&a;&a;&a;&a;&a;&a;&a;&a;'>]>" + article(
+        *P, "<p>&b;</p>"
+    )
     removed: Counter[str] = Counter()
     extract(page(deep), removed=removed)
     extract(article(*P, deep), removed=removed)
@@ -288,7 +299,18 @@ def test_hostile_pages_end_quickly() -> None:
     assert extract(bomb) is not None
     assert extract(article(*P) * 3, config=ExtractConfig(max_html_bytes=100), removed=removed) is None
     assert extract(article(*P, "<b></b>" * 1000), config=ExtractConfig(max_elements=900), removed=removed) is None
-    for junk in (b"", b" ", b"\0\0\0", b"<", b"<!--", b"\xff\xfe", "\ud800", "<html></html>", "<p>\x01\x0b</p>", "%PDF-1.4"):
+    for junk in (
+        b"",
+        b" ",
+        b"\0\0\0",
+        b"<",
+        b"<!--",
+        b"\xff\xfe",
+        "\ud800",
+        "<html></html>",
+        "<p>\x01\x0b</p>",
+        "%PDF-1.4",
+    ):
         assert extract(junk, removed=removed) is None
     assert removed["too large"] == removed["too many elements"] == 1
     assert srcset_candidates("," * 200_000) == []
@@ -307,7 +329,9 @@ def test_heading_belongs_to_what_follows() -> None:
     """A heading that a table of contents repeats above must not be found there: an image would change its side."""
     from lxml import etree
 
-    body = etree.fromstring(f"<body><head>Divers</head><p>{LONG[0]}</p><p>{LONG[1]}</p><p>not in the page at all</p></body>")
+    body = etree.fromstring(
+        f"<body><head>Divers</head><p>{LONG[0]}</p><p>{LONG[1]}</p><p>not in the page at all</p></body>"
+    )
     stream = "".join(f"Divers Plans {LONG[2]} Divers {LONG[0]} {LONG[1]}".split())
     spans, extra = locate(body, stream)
     assert sorted(stream[a:b] for a, b in spans) == sorted("".join(t.split()) for t in ("Divers", LONG[0], LONG[1]))
@@ -322,8 +346,28 @@ def test_spans_count_like_sets(pairs: list[tuple[int, int]], start: int, end: in
 
 
 PIECES = st.sampled_from(
-    [*P, "<ul><li>", "<table><tr><td>", "</td></tr></table>", "<figure><img src=a.png>", "<figcaption>c", "</figure>", "<pre>"]
-    + ["</div>", "<div>", "<img src=b.png>", "text & more", "</ul>", "<a href=x>", "<h2>Head</h2>", "<br>", "<li>", "</p>"]
+    [
+        *P,
+        "<ul><li>",
+        "<table><tr><td>",
+        "</td></tr></table>",
+        "<figure><img src=a.png>",
+        "<figcaption>c",
+        "</figure>",
+        "<pre>",
+    ]
+    + [
+        "</div>",
+        "<div>",
+        "<img src=b.png>",
+        "text & more",
+        "</ul>",
+        "<a href=x>",
+        "<h2>Head</h2>",
+        "<br>",
+        "<li>",
+        "</p>",
+    ]
     + ["<noscript>", "<svg>", "<math>", "<select>", "</article>", "<td>", "<ol>", "</ol>", "<caption>", "</body>"]
 )
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +29,7 @@ from mm_gpt.datasets import files, http_files, unpacked
 from mm_gpt.datasets.files import is_remote, list_files, local_copy, open_file, resolve
 from mm_gpt.datasets.http_files import HttpLimits, ReadError
 from mm_gpt.datasets.samples import ErrorCounter
+from mm_gpt.datasets.sources import read_samples
 from mm_gpt.datasets.unpacked import open_unpacked, read_lines
 from mm_gpt.errors import ConfigError, MMGPTError, URLError
 
@@ -333,6 +335,35 @@ def test_listing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(MMGPTError, match="empty folder"):
         names("empty")
+
+
+def test_linked_folders_are_listed_once(tmp_path: Path) -> None:
+    """Stops: shards behind a link that go missing in silence, and a link to itself that never ends."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "elsewhere" / "a.tar").write_bytes(b"x")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "dangling.tar").symlink_to(tmp_path / "gone.tar")
+    found = list_files(str(tmp_path / "data"))
+    assert [os.path.relpath(name, tmp_path / "data") for name in found] == ["dangling.tar", "linked/a.tar"]
+
+
+def test_samples_over_http(url: str, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way: braces, detection, a parquet read by ranges, packed lines."""
+    monkeypatch.setenv("MM_GPT_PRIVATE_ADDRESSES", "1")
+    row = {"images": ["https://e/a.jpg", None], "texts": [None, "A text."], "metadata": "[]"}
+    table = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([row] * 100), table)
+    server.files |= {"0.parquet": table.getvalue(), "1.parquet": table.getvalue()}
+    server.files["a.jsonl.gz"] = gzip.compress(b'{"text": "A text."}')
+    for location, count in [("{0..1}.parquet?v=1", 200), ("a.jsonl.gz", 1)]:
+        errors = ErrorCounter()
+        assert len(list(read_samples(f"{url}/{location}", errors))) == count
+        assert errors.total == 0
+    errors = ErrorCounter()
+    assert len(list(read_samples(f"{url}/{{0..2}}.parquet", errors))) == 200
+    assert errors.counts == {"unreadable file": 1}
 
 
 def test_braces_of_urls() -> None:

@@ -39,7 +39,7 @@ from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor
 from mm_gpt.prompts import question_prompt
-from mm_gpt.training.language import training_prompt
+from mm_gpt.training.data import training_prompt
 
 
 def png(seed: int) -> bytes:

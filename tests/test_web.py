@@ -60,7 +60,12 @@ def test_images_stay_inside_the_folder(tmp_path: Path) -> None:
     (tmp_path / "secret.jpg").write_bytes(JPEG)
     (folder / "in.jpg").write_bytes(JPEG)
     os.symlink(tmp_path / "secret.jpg", folder / "link.jpg")
-    outside = ["../../secret.jpg", str(tmp_path / "secret.jpg"), f"file://{tmp_path}/secret.jpg", "..%2f..%2fsecret.jpg"]
+    outside = [
+        "../../secret.jpg",
+        str(tmp_path / "secret.jpg"),
+        f"file://{tmp_path}/secret.jpg",
+        "..%2f..%2fsecret.jpg",
+    ]
     for number, name in enumerate([*outside, "../link.jpg", "../in.jpg", "/in.jpg"]):
         (folder / "sub" / f"{number}.html").write_text(html(name))
     found = [sources(document) for document in read_pages(str(folder), ErrorCounter())]

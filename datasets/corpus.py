@@ -1,0 +1,606 @@
+"""A corpus from raw sources, in three passes that run the same on a laptop and on a cluster:
+
+1. `process_split`: one part of the sources through extraction, filters and image fetching, into a folder of its own.
+2. `decide`: duplicates over the fingerprints of all parts.
+3. `write_group`: what is left, into shards.
+
+Each part appears under its name only when it is finished, and is not made again: a build that was killed continues with
+the same command. Nothing depends on which process made which part.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from PIL import Image as PILImage
+from tqdm import tqdm
+
+from mm_gpt.datasets import files, web
+from mm_gpt.datasets.decontaminate import RemoveContamination
+from mm_gpt.datasets.document_filters import ImageLimit
+from mm_gpt.datasets.duplicates import find_duplicates
+from mm_gpt.datasets.extract import ExtractConfig
+from mm_gpt.datasets.fingerprints import write_fingerprints
+from mm_gpt.datasets.image_duplicates import find_repeated_images
+from mm_gpt.datasets.image_filters import ImageFilter, URLFilter
+from mm_gpt.datasets.language_id import Language
+from mm_gpt.datasets.minhash import MinHash
+from mm_gpt.datasets.personal_data import PersonalData
+from mm_gpt.datasets.pipeline import Funnel, Stage, as_document, run_stages
+from mm_gpt.datasets.published_filters import Filters, kosmos, obelics
+from mm_gpt.datasets.quality import QualityFilter
+from mm_gpt.datasets.samples import (
+    IMAGE_SUFFIXES,
+    BadRecordError,
+    Conversation,
+    ErrorCounter,
+    Record,
+    Sample,
+)
+from mm_gpt.datasets.shards import CORPUS_FILE, Shard, ShardInfo, ShardWriter, write_corpus_file
+from mm_gpt.datasets.sources import FORMATS, detect, read_samples
+from mm_gpt.datasets.text_filters import DocumentFilter, ParagraphFilter, RepeatedSentences
+from mm_gpt.document import Document, Image, Segment, Text
+from mm_gpt.errors import ConfigError, ImageError, MMGPTError
+from mm_gpt.images import DEFAULT_LIMITS, image_bytes, image_format, is_url, load_image, to_file
+
+logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+WORK = ".build"
+PAGES_IN_SPLIT = 64
+FETCHES = 16
+"""Images of one document that are fetched at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """How a corpus is made. Of records and conversations only images are checked, and doubles found."""
+
+    filters: Literal["none", "basic", "kosmos", "obelics"] = "basic"
+    """`basic` drops paragraphs of repetitions and symbols, documents without any sentence, and icons; the others are
+    those of the published corpora."""
+    languages: tuple[str, ...] = ()
+    """Keep documents in these languages (ISO 639-1 codes); none: all, or English for `kosmos` and `obelics`."""
+    alt: Literal["drop", "text"] = "drop"
+    """`text`: what a page says in place of an image stands behind it."""
+    captions: Literal["keep", "drop"] = "keep"
+    """Of figures."""
+    opt_out: bool = True
+    """Leave out pages and images whose owners say so: robots and TDM reservation signals."""
+    personal_data: bool = True
+    """Replace addresses, phone numbers, account numbers and the like by marks."""
+    quality: str | None = None
+    """Folder of a quality classifier; see `mm_gpt.datasets.quality`."""
+    fetch: bool = True
+    """Fetch images behind URLs, from public addresses only; False: they are left out."""
+    image_side: int | None = 1024
+    """Longest side in pixels: larger images are made smaller. None: files stay as they are."""
+    max_images: int | None = None
+    """Of a document; the first ones stay."""
+    near_duplicates: float | None = 0.8
+    """Documents whose words agree by more than this are one. None: only equal ones are."""
+    keep: Literal["first", "longest"] = "first"
+    """Which of the duplicates."""
+    image_documents: int | None = 10
+    """Images that are in more documents are decoration."""
+    contamination: str | None = None
+    """Folder that `mm-gpt corpus contamination` wrote: what is in its evaluation sets is cut out."""
+    shard_mb: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
+            raise ConfigError(f"near_duplicates must be above 0 and at most 1, not {self.near_duplicates}")
+        for name in ("image_side", "max_images", "image_documents", "shard_mb"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+
+    def extraction(self) -> ExtractConfig:
+        config = ExtractConfig(alt=self.alt, captions=self.captions)
+        return config if self.opt_out else dataclasses.replace(config, page_opt_outs=(), image_opt_outs=())
+
+    def stages(self) -> Filters:
+        """What runs before and behind the fetching of images."""
+        match self.filters:
+            case "none":
+                language: tuple[Stage, ...] = (Language(languages=self.languages),) if self.languages else ()
+                filters = Filters(language, ())
+            case "basic":
+                filters = basic(languages=self.languages)
+            case "kosmos":
+                filters = kosmos(languages=self.languages or ("en",), seed=self.seed)
+            case "obelics":
+                filters = obelics(languages=self.languages or ("en",))
+        before, after = list(filters.before_fetch), list(filters.after_fetch)
+        if self.quality is not None:
+            before.append(QualityFilter(path=self.quality, seed=self.seed))
+        if self.personal_data:
+            before.append(PersonalData())
+        if self.max_images is not None:
+            after.append(ImageLimit(maximum=self.max_images))
+        if self.contamination is not None:
+            after.append(RemoveContamination(index_path=self.contamination))
+        return Filters(tuple(before), tuple(after))
+
+    def minhash(self) -> MinHash:
+        return MinHash() if self.near_duplicates is None else MinHash(threshold=self.near_duplicates)
+
+
+def basic(*, languages: tuple[str, ...] = ()) -> Filters:
+    """Mild rules in any language: for documents that somebody chose, not for a crawl."""
+    return Filters(
+        before_fetch=(
+            Language(languages=languages),
+            URLFilter(),
+            ParagraphFilter(max_character_repetition=0.5, max_word_repetition=0.5, max_special_characters=0.6),
+            RepeatedSentences(),
+            DocumentFilter(min_words=5),
+        ),
+        after_fetch=(ImageFilter(min_side=32, max_aspect_ratio=10, single_colour_tolerance=4, unique=True),),
+    )
+
+
+# ---- Splits ----
+
+
+@dataclass(frozen=True)
+class Split:
+    """A part of the sources that one process reads: small, it travels."""
+
+    number: int
+    location: str
+    format: str
+    images: str | None = None
+    files: tuple[str, ...] = ()
+    """Of `location`; empty: all of it."""
+
+    @property
+    def name(self) -> str:
+        return f"split-{self.number:06d}"
+
+
+def find_splits(sources: Sequence[str], *, format: str = "auto", images: str | None = None) -> list[Split]:
+    """The parts of all sources, in an order that never changes. Raises MMGPTError for what is missing or unknown."""
+    splits: list[Split] = []
+    for location in sources:
+        kind = detect(location) if format == "auto" else FORMATS.get(format)
+        if kind is None:
+            read_samples(location, ErrorCounter(), format=format)  # raises, with the closest name
+            raise AssertionError
+        if kind.name == "pages":
+            pages = web.page_files(location)
+            parts = [tuple(pages[at : at + PAGES_IN_SPLIT]) for at in range(0, len(pages), PAGES_IN_SPLIT)]
+        elif kind.suffixes and files.is_folder(location):
+            parts = [(name,) for name in files.list_files(location) if files.suffix_of(name) in kind.suffixes]
+        else:
+            parts = [()]
+        splits += [Split(len(splits) + n, location, kind.name, images, part) for n, part in enumerate(parts)]
+    return splits
+
+
+def _read(split: Split, config: CorpusConfig, errors: ErrorCounter, funnel: Funnel) -> Iterator[Sample]:
+    """The samples of a split; what extraction itself left out is in the funnel."""
+    extraction = config.extraction()
+    removed: Counter[str] = Counter()
+    match split.format:
+        case "pages":
+            found: Iterator[Sample] = web.read_page_files(
+                split.location, split.files, errors, images=split.images, config=extraction, removed=removed
+            )
+        case "warc":
+            found = web.read_warc(
+                split.files[0] if split.files else split.location,
+                errors,
+                images=split.images,
+                config=extraction,
+                removed=removed,
+            )
+        case _:
+            location = split.files[0] if split.files else split.location
+            found = read_samples(location, errors, format=split.format, images=split.images)
+    for sample in found:
+        funnel.count("read", as_document(sample))
+        yield sample
+    step = funnel.step("read")
+    step.removed.update(removed)
+    for reason, count in errors.counts.items():
+        if removed.get(reason, 0) < count:
+            step.removed[reason] += count - removed.get(reason, 0)
+
+
+# ---- Pass 1 ----
+
+
+def process_split(split: Split, config: CorpusConfig, work: Path) -> dict[str, Any]:
+    """Read, filter and fetch one split into `work/SPLIT`: shards, fingerprints and `report.json`, which is returned.
+
+    Does nothing when it is there already. Raises MMGPTError when the split cannot be read at all.
+    """
+    folder = work / split.name
+    report = folder / "report.json"
+    if report.is_file():
+        return _json(report)
+    temporary = work / f".{split.name}.{os.uname().nodename}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    funnel, errors = Funnel(), ErrorCounter()
+    writer = ShardWriter(temporary, shard_bytes=config.shard_mb * 2**20)
+    stages = config.stages()
+
+    def written() -> Iterator[Document]:
+        with ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch") as pool:
+            for number, sample in enumerate(_read(split, config, errors, funnel)):
+                kept = _prepared(sample, stages, config, funnel, errors, pool)
+                if kept is None:
+                    continue
+                try:
+                    writer.add(kept)
+                except BadRecordError as error:
+                    funnel.count("store", as_document(kept), str(error))
+                    continue
+                document = as_document(kept)
+                yield dataclasses.replace(document, id=document.id or f"{split.name}:{number}")
+
+    write_fingerprints(written(), temporary / "fingerprints", errors, minhash=config.minhash())
+    shards = writer.close()
+    values = {
+        "funnel": funnel.to_json(),
+        "errors": {"counts": dict(errors.counts), "examples": errors.examples},
+        "shards": [asdict(shard) for shard in shards],
+    }
+    (temporary / "report.json").write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        temporary.rename(folder)
+    except OSError:  # another process was faster, with the same result
+        shutil.rmtree(temporary, ignore_errors=True)
+    return _json(report)
+
+
+def _prepared(
+    sample: Sample,
+    stages: Filters,
+    config: CorpusConfig,
+    funnel: Funnel,
+    errors: ErrorCounter,
+    pool: ThreadPoolExecutor,
+) -> Sample | None:
+    """A sample behind all filters, its images in memory."""
+    if not isinstance(sample, Document):
+        whole = as_document(sample)
+        fetched = _fetched(whole, config, errors, pool)
+        if len(fetched.images) < len(whole.images):
+            funnel.count("fetch images", whole, "image missing or broken")
+            return None
+        funnel.count("fetch images", fetched)
+        return _with_images(sample, iter(fetched.images))
+    document = run_stages(stages.before_fetch, sample, funnel)
+    if document is None:
+        return None
+    step = funnel.step("fetch images", str(document.metadata.get("language") or "unknown"))
+    step.came.add(document)
+    fetched = _fetched(document, config, errors, pool)
+    if lost := len(document.images) - len(fetched.images):
+        step.removed["image: missing or broken"] += lost
+    if not fetched.segments:
+        step.removed["nothing left"] += 1
+        return None
+    step.left.add(fetched)
+    return run_stages(stages.after_fetch, fetched, funnel)
+
+
+def _fetched(document: Document, config: CorpusConfig, errors: ErrorCounter, pool: ThreadPoolExecutor) -> Document:
+    """The document with the bytes of its images; those that cannot be had are left out, and counted."""
+
+    def load(segment: Segment) -> Segment | MMGPTError:
+        if isinstance(segment, Text):
+            return segment
+        source = segment.source
+        try:
+            if isinstance(source, str) and "://" in source and not config.fetch:
+                raise ImageError(f"{source}: not fetched")
+            if isinstance(source, PILImage.Image):
+                return dataclasses.replace(segment, source=to_file(source))
+            if not isinstance(source, str | os.PathLike | bytes):
+                raise ImageError("an image in memory")
+            return dataclasses.replace(segment, source=_stored(_file(source), config.image_side))
+        except MMGPTError as error:
+            return error
+
+    kept: list[Segment] = []
+    for segment in pool.map(load, document.segments):
+        if isinstance(segment, MMGPTError):
+            errors.add("image", f"{document.id}: {segment}")
+        else:
+            kept.append(segment)
+    return dataclasses.replace(document, segments=tuple(kept))
+
+
+def _file(source: str | os.PathLike[str] | bytes) -> bytes:
+    """The image file behind a path, URL, or address of an object store. Raises MMGPTError."""
+    if isinstance(source, str) and "://" in source and not is_url(source):
+        with files.open_file(source) as file:
+            data = file.read(DEFAULT_LIMITS.max_bytes + 1)
+        if len(data) > DEFAULT_LIMITS.max_bytes:
+            raise ImageError(f"{source}: larger than the limit of {DEFAULT_LIMITS.max_bytes:,} bytes")
+        return data
+    return image_bytes(source)
+
+
+def _stored(data: bytes, side: int | None) -> bytes:
+    """An image file as it is stored: as it came, but smaller where it is large, and of a format that shards hold.
+
+    Decodes it, so that what is stored can be read. Raises ImageError.
+    """
+    image = load_image(data)
+    large = side is not None and max(image.size) > side
+    suffix = image_format(data)
+    if not large and suffix in IMAGE_SUFFIXES:
+        return data
+    if large:
+        assert side is not None
+        image.thumbnail((side, side), PILImage.Resampling.BICUBIC, reducing_gap=3.0)
+    return to_file(image, "jpg" if suffix == "jpg" else "png")
+
+
+def _with_images(sample: Record | Conversation, images: Iterator[Image]) -> Sample:
+    """The sample with other image sources, in order."""
+    if isinstance(sample, Record):
+        source = next(images).source
+        assert isinstance(source, bytes)
+        return dataclasses.replace(sample, image=source)
+    known: dict[int, Image] = {}  # one image may stand in several turns
+
+    def fetched(part: Any) -> Any:
+        if not isinstance(part, Image):
+            return part
+        if id(part) not in known:
+            known[id(part)] = next(images)
+        return known[id(part)]
+
+    turns = [
+        {**turn, "content": [fetched(part) for part in turn["content"]]}
+        if isinstance(turn["content"], list | tuple)
+        else turn
+        for turn in sample.messages
+    ]
+    return dataclasses.replace(sample, messages=tuple(turns))
+
+
+# ---- Pass 2 ----
+
+
+def decide(work: Path, splits: Sequence[Split], config: CorpusConfig) -> None:
+    """Find duplicates over all splits and write what goes into `drop.jsonl` of each."""
+    partitions = [work / split.name / "fingerprints" for split in splits]
+    for partition in partitions:
+        (partition.parent / "drop.jsonl").unlink(missing_ok=True)
+    rows: dict[str, list[dict[str, Any]]] = {}
+
+    def note(partition: str, row: dict[str, Any]) -> None:
+        rows.setdefault(partition, []).append(row)
+        if sum(map(len, rows.values())) > 100_000:
+            flush()
+
+    def flush() -> None:
+        for partition, found in rows.items():
+            with (Path(partition).parent / "drop.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        rows.clear()
+
+    near = config.near_duplicates is not None
+    for copy in find_duplicates(partitions, keep=config.keep, near=near, minhash=config.minhash(), scratch=work):
+        note(copy.partition, {"row": copy.row, "reason": copy.reason, "of": copy.duplicate_of})
+    if config.image_documents is not None:
+        found = find_repeated_images(
+            partitions, max_documents=config.image_documents, once_per_document=False, scratch=work
+        )
+        for image in found:
+            note(image.partition, {"row": image.row, "image": image.image, "reason": image.reason})
+    flush()
+
+
+# ---- Pass 3 ----
+
+
+def write_group(group: int, splits: Sequence[Split], config: CorpusConfig, work: Path, out: Path) -> dict[str, Any]:
+    """What is left of some splits, as shards of the corpus; returns shards and funnel."""
+    funnel = Funnel()
+    writer = ShardWriter(out, prefix=f"shard-{group:05d}", shard_bytes=config.shard_mb * 2**20)
+    for split in splits:
+        documents: dict[int, str] = {}
+        images: dict[int, dict[int, str]] = {}
+        drop = work / split.name / "drop.jsonl"
+        for line in drop.read_text(encoding="utf-8").split("\n") if drop.is_file() else ():
+            if line:
+                row = json.loads(line)
+                if "image" in row:
+                    images.setdefault(row["row"], {})[row["image"]] = row["reason"]
+                else:
+                    documents[row["row"]] = row["reason"]
+        number = -1
+        for shard_file in sorted((work / split.name).glob("shard-*.tar")):
+            shard = Shard(shard_file)
+            for at in range(len(shard)):
+                number += 1
+                sample = shard.sample(at)
+                if number in documents:
+                    funnel.count("duplicates", as_document(sample), documents[number])
+                    continue
+                funnel.count("duplicates", as_document(sample))
+                kept = _without_images(sample, images.get(number, {}), funnel)
+                if kept is not None:
+                    funnel.count("written", as_document(kept))
+                    writer.add(kept)
+    return {"shards": [asdict(shard) for shard in writer.close()], "funnel": funnel.to_json()}
+
+
+def _without_images(sample: Sample, drop: dict[int, str], funnel: Funnel) -> Sample | None:
+    whole = as_document(sample)
+    step = funnel.step("repeated images", str(whole.metadata.get("language") or "unknown"))
+    step.came.add(whole)
+    # A question about an image is nothing without it; that it is a popular one is no reason to lose the question.
+    if drop and isinstance(sample, Document):
+        gone = {id(image): reason for n, image in enumerate(sample.images) if (reason := drop.get(n)) is not None}
+        for reason in gone.values():
+            step.removed[f"image: {reason}"] += 1
+        segments = tuple(segment for segment in sample.segments if id(segment) not in gone)
+        if not segments:
+            step.removed["nothing left"] += 1
+            return None
+        sample = dataclasses.replace(sample, segments=segments)
+    step.left.add(as_document(sample))
+    return sample
+
+
+# ---- All of it ----
+
+
+class Runner:
+    """Runs a function over items in processes of this machine; `datasets.cluster.RayRunner` on many machines."""
+
+    def __init__(self, workers: int | None = None, *, progress: bool = True):
+        self.workers = workers or os.cpu_count() or 1
+        self.progress = progress
+
+    def __call__(self, what: str, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """The results in the order of items. What `function` raises is raised here."""
+        yield from tqdm(
+            self.results(function, items), total=len(items), desc=what, unit="part", disable=not self.progress
+        )
+
+    def results(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        if self.workers == 1 or len(items) < 2:
+            yield from map(function, items)
+            return
+        with ProcessPoolExecutor(min(self.workers, len(items)), mp_context=get_context("spawn")) as pool:
+            try:
+                yield from pool.map(function, items)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+@dataclass(frozen=True)
+class _Process:
+    """Pass 1 as something that can be pickled."""
+
+    config: CorpusConfig
+    work: Path
+
+    def __call__(self, split: Split) -> dict[str, Any]:
+        return process_split(split, self.config, self.work)
+
+
+@dataclass(frozen=True)
+class _Write:
+    config: CorpusConfig
+    work: Path
+    out: Path
+
+    def __call__(self, item: tuple[int, list[Split]]) -> dict[str, Any]:
+        return write_group(item[0], item[1], self.config, self.work, self.out)
+
+
+@dataclass
+class CorpusSummary:
+    shards: int
+    documents: int
+    images: int
+    characters: int
+    funnel: Funnel
+    errors: ErrorCounter
+
+
+def build_corpus(
+    sources: Sequence[str],
+    out: Path,
+    config: CorpusConfig | None = None,
+    *,
+    format: str = "auto",
+    images: str | None = None,
+    runner: Runner | None = None,
+) -> CorpusSummary:
+    """Make the corpus `out` of `sources`: shards, `corpus.json` and the funnel as table, JSON and picture.
+
+    Stopped or killed, it continues when it is called again with the same arguments. With a runner for a cluster,
+    sources and `out` must be where all machines see them. Raises MMGPTError when a source is missing, when `out` already holds
+    a corpus, or another build that is not finished.
+    """
+    config, runner = config or CorpusConfig(), runner or Runner()
+    if (out / CORPUS_FILE).exists():
+        raise MMGPTError(f"{out} already holds a corpus; choose another folder, or remove it")
+    work = out / WORK
+    splits = find_splits(sources, format=format, images=images)
+    _check_same(work, splits, config)
+    funnel, errors = Funnel(), ErrorCounter()
+    sizes: list[int] = []
+    for report in runner("read and filter", _Process(config, work), splits):
+        funnel.merge(Funnel.from_json(report["funnel"]))
+        errors.merge(ErrorCounter(counts=Counter(report["errors"]["counts"]), examples=report["errors"]["examples"]))
+        sizes.append(sum(shard["num_bytes"] for shard in report["shards"]))
+    decide(work, splits, config)
+    shards: list[ShardInfo] = []
+    for result in runner("write shards", _Write(config, work, out), _groups(splits, sizes, config.shard_mb * 2**20)):
+        shards += [ShardInfo(**shard) for shard in result["shards"]]
+        funnel.merge(Funnel.from_json(result["funnel"]))
+    if not shards:
+        raise MMGPTError(f"{', '.join(sources)}: no document is left; {out / WORK} has the counts: {errors.summary()}")
+    total = funnel.total("written").left
+    languages = {name: vars(step.left) for name, step in sorted(funnel.steps["written"].items())}
+    about = {"counts": vars(total), "languages": languages, "sources": list(sources), "config": asdict(config)}
+    funnel.save(out)
+    write_corpus_file(out, shards, about)
+    shutil.rmtree(work)
+    return CorpusSummary(len(shards), total.documents, total.images, total.characters, funnel, errors)
+
+
+def _groups(splits: Sequence[Split], sizes: Sequence[int], shard_bytes: int) -> list[tuple[int, list[Split]]]:
+    """Splits in a row that fill a shard or more."""
+    groups: list[tuple[int, list[Split]]] = []
+    size = shard_bytes
+    for split, own in zip(splits, sizes, strict=True):
+        if size >= shard_bytes:
+            groups.append((len(groups), []))
+            size = 0
+        groups[-1][1].append(split)
+        size += own
+    return groups
+
+
+def _check_same(work: Path, splits: Sequence[Split], config: CorpusConfig) -> None:
+    """A build continues only as what it was."""
+    plan = work / "build.json"
+    values = json.loads(json.dumps({"splits": [asdict(split) for split in splits], "config": asdict(config)}))
+    if plan.is_file():
+        before = _json(plan)
+        for key in ("splits", "config"):
+            if before.get(key) != values[key]:
+                what = "sources" if key == "splits" else "settings"
+                raise MMGPTError(f"{work.parent} holds a build with other {what}: repeat those, or remove {work}")
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    temporary = work / "build.json.tmp"
+    temporary.write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.rename(plan)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MMGPTError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise MMGPTError(f"{path}: not an object")
+    return values
