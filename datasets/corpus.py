@@ -170,6 +170,11 @@ class Split:
     def name(self) -> str:
         return f"split-{self.number:06d}"
 
+    @property
+    def fingerprints(self) -> str:
+        """Their folder inside of the split's; partitions are told by their names."""
+        return f"fingerprints-{self.number:06d}"
+
 
 def find_splits(sources: Sequence[str], *, format: str = "auto", images: str | None = None) -> list[Split]:
     """The parts of all sources, in an order that never changes. Raises MMGPTError for what is missing or unknown."""
@@ -253,7 +258,7 @@ def process_split(split: Split, config: CorpusConfig, work: Path) -> dict[str, A
                 document = as_document(kept)
                 yield dataclasses.replace(document, id=document.id or f"{split.name}:{number}")
 
-    write_fingerprints(written(), temporary / "fingerprints", errors, minhash=config.minhash())
+    write_fingerprints(written(), temporary / split.fingerprints, errors, minhash=config.minhash())
     shards = writer.close()
     values = {
         "funnel": funnel.to_json(),
@@ -383,7 +388,7 @@ def _with_images(sample: Record | Conversation, images: Iterator[Image]) -> Samp
 
 def decide(work: Path, splits: Sequence[Split], config: CorpusConfig) -> None:
     """Find duplicates over all splits and write what goes into `drop.jsonl` of each."""
-    partitions = [work / split.name / "fingerprints" for split in splits]
+    partitions = [work / split.name / split.fingerprints for split in splits]
     for partition in partitions:
         (partition.parent / "drop.jsonl").unlink(missing_ok=True)
     rows: dict[str, list[dict[str, Any]]] = {}

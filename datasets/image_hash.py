@@ -22,9 +22,10 @@ def content_hash(data: bytes) -> str:
 def perceptual_hash(image: PILImage.Image) -> int:
     """The 64-bit pHash: which of the lowest frequencies lie above their median. The first bit is the highest.
 
-    Equal to `imagehash.phash` except where that depends on rounding errors. Copies of a photo differ in a few bits
-    (see `hamming`), different photos in about 32. An image without detail has no look to tell it by: plain areas of
-    every colour share a hash, so drop them first (`datasets.image_filters`).
+    Equal to `imagehash.phash` except where that depends on rounding errors. Of 150 Flickr8k photos, copies of half the
+    size, of JPEG quality 20 or a fifth darker differ in at most 2 bits, those without a twentieth of their border in at
+    most 12; two photos in 32 as a rule and never less than 14. An image without detail has no look to tell it by: plain
+    areas share their hashes, so drop them first (see `datasets.image_filters`).
     """
     grey = image.convert("L").resize((SIDE, SIDE), PILImage.Resampling.LANCZOS)
     basis = _cosines()  # (LOW, SIDE)
@@ -35,7 +36,7 @@ def perceptual_hash(image: PILImage.Image) -> int:
 
 
 def hamming(first: int, second: int) -> int:
-    """How many bits differ: 0 for the same look, up to about 8 for copies, about 32 for strangers."""
+    """How many bits of two hashes differ: of 64, about 32 for strangers."""
     return (first ^ second).bit_count()
 
 

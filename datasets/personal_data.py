@@ -68,7 +68,7 @@ _BEFORE_VERSION = re.compile(
 )
 
 _PHONE = re.compile(
-    r"(?<![\w.,:/=#$€£¥%@+-])(?:\+ ?|\(\+|\()?\d(?:[-\d ().\u00a0\u2010-\u2013/]{4,24})\d(?![\w-]|[.,:]\d|\ ?[%€$£¥])"
+    r"(?<![\w.,:/=#$€£¥%@+-])(?:\+|\(\+|\+?\()?\d(?:[-\d ().\u00a0\u2010-\u2013/]{4,24})\d(?![\w-]|[.,:]\d|\ ?[%€$£¥])"
 )
 _BEFORE_PHONE = re.compile(
     r"(?i)(?:\b(?:tel|t[ée]l[ée]ph?on[eo]?|telefone?|phone|ph|mobile?|handy|cell|fax|call(?: us)?(?: at| on)?|whatsapp"
@@ -131,6 +131,8 @@ def _phone(match: re.Match[str]) -> str | None:
     number = _DASHES.sub("-", match[0].replace("\u00a0", " "))
     digits = _digits(number)
     if not 7 <= len(digits) <= 15 or _DATE.search(number) or _ZIP_CODE.fullmatch(number):
+        return None
+    if number.count("(") != number.count(")"):
         return None
     before = match.string[max(0, match.start() - 24) : match.start()]
     if re.search(r"(?i)\bisbn\w{0,3}[\s:-]{0,3}$", before):

@@ -16,7 +16,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,9 +195,9 @@ class Shard:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound here: at exit `os` may be gone
         if (file := getattr(self, "_file", None)) is not None:
-            os.close(file)
+            close(file)
 
     def read(self, number: int) -> tuple[str, dict[str, bytes]]:
         """Key and members (suffix -> bytes) of a sample. Raises BadRecordError, also where a tar was cut short."""

@@ -12,6 +12,7 @@ import argparse
 import io
 import json
 import logging
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -25,14 +26,11 @@ import debian_packages
 import drawings
 import mallard
 
-from mm_gpt.datasets.image_filters import ImageFilter
-from mm_gpt.datasets.language_id import Language
-from mm_gpt.datasets.pipeline import Stage
-from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, Sample
-from mm_gpt.datasets.shards import ShardWriter, is_corpus, write_corpus_file
-from mm_gpt.datasets.sources import read_samples
-from mm_gpt.datasets.text_filters import DocumentFilter
-from mm_gpt.datasets.web import folder_pages, page_document
+from mm_gpt.datasets.corpus import CorpusConfig, Runner, build_corpus
+from mm_gpt.datasets.pipeline import Funnel, as_document
+from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
+from mm_gpt.datasets.shards import ShardWriter, is_corpus, read_corpus, write_corpus_file
+from mm_gpt.datasets.web import page_files
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import MMGPTError
 from mm_gpt.hub.checkpoint import load_decoder
@@ -202,130 +200,99 @@ def prepare(work: Path, languages: Iterable[str], mirror: str, suite: str, error
 # ---- Corpora of them ----
 
 
-def stages(language: str) -> tuple[Stage, ...]:
-    """What a page goes through. Manuals are clean: the rest is for pages that nobody translated, and for icons."""
-    return (
-        Language(languages=(language,), min_score=0.8),
-        DocumentFilter(min_words=20, max_character_repetition=0.3),
-        ImageFilter(min_side=32, max_aspect_ratio=10, single_colour_tolerance=8, unique=True),
-    )
+def spread(source: Source, max_pages: int | None, out: Path) -> Source:
+    """A source of at most `max_pages` of its pages, evenly spread by name, as links in the folder `out`."""
+    pages = page_files(str(source.location)) if source.format == "pages" and max_pages else []
+    if not pages or len(pages) <= (max_pages or 0):
+        return source
+    for page in map(Path, pages[:: -(-len(pages) // (max_pages or 1))]):
+        link = out / page.relative_to(source.location)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.hardlink_to(page)
+    return replace(source, location=out)
 
 
-def read(
-    source: Source, errors: ErrorCounter, removed: Counter[str], max_pages: int | None
-) -> Iterator[tuple[Sample, int]]:
-    """Its samples, each with the images that its page had; of web pages at most `max_pages`, evenly spread by name."""
-    if source.format != "pages":
-        yield from ((sample, measure(sample)["images"]) for sample in read_samples(str(source.location), errors))
-        return
-    pages = list(folder_pages(str(source.location), errors))
-    for page in pages[:: -(-len(pages) // (max_pages or len(pages)))]:
-        why: Counter[str] = Counter()
-        document = page_document(page, removed=why)
-        removed.update(why)
-        lost = sum(count for reason, count in why.items() if reason.startswith("image: "))
-        if document is None:
-            errors.add("no main text", page.name)
-        else:
-            yield document, len(document.images) + lost
+def build(source: Source, work: Path, *, max_pages: int | None, workers: int) -> Path:
+    """Its corpus, as `mm-gpt corpus build` makes it. Pages that are not in the source's language are left out."""
+    out = work / "corpora" / source.name
+    if not is_corpus(out):
+        part = spread(source, max_pages, work / "pages" / f"{source.name}-{max_pages}")
+        build_corpus(
+            [str(part.location)],
+            out,
+            CorpusConfig(filters="basic", languages=(source.language,)),
+            format=source.format,
+            images=str(source.location) if source.format == "pages" else None,
+            runner=Runner(workers, progress=False),
+        )
+    return out
 
 
-def build(source: Source, out: Path, tokenizer: Tokenizer, *, max_pages: int | None) -> dict[str, Any]:
-    """The source through its stages into the corpus folder `out`; what each of them left, as a row of the report."""
-    errors, removed = ErrorCounter(), Counter[str]()
-    steps = () if source.format == "captioned" else stages(source.language)
-    left = {name: Counter[str]() for name in ("pages", "extracted", *(step.name for step in steps))}
-    writer = ShardWriter(out)
-    for sample, num_images in read(source, errors, removed, max_pages):
-        left["pages"].update({"documents": 1, "images": num_images})
-        left["extracted"].update(measure(sample, tokenizer))
-        for step in steps:
-            kept = step(sample, removed) if isinstance(sample, Document) else None
-            if kept is None:
-                break
-            sample = kept
-            left[step.name].update(measure(sample, tokenizer))
-        else:
-            try:
-                writer.add(with_origin(sample, source))
-            except BadRecordError as error:
-                errors.add(str(error), source.name)
-    left["pages"]["documents"] += errors.counts["no main text"]
-    about = {"source": source.name, "language": source.language, "licence": source.licence}
-    write_corpus_file(out, writer.close(), about)
+def describe(source: Source, corpus: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A row of the report: where a corpus is from, its licence, its funnel, and what is in it."""
+    counts = Counter[str]()
+    for sample in read_corpus(str(corpus), ErrorCounter()):
+        document = as_document(sample)
+        text = "\n\n".join(segment.text for segment in document.segments if isinstance(segment, Text))
+        counts["documents"] += 1
+        counts["with_images"] += bool(document.images)
+        counts["images"] += len(document.images)
+        counts["characters"] += len(text)
+        counts["tokens"] += len(tokenizer.encode(text))
     fields = {key: value for key, value in asdict(source).items() if key not in ("location", "format")}
-    return fields | {
-        "max_pages": max_pages if source.format == "pages" else None,
-        "stages": {name: dict(counts) for name, counts in left.items()},
-        "removed": dict(removed),
-        "skipped": dict(errors.counts),
-    }
-
-
-def with_origin(sample: Sample, source: Source) -> Sample:
-    """Where it comes from, and under which licence it may be used, with each sample."""
-    about = {"licence": source.licence, "source": f"{source.package} {source.version}"}
-    if isinstance(sample, Document):
-        sample = replace(sample, id=f"{source.name}/{sample.id.rpartition('/')[2]}")
-    return replace(sample, metadata={**sample.metadata, **about})
-
-
-def measure(sample: Sample, tokenizer: Tokenizer | None = None) -> dict[str, int]:
-    """Documents, images, characters and tokens of one sample; images count no tokens."""
-    if isinstance(sample, Document):
-        texts = [segment.text for segment in sample.segments if isinstance(segment, Text)]
-        num_images = len(sample.images)
-    else:
-        texts, num_images = list(getattr(sample, "captions", ())), 1
-    text = "\n\n".join(texts)
-    return {
-        "documents": 1,
-        "with_images": int(num_images > 0),
-        "images": num_images,
-        "characters": len(text),
-        "tokens": len(tokenizer.encode(text)) if tokenizer else 0,
-    }
+    funnel = Funnel.from_json(json.loads((corpus / "funnel.json").read_text(encoding="utf-8")))
+    steps = {}
+    for name in funnel.steps:
+        step = funnel.total(name)
+        steps[name] = {"in": vars(step.came), "out": vars(step.left), "removed": dict(step.removed.most_common())}
+    return fields | {"corpus": dict(counts), "steps": steps}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The report in Markdown: what was read and what is left of it."""
     lines = [
-        "| corpus | licence | read | kept | yield | with images | images | M characters | M tokens |",
-        "|---" * 9 + "|",
+        "| corpus | licence | documents read | kept | yield | with images | images | M characters | M tokens |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        first, *_, last = [Counter(counts) for counts in (row["stages"]["pages"], *row["stages"].values())]
+        num_read, left = num_documents_read(row), Counter(row["corpus"])
         lines.append(
-            f"| {row['name']} | {row['licence']} | {first['documents']:,} | {last['documents']:,} "
-            f"| {last['documents'] / max(1, first['documents']):.0%} | {last['with_images']:,} | {last['images']:,} "
-            f"| {last['characters'] / 1e6:.2f} | {last['tokens'] / 1e6:.2f} |"
+            f"| {row['name']} | {row['licence']} | {num_read:,} | {left['documents']:,} "
+            f"| {left['documents'] / max(1, num_read):.0%} | {left['with_images']:,} | {left['images']:,} "
+            f"| {left['characters'] / 1e6:.2f} | {left['tokens'] / 1e6:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Pages read and kept, and images kept, of each corpus."""
-    import matplotlib
+def num_documents_read(row: dict[str, Any]) -> int:
+    """Whole pages that extraction found nothing in are counted as read."""
+    step = row["steps"]["read"]
+    lost = sum(count for reason, count in step["removed"].items() if not reason.startswith(("image: ", "text: ")))
+    return int(step["out"]["documents"]) + lost
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Pages read and kept, and images kept, of each corpus but the drawings, which would dwarf them."""
+    from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["name"] != "openclipart"]
     names = [row["name"] for row in rows]
-    figure, (above, below) = plt.subplots(2, 1, figsize=(13, 6), sharex=True, layout="constrained")
-    for stage, colour in (("pages", "#cccccc"), ("language", "#6699cc"), ("images", "#224488")):
-        counts = [row["stages"][stage].get("documents", 0) for row in rows]
-        above.bar(
-            names, counts, color=colour, label={"images": "kept", "language": "in its language"}.get(stage, stage)
-        )
-    below.bar(names, [row["stages"]["pages"].get("images", 0) for row in rows], color="#cccccc", label="all")
-    below.bar(names, [row["stages"]["images"].get("images", 0) for row in rows], color="#224488", label="kept")
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    above.bar(names, [num_documents_read(row) for row in rows], color="#cccccc", label="read")
+    above.bar(
+        names, [row["steps"]["language"]["out"]["documents"] for row in rows], color="#88aadd", label="in its language"
+    )
+    above.bar(names, [row["corpus"]["documents"] for row in rows], color="#224488", label="kept")
+    below.bar(names, [row["steps"]["read"]["out"]["images"] for row in rows], color="#cccccc")
+    below.bar(names, [row["corpus"]["images"] for row in rows], color="#224488")
     above.set_ylabel("pages")
     below.set_ylabel("images")
     above.legend()
     below.tick_params(axis="x", labelrotation=90, labelsize=8)
+    below.margins(x=0.01)
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -335,21 +302,19 @@ def main() -> None:
     parser.add_argument("--mirror", default=debian_packages.MIRROR, help="an https URL or a folder")
     parser.add_argument("--suite", default="bookworm")
     parser.add_argument("--max-pages", type=int, help="of each set of HTML pages, evenly spread; default: all")
+    parser.add_argument("--only", default="", help="build the corpora whose names match this regular expression")
+    parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     errors = ErrorCounter()
-    sources = list(prepare(args.work, args.languages.split(","), args.mirror, args.suite, errors))
-    print(errors.summary())
-    _, tokenizer = load_decoder("smollm2-135m-instruct")
     rows = []
-    for source in sources:
-        out = args.work / "corpora" / source.name
-        note = out / "report.json"
-        if not note.is_file():
-            row = build(source, out, tokenizer, max_pages=args.max_pages)
-            note.write_text(json.dumps(row, ensure_ascii=False))
-        rows.append(json.loads(note.read_text()))
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
+    _, tokenizer = load_decoder("smollm2-135m-instruct")
+    for source in prepare(args.work, args.languages.split(","), args.mirror, args.suite, errors):
+        if re.search(args.only, source.name):
+            corpus = build(source, args.work, max_pages=args.max_pages, workers=args.workers)
+            rows.append(describe(source, corpus, tokenizer))
+            logger.info("%s", table(rows[-1:]).splitlines()[-1])
+    logger.info("%s", errors.summary())
     report = {"tokens_of": "SmolLM2", "skipped_before": dict(errors.counts), "corpora": rows}
     (args.work / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (args.work / "report.md").write_text(table(rows), encoding="utf-8")

@@ -20,10 +20,10 @@ from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError
 
 LONG = [
-    "The first paragraph is about the harbour of the town, which was built on wooden piles some eight hundred years ago.",
-    "The second paragraph tells how the piles were cut in winter, floated down the river and driven into the mud by hand.",
+    "The first paragraph is about the harbour of the town, which was built on wooden piles eight hundred years ago.",
+    "The second paragraph tells how the piles were cut in winter, floated down the river and driven into the mud.",
     "The third paragraph says what was found when divers went down last year: most of the oak is as hard as stone now.",
-    "The fourth paragraph closes with the plans of the council, which wants to show one of the piles in the museum soon.",
+    "The fourth paragraph closes with the plans of the council, which wants to show a pile in the museum soon.",
 ]
 P = [f"<p>{text}</p>" for text in LONG]
 
@@ -58,7 +58,8 @@ def test_order_and_boilerplate() -> None:
         "<header><a href=/><img src=logo.png></a></header>"
         "<nav><ul><li><a href=/a>Home</a></li><li><a href=/b>News</a></li></ul></nav>"
         "<div class=cookie-banner><p>We use cookies to improve your experience. <button>Accept</button></p></div>"
-        f"<article><h1>The harbour</h1><img src=top.jpg alt='The  harbour'>{P[0]}<div><div><img src=mid.jpg></div></div>"
+        f"<article><h1>The harbour</h1><img src=top.jpg alt='The  harbour'>{P[0]}"
+        "<div><div><img src=mid.jpg></div></div>"
         f"{P[1]}{P[2]}<div class=related><a href=/x><img src=card.jpg>Ten cats you must see</a></div>{P[3]}"
         "<img src=end.jpg></article>"
         "<div id=comments><h2>Comments</h2><div class=comment><img src=face.jpg><p>First! Nice article.</p></div></div>"
@@ -181,7 +182,8 @@ def test_text_keeps_its_form() -> None:
         P[0],
         "<pre><code>def f(x):\n    if x:\n\n        return  1\n</code></pre>",
         P[1],
-        "<ol start=3><li><p>Cut the oak in the winter</p></li><li>Float it down the river<ul><li>slowly</li></ul></li></ol>",
+        "<ol start=3><li><p>Cut the oak in the winter</p></li>"
+        "<li>Float it down the river<ul><li>slowly</li></ul></li></ol>",
         "<table><tr><th>Year</th><th>Piles</th><th>Oak</th></tr><tr><td><p>1220</p></td><td>14<br>000</td><td></td></tr>"
         "<tr><td></td><td>9</td><td>8</td></tr></table>",
         "<p>One line of the address of the museum,<br>and an<b>other</b> line\n   of\tthe same.</p>",
@@ -345,30 +347,12 @@ def test_spans_count_like_sets(pairs: list[tuple[int, int]], start: int, end: in
     assert Spans(pairs).within(min(start, end), max(start, end)) == len(covered & set(range(*sorted((start, end)))))
 
 
+TAGS = (
+    "ul li table tr td /td /table figure figcaption /figure pre div /div /ul h2 br /p noscript svg math select /article"
+    " ol /ol caption /body blockquote dl dd b /b"
+)
 PIECES = st.sampled_from(
-    [
-        *P,
-        "<ul><li>",
-        "<table><tr><td>",
-        "</td></tr></table>",
-        "<figure><img src=a.png>",
-        "<figcaption>c",
-        "</figure>",
-        "<pre>",
-    ]
-    + [
-        "</div>",
-        "<div>",
-        "<img src=b.png>",
-        "text & more",
-        "</ul>",
-        "<a href=x>",
-        "<h2>Head</h2>",
-        "<br>",
-        "<li>",
-        "</p>",
-    ]
-    + ["<noscript>", "<svg>", "<math>", "<select>", "</article>", "<td>", "<ol>", "</ol>", "<caption>", "</body>"]
+    [*P, *(f"<{tag}>" for tag in TAGS.split()), "<img src=b.png>", "text & more", "<a href=x>", "<figcaption>c"]
 )
 
 

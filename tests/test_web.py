@@ -25,7 +25,8 @@ JPEG = b"\xff\xd8 not decoded here"
 
 def html(image: str = "", head: str = "") -> str:
     img = f"<img src='{image}'>" if image else ""
-    return f"<!DOCTYPE html><html><head>{head}</head><body><article><p>{TEXT}</p>{img}<p>{TEXT} End.</p></article></body></html>"
+    body = f"<article><p>{TEXT}</p>{img}<p>{TEXT} End.</p></article>"
+    return f"<!DOCTYPE html><html><head>{head}</head><body>{body}</body></html>"
 
 
 def sources(document: Document) -> list[object]:
@@ -81,9 +82,9 @@ def test_bad_pages_are_counted(tmp_path: Path) -> None:
     assert len(list(read_pages(str(tmp_path), errors, removed=removed))) == 1
     assert errors.counts == {"no main text": 1, "opt-out: noai": 1, "too large": 1}
     assert errors.examples["opt-out: noai"] == ["c.html"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no page")
     with pytest.raises(MMGPTError, match="no page"):
-        (tmp_path / "empty").mkdir()
-        (tmp_path / "empty" / "notes.txt").write_text("no page")
         folder_pages(str(tmp_path / "empty"), errors)
 
 
@@ -106,7 +107,7 @@ def record(
     block = "\r\n".join(lines).encode() + b"\r\n\r\n" + body
     head = (
         f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Record-ID: <urn:uuid:0>\r\nWARC-Date: 2024-01-01T00:00:00Z\r\n"
-        f"WARC-Target-URI: {url}\r\nContent-Type: application/http; msgtype=response\r\nContent-Length: {len(block)}\r\n"
+        f"WARC-Target-URI: {url}\r\nContent-Type: application/http\r\nContent-Length: {len(block)}\r\n"
     )
     return head.encode() + b"\r\n" + block + b"\r\n\r\n"
 
