@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from uuid import uuid4
 
 from PIL import Image as PILImage
 from tqdm import tqdm
@@ -46,7 +47,7 @@ from mm_gpt.datasets.samples import (
     Record,
     Sample,
 )
-from mm_gpt.datasets.shards import CORPUS_FILE, Shard, ShardInfo, ShardWriter, write_corpus_file
+from mm_gpt.datasets.shards import CORPUS_FILE, Shard, ShardInfo, ShardWriter, index_path, write_corpus_file
 from mm_gpt.datasets.sources import FORMATS, detect, read_samples
 from mm_gpt.datasets.text_filters import DocumentFilter, ParagraphFilter, RepeatedSentences
 from mm_gpt.document import Document, Image, Segment, Text
@@ -58,6 +59,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 WORK = ".build"
+DROP = "drop"
 PAGES_IN_SPLIT = 64
 FETCHES = 16
 """Images of one document that are fetched at a time."""
@@ -152,7 +154,32 @@ def basic(*, languages: tuple[str, ...] = ()) -> Filters:
     )
 
 
-# ---- Splits ----
+# ---- Parts ----
+
+
+def _once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` writes into the folder that it is given, under the name `folder`; what it returns, as `report.json`.
+
+    Nothing is made that is there already. Attempts may run at the same time, on any machines, and be killed at any
+    point: each writes into a folder of its own, and the first that is finished takes the name.
+    """
+    report = folder / "report.json"
+    if report.is_file():
+        return _json(report)
+    # Not told by host and process: containers on two machines may agree in both.
+    temporary = folder.with_name(f".{folder.name}.{uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        values = json.dumps(make(temporary), ensure_ascii=False) + "\n"
+        (temporary / report.name).write_text(values, encoding="utf-8")
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not report.is_file():  # else another attempt was faster, with the same result
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return _json(report)
 
 
 @dataclass(frozen=True)
@@ -221,6 +248,7 @@ def _read(split: Split, config: CorpusConfig, errors: ErrorCounter, funnel: Funn
     step = funnel.step("read")
     step.removed.update(removed)
     for reason, count in errors.counts.items():
+        step.came.documents += count  # what could not be read is not among those that came through
         if removed.get(reason, 0) < count:
             step.removed[reason] += count - removed.get(reason, 0)
 
@@ -233,15 +261,12 @@ def process_split(split: Split, config: CorpusConfig, work: Path) -> dict[str, A
 
     Does nothing when it is there already. Raises MMGPTError when the split cannot be read at all.
     """
-    folder = work / split.name
-    report = folder / "report.json"
-    if report.is_file():
-        return _json(report)
-    temporary = work / f".{split.name}.{os.uname().nodename}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    return _once(work / split.name, lambda folder: _process(split, config, folder))
+
+
+def _process(split: Split, config: CorpusConfig, folder: Path) -> dict[str, Any]:
     funnel, errors = Funnel(), ErrorCounter()
-    writer = ShardWriter(temporary, shard_bytes=config.shard_mb * 2**20)
+    writer = ShardWriter(folder, shard_bytes=config.shard_mb * 2**20)
     stages = config.stages()
 
     def written() -> Iterator[Document]:
@@ -258,19 +283,13 @@ def process_split(split: Split, config: CorpusConfig, work: Path) -> dict[str, A
                 document = as_document(kept)
                 yield dataclasses.replace(document, id=document.id or f"{split.name}:{number}")
 
-    write_fingerprints(written(), temporary / split.fingerprints, errors, minhash=config.minhash())
+    write_fingerprints(written(), folder / split.fingerprints, errors, minhash=config.minhash())
     shards = writer.close()
-    values = {
+    return {
         "funnel": funnel.to_json(),
         "errors": {"counts": dict(errors.counts), "examples": errors.examples},
         "shards": [asdict(shard) for shard in shards],
     }
-    (temporary / "report.json").write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process was faster, with the same result
-        shutil.rmtree(temporary, ignore_errors=True)
-    return _json(report)
 
 
 def _prepared(
@@ -387,22 +406,37 @@ def _with_images(sample: Record | Conversation, images: Iterator[Image]) -> Samp
 
 
 def decide(work: Path, splits: Sequence[Split], config: CorpusConfig) -> None:
-    """Find duplicates over all splits and write what goes into `drop.jsonl` of each."""
+    """Find duplicates over all splits and write what goes into `work/drop`, a file for each split.
+
+    Runs in one process also where a cluster does the rest: every document must be seen beside every other, while
+    fingerprints are small (about 0.5 kB a document), time grows with their number, and memory is bounded.
+    """
+    _once(work / DROP, lambda folder: _decide(work, splits, config, folder))
+
+
+def _decide(work: Path, splits: Sequence[Split], config: CorpusConfig, folder: Path) -> dict[str, Any]:
     partitions = [work / split.name / split.fingerprints for split in splits]
-    for partition in partitions:
-        (partition.parent / "drop.jsonl").unlink(missing_ok=True)
+    folders = {partition.name: partition.parent for partition in partitions}
+    names = {split.fingerprints: split.name for split in splits}
     rows: dict[str, list[dict[str, Any]]] = {}
+    counts: Counter[str] = Counter()
+    waiting = 0
 
     def note(partition: str, row: dict[str, Any]) -> None:
-        rows.setdefault(partition, []).append(row)
-        if sum(map(len, rows.values())) > 100_000:
+        nonlocal waiting
+        rows.setdefault(names[partition], []).append(row)
+        counts[row["reason"]] += 1
+        waiting += 1
+        if waiting > 100_000:
             flush()
 
     def flush() -> None:
-        for partition, found in rows.items():
-            with (Path(partition).parent / "drop.jsonl").open("a", encoding="utf-8") as file:
+        nonlocal waiting
+        for name, found in rows.items():
+            with (folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
         rows.clear()
+        waiting = 0
 
     near = config.near_duplicates is not None
     for copy in find_duplicates(partitions, keep=config.keep, near=near, minhash=config.minhash(), scratch=work):
@@ -414,19 +448,31 @@ def decide(work: Path, splits: Sequence[Split], config: CorpusConfig) -> None:
         for image in found:
             note(image.partition, {"row": image.row, "image": image.image, "reason": image.reason})
     flush()
+    return {"counts": dict(counts)}
 
 
 # ---- Pass 3 ----
 
 
-def write_group(group: int, splits: Sequence[Split], config: CorpusConfig, work: Path, out: Path) -> dict[str, Any]:
-    """What is left of some splits, as shards of the corpus; returns shards and funnel."""
+def write_group(group: int, splits: Sequence[Split], config: CorpusConfig, work: Path) -> dict[str, Any]:
+    """What is left of some splits, as shards of the corpus in the folder `group_folder`; returns shards and funnel.
+
+    Does nothing when it is there already.
+    """
+    return _once(group_folder(work, group), lambda folder: _write(group, splits, config, work, folder))
+
+
+def group_folder(work: Path, group: int) -> Path:
+    return work / f"group-{group:05d}"
+
+
+def _write(group: int, splits: Sequence[Split], config: CorpusConfig, work: Path, folder: Path) -> dict[str, Any]:
     funnel = Funnel()
-    writer = ShardWriter(out, prefix=f"shard-{group:05d}", shard_bytes=config.shard_mb * 2**20)
+    writer = ShardWriter(folder, prefix=f"shard-{group:05d}", shard_bytes=config.shard_mb * 2**20)
     for split in splits:
         documents: dict[int, str] = {}
         images: dict[int, dict[int, str]] = {}
-        drop = work / split.name / "drop.jsonl"
+        drop = work / DROP / f"{split.name}.jsonl"
         for line in drop.read_text(encoding="utf-8").split("\n") if drop.is_file() else ():
             if line:
                 row = json.loads(line)
@@ -512,10 +558,9 @@ class _Process:
 class _Write:
     config: CorpusConfig
     work: Path
-    out: Path
 
     def __call__(self, item: tuple[int, list[Split]]) -> dict[str, Any]:
-        return write_group(item[0], item[1], self.config, self.work, self.out)
+        return write_group(item[0], item[1], self.config, self.work)
 
 
 @dataclass
@@ -557,8 +602,11 @@ def build_corpus(
         sizes.append(sum(shard["num_bytes"] for shard in report["shards"]))
     decide(work, splits, config)
     shards: list[ShardInfo] = []
-    for result in runner("write shards", _Write(config, work, out), _groups(splits, sizes, config.shard_mb * 2**20)):
-        shards += [ShardInfo(**shard) for shard in result["shards"]]
+    groups = _groups(splits, sizes, config.shard_mb * 2**20)
+    for (group, _), result in zip(groups, runner("write shards", _Write(config, work), groups), strict=True):
+        for shard in result["shards"]:
+            _move(group_folder(work, group) / shard["name"], out / shard["name"])
+            shards.append(ShardInfo(**shard))
         funnel.merge(Funnel.from_json(result["funnel"]))
     if not shards:
         raise MMGPTError(f"{', '.join(sources)}: no document is left; {out / WORK} has the counts: {errors.summary()}")
@@ -567,8 +615,18 @@ def build_corpus(
     about = {"counts": vars(total), "languages": languages, "sources": list(sources), "config": asdict(config)}
     funnel.save(out)
     write_corpus_file(out, shards, about)
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)  # a machine that was given up may still be writing into it
     return CorpusSummary(len(shards), total.documents, total.images, total.characters, funnel, errors)
+
+
+def _move(shard: Path, target: Path) -> None:
+    """A shard and its index to where they stay; a build that continues may have done so before."""
+    for source, to in ((index_path(shard), index_path(target)), (shard, target)):
+        try:
+            source.rename(to)
+        except FileNotFoundError:
+            if not to.is_file():
+                raise MMGPTError(f"{to}: lost; remove {shard.parent} and try again") from None
 
 
 def _groups(splits: Sequence[Split], sizes: Sequence[int], shard_bytes: int) -> list[tuple[int, list[Split]]]:

@@ -10,6 +10,7 @@ smallest block around it that has text kept that text, or has only a short line 
 as text there.
 """
 
+import functools
 import logging
 import re
 from collections import Counter
@@ -292,8 +293,7 @@ def _is_content(image: FlatImage, page: FlatPage, kept: Spans, captions: Spans, 
         if number < 0:
             return False
         element, parent, start, end = page.blocks[number]
-        names = f"{element.get('class') or ''} {element.get('id') or ''}"
-        if element.tag in _BOILERPLATE_TAGS or _BOILERPLATE.search(names):
+        if element.tag in _BOILERPLATE_TAGS or _is_boilerplate(f"{element.get('class', '')} {element.get('id', '')}"):
             return False
         if around < 0 and end - start > captions.within(start, end):
             around = number
@@ -306,6 +306,11 @@ def _is_content(image: FlatImage, page: FlatPage, kept: Spans, captions: Spans, 
         return True
     # trafilatura leaves out short lines as well; a card that leads to another page is made of links
     return text <= _MAX_LABEL_CHARACTERS and links.within(start, end) * 4 < text
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_boilerplate(names: str) -> bool:
+    return _BOILERPLATE.search(names) is not None
 
 
 def _emoji(element: Any) -> str:

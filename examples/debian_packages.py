@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from mm_gpt.datasets import files
 from mm_gpt.datasets.samples import ErrorCounter
@@ -27,8 +27,13 @@ MAX_UNPACKED_BYTES = 4 * 2**30
 MAX_MEMBERS = 1_000_000
 MAX_LINKS = 8  # a link to a link to a link
 PIECE_BYTES = 2**20
-DATA_MEMBERS = {"data.tar": "", "data.tar.gz": "gz", "data.tar.bz2": "bz2", "data.tar.xz": "xz"}
-"""The names under which a package holds its files, and how Python's `tarfile` calls their packing."""
+DATA_MEMBERS: dict[str, Literal["r|", "r|gz", "r|bz2", "r|xz"]] = {
+    "data.tar": "r|",
+    "data.tar.gz": "r|gz",
+    "data.tar.bz2": "r|bz2",
+    "data.tar.xz": "r|xz",
+}
+"""The names under which a package holds its files, and how `tarfile` reads them: forwards only, inside another file."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +143,7 @@ def unpack(deb: Path, folder: Path, errors: ErrorCounter) -> None:
     try:
         with deb.open("rb") as file:
             name, data = _data_member(file, deb)
-            with tarfile.open(
-                fileobj=data, mode=f"r|{posixpath.splitext(name)[1].lstrip('.').replace('tar', '')}"
-            ) as tar:
+            with tarfile.open(fileobj=data, mode=DATA_MEMBERS[name]) as tar:
                 _extract(tar, temporary, deb.name, errors)
         temporary.rename(folder)
     except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:

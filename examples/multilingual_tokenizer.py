@@ -11,7 +11,7 @@ import argparse
 import json
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def is_held_out(id: str) -> bool:
     return zlib.crc32(id.rpartition("/")[2].encode()) % HELD_OUT == 0
 
 
-def measure(tokenizers: dict[str, Tokenizer], texts: dict[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+def measure(tokenizers: dict[str, Tokenizer], texts: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
     """Language -> tokenizer -> tokens per character."""
     enough = {language: list(part) for language, part in texts.items() if sum(map(len, part)) >= MIN_CHARACTERS}
     return {

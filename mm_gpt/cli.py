@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
-from mm_gpt import __version__
+from mm_gpt import __version__, corpus_commands
 from mm_gpt.errors import MMGPTError, unknown_name
 from mm_gpt.prompts import CAPTION_PROMPT
 
@@ -44,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     top = _top_parser()
     name = top.parse_args(argv[:1]).command
+    rest = argv[1:]
+    if name == "corpus" and rest and not rest[0].startswith("-"):  # a group of commands
+        name, rest = f"corpus {rest[0]}", rest[1:]
+    if name == "corpus":
+        print("\n".join(f"mm-gpt {each}: {COMMANDS[each].about}" for each in COMMANDS if each.startswith("corpus ")))
+        return 0 if rest else EXIT_USAGE
     if name not in COMMANDS:
         top.error(unknown_name("command", name, COMMANDS))
     command = COMMANDS[name]
@@ -58,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         command.add_arguments(parser)
         # Intermixed, so that an option may stand between an image and its question.
-        args = parser.parse_intermixed_args(argv[1:])
+        args = parser.parse_intermixed_args(rest)
         logging.basicConfig(format="mm-gpt: %(message)s", stream=sys.stderr)
         try:
             code = command.run(args)
@@ -496,6 +502,42 @@ COMMANDS = {
         _add_train,
         _run_train,
         usage="mm-gpt train [options] RECIPE [KEY=VALUE ...]",
+    ),
+    "corpus build": Command(
+        "Make a corpus of web pages, WARC files, public datasets, captioned images or text.",
+        (
+            "mm-gpt corpus build pages/ --out corpus",
+            "mm-gpt corpus build 'crawl/*.warc.gz' --out corpus filters=obelics languages=en",
+            "mm-gpt corpus build llava_v1_5_mix665k.json --images images/ --out corpus",
+            "mm-gpt corpus build s3://bucket/pages/ --out /shared/corpus --ray",
+        ),
+        corpus_commands.add_build,
+        corpus_commands.run_build,
+        usage="mm-gpt corpus build [options] SOURCE [SOURCE ...] [KEY=VALUE ...] --out FOLDER",
+    ),
+    "corpus show": Command(
+        "Show what is in a corpus or source.",
+        ("mm-gpt corpus show corpus", "mm-gpt corpus show obelics.parquet -n 1"),
+        corpus_commands.add_show,
+        corpus_commands.run_show,
+    ),
+    "corpus formats": Command(
+        "List the formats of sources.",
+        ("mm-gpt corpus formats",),
+        corpus_commands.add_formats,
+        corpus_commands.run_formats,
+    ),
+    "corpus contamination": Command(
+        "Look for evaluation sets in a corpus.",
+        ("mm-gpt corpus contamination corpus --eval vqa=daquar/val-000000.tar --out contamination",),
+        corpus_commands.add_contamination,
+        corpus_commands.run_contamination,
+    ),
+    "corpus tokenizer": Command(
+        "Learn a tokenizer from corpora.",
+        ("mm-gpt corpus tokenizer corpus --out tokenizer --vocab-size 8000",),
+        corpus_commands.add_tokenizer,
+        corpus_commands.run_tokenizer,
     ),
     "eval": Command(
         "Measure a model on captions, questions or text.",

@@ -1,0 +1,222 @@
+"""The `mm-gpt corpus ...` commands: from raw sources to what a model is trained on."""
+
+import argparse
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+from mm_gpt.errors import MMGPTError, unknown_name
+
+
+def add_build(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Make a corpus: read sources of any known format, filter, fetch images, remove duplicates, write shards.\n"
+        "Beside the shards stand funnel.md, funnel.json and funnel.png: what each step received, kept and removed.\n"
+        "A build that was stopped or killed continues with the same command."
+    )
+    parser.add_argument(
+        "words", nargs="+", metavar="SOURCE|KEY=VALUE", help="files, folders, quoted globs or URLs; settings (below)"
+    )
+    parser.epilog = f"{parser.epilog}\n\nsettings:\n{_settings()}"
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the corpus")
+    parser.add_argument("--format", default="auto", metavar="NAME", help="see `mm-gpt corpus formats` (default: auto)")
+    parser.add_argument("--images", metavar="FOLDER", help="that image names in the records are relative to")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument(
+        "--ray", nargs="?", const="auto", metavar="ADDRESS", help="run on a Ray cluster; without ADDRESS the local one"
+    )
+
+
+def run_build(args: argparse.Namespace) -> int:
+    from mm_gpt.config import override
+    from mm_gpt.datasets.corpus import CorpusConfig, Runner, build_corpus
+
+    settings = [word for word in args.words if _is_setting(word)]
+    sources = [word for word in args.words if not _is_setting(word)]
+    if not sources:
+        raise MMGPTError("name at least one source")
+    config = override(CorpusConfig(), settings)
+    progress = sys.stderr.isatty()
+    runner = Runner(args.workers, progress=progress)
+    if args.ray is not None:
+        from mm_gpt.datasets.cluster import RayRunner
+
+        runner = RayRunner(address=args.ray, progress=progress)
+    summary = build_corpus(sources, args.out, config, format=args.format, images=args.images, runner=runner)
+    print(summary.funnel.markdown(), end="")
+    print(
+        f"mm-gpt: {summary.documents:,} documents with {summary.images:,} images and {summary.characters:,} characters "
+        f"in {summary.shards} shards: {args.out}",
+        file=sys.stderr,
+    )
+    if summary.errors.total:
+        print(f"mm-gpt: {summary.errors.summary()}", file=sys.stderr)
+    return 0
+
+
+def _settings() -> str:
+    """The fields of CorpusConfig with their defaults."""
+    import dataclasses
+
+    from mm_gpt.datasets.corpus import CorpusConfig
+
+    hints = typing.get_type_hints(CorpusConfig)
+    rows = []
+    for field in dataclasses.fields(CorpusConfig):
+        options = typing.get_args(hints[field.name])
+        kind = ", ".join(str(getattr(option, "__name__", option)) for option in options if option is not Ellipsis)
+        rows.append((f"{field.name}={field.default}", kind or hints[field.name].__name__))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:{width}}  {kind}" for name, kind in rows)
+
+
+def _is_setting(word: str) -> bool:
+    """`key=value`, and no path or URL that happens to hold an equals sign."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and key.replace("_", "").isalnum() and not Path(word).exists()
+
+
+def add_show(parser: argparse.ArgumentParser) -> None:
+    parser.description = "What a corpus, or any source, holds: its counts, and the first documents as text."
+    parser.add_argument("source", metavar="SOURCE", help="a corpus folder or URL, or a source of any format")
+    parser.add_argument("-n", type=int, default=3, metavar="N", help="documents to show (default: %(default)s)")
+    parser.add_argument("--format", default="auto", metavar="NAME", help="see `mm-gpt corpus formats`")
+    parser.add_argument("--images", metavar="FOLDER", help="that image names in the records are relative to")
+
+
+def run_show(args: argparse.Namespace) -> int:
+    from itertools import islice
+
+    from mm_gpt.datasets.samples import ErrorCounter
+    from mm_gpt.datasets.shards import Corpus, is_corpus
+    from mm_gpt.datasets.sources import read_samples
+
+    if is_corpus(args.source):
+        corpus = Corpus(args.source)
+        counts = corpus.about.get("counts", {})
+        described = ", ".join(f"{value:,} {name}" for name, value in counts.items())
+        print(f"{args.source}: {len(corpus):,} samples in {len(corpus.shards)} shards ({described})", file=sys.stderr)
+    errors = ErrorCounter()
+    for sample in islice(read_samples(args.source, errors, format=args.format, images=args.images), args.n):
+        print(describe(sample))
+    if errors.total:
+        print(f"mm-gpt: {errors.summary()}", file=sys.stderr)
+    return 0
+
+
+def describe(sample: Any) -> str:
+    """A sample for people to read: text as it is, an image as its place and size."""
+    from mm_gpt.datasets.pipeline import as_document
+    from mm_gpt.document import Image
+    from mm_gpt.errors import ImageError
+
+    document = as_document(sample)
+    lines = [f"=== {document.id}  [{type(sample).__name__.lower()}]"]
+    about = {key: value for key, value in document.metadata.items() if isinstance(value, str | int | float)}
+    if about:
+        lines.append("    " + ", ".join(f"{key}: {value}" for key, value in about.items()))
+    for segment in document.segments:
+        if isinstance(segment, Image):
+            try:
+                is_remote = isinstance(segment.source, str) and "://" in segment.source
+                size = segment.name if is_remote else "{1} x {0}".format(*segment.size())
+            except ImageError as error:
+                size = str(error)
+            lines.append(f"<image {size}{f', alt: {segment.alt}' if segment.alt else ''}>")
+        else:
+            lines.append(segment.text)
+    return "\n".join(lines) + "\n"
+
+
+def add_formats(parser: argparse.ArgumentParser) -> None:
+    parser.description = "The formats of sources. `auto` tells them by names and the first record."
+
+
+def run_formats(args: argparse.Namespace) -> int:
+    from mm_gpt.datasets.sources import FORMATS
+
+    width = max(map(len, FORMATS))
+    for name, format in FORMATS.items():
+        print(f"{name:{width}}  {format.about}")
+    return 0
+
+
+def add_contamination(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Look for evaluation sets in a corpus: GPT-3's 13-grams and overlaps, GPT-2's 8-grams, GPT-4's substrings of\n"
+        "50 characters, images by their looks. `mm-gpt eval --contamination OUT/contamination.json` then gives clean\n"
+        "and dirty scores, and `mm-gpt corpus build CORPUS contamination=OUT/index` cuts what was found."
+    )
+    parser.add_argument("corpus", nargs="+", metavar="CORPUS", help="corpus folders, or sources of any format")
+    parser.add_argument(
+        "--eval", action="append", required=True, metavar="TASK=DATA", help="like vqa=daquar/val.tar; repeatable"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the report and the index")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+
+
+def run_contamination(args: argparse.Namespace) -> int:
+    from itertools import chain
+
+    from mm_gpt.datasets import contamination
+    from mm_gpt.datasets.contamination_report import markdown
+    from mm_gpt.datasets.samples import ErrorCounter
+    from mm_gpt.datasets.sources import read_samples
+    from mm_gpt.eval.contamination import evaluation_items
+    from mm_gpt.eval.harness import EvalConfig
+    from mm_gpt.eval.tasks import TASKS
+
+    sets = {}
+    for word in args.eval:
+        task, equals, data = word.partition("=")
+        if not equals:
+            raise MMGPTError(f"--eval {word!r} is not of the form TASK=DATA")
+        if task not in TASKS:
+            raise MMGPTError(unknown_name("task", task, TASKS))
+        sets[word] = evaluation_items(EvalConfig(task=task, data=(data,)))
+    errors = ErrorCounter()
+    samples = chain.from_iterable(read_samples(location, errors) for location in args.corpus)
+    values = contamination.run(samples, sets, args.out, workers=args.workers)
+    print(markdown(values), end="")
+    if errors.total:
+        print(f"mm-gpt: {errors.summary()}", file=sys.stderr)
+    return 0
+
+
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Learn a byte-level BPE tokenizer from corpora. Languages are sampled by XLM's rule, so that the small ones\n"
+        "get a share of the vocabulary; `mm-gpt train RECIPE tokenizer=OUT` uses it."
+    )
+    parser.add_argument("corpus", nargs="+", metavar="CORPUS", help="corpus folders, or sources of any format")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for tokenizer.json")
+    parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--alpha", type=float, default=0.5, help="1: languages by size, 0: all alike (default: 0.5)")
+    parser.add_argument("--characters", type=int, default=50_000_000, metavar="N", help="to learn from, at most")
+
+
+def run_tokenizer(args: argparse.Namespace) -> int:
+    from mm_gpt.datasets.multilingual import train_tokenizer
+    from mm_gpt.datasets.pipeline import as_document
+    from mm_gpt.datasets.samples import ErrorCounter
+    from mm_gpt.datasets.sources import read_samples
+    from mm_gpt.document import Text
+
+    texts: dict[str, list[str]] = {}
+    errors = ErrorCounter()
+    for location in args.corpus:
+        for sample in read_samples(location, errors):
+            document = as_document(sample)
+            text = "\n\n".join(segment.text for segment in document.segments if isinstance(segment, Text))
+            if text:
+                texts.setdefault(str(document.metadata.get("language", "unknown")), []).append(text)
+    if not texts:
+        raise MMGPTError(f"{', '.join(args.corpus)}: no text to learn from")
+    tokenizer = train_tokenizer(texts, args.vocab_size, alpha=args.alpha, max_characters=args.characters)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(args.out / "tokenizer.json")
+    for language, own in sorted(texts.items()):
+        print(f"{language}  {sum(map(len, own)):,} characters")
+    print(f"mm-gpt: {tokenizer.vocab_size:,} ids: {args.out / 'tokenizer.json'}", file=sys.stderr)
+    return 0
