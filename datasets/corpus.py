@@ -16,7 +16,9 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,15 +30,16 @@ from tqdm import tqdm
 from mm_gpt.datasets import files, web
 from mm_gpt.datasets.decontaminate import RemoveContamination
 from mm_gpt.datasets.document_filters import ImageLimit
-from mm_gpt.datasets.duplicates import find_duplicates
+from mm_gpt.datasets.duplicates import NEAR, find_duplicates
 from mm_gpt.datasets.extract import ExtractConfig
 from mm_gpt.datasets.fingerprints import write_fingerprints
 from mm_gpt.datasets.image_duplicates import find_repeated_images
 from mm_gpt.datasets.image_filters import ImageFilter, URLFilter
+from mm_gpt.datasets.interleaved import each_of
 from mm_gpt.datasets.language_id import Language
 from mm_gpt.datasets.minhash import MinHash
 from mm_gpt.datasets.personal_data import PersonalData
-from mm_gpt.datasets.pipeline import Funnel, Stage, as_document, run_stages
+from mm_gpt.datasets.pipeline import Funnel, Stage, Step, as_document, language_of, num_images, run_stages
 from mm_gpt.datasets.published_filters import Filters, kosmos, obelics
 from mm_gpt.datasets.quality import QualityFilter
 from mm_gpt.datasets.samples import (
@@ -47,12 +50,12 @@ from mm_gpt.datasets.samples import (
     Record,
     Sample,
 )
-from mm_gpt.datasets.shards import CORPUS_FILE, Shard, ShardInfo, ShardWriter, index_path, write_corpus_file
-from mm_gpt.datasets.sources import FORMATS, detect, read_samples
+from mm_gpt.datasets.shards import CORPUS_FILE, Corpus, Shard, ShardInfo, ShardWriter, index_path, write_corpus_file
+from mm_gpt.datasets.sources import FORMATS, Format, detect, read_samples
 from mm_gpt.datasets.text_filters import DocumentFilter, ParagraphFilter, RepeatedSentences
 from mm_gpt.document import Document, Image, Segment, Text
-from mm_gpt.errors import ConfigError, ImageError, MMGPTError
-from mm_gpt.images import DEFAULT_LIMITS, image_bytes, image_format, is_url, load_image, to_file
+from mm_gpt.errors import ConfigError, ImageError, MMGPTError, unknown_name
+from mm_gpt.images import DEFAULT_LIMITS, ImageSource, image_bytes, image_format, is_url, load_image, to_file
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -134,10 +137,25 @@ class CorpusConfig:
             after.append(ImageLimit(maximum=self.max_images))
         if self.contamination is not None:
             after.append(RemoveContamination(index_path=self.contamination))
+        # A rule that is checked again is another step of the funnel.
+        names = {stage.name for stage in before}
+        again = {name for name in (stage.name for stage in after) if name in names}
+        after = [_renamed(stage, f"{stage.name}, fetched") if stage.name in again else stage for stage in after]
         return Filters(tuple(before), tuple(after))
+
+    def steps(self) -> list[str]:
+        """The lines of the funnel, in order."""
+        stages = self.stages()
+        before, after = ([stage.name for stage in some] for some in (stages.before_fetch, stages.after_fetch))
+        return ["read", *before, "fetch images", *after, "store", "duplicates", "repeated images", "written"]
 
     def minhash(self) -> MinHash:
         return MinHash() if self.near_duplicates is None else MinHash(threshold=self.near_duplicates)
+
+
+def _renamed(stage: Any, name: str) -> Stage:
+    renamed: Stage = dataclasses.replace(stage, name=name)
+    return renamed
 
 
 def basic(*, languages: tuple[str, ...] = ()) -> Filters:
@@ -168,15 +186,17 @@ def _once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any
         return _json(report)
     # Not told by host and process: containers on two machines may agree in both.
     temporary = folder.with_name(f".{folder.name}.{uuid4().hex}")
-    temporary.mkdir(parents=True)
     try:
-        values = json.dumps(make(temporary), ensure_ascii=False) + "\n"
+        temporary.mkdir(parents=True)
+        values = json.dumps(make(temporary)) + "\n"
         (temporary / report.name).write_text(values, encoding="utf-8")
         try:
             temporary.rename(folder)
         except OSError:
             if not report.is_file():  # else another attempt was faster, with the same result
                 raise
+    except OSError as error:  # a full disk, say
+        raise MMGPTError(f"{folder}: cannot be made ({error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _json(report)
@@ -207,50 +227,102 @@ def find_splits(sources: Sequence[str], *, format: str = "auto", images: str | N
     """The parts of all sources, in an order that never changes. Raises MMGPTError for what is missing or unknown."""
     splits: list[Split] = []
     for location in sources:
-        kind = detect(location) if format == "auto" else FORMATS.get(format)
-        if kind is None:
-            read_samples(location, ErrorCounter(), format=format)  # raises, with the closest name
-            raise AssertionError
-        if kind.name == "pages":
-            pages = web.page_files(location)
-            parts = [tuple(pages[at : at + PAGES_IN_SPLIT]) for at in range(0, len(pages), PAGES_IN_SPLIT)]
-        elif kind.suffixes and files.is_folder(location):
-            parts = [(name,) for name in files.list_files(location) if files.suffix_of(name) in kind.suffixes]
-        else:
-            parts = [()]
+        if format != "auto" and format not in FORMATS:
+            raise MMGPTError(unknown_name("format", format, FORMATS))
+        kind = detect(location) if format == "auto" else FORMATS[format]
+        parts = _parts(location, kind)
+        if parts == [()] and kind.name != "hf":
+            read_samples(location, ErrorCounter(), format=kind.name, images=images)  # raises when nothing is there
         splits += [Split(len(splits) + n, location, kind.name, images, part) for n, part in enumerate(parts)]
     return splits
 
 
+def _parts(location: str, kind: Format) -> list[tuple[str, ...]]:
+    """The files of a source by parts; one that is empty is the whole source."""
+    at_once = 1
+    match kind.name:
+        case "pages":
+            names, at_once = web.page_files(location), PAGES_IN_SPLIT
+        case "corpus":
+            names = [shard.name for shard in Corpus(location).shards]
+        case "captioned":
+            names = _tars(location)
+        case "text":
+            names, at_once = files.list_files(location), PAGES_IN_SPLIT
+        case _:
+            names = files.list_files(location) if kind.suffixes else []
+    if kind.suffixes:
+        names = [name for name in names if files.suffix_of(name) in kind.suffixes]
+    return [tuple(names[at : at + at_once]) for at in range(0, len(names), at_once)] or [()]
+
+
+def _tars(location: str) -> list[str]:
+    """The tars that `read_records` reads there, in its order; none where it reads something else."""
+    names = [name for name in files.list_files(location) if files.suffix_of(name) == ".tar"]
+    if not files.is_remote(location) and files.is_folder(location):
+        folder = files.local_path(location)
+        if any((folder / name).is_file() for name in ("captions.jsonl", "captions.csv")):
+            return []
+        names = [name for name in names if Path(name).parent == folder]
+    return names
+
+
 def _read(split: Split, config: CorpusConfig, errors: ErrorCounter, funnel: Funnel) -> Iterator[Sample]:
-    """The samples of a split; what extraction itself left out is in the funnel."""
-    extraction = config.extraction()
+    """The samples of a split; what cannot be read, and what extraction itself left out, is in the funnel.
+
+    A file that cannot be read, or breaks in the middle, is counted like a bad record.
+    """
+    bad = ErrorCounter()
     removed: Counter[str] = Counter()
+    try:
+        for sample in _samples(split, config, bad, removed):
+            funnel.count("read", as_document(sample))
+            yield sample
+    except MMGPTError as error:
+        if isinstance(error, ConfigError) or isinstance(error.__context__, ImportError):  # would be so in every split
+            raise
+        bad.add("unreadable file", str(error))
+    errors.merge(bad)
+    step = funnel.step("read")
+    for reason, count in bad.counts.items():
+        removed[reason] = max(removed[reason], count)  # why a page went is in both
+    step.removed.update(removed)
+    # What could not be read is not among those that came through.
+    step.came.documents += Step(removed=removed).removed_documents
+    step.came.images += Step(removed=removed).removed_images
+
+
+def _samples(split: Split, config: CorpusConfig, errors: ErrorCounter, removed: Counter[str]) -> Iterator[Sample]:
+    extraction = config.extraction()
+    locations = split.files or (split.location,)
     match split.format:
         case "pages":
-            found: Iterator[Sample] = web.read_page_files(
+            return web.read_page_files(
                 split.location, split.files, errors, images=split.images, config=extraction, removed=removed
             )
         case "warc":
-            found = web.read_warc(
-                split.files[0] if split.files else split.location,
-                errors,
-                images=split.images,
-                config=extraction,
-                removed=removed,
+            return chain.from_iterable(
+                web.read_warc(location, errors, images=split.images, config=extraction, removed=removed)
+                for location in locations
             )
+        case "corpus":
+            corpus = Corpus(split.location)
+            shards = [number for number, shard in enumerate(corpus.shards) if shard.name in split.files]
+            return _shard_samples(corpus, shards, errors)
         case _:
-            location = split.files[0] if split.files else split.location
-            found = read_samples(location, errors, format=split.format, images=split.images)
-    for sample in found:
-        funnel.count("read", as_document(sample))
-        yield sample
-    step = funnel.step("read")
-    step.removed.update(removed)
-    for reason, count in errors.counts.items():
-        step.came.documents += count  # what could not be read is not among those that came through
-        if removed.get(reason, 0) < count:
-            step.removed[reason] += count - removed.get(reason, 0)
+            return each_of(
+                locations, errors, lambda name: read_samples(name, errors, format=split.format, images=split.images)
+            )
+
+
+def _shard_samples(corpus: Corpus, numbers: Sequence[int], errors: ErrorCounter) -> Iterator[Sample]:
+    for number in numbers:
+        shard = corpus.shard(number)
+        for at in range(len(shard)):
+            try:
+                yield shard.sample(at)
+            except BadRecordError as error:
+                errors.add(str(error), f"{corpus.shards[number].name}:{at}")
 
 
 # ---- Pass 1 ----
@@ -281,6 +353,7 @@ def _process(split: Split, config: CorpusConfig, folder: Path) -> dict[str, Any]
                     funnel.count("store", as_document(kept), str(error))
                     continue
                 document = as_document(kept)
+                funnel.count("store", document)
                 yield dataclasses.replace(document, id=document.id or f"{split.name}:{number}")
 
     write_fingerprints(written(), folder / split.fingerprints, errors, minhash=config.minhash())
@@ -304,18 +377,18 @@ def _prepared(
     if not isinstance(sample, Document):
         whole = as_document(sample)
         fetched = _fetched(whole, config, errors, pool)
-        if len(fetched.images) < len(whole.images):
+        if num_images(fetched) < num_images(whole):
             funnel.count("fetch images", whole, "image missing or broken")
             return None
         funnel.count("fetch images", fetched)
-        return _with_images(sample, iter(fetched.images))
+        return _with_images(sample, (segment for segment in fetched.segments if isinstance(segment, Image)))
     document = run_stages(stages.before_fetch, sample, funnel)
     if document is None:
         return None
-    step = funnel.step("fetch images", str(document.metadata.get("language") or "unknown"))
+    step = funnel.step("fetch images", language_of(document))
     step.came.add(document)
     fetched = _fetched(document, config, errors, pool)
-    if lost := len(document.images) - len(fetched.images):
+    if lost := num_images(document) - num_images(fetched):
         step.removed["image: missing or broken"] += lost
     if not fetched.segments:
         step.removed["nothing left"] += 1
@@ -327,27 +400,32 @@ def _prepared(
 def _fetched(document: Document, config: CorpusConfig, errors: ErrorCounter, pool: ThreadPoolExecutor) -> Document:
     """The document with the bytes of its images; those that cannot be had are left out, and counted."""
 
-    def load(segment: Segment) -> Segment | MMGPTError:
-        if isinstance(segment, Text):
+    def load(segment: Segment) -> Any:
+        """What the threads do: wait. Pictures are decoded one after the other, since each may take a lot of memory."""
+        if isinstance(segment, Text) or not isinstance(segment.source, str | os.PathLike | bytes):
             return segment
         source = segment.source
         try:
-            if isinstance(source, str) and "://" in source and not config.fetch:
+            if isinstance(source, str) and "://" in source and source[:5].lower() != "data:" and not config.fetch:
                 raise ImageError(f"{source}: not fetched")
-            if isinstance(source, PILImage.Image):
-                return dataclasses.replace(segment, source=to_file(source))
-            if not isinstance(source, str | os.PathLike | bytes):
-                raise ImageError("an image in memory")
-            return dataclasses.replace(segment, source=_stored(_file(source), config.image_side))
+            return _file(source)
         except MMGPTError as error:
             return error
 
     kept: list[Segment] = []
-    for segment in pool.map(load, document.segments):
-        if isinstance(segment, MMGPTError):
-            errors.add("image", f"{document.id}: {segment}")
-        else:
-            kept.append(segment)
+    for start in range(0, len(document.segments), FETCHES):
+        segments = document.segments[start : start + FETCHES]
+        for segment, found in zip(segments, pool.map(load, segments), strict=True):
+            if isinstance(segment, Text):
+                kept.append(segment)
+                continue
+            try:
+                if isinstance(found, MMGPTError):
+                    raise found
+                source = found if isinstance(found, bytes) else segment.source
+                kept.append(dataclasses.replace(segment, source=_stored(source, config.image_side)))
+            except MMGPTError as error:
+                errors.add("image missing or broken", f"{document.id}: {error}")
     return dataclasses.replace(document, segments=tuple(kept))
 
 
@@ -362,20 +440,20 @@ def _file(source: str | os.PathLike[str] | bytes) -> bytes:
     return image_bytes(source)
 
 
-def _stored(data: bytes, side: int | None) -> bytes:
-    """An image file as it is stored: as it came, but smaller where it is large, and of a format that shards hold.
+def _stored(source: ImageSource, side: int | None) -> bytes:
+    """An image as the file that is stored: as it came, but smaller where it is large, and of a format of shards.
 
     Decodes it, so that what is stored can be read. Raises ImageError.
     """
-    image = load_image(data)
+    image = load_image(source)
     large = side is not None and max(image.size) > side
-    suffix = image_format(data)
-    if not large and suffix in IMAGE_SUFFIXES:
-        return data
+    suffix = image_format(source) if isinstance(source, bytes) else ""
+    if isinstance(source, bytes) and not large and suffix in IMAGE_SUFFIXES:
+        return source
     if large:
         assert side is not None
         image.thumbnail((side, side), PILImage.Resampling.BICUBIC, reducing_gap=3.0)
-    return to_file(image, "jpg" if suffix == "jpg" else "png")
+    return to_file(image, suffix if suffix in ("jpg", "webp") else "png")
 
 
 def _with_images(sample: Record | Conversation, images: Iterator[Image]) -> Sample:
@@ -384,17 +462,8 @@ def _with_images(sample: Record | Conversation, images: Iterator[Image]) -> Samp
         source = next(images).source
         assert isinstance(source, bytes)
         return dataclasses.replace(sample, image=source)
-    known: dict[int, Image] = {}  # one image may stand in several turns
-
-    def fetched(part: Any) -> Any:
-        if not isinstance(part, Image):
-            return part
-        if id(part) not in known:
-            known[id(part)] = next(images)
-        return known[id(part)]
-
     turns = [
-        {**turn, "content": [fetched(part) for part in turn["content"]]}
+        {**turn, "content": [next(images) if isinstance(part, Image) else part for part in turn["content"]]}
         if isinstance(turn["content"], list | tuple)
         else turn
         for turn in sample.messages
@@ -409,14 +478,13 @@ def decide(work: Path, splits: Sequence[Split], config: CorpusConfig) -> None:
     """Find duplicates over all splits and write what goes into `work/drop`, a file for each split.
 
     Runs in one process also where a cluster does the rest: every document must be seen beside every other, while
-    fingerprints are small (about 0.5 kB a document), time grows with their number, and memory is bounded.
+    fingerprints are small (about 0.6 kB a document), time grows with their number, and memory is bounded.
     """
     _once(work / DROP, lambda folder: _decide(work, splits, config, folder))
 
 
 def _decide(work: Path, splits: Sequence[Split], config: CorpusConfig, folder: Path) -> dict[str, Any]:
     partitions = [work / split.name / split.fingerprints for split in splits]
-    folders = {partition.name: partition.parent for partition in partitions}
     names = {split.fingerprints: split.name for split in splits}
     rows: dict[str, list[dict[str, Any]]] = {}
     counts: Counter[str] = Counter()
@@ -434,7 +502,7 @@ def _decide(work: Path, splits: Sequence[Split], config: CorpusConfig, folder: P
         nonlocal waiting
         for name, found in rows.items():
             with (folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+                file.writelines(json.dumps(row) + "\n" for row in found)
         rows.clear()
         waiting = 0
 
@@ -486,10 +554,14 @@ def _write(group: int, splits: Sequence[Split], config: CorpusConfig, work: Path
             for at in range(len(shard)):
                 number += 1
                 sample = shard.sample(at)
-                if number in documents:
-                    funnel.count("duplicates", as_document(sample), documents[number])
+                whole = as_document(sample)
+                reason = documents.get(number)
+                # Two pictures with much the same questions and answers are two.
+                if reason == NEAR and whole.images and not isinstance(sample, Document):
+                    reason = None
+                funnel.count("duplicates", whole, reason)
+                if reason is not None:
                     continue
-                funnel.count("duplicates", as_document(sample))
                 kept = _without_images(sample, images.get(number, {}), funnel)
                 if kept is not None:
                     funnel.count("written", as_document(kept))
@@ -499,13 +571,13 @@ def _write(group: int, splits: Sequence[Split], config: CorpusConfig, work: Path
 
 def _without_images(sample: Sample, drop: dict[int, str], funnel: Funnel) -> Sample | None:
     whole = as_document(sample)
-    step = funnel.step("repeated images", str(whole.metadata.get("language") or "unknown"))
+    step = funnel.step("repeated images", language_of(whole))
     step.came.add(whole)
     # A question about an image is nothing without it; that it is a popular one is no reason to lose the question.
     if drop and isinstance(sample, Document):
         gone = {id(image): reason for n, image in enumerate(sample.images) if (reason := drop.get(n)) is not None}
         for reason in gone.values():
-            step.removed[f"image: {reason}"] += 1
+            step.removed[reason] += 1
         segments = tuple(segment for segment in sample.segments if id(segment) not in gone)
         if not segments:
             step.removed["nothing left"] += 1
@@ -522,6 +594,8 @@ class Runner:
     """Runs a function over items in processes of this machine; `datasets.cluster.RayRunner` on many machines."""
 
     def __init__(self, workers: int | None = None, *, progress: bool = True):
+        if workers is not None and workers < 1:
+            raise ConfigError(f"workers must be at least 1, not {workers}")
         self.workers = workers or os.cpu_count() or 1
         self.progress = progress
 
@@ -538,6 +612,10 @@ class Runner:
         with ProcessPoolExecutor(min(self.workers, len(items)), mp_context=get_context("spawn")) as pool:
             try:
                 yield from pool.map(function, items)
+            except BrokenProcessPool:
+                raise MMGPTError(
+                    "a worker process was killed, for its memory perhaps; what is finished is kept"
+                ) from None
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -585,8 +663,8 @@ def build_corpus(
     """Make the corpus `out` of `sources`: shards, `corpus.json` and the funnel as table, JSON and picture.
 
     Stopped or killed, it continues when it is called again with the same arguments. With a runner for a cluster,
-    sources and `out` must be where all machines see them. Raises MMGPTError when a source is missing, when `out` already holds
-    a corpus, or another build that is not finished.
+    sources and `out` must be where all machines see them. Raises MMGPTError when a source is missing, when nothing of
+    them is left, when `out` cannot be written or holds anything but this build.
     """
     config, runner = config or CorpusConfig(), runner or Runner()
     if (out / CORPUS_FILE).exists():
@@ -594,7 +672,7 @@ def build_corpus(
     work = out / WORK
     splits = find_splits(sources, format=format, images=images)
     _check_same(work, splits, config)
-    funnel, errors = Funnel(), ErrorCounter()
+    funnel, errors = Funnel(config.steps()), ErrorCounter()
     sizes: list[int] = []
     for report in runner("read and filter", _Process(config, work), splits):
         funnel.merge(Funnel.from_json(report["funnel"]))
@@ -609,7 +687,11 @@ def build_corpus(
             shards.append(ShardInfo(**shard))
         funnel.merge(Funnel.from_json(result["funnel"]))
     if not shards:
-        raise MMGPTError(f"{', '.join(sources)}: no document is left; {out / WORK} has the counts: {errors.summary()}")
+        reasons = Counter[str]()
+        for name in funnel.steps:
+            reasons.update(funnel.total(name).removed)
+        why = "; ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(8))
+        raise MMGPTError(f"{', '.join(sources)}: no document is left ({why or 'there was none'}; {errors.summary()})")
     total = funnel.total("written").left
     languages = {name: vars(step.left) for name, step in sorted(funnel.steps["written"].items())}
     about = {"counts": vars(total), "languages": languages, "sources": list(sources), "config": asdict(config)}
@@ -643,20 +725,25 @@ def _groups(splits: Sequence[Split], sizes: Sequence[int], shard_bytes: int) -> 
 
 
 def _check_same(work: Path, splits: Sequence[Split], config: CorpusConfig) -> None:
-    """A build continues only as what it was."""
+    """A build continues only as what it was; one that has nothing to show for itself yet may become another."""
     plan = work / "build.json"
     values = json.loads(json.dumps({"splits": [asdict(split) for split in splits], "config": asdict(config)}))
-    if plan.is_file():
-        before = _json(plan)
-        for key in ("splits", "config"):
-            if before.get(key) != values[key]:
-                what = "sources" if key == "splits" else "settings"
-                raise MMGPTError(f"{work.parent} holds a build with other {what}: repeat those, or remove {work}")
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    temporary = work / "build.json.tmp"
-    temporary.write_text(json.dumps(values, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.rename(plan)
+    try:
+        if plan.is_file() and any(work.glob("split-*")):
+            before = _json(plan)
+            for key in ("splits", "config"):
+                if before.get(key) != values[key]:
+                    what = "sources" if key == "splits" else "settings"
+                    raise MMGPTError(f"{work.parent} holds a build with other {what}: repeat those, or remove {work}")
+            return
+        if not work.is_dir() and work.parent.is_dir() and any(work.parent.iterdir()):
+            raise MMGPTError(f"{work.parent} is not empty; choose a new folder")
+        work.mkdir(parents=True, exist_ok=True)
+        temporary = work / "build.json.tmp"
+        temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
+        temporary.rename(plan)
+    except OSError as error:
+        raise MMGPTError(f"{work.parent}: cannot be written ({error.strerror or error})") from None
 
 
 def _json(path: Path) -> dict[str, Any]:

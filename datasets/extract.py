@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mm_gpt.datasets.html_flat import FlatImage, FlatPage, Spans, flatten
 from mm_gpt.datasets.html_images import LocalImage, image_source
-from mm_gpt.datasets.html_text import FlatImage, FlatPage, Spans, flatten, segments_of
+from mm_gpt.datasets.html_text import segments_of
 from mm_gpt.datasets.html_tree import base_url, decode_html, opt_outs, page_metadata, parse_html
 from mm_gpt.datasets.samples import BadRecordError, optional_import
 from mm_gpt.document import Document, Image, Text

@@ -7,6 +7,7 @@ continues with the first row that was not learned yet: no sample is lost or come
 """
 
 import functools
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from mm_gpt.datasets.pieces import (
 )
 from mm_gpt.datasets.plan import Cursor, Plan, Row, shuffled
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, Sample
-from mm_gpt.datasets.shards import Corpus
+from mm_gpt.datasets.shards import Corpus, Shard
 from mm_gpt.document import Document
 from mm_gpt.errors import MMGPTError
 from mm_gpt.processor import Batch, Processor
@@ -70,59 +71,67 @@ class CorpusSource:
             self.tokens += float(table[:, 5].sum())
             self.images += int(table[:, 6].sum())
         self._last: tuple[tuple[int, int], Sample] | None = None
+        self.digest = hashlib.sha256("".join(shard.digest for shard in corpus.shards).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return sum(self.counts)
 
     def _table(self, shard: int) -> np.ndarray:
         """The shard's pieces; found now if nobody has yet. A shard that cannot be read is counted, and has none."""
-        path = self._folder / f"{self.corpus.shards[shard].name}.npy"
+        info = self.corpus.shards[shard]
+        path = self._folder / f"{info.name}{info.digest and '.'}{info.digest}.npy"
         table = load_table(path)
         if table is None:
             try:
-                table = make_table(self._samples(shard), self.processor, self.max_tokens)
-                save_table(path, table)
+                samples = self._samples(self.corpus.shard(shard))
             except MMGPTError as error:
                 self.errors.add("missing shard", str(error))
-                table = np.zeros((0, len(COLUMNS)), dtype=np.int32)
+                return np.zeros((0, len(COLUMNS)), dtype=np.int32)
+            table = make_table(samples, self.processor, self.max_tokens, self.errors, info.name)
+            try:
+                save_table(path, table)
+            except OSError as error:
+                raise MMGPTError(f"{path}: {error.strerror or error}") from None
         if self.every is not None:
             which, count = self.every
             held = table[:, 0] % count == abs(which) % count
             table = table[held if which >= 0 else ~held]
         return table
 
-    def _samples(self, shard: int) -> Iterator[tuple[int, Sample]]:
-        opened = self.corpus.shard(shard)
-        for number in range(len(opened)):
+    def _samples(self, shard: Shard) -> Iterator[tuple[int, Sample]]:
+        for number in range(len(shard)):
             try:
-                yield number, opened.sample(number)
+                yield number, shard.sample(number)
             except BadRecordError as error:
-                self.errors.add(str(error), f"{opened.path.name}:{number}")
+                self.errors.add(str(error), f"{shard.path.name}:{number}")
 
     def units(self, number: int, start: int, seed: int) -> Iterator[list[tuple[tuple[int, ...], int]]]:
+        """See `Source`. Raises MMGPTError when a shard has other pieces than at the start of the run."""
         order = shuffled(len(self.counts), seed, self.name, number, "shards")
         for block in range(0, len(order), self.block_shards):
-            shards = order[block : block + self.block_shards]
+            shards = [shard for shard in order[block : block + self.block_shards] if self.counts[shard]]
             size = sum(self.counts[shard] for shard in shards)
             if start >= size:
                 start -= size
                 continue
             tables = [self._table(shard) for shard in shards]
-            places = [(shard, at) for shard, table in zip(shards, tables, strict=True) for at in range(len(table))]
-            lengths = np.concatenate([table[:, 5] for table in tables])
-            rows = np.concatenate(tables)
-            for place in shuffled(len(places), seed, self.name, number, block)[start:]:
-                unit = (places[place][0], *(int(value) for value in rows[place][:5]))
-                yield [(unit, int(lengths[place]))]
+            for shard, table in zip(shards, tables, strict=True):
+                if len(table) != self.counts[shard]:
+                    raise MMGPTError(f"{self.corpus.location}: {self.corpus.shards[shard].name} has changed")
+            pieces = np.concatenate(tables)
+            of_shard = np.repeat(shards, [len(table) for table in tables])
+            for place in shuffled(size, seed, self.name, number, block)[start:]:
+                sample, *span = (int(value) for value in pieces[place][:5])
+                yield [((int(of_shard[place]), sample, *span), int(pieces[place, 5]))]
             start = 0
 
     def document(self, unit: tuple[int, ...]) -> Document:
         """Raises BadRecordError or MMGPTError when the sample cannot be read."""
-        shard, sample, *span = unit
-        if self._last is None or self._last[0] != (shard, sample):
-            self._last = (shard, sample), self.corpus.shard(shard).sample(sample)
-        row = np.array([sample, *span, 0, 0])
-        return piece_document(self._last[1], row_piece(row), self.processor)
+        shard, number, *span = unit
+        last = self._last
+        if last is None or last[0] != (shard, number):
+            self._last = last = (shard, number), self.corpus.shard(shard).sample(number)
+        return piece_document(last[1], row_piece(np.array([number, *span, 0, 0])), self.processor)
 
 
 @dataclass
@@ -180,7 +189,13 @@ class Loader:
         """This rank's micro-batches of a step. Steps in a row are fast; another one starts the workers anew."""
         if step != self._next or self._stream is None:
             self._stream = self._start(step)
-        loaded = [next(self._stream) for _ in range(self.accumulate)]
+        try:
+            loaded = [next(self._stream) for _ in range(self.accumulate)]
+        except BaseException as error:
+            self._stream = None
+            if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # killed, or out of memory
+                raise MMGPTError(f"a process that reads the data has died ({error})") from None
+            raise
         self._next = step + 1
         for micro in loaded:
             for reason, record in micro.skipped:
@@ -202,6 +217,7 @@ class Loader:
             collate_fn=_as_it_is,
             worker_init_fn=_quiet_worker,
             prefetch_factor=max(2, self.accumulate) if self.workers else None,
+            generator=torch.Generator(),  # or it draws a number that dropout would have had
         )
         return iter(data)
 
@@ -242,17 +258,27 @@ class Loader:
             cursor = Cursor(**state["cursor"])
             step, row = int(state["step"]), int(state["row"])
             about = {key: state[key] for key in self._about()}
+            if not 0 <= cursor.row <= row:
+                raise ValueError(f"row {row} before {cursor.row}")
         except (KeyError, TypeError, ValueError) as error:
             raise MMGPTError(f"the data position of the checkpoint is broken ({error})") from None
         for key, now in self._about().items():
             if about[key] != now:
                 raise MMGPTError(f"the data has changed since the checkpoint ({key}: {about[key]}, now {now})")
+        if not len(cursor.positions) == len(cursor.served) == len(self.plan.sources):
+            raise MMGPTError("the data position of the checkpoint is broken (not of these sources)")
         self._base, self._cursors, self._next, self._stream = (step, row), [cursor], -1, None
 
     def _about(self) -> dict[str, Any]:
         plan = self.plan
         return {
-            "sources": [[source.name, len(source), round(source.tokens)] for source in plan.sources],
+            "sources": [
+                [source.name, len(source), round(source.tokens), getattr(source, "digest", "")]
+                for source in plan.sources
+            ],
+            "weights": plan.weights,
+            "repeats": [share.repeat for share in plan.shares],
+            "wait": plan.wait,
             "row_length": plan.row_length,
             "window_rows": plan.window_rows,
             "seed": plan.seed,

@@ -8,19 +8,20 @@ as small tables, so that the plan of an epoch needs no text.
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mm_gpt.datasets.samples import Conversation, Record, Sample
+from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, Sample
+from mm_gpt.datasets.shards import read_array
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.processor import Processor
 
-VERSION = 1
+VERSION = 2
+Place = tuple[int, int]
 COLUMNS = ("sample", "start_segment", "start_char", "end_segment", "end_char", "tokens", "images")
 """Of a table of pieces, int32. A piece ends before (end_segment, end_char)."""
 
@@ -39,9 +40,9 @@ def training_segments(document: Document, processor: Processor) -> tuple[Segment
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    start: tuple[int, int]
+    start: Place
     """(segment, character)"""
-    end: tuple[int, int]
+    end: Place
     """One behind the last; (n, 0) is before segment n."""
 
     def of(self, segments: Sequence[Segment]) -> tuple[Segment, ...]:
@@ -75,32 +76,37 @@ def cut(segments: Sequence[Segment], processor: Processor, max_tokens: int) -> l
         if length <= max_tokens:
             return [(whole, length)]
     pieces: list[tuple[Piece, int]] = []
-    start = (0, 0)
+    start = whole.start
     while start < whole.end:
-        room = max_tokens
-        end = _reach(segments, start, processor, room)
-        length = _length(Piece(start, end).of(segments), processor)
-        for _ in range(3):  # a piece may take a few tokens more alone than as part of the whole
-            if length <= max_tokens:
-                break
-            room -= length - max_tokens
-            if room < 1:
-                break
-            end = _reach(segments, start, processor, room)
-            length = _length(Piece(start, end).of(segments), processor)
-        while length > max_tokens and (shorter := _shorter(segments, start, end)) is not None:
-            end = shorter
-            length = _length(Piece(start, end).of(segments), processor)
+        end, length = _fill(segments, start, processor, max_tokens)
         if length:
             pieces.append((Piece(start, end), length))
         start = end
     return pieces
 
 
-def _reach(segments: Sequence[Segment], start: tuple[int, int], processor: Processor, room: int) -> tuple[int, int]:
+def _fill(segments: Sequence[Segment], start: Place, processor: Processor, max_tokens: int) -> tuple[Place, int]:
+    """Where a piece that begins at `start` ends, and what it takes."""
+    room = max_tokens
+    end, length = (0, 0), max_tokens + 1
+    for _ in range(
+        4
+    ):  # text may take more tokens alone than as part of the whole; much more, where it names special ones
+        end = _reach(segments, start, processor, room)
+        length = _length(Piece(start, end).of(segments), processor)
+        room = room * max_tokens // max(1, length)
+        if length <= max_tokens or room < 1:
+            break
+    while length > max_tokens and (shorter := _shorter(segments, start, end)) is not None:
+        end = shorter
+        length = _length(Piece(start, end).of(segments), processor)
+    return end, length
+
+
+def _reach(segments: Sequence[Segment], start: Place, processor: Processor, room: int) -> Place:
     """How far about `room` tokens go from `start`: at least over something."""
     number, char = start
-    used = len(processor.tokenizer.prefix_ids)
+    used = len(processor.tokenizer.prefix_ids) if processor.config.begin_of_text else 0
     while number < len(segments):
         segment = segments[number]
         if isinstance(segment, Image):
@@ -109,16 +115,17 @@ def _reach(segments: Sequence[Segment], start: tuple[int, int], processor: Proce
                 return number, 0
             used += tokens
         elif segment.is_control:
+            if used + 1 > room and (number, char) != start:
+                return number, 0
             used += 1
         else:
             text = segment.text[char : char + 6 * room]  # enough for most: a book is not encoded for one row of it
             spans = processor.tokenizer.backend.encode(text, add_special_tokens=False).offsets
-            if used + len(spans) > room:
-                least = 1 if (number, char) == start else 0
-                at = spans[max(room - used, least)][0] if max(room - used, least) < len(spans) else len(text)
-                # Several tokens may share a character: then it stays whole.
-                at = max(at, min(1, len(text))) if least else at
-                return (number, char + at) if char + at else (number, 0)
+            if spans and used + len(spans) > room:
+                at = spans[max(0, room - used)][0]
+                if (number, char) == start:  # several tokens may share a character: then it stays whole
+                    at = max(at, 1)
+                return (number, char + at) if char + at < len(segment.text) else (number + 1, 0)
             used += len(spans)
             if char + len(text) < len(segment.text):
                 char += len(text)
@@ -127,20 +134,18 @@ def _reach(segments: Sequence[Segment], start: tuple[int, int], processor: Proce
     return len(segments), 0
 
 
-def _shorter(segments: Sequence[Segment], start: tuple[int, int], end: tuple[int, int]) -> tuple[int, int] | None:
+def _shorter(segments: Sequence[Segment], start: Place, end: Place) -> Place | None:
     """A cut nearer to `start`; None when there is nothing to take away."""
     (first, first_char), (last, last_char) = start, end
-    if last_char:
-        begin = first_char if first == last else 0
-        if last_char - begin > 1:
-            return last, begin + (last_char - begin) * 7 // 8
-        return (last, 0) if last > first else None
-    if last - 1 > first:
+    if last_char == 0 and last - first > 1:
         return last - 1, 0
-    segment = segments[first]
-    if isinstance(segment, Text) and len(segment.text) - first_char > 1:
-        return first, first_char + (len(segment.text) - first_char) // 2
-    return None
+    if last_char == 0:  # one segment, to its end
+        segment = segments[first]
+        last, last_char = first, len(segment.text) if isinstance(segment, Text) and not segment.is_control else 0
+    begin = first_char if first == last else 0
+    if last_char - begin > 1:
+        return last, begin + (last_char - begin) * 7 // 8
+    return (last, 0) if last > first else None
 
 
 def _length(segments: Sequence[Segment], processor: Processor) -> int:
@@ -149,28 +154,49 @@ def _length(segments: Sequence[Segment], processor: Processor) -> int:
 
 
 def sample_pieces(sample: Sample, processor: Processor, max_tokens: int) -> list[tuple[Piece, int, int]]:
-    """(piece, tokens, images) of a sample, none of what cannot be trained on.
+    """(piece, tokens, images) of a sample. Raises BadRecordError for one that cannot be trained on.
 
     Only web documents are cut: a conversation is one piece, or none when it is longer than the context. A Record's
-    documents are drawn anew each epoch (`mm_gpt.training.language`): it has no pieces here.
+    documents are drawn anew each epoch (`mm_gpt.training.language`): it has no pieces.
     """
     try:
         match sample:
             case Document():
-                segments = training_segments(sample, processor)
-                return [
+                segments = _measurable(training_segments(sample, processor), processor)
+                pieces = [
                     (piece, tokens, sum(isinstance(s, Image) for s in piece.of(segments)))
                     for piece, tokens in cut(segments, processor, max_tokens)
                     if tokens <= processor.config.max_length
                 ]
+                if not pieces:
+                    raise BadRecordError("longer than the context")
+                return pieces
             case Conversation():
                 document = processor.chat(sample.messages, answer_starts=False)
                 tokens = len(processor(document))
                 return [(Piece((0, 0), (len(document.segments), 0)), tokens, len(document.images))]
             case Record():
-                return []
-    except (ContextOverflowError, ImageError):
-        return []
+                raise BadRecordError("an image with captions or questions, which has no pieces")
+    except ContextOverflowError:
+        raise BadRecordError("longer than the context") from None
+    except ImageError:
+        raise BadRecordError("broken image") from None
+    except MMGPTError as error:
+        raise BadRecordError(f"cannot be written ({str(error)[:80]})") from None
+
+
+def _measurable(segments: Sequence[Segment], processor: Processor) -> Sequence[Segment]:
+    """With nothing in the place of each image that has no size, where the tokens depend on that."""
+    if processor.config.tiling is None:
+        return segments
+
+    def has_size(image: Image) -> bool:
+        try:
+            return bool(image.size())
+        except ImageError:
+            return False
+
+    return [Text("") if isinstance(segment, Image) and not has_size(segment) else segment for segment in segments]
 
 
 def piece_document(sample: Sample, piece: Piece, processor: Processor) -> Document:
@@ -187,37 +213,47 @@ def piece_document(sample: Sample, piece: Piece, processor: Processor) -> Docume
 def fingerprint(processor: Processor, max_tokens: int) -> str:
     """Names what a table of pieces depends on besides the shard: 16 hexadecimal digits."""
     config = dataclasses.asdict(processor.config)
-    parts = [VERSION, max_tokens, processor.tokenizer.fingerprint, processor.vocab_size, config]
+    tokenizer, template = processor.tokenizer, processor.template
+    names = [tokenizer.fingerprint, tokenizer.names, processor.vocab_size]
+    parts = [VERSION, max_tokens, names, template and template.source, config]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def make_table(samples: Iterator[tuple[int, Sample]], processor: Processor, max_tokens: int) -> np.ndarray:
-    """int32 (P, 7), see COLUMNS, of (number in the shard, sample) pairs."""
-    rows = [
-        (number, *piece.start, *piece.end, tokens, images)
-        for number, sample in samples
-        for piece, tokens, images in sample_pieces(sample, processor, max_tokens)
-    ]
+def make_table(
+    samples: Iterable[tuple[int, Sample]], processor: Processor, max_tokens: int, errors: ErrorCounter, name: str
+) -> np.ndarray:
+    """int32 (P, 7), see COLUMNS, of (number in the shard, sample) pairs. Samples without pieces are counted."""
+    rows: list[tuple[int, ...]] = []
+    for number, sample in samples:
+        try:
+            pieces = sample_pieces(sample, processor, max_tokens)
+        except BadRecordError as error:
+            errors.add(str(error), f"{name}:{number}")
+            continue
+        rows += [(number, *piece.start, *piece.end, tokens, images) for piece, tokens, images in pieces]
     return np.array(rows, dtype=np.int32).reshape(-1, len(COLUMNS))
 
 
 def save_table(path: Path, table: np.ndarray) -> None:
-    """In one piece: several processes may write the same table at once."""
+    """In one piece: several processes may write the same table at once. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
-        np.save(file, table, allow_pickle=False)
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, table, allow_pickle=False)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_table(path: Path) -> np.ndarray | None:
     """None when there is none, or a broken one."""
     try:
-        table = np.load(path, allow_pickle=False)
+        table = read_array(path)
     except (OSError, ValueError):
         return None
     fits = table.dtype == np.int32 and table.ndim == 2 and table.shape[1] == len(COLUMNS)
-    return table if fits else None
+    return table if fits and (table >= 0).all() and (table[:, 5] > 0).all() else None
 
 
 def row_piece(row: np.ndarray) -> Piece:

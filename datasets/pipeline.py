@@ -1,6 +1,7 @@
 """Documents through stages, with a count of what came in, what went out and why: the funnel."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ class Amount:
 
     def add(self, document: Document) -> None:
         self.documents += 1
-        self.images += sum(isinstance(segment, Image) for segment in document.segments)
+        self.images += num_images(document)
         self.characters += sum(len(segment.text) for segment in document.segments if isinstance(segment, Text))
 
     def merge(self, other: "Amount") -> None:
@@ -73,16 +74,42 @@ class Step:
     came: Amount = field(default_factory=Amount)
     left: Amount = field(default_factory=Amount)
     removed: Counter[str] = field(default_factory=Counter)
+    """By reason. Those of images begin with `image: `, and those of other parts of a document as in `PARTS`."""
+
+    @property
+    def removed_documents(self) -> int:
+        """What came, less this, is what is left."""
+        return sum(count for reason, count in self.removed.items() if not reason.startswith(PARTS))
+
+    @property
+    def removed_images(self) -> int:
+        """What came, less this, is what is left."""
+        return sum(count for reason, count in self.removed.items() if reason.startswith("image: "))
 
 
+PARTS = ("image: ", "text: ", "branch: ", "personal data: ")
+WITH_DOCUMENT = "image: went with its document"
 UNKNOWN = "unknown"
+_LANGUAGE = re.compile(r"[a-z]{2,3}(?![^\W_])")
+
+
+def language_of(document: Document) -> str:
+    """The language in a document's metadata, without script and country; what is no code there is `unknown`."""
+    found = _LANGUAGE.match(str(document.metadata.get("language", "")))
+    return found[0] if found else UNKNOWN
+
+
+def num_images(document: Document) -> int:
+    """The places in a document where an image stands."""
+    return sum(isinstance(segment, Image) for segment in document.segments)
 
 
 class Funnel:
     """What each step received, let through and removed, by language as far as it is known by then."""
 
-    def __init__(self) -> None:
-        self.steps: dict[str, dict[str, Step]] = {}
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        """`names` are steps in the order that they are shown in; others come behind them as they happen."""
+        self.steps: dict[str, dict[str, Step]] = {name: {} for name in names}
 
     def step(self, name: str, language: str = UNKNOWN) -> Step:
         return self.steps.setdefault(name, {}).setdefault(language, Step())
@@ -94,25 +121,29 @@ class Funnel:
         before.add(document)
         result = stage(document, removed)
         # A stage that identifies the language counts under the one that it found.
-        language = str((result or document).metadata.get("language") or UNKNOWN)
-        step = self.step(stage.name, language)
+        step = self.step(stage.name, language_of(result or document))
         step.came.merge(before)
-        step.removed.update(removed)
         if result is not None:
             step.left.add(result)
+        elif rest := before.images - Step(removed=removed).removed_images:
+            removed[WITH_DOCUMENT] += rest
+        step.removed.update(removed)
         return result
 
     def count(self, name: str, document: Document, reason: str | None = None) -> None:
         """A document that comes through the step `name`, or is removed there for `reason`."""
-        step = self.step(name, str(document.metadata.get("language") or UNKNOWN))
+        step = self.step(name, language_of(document))
         step.came.add(document)
         if reason is None:
             step.left.add(document)
-        else:
-            step.removed[reason] += 1
+            return
+        step.removed[reason] += 1
+        if images := num_images(document):
+            step.removed[WITH_DOCUMENT] += images
 
     def merge(self, other: "Funnel") -> None:
         for name, languages in other.steps.items():
+            self.steps.setdefault(name, {})
             for language, theirs in languages.items():
                 own = self.step(name, language)
                 own.came.merge(theirs.came)
@@ -135,6 +166,7 @@ class Funnel:
                 for language, s in sorted(languages.items())
             }
             for name, languages in self.steps.items()
+            if languages
         }
 
     @classmethod
@@ -149,13 +181,17 @@ class Funnel:
 
     # ---- For people ----
 
+    def _names(self) -> list[str]:
+        return [name for name, languages in self.steps.items() if languages]
+
     def markdown(self) -> str:
         """The table of steps, what each removed, and what is left by language."""
         lines = [
             "| step | documents in | out | images in | out | characters in | out | removed |",
             "|---|--:|--:|--:|--:|--:|--:|---|",
         ]
-        for name in self.steps:
+        names = self._names()
+        for name in names:
             s = self.total(name)
             why = ", ".join(f"{reason}: {count:,}" for reason, count in s.removed.most_common(8))
             more = len(s.removed) - 8
@@ -163,7 +199,7 @@ class Funnel:
             numbers = [s.came.documents, s.left.documents, s.came.images, s.left.images]
             numbers += [s.came.characters, s.left.characters]
             lines.append(f"| {name} | {' | '.join(f'{n:,}' for n in numbers)} | {_cell(why)} |")
-        last = self.steps[list(self.steps)[-1]] if self.steps else {}
+        last = self.steps[names[-1]] if names else {}
         if len(last) > 1:
             lines += ["", "| language | documents | images | characters |", "|---|--:|--:|--:|"]
             for language, s in sorted(last.items(), key=lambda item: -item[1].left.documents):
@@ -175,7 +211,7 @@ class Funnel:
         """Bars of what is left behind each step, in percent of what was read."""
         from matplotlib.figure import Figure
 
-        names = list(self.steps)
+        names = self._names()
         steps = [self.total(name) for name in names]
         figure = Figure(figsize=(8, 1.2 + 0.42 * len(names)), layout="constrained")
         axes = figure.subplots(1, 3, sharey=True)
@@ -197,7 +233,8 @@ class Funnel:
 
     def save(self, folder: Path) -> None:
         """`funnel.json`, `funnel.md` and `funnel.png`."""
-        (folder / "funnel.json").write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
+        values = json.dumps(self.to_json(), indent=2) + "\n"
+        (folder / "funnel.json").write_text(values, encoding="utf-8")
         (folder / "funnel.md").write_text(self.markdown(), encoding="utf-8")
         self.plot(folder / "funnel.png")
 

@@ -139,12 +139,14 @@ class Plan:
         """Each row with the cursor of its window; from that cursor's first row on."""
         cursor = (cursor or self.start()).copy()
         streams = [self._stream(number, position) for number, position in enumerate(cursor.positions)]
-        idle = 0  # epochs in a row without a document
+        idle = 0  # epochs in a row without a document: of a small source with a small share, many have no unit
+        wanted = [self.shares[n].repeat * len(self.sources[n]) for n, weight in enumerate(self.weights) if weight]
+        patience = 1 + math.ceil(1 / max(wanted))
         while True:
             begin = cursor.copy()
             items = self._window(cursor, streams)
             idle = 0 if items else idle + (cursor.epoch > begin.epoch)
-            if idle > 1:
+            if idle > patience:
                 raise MMGPTError("the sources hold nothing to train on")
             rows = self._pack(items)
             random.Random(f"{self.seed}/rows/{begin.window}").shuffle(rows)
@@ -156,8 +158,9 @@ class Plan:
     def _window(self, cursor: Cursor, streams: Sequence[Iterator[list[tuple[tuple[int, ...], int]]]]) -> list[Item]:
         """Draw units until their tokens fill the window or the epoch ends, whose end it is then."""
         items: list[Item] = []
-        tokens = 0
+        tokens, drawn = 0, 0
         limit = self.window_rows * self.row_length
+        units = sum(len(source) for source, weight in zip(self.sources, self.weights, strict=True) if weight)
         while tokens < limit:
             ready = [
                 number
@@ -174,7 +177,9 @@ class Plan:
             used = sum(length for _, length in documents)
             # A unit without a document counts as something, or a source of nothing but those would never let go.
             cursor.served[number] += used or 1
-            tokens += used
+            tokens, drawn = tokens + used, drawn + 1
+            if tokens == 0 and drawn > 2 * units:
+                raise MMGPTError("the sources hold nothing to train on")
             items += [Item(number, unit, length) for unit, length in documents]
         return items
 

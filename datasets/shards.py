@@ -15,11 +15,13 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext
@@ -43,6 +45,8 @@ CORPUS_FILE = "corpus.json"
 VERSION = 1
 BLOCK = 512
 MAX_SAMPLE_BYTES = 512 * 2**20
+MAX_HEADER_BYTES = 2**20
+"""Of one member of a tar, pax records and long names included."""
 SAFE_SUFFIXES = (*IMAGE_SUFFIXES, "json", "txt")
 
 
@@ -52,13 +56,13 @@ SAFE_SUFFIXES = (*IMAGE_SUFFIXES, "json", "txt")
 def to_members(sample: Sample) -> dict[str, bytes]:
     """Member suffix -> bytes. Images must be bytes or local files by now: a shard holds nothing that must be fetched.
 
-    Raises BadRecordError for an image that is neither a JPEG, PNG nor WEBP file.
+    Raises BadRecordError for an image that is neither a JPEG, PNG nor WEBP file, and for what JSON cannot hold.
     """
     members: dict[str, bytes] = {}
 
     def stored(image: Image | bytes | Path | str) -> str:
         source = image.source if isinstance(image, Image) else image
-        data = Path(source).read_bytes() if isinstance(source, os.PathLike) else source
+        data = _file_bytes(Path(source)) if isinstance(source, os.PathLike) else source
         if not isinstance(data, bytes):
             raise BadRecordError("an image that is not fetched yet")
         suffix = image_format(data)
@@ -73,6 +77,9 @@ def to_members(sample: Sample) -> dict[str, bytes]:
             return {"image": stored(part)} | ({"alt": part.alt} if part.alt else {})
         return {"text": part.text} | ({} if part.is_target else {"is_target": False})
 
+    def content(parts: Any) -> str | list[dict[str, Any]]:
+        return parts if isinstance(parts, str) else [segment(_message_part(part)) for part in parts or ()]
+
     values: dict[str, Any]
     match sample:
         case Document():
@@ -80,10 +87,7 @@ def to_members(sample: Sample) -> dict[str, bytes]:
                 raise BadRecordError("a document with branches: store a Record")
             values = {"id": sample.id, "segments": [segment(part) for part in sample.segments]}
         case Conversation():
-            turns = [
-                {**turn, "content": [segment(_part(part)) for part in _parts(turn["content"])]}
-                for turn in sample.messages
-            ]
+            turns = [{**turn, "content": content(turn.get("content"))} for turn in sample.messages]
             values = {"id": sample.key, "messages": turns, "source": sample.source}
         case Record():
             pairs = [{"question": q.question, "answer": q.answer, "answers": list(q.answers)} for q in sample.questions]
@@ -91,7 +95,12 @@ def to_members(sample: Sample) -> dict[str, bytes]:
             values["source"] = sample.source
     if sample.metadata:
         values["metadata"] = dict(sample.metadata)
-    return {"json": json.dumps(values, ensure_ascii=False).encode(), **members}
+    try:
+        return {"json": json.dumps(values, ensure_ascii=False, allow_nan=False).encode(), **members}
+    except UnicodeEncodeError:
+        raise BadRecordError("text is not Unicode") from None
+    except (TypeError, ValueError, RecursionError):
+        raise BadRecordError("metadata is not JSON") from None
 
 
 def from_members(key: str, members: Mapping[str, bytes], source: str = "") -> Sample:
@@ -100,8 +109,8 @@ def from_members(key: str, members: Mapping[str, bytes], source: str = "") -> Sa
 
     def image(part: Mapping[str, Any]) -> Image:
         name = part["image"]
-        if name not in members:
-            raise BadRecordError(f"missing member {str(name)[:80]}")
+        if not isinstance(name, str) or name not in members or name.rpartition(".")[2] not in IMAGE_SUFFIXES:
+            raise BadRecordError("missing image")
         return Image(members[name], alt=str(part.get("alt", "")))
 
     def segment(part: Any) -> Segment:
@@ -113,56 +122,76 @@ def from_members(key: str, members: Mapping[str, bytes], source: str = "") -> Sa
             raise BadRecordError("a text that is no text")
         return Text(part["text"], is_target=part.get("is_target") is not False)
 
-    metadata = values.get("metadata", {})
-    if not isinstance(metadata, dict):
-        raise BadRecordError("metadata is not an object")
-    name = str(values.get("id") or key)
+    def message(turn: Any) -> Message:
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+            raise BadRecordError("a message without a role")
+        content = turn.get("content")
+        if not isinstance(content, str | list):
+            raise BadRecordError("a message without content")
+        parts = (
+            content if isinstance(content, str) else [_plain(p if isinstance(p, str) else segment(p)) for p in content]
+        )
+        return {**turn, "content": parts}
+
+    metadata = values.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    name = _string(values.get("id")) or key
+    source = _string(values.get("source")) or source
     if isinstance(values.get("segments"), list):
         return Document(tuple(map(segment, values["segments"])), id=name, metadata=metadata)
     if isinstance(values.get("messages"), list):
-        messages: list[Message] = []
-        for turn in values["messages"]:
-            if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-                raise BadRecordError("a message without a role")
-            messages.append({**turn, "content": [_plain(segment(_part(part))) for part in _parts(turn.get("content"))]})
-        return Conversation(name, tuple(messages), str(values.get("source", source)), metadata)
-    if isinstance(values.get("image"), str) and "qa" in values:
+        return Conversation(name, tuple(map(message, values["messages"])), source, metadata)
+    if "qa" in values and _string(values.get("image")) in members:
         captions = values.get("captions") or []
-        if not all(isinstance(caption, str) for caption in captions):
+        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise BadRecordError("captions are not text")
         try:
             pairs = tuple(
                 QuestionAnswer(str(q["question"]), str(q["answer"]), tuple(map(str, q.get("answers", ()))))
                 for q in values["qa"]
             )
-        except (TypeError, KeyError, AttributeError):
+        except (TypeError, KeyError, AttributeError, RecursionError):
             raise BadRecordError("question without text or answer") from None
         pixels = image(values).source
         assert isinstance(pixels, bytes)
-        return Record(name, pixels, tuple(captions), pairs, str(values.get("source", source)), metadata)
+        return Record(name, pixels, tuple(captions), pairs, source, metadata)
     return make_record(key, dict(members), source)
 
 
-def _part(part: Any) -> Any:
-    """A content part of a message as a segment, or as the JSON of one."""
-    if isinstance(part, str):
-        return Text(part)
-    if isinstance(part, dict) and part.get("type") == "image" and not isinstance(part.get("image"), str):
-        return Image(part["image"])
-    return part
+def _message_part(part: Any) -> Segment:
+    """A content part of a message as a segment. Raises BadRecordError for one that names a file or URL."""
+    if isinstance(part, Text | Image):
+        return part
+    text = part.get("text") if isinstance(part, dict) else part
+    if isinstance(text, str):
+        return Text(text)
+    if isinstance(part, dict) and isinstance(part.get("image"), Image | bytes | Path):
+        return part["image"] if isinstance(part["image"], Image) else Image(part["image"])
+    raise BadRecordError("a part of a message that is neither text nor an image that is here")
 
 
-def _parts(content: Any) -> Sequence[Any]:
-    return content if isinstance(content, list | tuple) else [content]
+def _plain(part: Segment | str) -> Segment | str:
+    return part.text if isinstance(part, Text) else part
 
 
-def _plain(segment: Segment) -> Segment | str:
-    return segment.text if isinstance(segment, Text) else segment
+def _string(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _file_bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_MEMBER_BYTES:
+            raise BadRecordError("sample too large")
+        return path.read_bytes()
+    except (OSError, ValueError):  # ValueError: a zero byte inside the path
+        raise BadRecordError("unreadable image file") from None
 
 
 def _json(data: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(data)
+        values = json.loads(data.decode("utf-8-sig"))
+        if b"\\u" in data:  # half of a surrogate pair is a string to Python, and nothing that a tokenizer takes
+            json.dumps(values, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise BadRecordError("bad JSON") from None
     if not isinstance(values, dict):
@@ -176,13 +205,14 @@ def _json(data: bytes) -> dict[str, Any]:
 class Shard:
     """One tar, with each sample a read away. Safe to share between forked processes and threads."""
 
-    def __init__(self, path: Path, errors: ErrorCounter | None = None):
-        """An index beside the tar is used; without one the headers are read now, and what is broken is counted.
+    def __init__(self, path: Path, errors: ErrorCounter | None = None, *, index: Path | None = None):
+        """The index is used that is given or beside the tar; without one the headers are read now, and what is broken
+        is counted.
 
-        Raises MMGPTError when there is no such tar, or it is compressed.
+        Raises MMGPTError when there is no such tar, it is compressed, or its index is broken.
         """
         self.path = path
-        index = index_path(path)
+        index = index or index_path(path)
         if index.is_file():
             self.offsets = _read_index(index)
         else:
@@ -201,6 +231,8 @@ class Shard:
 
     def read(self, number: int) -> tuple[str, dict[str, bytes]]:
         """Key and members (suffix -> bytes) of a sample. Raises BadRecordError, also where a tar was cut short."""
+        if not 0 <= number < len(self):
+            raise BadRecordError("no such sample")
         start, end = int(self.offsets[number]), int(self.offsets[number + 1])
         if end - start > MAX_SAMPLE_BYTES:
             raise BadRecordError("sample too large")
@@ -219,14 +251,47 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".index.npy")
 
 
+def read_array(path: Path) -> np.ndarray:
+    """A `.npy` file, wherever it is from: nothing is unpickled, no memory is taken that the file does not fill.
+
+    Raises OSError or ValueError.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(array, np.ndarray):
+        raise ValueError("an archive of arrays")
+    return np.array(array)
+
+
 def _read_index(path: Path) -> np.ndarray:
     try:
-        offsets = np.load(path, allow_pickle=False)
+        offsets = read_array(path)
     except (OSError, ValueError) as error:
         raise MMGPTError(f"{path}: broken index ({error})") from None
-    if offsets.ndim != 1 or offsets.dtype != np.int64 or len(offsets) == 0 or (np.diff(offsets) <= 0).any():
+    if offsets.ndim != 1 or offsets.dtype != np.int64 or len(offsets) == 0:
+        raise MMGPTError(f"{path}: broken index")
+    if offsets[0] < 0 or (np.diff(offsets) <= 0).any():
         raise MMGPTError(f"{path}: broken index")
     return offsets
+
+
+_TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, LookupError, OverflowError, RecursionError)
+"""What tarfile raises over a broken or hostile header."""
+
+
+class _Headers:
+    """A file that gives tarfile headers, and no more memory than those take, whatever size one claims to have."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError("a header too large")
+        return self._file.read(size)
 
 
 def index_tar(path: Path, errors: ErrorCounter) -> np.ndarray:
@@ -235,36 +300,38 @@ def index_tar(path: Path, errors: ErrorCounter) -> np.ndarray:
     Members that belong together stand together; a key that comes again later is another sample. What is cut off at the
     end is counted. Raises MMGPTError when the file is missing or no tar.
     """
-    try:
-        tar = tarfile.open(path, mode="r:")  # noqa: SIM115 (closed by the with below)
-    except (tarfile.ReadError, OSError) as error:
-        reason = "not an uncompressed tar" if isinstance(error, tarfile.ReadError) else error.strerror or error
-        raise MMGPTError(f"{path}: {reason}") from None
-    offsets: list[int] = []
-    current: str | None = None
-    end = 0
-    size = path.stat().st_size
-    with tar:
+    with files.open_file(str(path)) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        try:
+            tar = tarfile.TarFile(fileobj=cast(BinaryIO, _Headers(file)), errors="replace")
+        except _TAR_ERRORS:
+            raise MMGPTError(f"{path}: not an uncompressed tar") from None
+        offsets: list[int] = []
+        current: str | None = None
+        end = 0
         while True:
+            broken: object = ""
             try:
                 member = tar.next()
-            except (tarfile.ReadError, tarfile.HeaderError, EOFError) as error:
-                errors.add(f"broken tar, rest of it unread ({error})", path.name)
-                break
+            except _TAR_ERRORS as error:
+                member, broken = None, error
             if member is None:
+                file.seek(min(tar.offset, size))
+                if broken or file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a broken header for the end
+                    errors.add("broken tar, rest of it unread", f"{path.name}:{len(offsets)} ({broken or 'no end'})")
                 break
             tar.members = []  # type: ignore[attr-defined]  # or a long shard keeps every header in memory
-            until = member.offset_data + -(-member.size // BLOCK) * BLOCK
             key = base_plus_ext(member.name)[0] if member.isreg() else current
-            if until > size:
-                errors.add("broken tar, rest of it unread (cut short)", path.name)
+            if member.size < 0 or not member.offset_data <= tar.offset <= size:
+                errors.add("broken tar, rest of it unread", f"{path.name}:{len(offsets)} (cut short)")
                 if offsets and key == current:
                     end = offsets.pop()  # its sample is not whole
                 break
             if key is not None and key != current:
                 offsets.append(member.offset)
                 current = key
-            end = until
+            end = tar.offset
     return np.array([*offsets, end], dtype=np.int64)
 
 
@@ -282,11 +349,13 @@ def _split(data: bytes) -> tuple[str, dict[str, bytes]]:
             return _split_slowly(data)
         try:
             size = int(header[124:136].rstrip(b"\0 "), 8)
-            name = header[:100].partition(b"\0")[0].decode()
-            if header[257:262] == b"ustar" and header[345]:
-                name = f"{header[345:500].partition(bytes(1))[0].decode()}/{name}"
         except ValueError:
             raise BadRecordError("broken tar header") from None
+        if size < 0:
+            raise BadRecordError("broken tar header")
+        name = header[:100].partition(b"\0")[0].decode(errors="replace")
+        if header[345]:
+            name = f"{header[345:500].partition(bytes(1))[0].decode(errors='replace')}/{name}"
         own, suffix = base_plus_ext(name)
         if key is None:
             key = own
@@ -302,29 +371,32 @@ def _split_slowly(data: bytes) -> tuple[str, dict[str, bytes]]:
     key: str | None = None
     members: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", errors="replace") as tar:
             for member in tar:
-                if not member.isreg():
-                    continue
-                own, suffix = base_plus_ext(member.name)
+                own, suffix = base_plus_ext(member.name) if member.isreg() else (None, None)
                 key = key or own
-                if member.issparse() or member.size > MAX_MEMBER_BYTES:
+                if own is None or own != key or not _is_safe(suffix):
+                    continue
+                if member.issparse() or not 0 <= member.size <= MAX_MEMBER_BYTES:  # before memory is taken
                     raise BadRecordError("member too large")
                 stream = tar.extractfile(member)
                 assert stream is not None  # isreg() said so
-                if own == key:
-                    _add(members, suffix, member.size, stream.read())
-    except (tarfile.TarError, EOFError) as error:
-        raise BadRecordError(f"broken tar header ({error})") from None
+                _add(members, suffix, member.size, stream.read())
+    except _TAR_ERRORS:
+        raise BadRecordError("broken tar header") from None
     if key is None:
         raise BadRecordError("empty sample")
     return key, members
 
 
+def _is_safe(suffix: str | None) -> bool:
+    return (suffix or "").lower().rpartition(".")[2] in SAFE_SUFFIXES
+
+
 def _add(members: dict[str, bytes], suffix: str | None, size: int, data: bytes) -> None:
-    suffix = (suffix or "").lower()
-    if suffix.rpartition(".")[2] not in SAFE_SUFFIXES:
+    if not _is_safe(suffix):
         return
+    suffix = (suffix or "").lower()
     if size > MAX_MEMBER_BYTES:
         raise BadRecordError("member too large")
     if len(data) < size:
@@ -339,6 +411,8 @@ class ShardInfo:
     name: str
     samples: int
     num_bytes: int
+    digest: str = ""
+    """Of all that is in it: tables about a shard are of no use for another one of the same name."""
 
 
 class Corpus:
@@ -347,7 +421,7 @@ class Corpus:
     def __init__(self, location: str | Path):
         """Raises MMGPTError when there is no corpus or its description is broken."""
         self.location = str(location)
-        where = f"{self.location.rstrip('/')}/{CORPUS_FILE}"
+        where = files.resolve(self.location, CORPUS_FILE)
         try:
             with files.open_file(where) as file:
                 values = json.loads(file.read(64 * 2**20))
@@ -355,9 +429,10 @@ class Corpus:
             if values["version"] != VERSION:
                 raise MMGPTError(f"{where}: version {values['version']}, and this program reads {VERSION}")
             self.shards = [
-                ShardInfo(_shard_name(s["name"]), int(s["samples"]), int(s["bytes"])) for s in values["shards"]
+                ShardInfo(_shard_name(s["name"]), _count(s["samples"]), _count(s["bytes"]), _string(s.get("digest")))
+                for s in values["shards"]
             ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             if isinstance(error, MMGPTError):
                 raise
             raise MMGPTError(f"{where}: not the description of a corpus ({error})") from None
@@ -369,29 +444,30 @@ class Corpus:
 
     def shard(self, number: int) -> Shard:
         """An open shard; the last few stay open. Raises MMGPTError when it is missing or is not as described."""
-        if number not in self._open:
-            path = self._local(self.shards[number].name)
-            self._local(index_path(Path(self.shards[number].name)).name)
-            shard = Shard(path)
-            if len(shard) != self.shards[number].samples:
-                raise MMGPTError(
-                    f"{path}: {len(shard)} samples, not the {self.shards[number].samples} of {CORPUS_FILE}"
-                )
-            while len(self._open) >= 16:
-                del self._open[next(iter(self._open))]
+        shard = self._open.get(number)
+        if shard is None:
+            name, samples = self.shards[number].name, self.shards[number].samples
+            path = self._local(name)
+            try:
+                index = self._local(index_path(Path(name)).name)
+            except MMGPTError:  # it is made from the tar then
+                index = None
+            shard = Shard(path, index=index)
+            if len(shard) != samples:
+                raise MMGPTError(f"{path}: {len(shard)} samples, not the {samples} of {CORPUS_FILE}")
+            for old in list(self._open)[:-15]:  # in steps that another thread cannot come between
+                self._open.pop(old, None)
             self._open[number] = shard
-        return self._open[number]
+        return shard
 
     def _local(self, name: str) -> Path:
-        if files.is_remote(self.location):
-            return files.local_copy(f"{self.location.rstrip('/')}/{name}")
-        return Path(self.location) / name
+        return files.local_copy(files.resolve(self.location, name))
 
     def cache_folder(self) -> Path:
         """Where tables about this corpus may be kept: in it, or in the user's cache when it is not ours to write."""
-        if not files.is_remote(self.location) and os.access(self.location, os.W_OK):
-            return Path(self.location) / ".pieces"
         name = hashlib.sha256(json.dumps([self.location, self.about], sort_keys=True).encode()).hexdigest()[:16]
+        if not files.is_remote(self.location) and os.access(folder := files.local_path(self.location), os.W_OK):
+            return folder / ".pieces"
         return files.cache_folder() / "pieces" / name
 
     def samples(self, errors: ErrorCounter) -> Iterator[Sample]:
@@ -410,9 +486,15 @@ class Corpus:
 
 
 def _shard_name(name: str) -> str:
-    if "/" in name or "\\" in name or not name.endswith(".tar"):
+    if re.fullmatch(r"[\w-][\w.-]{0,200}\.tar", name, re.ASCII) is None:
         raise MMGPTError(f"{name[:80]!r} is no name of a shard")
     return name
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{str(value)[:20]} is no number of things")
+    return value
 
 
 def is_corpus(location: str | Path) -> bool:
@@ -439,6 +521,7 @@ class ShardWriter:
         self.shards: list[ShardInfo] = []
         self._tar: tarfile.TarFile | None = None
         self._offsets: list[int] = []
+        self._digest = hashlib.sha256()
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, sample: Sample) -> None:
@@ -451,12 +534,14 @@ class ShardWriter:
             self._finish()
         if self._tar is None:
             self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-            self._offsets = [0]
+            self._offsets, self._digest = [0], hashlib.sha256()
         key = f"{len(self.shards):05d}{len(self._offsets) - 1:07d}"
         for suffix, data in members.items():
             info = tarfile.TarInfo(f"{key}.{suffix}")
             info.size, info.mtime, info.mode = len(data), 0, 0o644
             self._tar.addfile(info, io.BytesIO(data))
+            self._digest.update(f"{suffix} {len(data)}\n".encode())
+            self._digest.update(data)
         self._offsets.append(self._tar.offset)
 
     @property
@@ -473,7 +558,7 @@ class ShardWriter:
         index_path(temporary).rename(index_path(path))
         num_bytes = temporary.stat().st_size
         temporary.rename(path)
-        self.shards.append(ShardInfo(path.name, len(self._offsets) - 1, num_bytes))
+        self.shards.append(ShardInfo(path.name, len(self._offsets) - 1, num_bytes, self._digest.hexdigest()[:16]))
         self._tar = None
 
     def close(self) -> list[ShardInfo]:
@@ -485,7 +570,7 @@ class ShardWriter:
 
 def write_corpus_file(folder: Path, shards: Sequence[ShardInfo], about: Mapping[str, Any]) -> None:
     """`corpus.json`: with it a folder of shards is a corpus. Written last, in one piece."""
-    rows = [{"name": s.name, "samples": s.samples, "bytes": s.num_bytes} for s in shards]
+    rows = [{"name": s.name, "samples": s.samples, "bytes": s.num_bytes, "digest": s.digest} for s in shards]
     values = {"version": VERSION, "samples": sum(s.samples for s in shards), **about, "shards": rows}
     temporary = folder / f".{CORPUS_FILE}.tmp"
     temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

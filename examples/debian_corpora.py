@@ -152,8 +152,13 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 # ---- All of them ----
 
 
-def prepare(work: Path, languages: Iterable[str], mirror: str, suite: str, errors: ErrorCounter) -> Iterator[Source]:
-    """Fetch, check and unpack the packages, and make of each what the corpus pipeline reads."""
+def prepare(
+    work: Path, languages: Iterable[str], mirror: str, suite: str, errors: ErrorCounter, *, only: str = ""
+) -> Iterator[Source]:
+    """Fetch, check and unpack the packages, and make of each what the corpus pipeline reads.
+
+    `only` is a regular expression: other sources than those in whose names it is found are left alone.
+    """
     index = debian_packages.read_index(mirror, suite)
 
     def unpacked(name: str) -> Path:
@@ -167,34 +172,40 @@ def prepare(work: Path, languages: Iterable[str], mirror: str, suite: str, error
     def source(name: str, language: str, location: Path, format: str, package: str, licence: str) -> Source:
         return Source(name, language, location, format, package, index[package].version, licence)
 
-    gimp_licence = debian_packages.licence(unpacked("gimp-help-common"), "gimp-help-common")
     for language in languages:
+        if not re.search(only, f"gimp-{language}"):
+            continue
         package = {"zh": "gimp-help-zh-cn", "pt": "gimp-help-pt-br"}.get(language, f"gimp-help-{language}")
         if package not in index:
             logger.warning("%s: GIMP's manual is not in this language", language)
             continue
+        licence = debian_packages.licence(unpacked("gimp-help-common"), "gimp-help-common")
         (folder,) = (unpacked(package) / "usr/share/gimp/2.0/help").iterdir()
-        yield source(f"gimp-{language}", language, folder, "pages", package, gimp_licence)
+        yield source(f"gimp-{language}", language, folder, "pages", package, licence)
 
-    root = unpacked("gnome-user-docs")
+    root = unpacked("gnome-user-docs")  # always: it alone knows its languages
     licence = debian_packages.licence(root, "gnome-user-docs")
     for language, folder in gnome_folders(root).items():
+        if not re.search(only, f"gnome-{language}"):
+            continue
         out = work / "sources" / f"gnome-{language}"
         if not is_corpus(out):
             write_gnome(folder, language, licence, out, errors)
         yield source(f"gnome-{language}", language, out, "corpus", "gnome-user-docs", licence)
 
-    root = unpacked("python-sklearn-doc")
-    licence = debian_packages.licence(root, "python-sklearn-doc")
-    html = root / "usr/share/doc/python-sklearn-doc/html"
-    yield source("sklearn", "en", html, "pages", "python-sklearn-doc", licence)
+    if re.search(only, "sklearn"):
+        root = unpacked("python-sklearn-doc")
+        licence = debian_packages.licence(root, "python-sklearn-doc")
+        html = root / "usr/share/doc/python-sklearn-doc/html"
+        yield source("sklearn", "en", html, "pages", "python-sklearn-doc", licence)
 
-    root = unpacked("openclipart-svg")
-    licence = debian_packages.licence(root, "openclipart-svg")
-    tar = work / "sources" / "openclipart.tar"
-    if not tar.is_file():
-        write_clipart(root / "usr/share/openclipart/svg", licence, tar, errors)
-    yield source("openclipart", "en", tar, "captioned", "openclipart-svg", licence)
+    if re.search(only, "openclipart"):
+        root = unpacked("openclipart-svg")
+        licence = debian_packages.licence(root, "openclipart-svg")
+        tar = work / "sources" / "openclipart.tar"
+        if not tar.is_file():
+            write_clipart(root / "usr/share/openclipart/svg", licence, tar, errors)
+        yield source("openclipart", "en", tar, "captioned", "openclipart-svg", licence)
 
 
 # ---- Corpora of them ----
@@ -221,7 +232,7 @@ def build(source: Source, work: Path, *, max_pages: int | None, workers: int) ->
         build_corpus(
             [str(part.location)],
             out,
-            CorpusConfig(filters="basic", languages=(source.language,)),
+            CorpusConfig(filters="basic", languages=(source.language,), fetch=False),
             format=source.format,
             images=str(source.location) if source.format == "pages" else None,
             runner=Runner(workers, progress=False),
@@ -266,9 +277,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def num_documents_read(row: dict[str, Any]) -> int:
-    """Whole pages that extraction found nothing in are counted as read."""
+    """Whole pages that extraction found nothing in are counted as read; lost images and paragraphs are not."""
     step = row["steps"]["read"]
-    lost = sum(count for reason, count in step["removed"].items() if not reason.startswith(("image: ", "text: ")))
+    lost = sum(count for reason, count in step["removed"].items() if not reason.startswith(("image", "text: ")))
     return int(step["out"]["documents"]) + lost
 
 
@@ -309,16 +320,15 @@ def main() -> None:
     errors = ErrorCounter()
     rows, failed = [], {}
     _, tokenizer = load_decoder("smollm2-135m-instruct")
-    for source in prepare(args.work, args.languages.split(","), args.mirror, args.suite, errors):
-        if re.search(args.only, source.name):
-            try:
-                corpus = build(source, args.work, max_pages=args.max_pages, workers=args.workers)
-            except MMGPTError as error:  # "no document is left", of a manual that nobody translated yet
-                logger.warning("%s: %s", source.name, error)
-                failed[source.name] = str(error).partition(";")[0].replace(str(args.work), "")
-                continue
-            rows.append(describe(source, corpus, tokenizer))
-            logger.info("%s", table(rows[-1:]).splitlines()[-1])
+    for source in prepare(args.work, args.languages.split(","), args.mirror, args.suite, errors, only=args.only):
+        try:
+            corpus = build(source, args.work, max_pages=args.max_pages, workers=args.workers)
+        except MMGPTError as error:  # "no document is left", of a manual that nobody translated yet
+            logger.warning("%s: %s", source.name, error)
+            failed[source.name] = str(error).partition(";")[0].replace(str(args.work), "")
+            continue
+        rows.append(describe(source, corpus, tokenizer))
+        logger.info("%s", table(rows[-1:]).splitlines()[-1])
     logger.info("%s", errors.summary())
     report = {"tokens_of": "SmolLM2", "skipped_before": dict(errors.counts), "failed": failed, "corpora": rows}
     (args.work / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

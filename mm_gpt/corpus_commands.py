@@ -214,8 +214,7 @@ def run_tokenizer(args: argparse.Namespace) -> int:
     if not texts:
         raise MMGPTError(f"{', '.join(args.corpus)}: no text to learn from")
     tokenizer = train_tokenizer(texts, args.vocab_size, alpha=args.alpha, max_characters=args.characters)
-    args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(args.out / "tokenizer.json")
+    tokenizer.save_folder(args.out)
     for language, own in sorted(texts.items()):
         print(f"{language}  {sum(map(len, own)):,} characters")
     print(f"mm-gpt: {tokenizer.vocab_size:,} ids: {args.out / 'tokenizer.json'}", file=sys.stderr)

@@ -252,6 +252,15 @@ class Tokenizer:
         """Write `tokenizer.json`."""
         self.backend.save(str(path))
 
+    def save_folder(self, folder: Path) -> None:
+        """Write what `from_hf_folder` reads: the vocabulary, and which ids end a text or an answer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder / "tokenizer.json")
+        names = {"eos_token": self.end_of_text, **self.names}
+        (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
+        ends = {"eos_token_id": list(self.end_ids)}
+        (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+
     @classmethod
     def from_file(
         cls,

@@ -14,7 +14,7 @@ pytest.importorskip("trafilatura")
 
 from mm_gpt.datasets.extract import ExtractConfig, extract, locate
 from mm_gpt.datasets.html_images import srcset_candidates
-from mm_gpt.datasets.html_text import Spans
+from mm_gpt.datasets.html_flat import Spans
 from mm_gpt.datasets.html_tree import decode_html
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError

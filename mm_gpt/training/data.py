@@ -13,9 +13,8 @@ from mm_gpt.datasets.caption_questions import derive_questions
 from mm_gpt.datasets.captioned import clean_caption
 from mm_gpt.datasets.pieces import piece_document, sample_pieces
 from mm_gpt.datasets.plan import shuffled
-from mm_gpt.datasets.samples import Conversation, ErrorCounter, Record, Sample
-from mm_gpt.datasets.shards import is_corpus
-from mm_gpt.datasets.sources import read_samples
+from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, Sample
+from mm_gpt.datasets.sources import Peek, read_samples
 from mm_gpt.datasets.texts import is_text_source, read_texts
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
@@ -129,33 +128,44 @@ def length_of(document: Document, processor: Processor) -> float:
 # ---- Reading sources ----
 
 
+def source_location(source: SourceConfig, folder: Path) -> str:
+    """The path or URL of a source."""
+    return source.path if "://" in source.path else str(folder / source.path)
+
+
 def read_source(source: SourceConfig, folder: Path, errors: ErrorCounter) -> list[Sample] | None:
     """All samples of a source that is no corpus; None for a corpus, whose samples stay on disk.
 
     Images of records are decoded once, so that a broken file is known before hours of training; those behind URLs when
     they are needed. Raises MMGPTError when the source is missing, and for a chat that is malformed.
     """
+    location = source_location(source, folder)
     path = folder / source.path
+    if source.format == "corpus" or (source.format == "auto" and Peek(location).is_corpus):
+        return None
     if source.format == "auto":
-        if is_corpus(path):
-            return None
         if is_text_source(path):
             return [Document((Text(text),), id=name) for name, text in read_texts(path, errors)]
         if path.suffix == ".jsonl" and (chats := _chats(path)) is not None:
             return chats
-    location = source.path if "://" in source.path else str(path)
     samples = read_samples(location, errors, format=source.format, images=source.images)
     return [sample for sample in samples if _decodes(sample, path.name, errors)]
 
 
-def cut_documents(samples: Sequence[Sample], processor: Processor, max_tokens: int) -> list[Sample]:
-    """Web documents and texts as pieces that fit a row; other samples as they are."""
+def cut_documents(
+    samples: Sequence[Sample], processor: Processor, max_tokens: int, errors: ErrorCounter
+) -> list[Sample]:
+    """Web documents and texts as pieces that fit a row; other samples as they are. What has no piece is counted."""
     found: list[Sample] = []
     for sample in samples:
         if not isinstance(sample, Document) or sample.branches:
             found.append(sample)
             continue
-        pieces = sample_pieces(sample, processor, max_tokens)
+        try:
+            pieces = sample_pieces(sample, processor, max_tokens)
+        except BadRecordError as error:
+            errors.add(str(error), sample.id)
+            continue
         for number, (piece, _, _) in enumerate(pieces, start=1):
             document = piece_document(sample, piece, processor)
             found.append(replace(document, id=f"{sample.id}:{number}" if len(pieces) > 1 else sample.id))

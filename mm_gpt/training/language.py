@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from mm_gpt.datasets.packing import pack
 from mm_gpt.datasets.plan import Plan, Row, Share
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, Record, Sample
 from mm_gpt.datasets.shards import Corpus
-from mm_gpt.document import Document, Image, Text
+from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.hub.checkpoint import fill, load_decoder, load_model, save_model
 from mm_gpt.hub.vision_towers import load_open_clip
@@ -37,6 +37,7 @@ from mm_gpt.training.data import (
     draw,
     length_of,
     read_source,
+    source_location,
     written_texts,
 )
 from mm_gpt.training.distributed import ranks
@@ -123,7 +124,7 @@ class LanguageTask:
         configs = (*recipe.sources, *recipe.validation)
         found = [read_source(source, Path(recipe.data), self.errors) for source in configs]
         corpora = [
-            Corpus(Path(recipe.data) / source.path) if samples is None else None
+            Corpus(source_location(source, Path(recipe.data))) if samples is None else None
             for source, samples in zip(configs, found, strict=True)
         ]
         model = recipe.model
@@ -192,7 +193,7 @@ class LanguageTask:
             return self._corpus_source(config, corpus)
         assert samples is not None
         check_chats(samples, self.processor, Path(self.recipe.data) / config.path)
-        samples = cut_documents(samples, self.processor, self.row_length)
+        samples = cut_documents(samples, self.processor, self.row_length, self.errors)
         logger.info("%s: %d samples", config.path, len(samples))
         return self._sample_source(config, samples, augment=not held)
 
@@ -277,39 +278,44 @@ class LanguageTask:
                 except (BadRecordError, MMGPTError) as error:
                     skipped.append((_reason(error), f"{source.name}:{item.unit}"))
                     continue
-                if (read := self._read(document, number, images, skipped)) is not None:
+                seeds = ((self.recipe.train.seed, number, count) for count in images)
+                if (read := self._read(document, skipped, seeds)) is not None:
                     examples[-1].append(read[0])
                     pixels += read[1]
         return Loaded(self._collate(examples, pixels, train=True), skipped)
 
     def _read(
-        self, document: Document, row: int, images: "itertools.count[int]", skipped: list[tuple[str, str]]
+        self, document: Document, skipped: list[tuple[str, str]], seeds: Iterator[tuple[int, ...]] | None = None
     ) -> tuple[Example, list[Tensor]] | None:
-        """A document in numbers and its tiles. A page stands without a broken image; an answer about one does not."""
+        """A document in numbers and its tiles, augmented by `seeds`, one for each image.
+
+        A page stands without a broken image; an answer about one does not.
+        """
         while True:
             broken: Image | None = None
             tiles: list[Tensor] = []
             try:
                 example = self.processor(document)
-                for image, grid in zip(example.images, example.grids, strict=True):
-                    broken = image
-                    tiles.append(self._tiles(image, grid, hash((self.recipe.train.seed, row, next(images)))))
+                for broken, grid in zip(example.images, example.grids, strict=True):
+                    tiles.append(self._tiles(broken, grid, seeds))
                 return example, tiles
-            except (ImageError, ContextOverflowError) as error:
+            except MMGPTError as error:
+                if broken is None and isinstance(error, ImageError):  # its size is asked for before its pixels
+                    broken = next((image for image in document.images if not _has_size(image)), None)
                 skipped.append(("broken image" if broken else _reason(error), f"{document.id}: {error}"))
             is_page = all(isinstance(s, Image) or s.is_target for s in document.segments) and not document.branches
             if broken is None or not is_page:
                 return None
-            left = tuple(segment for segment in document.segments if segment is not broken)
+            left = _without(document.segments, broken)
             if not any(isinstance(segment, Text) and not segment.is_control for segment in left):
                 return None
             document = dataclasses.replace(document, segments=left)
 
-    def _tiles(self, image: Image, grid: tuple[int, int], seed: int) -> Tensor:
-        """(N, 3, H, W) of one image, augmented."""
+    def _tiles(self, image: Image, grid: tuple[int, int], seeds: Iterator[tuple[int, ...]] | None) -> Tensor:
+        """(N, 3, H, W) of one image."""
         config = self.processor.config
-        if self.recipe.augment and config.image is not None and config.tiling is None:
-            generator = torch.Generator().manual_seed(seed % 2**63)
+        if seeds is not None and self.recipe.augment and config.image is not None and config.tiling is None:
+            generator = torch.Generator().manual_seed(hash(next(seeds)) % 2**63)
             return TrainTransform(config.image, generator)(image)[None]
         return self.processor.tiles(image, grid)
 
@@ -330,11 +336,13 @@ class LanguageTask:
         values: dict[str, float] = {}
         for source, held in zip(self._validated, self.held_out, strict=True):
             source_total, source_count = 0.0, 0
-            examples = [self.processor(d) for d in self._first(held) if length_of(d, self.processor) < math.inf]
-            packed = pack([len(e) for e in examples], max(self.row_length, max(map(len, examples), default=1)))
-            for row in packed:
-                chosen = [examples[i] for i in row]
-                batch = self._collate([chosen], [self.processor.pixels(chosen)], train=False)
+            lengths = [(length_of(d, self.processor), d) for d in self._first(held)]
+            documents = [(int(length), d) for length, d in lengths if length < math.inf]
+            longest = max((length for length, _ in documents), default=1)
+            for row in pack([length for length, _ in documents], max(self.row_length, longest)):
+                found = [read for i in row if (read := self._read(documents[i][1], [])) is not None]
+                tiles = [tile for _, tiles in found for tile in tiles]
+                batch = self._collate([[example for example, _ in found]], tiles, train=False)
                 loss, targets = loss_of(batch.to(next(self.model.parameters()).device))
                 source_total += loss.item()
                 source_count += int(targets)
@@ -347,8 +355,14 @@ class LanguageTask:
         if isinstance(held, SampleSource):
             units = [(0, at) for at in range(min(len(held), self.recipe.validation_images))]
             return [document for unit in units for document in held.documents(*unit)]
-        found = itertools.islice(held.units(0, 0, 0), self.recipe.validation_images)
-        return [held.document(unit) for documents in found for unit, _ in documents]
+        found: list[Document] = []
+        for documents in itertools.islice(held.units(0, 0, 0), self.recipe.validation_images):
+            for unit, _ in documents:
+                try:
+                    found.append(held.document(unit))
+                except (BadRecordError, MMGPTError) as error:
+                    logger.warning("not validated on %s:%s: %s", held.name, unit, error)
+        return found
 
     def samples(self) -> list[str]:
         """Greedy captions of the first validation photos."""
@@ -427,6 +441,25 @@ def load_vision(vision: nn.Module, name: str) -> None:
 
     path = next(iter(download.fetch(name).values()))
     vision.tower.trunk.load_state_dict(load_efficientnet_lite(path), strict=True)  # type: ignore[union-attr]
+
+
+def _has_size(image: Image) -> bool:
+    try:
+        return bool(image.size())
+    except ImageError:
+        return False
+
+
+def _without(segments: Sequence[Segment], image: Image) -> tuple[Segment, ...]:
+    """Without an image, in whose place paragraphs stay apart."""
+    left: list[Segment] = []
+    for before, segment, behind in zip((None, *segments), segments, (*segments[1:], None), strict=False):
+        between = all(isinstance(s, Text) and not s.is_control for s in (before, behind))
+        if segment is not image:
+            left.append(segment)
+        elif between:
+            left.append(Text("\n\n"))
+    return tuple(left)
 
 
 def _reason(error: Exception) -> str:
