@@ -25,6 +25,11 @@ from mm_gpt.errors import MMGPTError
 ATTEMPTS = 5
 """How often a part is started when the process or machine that works on it dies. A page that kills every process that
 reads it must not keep a cluster busy for ever."""
+LOG_LEVELS = {
+    "ray.data": logging.WARNING,
+    "ray.data._internal.progress": logging.ERROR,  # that there is no progress bar of its own
+    "ray.data._internal.execution.streaming_executor_state": logging.CRITICAL,  # what is raised as well
+}
 BLOCK_BYTES = 2**20
 """Ray sets memory aside for a task's result; ours are small."""
 
@@ -88,8 +93,8 @@ class RayRunner(Runner):
         os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # under `uv run` Ray would send this folder to all machines
         ray = optional_import("ray", extra="cluster")
         optional_import("ray.data", extra="cluster")
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+        for name, level in LOG_LEVELS.items():
+            logging.getLogger(name).setLevel(level)
         if ray.is_initialized():
             return ray
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -120,7 +125,7 @@ class RayRunner(Runner):
 
 @dataclass(frozen=True)
 class _Task:
-    """What a worker does with a row. An MMGPTError comes back as a value: Ray makes others of the exceptions it sees."""
+    """What a worker does with a row. An MMGPTError comes back as a value: Ray makes another of an exception it sees."""
 
     function: Callable[[Any], Any]
     version: str

@@ -70,7 +70,8 @@ FETCHES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """How a corpus is made. Of records and conversations only images are checked, and doubles found."""
+    """How a corpus is made. Records and conversations go whole or stay as they are: those with an image that is missing
+    or broken, those that share anything with an evaluation set, and doubles go."""
 
     filters: Literal["none", "basic", "kosmos", "obelics"] = "basic"
     """`basic` drops paragraphs of repetitions and symbols, documents without any sentence, and icons; the others are
@@ -98,7 +99,7 @@ class CorpusConfig:
     keep: Literal["first", "longest"] = "first"
     """Which of the duplicates."""
     image_documents: int | None = 10
-    """Images that are in more documents are decoration."""
+    """Images that are in more documents are decoration, and go from documents. None: they stay."""
     contamination: str | None = None
     """Folder that `mm-gpt corpus contamination` wrote: what is in its evaluation sets is cut out."""
     shard_mb: int = 256
@@ -381,6 +382,8 @@ def _prepared(
             funnel.count("fetch images", whole, "image missing or broken")
             return None
         funnel.count("fetch images", fetched)
+        if config.contamination is not None and _is_contaminated(fetched, config.contamination, funnel):
+            return None
         return _with_images(sample, (segment for segment in fetched.segments if isinstance(segment, Image)))
     document = run_stages(stages.before_fetch, sample, funnel)
     if document is None:
@@ -395,6 +398,15 @@ def _prepared(
         return None
     step.left.add(fetched)
     return run_stages(stages.after_fetch, fetched, funnel)
+
+
+def _is_contaminated(document: Document, index: str, funnel: Funnel) -> bool:
+    """Whether a record or conversation shares anything with an evaluation set: a part of one is of no use."""
+    stage = RemoveContamination(index_path=index)
+    removed: Counter[str] = Counter()
+    stage(document, removed)
+    funnel.count(stage.name, document, "in an evaluation set" if removed else None)
+    return bool(removed)
 
 
 def _fetched(document: Document, config: CorpusConfig, errors: ErrorCounter, pool: ThreadPoolExecutor) -> Document:
@@ -509,14 +521,28 @@ def _decide(work: Path, splits: Sequence[Split], config: CorpusConfig, folder: P
     near = config.near_duplicates is not None
     for copy in find_duplicates(partitions, keep=config.keep, near=near, minhash=config.minhash(), scratch=work):
         note(copy.partition, {"row": copy.row, "reason": copy.reason, "of": copy.duplicate_of})
+    flush()
     if config.image_documents is not None:
         found = find_repeated_images(
-            partitions, max_documents=config.image_documents, once_per_document=False, scratch=work
+            partitions,
+            max_documents=config.image_documents,
+            once_per_document=False,
+            without=_dropped(folder, splits),
+            scratch=work,
         )
         for image in found:
             note(image.partition, {"row": image.row, "image": image.image, "reason": image.reason})
     flush()
     return {"counts": dict(counts)}
+
+
+def _dropped(folder: Path, splits: Sequence[Split]) -> Iterator[tuple[str, int]]:
+    """(partition, row) of the duplicates. Read as a whole before anything is added to these files."""
+    for split in splits:
+        file = folder / f"{split.name}.jsonl"
+        if file.is_file():
+            with file.open(encoding="utf-8") as lines:
+                yield from ((split.fingerprints, json.loads(line)["row"]) for line in lines)
 
 
 # ---- Pass 3 ----

@@ -124,6 +124,7 @@ def _extract(
     page = flatten(tree, config.max_elements)
     if not whole:
         removed["text: nested too deeply"] += 1
+    _hide_classes(tree)
     body = _main_text(tree, config)
     spans, extra = locate(body, page.stream)
     kept = Spans(spans)
@@ -137,25 +138,43 @@ def _extract(
     return Document(tuple(segments), id=url, metadata=page_metadata(tree, url, html))
 
 
+_INLINE = "span"
+_BLOCKS = ("p", "li", "dd", "dt", "td", "th", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "figcaption", "caption")
+
+
+def _hide_classes(tree: Any) -> None:
+    """Take class and id from spans inside of a paragraph.
+
+    trafilatura drops elements by what their class contains: of a manual's sentence the words in
+    `<span class="guimenu">`, for that looks like navigation.
+    """
+    for element in tree.iter(_INLINE):
+        if element.get("class") is None and element.get("id") is None:
+            continue
+        if any(above.tag in _BLOCKS for above in element.iterancestors()):
+            element.attrib.pop("class", None)
+            element.attrib.pop("id", None)
+
+
 def _main_text(tree: Any, config: ExtractConfig) -> Any:
     """trafilatura's body. `tree` stays as it is. Raises BadRecordError when it finds nothing."""
     trafilatura = optional_import("trafilatura")
-    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # what goes is counted here
     try:
-        # "txt", since for "python" it would also write the text out
-        result = trafilatura.bare_extraction(
-            tree,
-            fast=config.fast,
-            include_comments=False,
-            include_tables=config.tables,
-            include_images=False,
-            output_format="txt",
-        )
+        result = trafilatura.bare_extraction(tree, options=_options(config.fast, config.tables))
     except (RecursionError, MemoryError, AttributeError, IndexError, KeyError, AssertionError):
         raise BadRecordError("extractor failed") from None
     if result is None or result.body is None or len(result.body) == 0:
         raise BadRecordError("no main text")
     return result.body
+
+
+@functools.cache
+def _options(fast: bool, tables: bool) -> Any:
+    """Made once: reading its settings takes trafilatura as long as a small page."""
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # what goes is counted here
+    # "txt", since for "python" it would also write the text out
+    settings = optional_import("trafilatura.settings")
+    return settings.Extractor(output_format="txt", fast=fast, comments=False, tables=tables)
 
 
 # ---- Where the text came from ----

@@ -31,9 +31,9 @@ def segments_of(
     starts, ends = [*kept.starts, len(page.stream) + 1], [*kept.ends, len(page.stream) + 1]
     span = 0  # the first that ends behind where we are
     for kind, value, position, end in page.events:
+        while others and others[-1][0] <= position and (kind is text_kind or kind is Kind.IMAGE):
+            writer.paragraph(others.pop()[1])
         if kind is text_kind:
-            while others and others[-1][0] <= position:
-                writer.paragraph(others.pop()[1])
             while ends[span] <= position:
                 span += 1
             if starts[span] >= end:

@@ -100,7 +100,8 @@ def parse_html(text: str) -> tuple[Any, bool]:
         tree = html.document_fromstring(text.replace("\0", "").encode("utf-8", "replace"), parser=parser)
     except (etree.ParserError, etree.XMLSyntaxError, AssertionError):
         raise BadRecordError("no HTML") from None
-    whole = not any("depth" in entry.message for entry in parser.error_log)
+    last = parser.error_log.last_error
+    whole = last is None or "depth" not in last.message
     for element in list(tree.iter("math")) if "<math" in text else ():
         _math_to_text(element)
     return tree, whole
@@ -144,7 +145,7 @@ def page_metadata(tree: Any, url: str, text: str) -> dict[str, Any]:
         name = next((found.lower() for found in names if found), "")
         if name and (meta.get("content") or "").strip():
             metas.setdefault(name, " ".join(meta.get("content").split()))
-    title = next((t.text_content() for t in tree.iter("title") if t.getparent().tag == "head"), "")
+    title = next(("".join(t.itertext()) for t in tree.iter("title") if t.getparent().tag == "head"), "")
     language = tree.get("lang") or tree.get("{http://www.w3.org/XML/1998/namespace}lang") or tree.get("xml:lang")
     date = next((metas[n] for n in ("article:published_time", "datepublished", "date", "dc.date") if n in metas), "")
     if not date:
@@ -165,7 +166,7 @@ def page_metadata(tree: Any, url: str, text: str) -> dict[str, Any]:
 def _licence(tree: Any, metas: Mapping[str, str], url: str) -> str:
     """A link that says `rel=license` first, then meta tags, then any link to a Creative Commons licence."""
     linked = ""
-    for element in tree.iter("a", "link"):
+    for element in tree.xpath("descendant::a[@rel or contains(@href, 'creativecommons')] | descendant::link[@rel]"):
         target = element.get("href") or ""
         if "license" in (element.get("rel") or "").lower().split():
             return (join_url(url, target) or target)[:500]

@@ -12,7 +12,7 @@ An image in more than `max_documents` documents is decoration and goes everywher
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +58,13 @@ def find_repeated_images(
     max_documents: int | None = 10,
     once_per_document: bool = True,
     distance: int = 4,
+    without: Iterable[tuple[str, int]] = (),
     memory: int = 1 << 30,
     scratch: Path | str | None = None,
 ) -> Iterator[RepeatedImage]:
     """The images to drop, those of one look together.
+
+    `without` are documents that are dropped already, as (partition, row): twenty copies of a page are one document.
 
     `distance` is the most bits in which two looks of one image differ (0 to 8); likeness goes on from image to image.
     `max_documents=None` keeps frequent ones. Memory is about `memory` bytes. Raises MMGPTError for partitions that are
@@ -73,7 +76,7 @@ def find_repeated_images(
         raise ConfigError(f"max_documents is {max_documents}; it must be at least 1")
     if memory < MIN_MEMORY:
         raise ConfigError(f"memory is {memory} bytes; it must be at least {MIN_MEMORY}")
-    return _find(Fingerprints(partitions), max_documents, once_per_document, distance, memory, scratch)
+    return _find(Fingerprints(partitions), max_documents, once_per_document, distance, without, memory, scratch)
 
 
 def _find(
@@ -81,12 +84,17 @@ def _find(
     max_documents: int | None,
     once_per_document: bool,
     distance: int,
+    without: Iterable[tuple[str, int]],
     memory: int,
     scratch: Path | str | None,
 ) -> Iterator[RepeatedImage]:
     max_rows = max(64, memory // (16 * IMAGE_ROW.itemsize))
     with tempfile.TemporaryDirectory(dir=scratch, prefix="images-") as name:
         folder = Path(name)
+        is_gone = make_array(len(prints), np.bool_, folder, memory // 16)
+        starts = {part.name: start for part, start in zip(prints.folders, prints.starts, strict=False)}
+        for partition, row in without:
+            is_gone[starts[partition] + row] = True
         looks = _distinct_looks(prints, folder, memory, max_rows)
         clusters = Clusters(len(looks), folder, memory // 8)
         if distance:
@@ -94,6 +102,7 @@ def _find(
         with closing(Sorter(folder, 4, memory // 4)) as sorter:
             num_images = 0
             for block in prints.images(max_rows):
+                block = block[~is_gone[block["row"].astype(np.int64)]]
                 num_images += len(block)
                 seen = block["has_look"] == 1
                 same = block["content"].copy()

@@ -119,7 +119,7 @@ def _reach(segments: Sequence[Segment], start: Place, processor: Processor, room
                 return number, 0
             used += 1
         else:
-            text = segment.text[char : char + 6 * room]  # enough for most: a book is not encoded for one row of it
+            text = segment.text[char : char + 6 * room + 256]  # a book is not encoded for one row of it
             spans = processor.tokenizer.backend.encode(text, add_special_tokens=False).offsets
             if spans and used + len(spans) > room:
                 at = spans[max(0, room - used)][0]

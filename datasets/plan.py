@@ -111,7 +111,9 @@ class Plan:
                 raise ConfigError(f"{source.name}: repeat must be 0 or more, not {share.repeat}")
             if share.weight is not None and not (share.weight > 0 and math.isfinite(share.weight)):
                 raise ConfigError(f"{source.name}: weight must be above 0, not {share.weight}")
-        sizes = [source.tokens * share.repeat for source, share in zip(self.sources, self.shares, strict=True)]
+        # What is thought to hold no token is asked for all the same: that may be an estimate, and is to be counted.
+        tokens = [max(source.tokens, 1.0) if len(source) else 0.0 for source in self.sources]
+        sizes = [size * share.repeat for size, share in zip(tokens, self.shares, strict=True)]
         if not any(sizes):
             raise MMGPTError("the sources hold nothing to train on")
         if exponent is not None:

@@ -27,6 +27,12 @@ ELSEWHERE = (
     "apt-get",
     "python examples/english_text.py",  # needs the Debian package that apt-get fetches
     "python examples/benchmarks",  # minutes, and its result is a matter of the machine
+    "pip install",
+    "python examples/debian_corpora.py",  # downloads 400 MB; test_debian_corpora.py runs its parts
+    "python examples/multilingual_tokenizer.py",  # needs those corpora
+    "mm-gpt corpus build 's3://crawl/",
+    "mm-gpt train kosmos-1 --data corpora",
+    "torchrun",
     # From the hub: test_repository.py runs such commands with a server of its own.
     "mm-gpt ask --model HuggingFaceTB",
     "mm-gpt caption --model llava-hf",

@@ -378,3 +378,16 @@ def test_local_images_go_first() -> None:
     document = extract(html, "https://example.com/", local=local)
     assert document is not None
     assert document.images[0].source == Path("/tmp/x.png")
+
+
+def test_words_of_a_sentence_stay_whatever_their_class() -> None:
+    """Stops: "Choose from the menu" without its menu, because `guimenu` looks like navigation to the extractor."""
+    html = """<html><head><title>x</title></head><body><div class="sect1"><h1>Files</h1>
+    <ol><li><p>With <span class="guimenu">File</span> → <span class="guimenuitem">New</span> you make a new image, and
+    the dialog that opens asks for its width and its height in pixels, before anything is drawn.</p></li></ol>
+    <p>The second paragraph has enough words, so that the page has a text that is worth to be kept at all.</p></div>
+    </body></html>"""
+    document = extract(html)
+    assert document is not None
+    text = " ".join(segment.text for segment in document.segments if isinstance(segment, Text))
+    assert "With File → New you make a new image" in text
