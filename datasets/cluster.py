@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,8 +88,8 @@ class RayRunner(Runner):
 
     def _connect(self) -> Any:
         """The module `ray`, connected. A connection that the program has already is used as it is."""
-        if self.address is not None and "://" in self.address:
-            raise MMGPTError(f"{self.address}: not HOST:PORT; start the build on a machine of the cluster")
+        if self.address is not None and self.address != "auto":
+            _check_reachable(self.address)
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"  # under `uv run` Ray would send this folder to all machines
         ray = optional_import("ray", extra="cluster")
@@ -121,6 +122,17 @@ class RayRunner(Runner):
             source = data.from_items(rows, override_num_blocks=len(rows))
             compute = data.TaskPoolStrategy(size=self._limit)
             return source.map(task, compute=compute, num_cpus=1, max_retries=ATTEMPTS - 1)
+
+
+def _check_reachable(address: str) -> None:
+    """Raises MMGPTError when nobody listens: Ray tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" in host or not host or not port.isascii() or not port.isdigit():
+        raise MMGPTError(f"{address}: not HOST:PORT of a Ray cluster that this machine is part of")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise MMGPTError(f"no Ray cluster at {address}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ def _once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any
     # Not told by host and process: containers on two machines may agree in both.
     temporary = folder.with_name(f".{folder.name}.{uuid4().hex}")
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir()  # not what it is in: a machine that does not see it must say so
         values = json.dumps(make(temporary)) + "\n"
         (temporary / report.name).write_text(values, encoding="utf-8")
         try:
@@ -197,7 +197,7 @@ def _once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any
             if not report.is_file():  # else another attempt was faster, with the same result
                 raise
     except OSError as error:  # a full disk, say
-        raise MMGPTError(f"{folder}: cannot be made ({error})") from error
+        raise MMGPTError(f"{folder}: cannot be made on {os.uname().nodename} ({error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _json(report)
@@ -338,6 +338,7 @@ def process_split(split: Split, config: CorpusConfig, work: Path) -> dict[str, A
 
 
 def _process(split: Split, config: CorpusConfig, folder: Path) -> dict[str, Any]:
+    _check_visible(split)
     funnel, errors = Funnel(), ErrorCounter()
     writer = ShardWriter(folder, shard_bytes=config.shard_mb * 2**20)
     stages = config.stages()
@@ -352,6 +353,7 @@ def _process(split: Split, config: CorpusConfig, folder: Path) -> dict[str, Any]
                     writer.add(kept)
                 except BadRecordError as error:
                     funnel.count("store", as_document(kept), str(error))
+                    errors.add(str(error), as_document(kept).id)
                     continue
                 document = as_document(kept)
                 funnel.count("store", document)
@@ -364,6 +366,13 @@ def _process(split: Split, config: CorpusConfig, folder: Path) -> dict[str, Any]
         "errors": {"counts": dict(errors.counts), "examples": errors.examples},
         "shards": [asdict(shard) for shard in shards],
     }
+
+
+def _check_visible(split: Split) -> None:
+    """A machine that does not see the sources must say so, and not count all of them as unreadable."""
+    local = [name for name in split.files or (split.location,) if not files.is_remote(name)]
+    if local and split.files and not any(files.local_path(name).exists() for name in local):
+        raise MMGPTError(f"{local[0]}: not there on {os.uname().nodename}")
 
 
 def _prepared(

@@ -38,6 +38,7 @@ _BOILERPLATE = re.compile(
     r"|newsletter|subscribe|pagination|pager|rating|logo|toolbar|recommended|popular)(?:$|[\s_-])",
     re.I,
 )
+_PARAGRAPH_TAGS = tuple("p li dd dt td th h1 h2 h3 h4 h5 h6 blockquote figcaption caption".split())
 _MAIN_SHARE = 0.9
 _ANCHOR_CHARACTERS = 32
 _MAX_LABEL_CHARACTERS = 200
@@ -138,22 +139,17 @@ def _extract(
     return Document(tuple(segments), id=url, metadata=page_metadata(tree, url, html))
 
 
-_INLINE = "span"
-_BLOCKS = ("p", "li", "dd", "dt", "td", "th", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "figcaption", "caption")
-
-
 def _hide_classes(tree: Any) -> None:
     """Take class and id from spans inside of a paragraph.
 
     trafilatura drops elements by what their class contains: of a manual's sentence the words in
     `<span class="guimenu">`, for that looks like navigation.
     """
-    for element in tree.iter(_INLINE):
-        if element.get("class") is None and element.get("id") is None:
-            continue
-        if any(above.tag in _BLOCKS for above in element.iterancestors()):
-            element.attrib.pop("class", None)
-            element.attrib.pop("id", None)
+    for block in tree.iter(*_PARAGRAPH_TAGS):
+        for element in block.iter("span"):
+            for name in ("class", "id"):
+                if element.get(name) is not None:
+                    del element.attrib[name]
 
 
 def _main_text(tree: Any, config: ExtractConfig) -> Any:

@@ -79,10 +79,17 @@ def cut(segments: Sequence[Segment], processor: Processor, max_tokens: int) -> l
     start = whole.start
     while start < whole.end:
         end, length = _fill(segments, start, processor, max_tokens)
+        if _is_mark(segments[end[0] :]) and (nearer := _shorter(segments, start, end)) is not None:
+            end = nearer  # alone in a piece, the end of the text would never be learned
+            length = _length(Piece(start, end).of(segments), processor)
         if length:
             pieces.append((Piece(start, end), length))
         start = end
     return pieces
+
+
+def _is_mark(segments: Sequence[Segment]) -> bool:
+    return len(segments) == 1 and isinstance(segments[0], Text) and segments[0].is_control
 
 
 def _fill(segments: Sequence[Segment], start: Place, processor: Processor, max_tokens: int) -> tuple[Place, int]:
