@@ -188,7 +188,7 @@ def _once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any
     # Not told by host and process: containers on two machines may agree in both.
     temporary = folder.with_name(f".{folder.name}.{uuid4().hex}")
     try:
-        temporary.mkdir()  # not what it is in: a machine that does not see it must say so
+        temporary.mkdir(parents=True)
         values = json.dumps(make(temporary)) + "\n"
         (temporary / report.name).write_text(values, encoding="utf-8")
         try:
@@ -338,7 +338,6 @@ def process_split(split: Split, config: CorpusConfig, work: Path) -> dict[str, A
 
 
 def _process(split: Split, config: CorpusConfig, folder: Path) -> dict[str, Any]:
-    _check_visible(split)
     funnel, errors = Funnel(), ErrorCounter()
     writer = ShardWriter(folder, shard_bytes=config.shard_mb * 2**20)
     stages = config.stages()
@@ -366,13 +365,6 @@ def _process(split: Split, config: CorpusConfig, folder: Path) -> dict[str, Any]
         "errors": {"counts": dict(errors.counts), "examples": errors.examples},
         "shards": [asdict(shard) for shard in shards],
     }
-
-
-def _check_visible(split: Split) -> None:
-    """A machine that does not see the sources must say so, and not count all of them as unreadable."""
-    local = [name for name in split.files or (split.location,) if not files.is_remote(name)]
-    if local and split.files and not any(files.local_path(name).exists() for name in local):
-        raise MMGPTError(f"{local[0]}: not there on {os.uname().nodename}")
 
 
 def _prepared(
@@ -664,6 +656,7 @@ class _Process:
     work: Path
 
     def __call__(self, split: Split) -> dict[str, Any]:
+        _check_visible(self.work, *split.files[:1])
         return process_split(split, self.config, self.work)
 
 
@@ -673,7 +666,18 @@ class _Write:
     work: Path
 
     def __call__(self, item: tuple[int, list[Split]]) -> dict[str, Any]:
+        _check_visible(self.work)
         return write_group(item[0], item[1], self.config, self.work)
+
+
+def _check_visible(*locations: str | Path) -> None:
+    """A machine that does not see the sources must not count all of them as unreadable; nor write where nobody looks.
+
+    Raises MMGPTError.
+    """
+    for location in map(str, locations):
+        if not files.is_remote(location) and not files.local_path(location).exists():
+            raise MMGPTError(f"{location}: not there on {os.uname().nodename}; all machines must see it")
 
 
 @dataclass

@@ -38,7 +38,9 @@ _BOILERPLATE = re.compile(
     r"|newsletter|subscribe|pagination|pager|rating|logo|toolbar|recommended|popular)(?:$|[\s_-])",
     re.I,
 )
-_PARAGRAPH_TAGS = tuple("p li dd dt td th h1 h2 h3 h4 h5 h6 blockquote figcaption caption".split())
+_PARAGRAPH_TAGS = tuple("p li dd dt td th h1 h2 h3 h4 h5 h6 blockquote figcaption caption pre".split())
+_PLAIN_TAGS = tuple("span em strong b i tt code kbd samp var".split())
+_STRIPPED = "stripped"
 _MAIN_SHARE = 0.9
 _ANCHOR_CHARACTERS = 32
 _MAX_LABEL_CHARACTERS = 200
@@ -122,10 +124,10 @@ def _extract(
     for signal in config.page_opt_outs:
         if signal in signals:
             raise BadRecordError(f"opt-out: {signal}")
+    _strip_spans(tree)
     page = flatten(tree, config.max_elements)
     if not whole:
         removed["text: nested too deeply"] += 1
-    _hide_classes(tree)
     body = _main_text(tree, config)
     spans, extra = locate(body, page.stream)
     kept = Spans(spans)
@@ -139,17 +141,26 @@ def _extract(
     return Document(tuple(segments), id=url, metadata=page_metadata(tree, url, html))
 
 
-def _hide_classes(tree: Any) -> None:
-    """Take class and id from spans inside of a paragraph.
+def _strip_spans(tree: Any) -> None:
+    """Take spans away from around the words of a sentence or of code, but hidden ones and those of boilerplate.
 
     trafilatura drops elements by what their class contains: of a manual's sentence the words in
-    `<span class="guimenu">`, for that looks like navigation.
+    `<span class="guimenu">`, for that looks like navigation. And highlighted code has more spans than a page has tags.
     """
     for block in tree.iter(*_PARAGRAPH_TAGS):
-        for element in block.iter("span"):
-            for name in ("class", "id"):
-                if element.get(name) is not None:
-                    del element.attrib[name]
+        for element in block.iter(*_PLAIN_TAGS):
+            attributes = element.items()
+            if not attributes or _is_plain(tuple(attributes)):
+                element.tag = _STRIPPED
+    optional_import("lxml.etree").strip_tags(tree, _STRIPPED)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_plain(attributes: tuple[tuple[str, str], ...]) -> bool:
+    return not any(
+        name in ("style", "hidden", "aria-hidden") or (name in ("class", "id") and _is_boilerplate(value))
+        for name, value in attributes
+    )
 
 
 def _main_text(tree: Any, config: ExtractConfig) -> Any:

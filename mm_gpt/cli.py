@@ -533,6 +533,12 @@ COMMANDS = {
         corpus_commands.add_contamination,
         corpus_commands.run_contamination,
     ),
+    "corpus quality": Command(
+        "Train a classifier that tells good documents from raw ones.",
+        ("mm-gpt corpus quality books/ encyclopedia/ --raw crawl.warc.gz --out quality",),
+        corpus_commands.add_quality,
+        corpus_commands.run_quality,
+    ),
     "corpus tokenizer": Command(
         "Learn a tokenizer from corpora.",
         ("mm-gpt corpus tokenizer corpus --out tokenizer --vocab-size 8000",),

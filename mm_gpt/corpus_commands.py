@@ -3,6 +3,7 @@
 import argparse
 import sys
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,4 +219,36 @@ def run_tokenizer(args: argparse.Namespace) -> int:
     for language, own in sorted(texts.items()):
         print(f"{language}  {sum(map(len, own)):,} characters")
     print(f"mm-gpt: {tokenizer.vocab_size:,} ids: {args.out / 'tokenizer.json'}", file=sys.stderr)
+    return 0
+
+
+def add_quality(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train the quality classifier of GPT-3: logistic regression on hashed words, between documents that somebody\n"
+        "chose and raw ones. `mm-gpt corpus build SOURCE quality=OUT` then keeps a document with the probability\n"
+        "(2 - score)^-9."
+    )
+    parser.add_argument("good", nargs="+", metavar="GOOD", help="sources of good documents")
+    parser.add_argument("--raw", action="append", required=True, metavar="SOURCE", help="raw documents; repeatable")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the classifier")
+
+
+def run_quality(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    from mm_gpt.datasets.pipeline import as_document
+    from mm_gpt.datasets.quality import train_quality
+    from mm_gpt.datasets.samples import ErrorCounter
+    from mm_gpt.datasets.sources import read_samples
+
+    errors = ErrorCounter()
+
+    def documents(locations: list[str]) -> Iterator[Any]:
+        return (as_document(sample) for location in locations for sample in read_samples(location, errors))
+
+    report = train_quality(documents(args.good), documents(args.raw), args.out)
+    for name, value in dataclasses.asdict(report).items():
+        print(f"{name}: {value}")
+    if errors.total:
+        print(f"mm-gpt: {errors.summary()}", file=sys.stderr)
     return 0

@@ -201,9 +201,8 @@ def test_each_document_once_an_epoch(whole: Run) -> None:
     assert len(counts) == size
     assert set(counts.values()) == {1}
     learned = [row for step in range(STEPS) for rank in range(2) for row in whole.seen(rank)[step]]
-    shared = min(len(learned), len(names))
-    assert shared >= 10
-    assert learned[:shared] == names[:shared]
+    assert 6 < len(names) < len(learned)  # the run goes on into the next epoch
+    assert learned[: len(names)] == names
 
 
 def test_a_rank_without_images_trains(whole: Run) -> None:
