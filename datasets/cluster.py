@@ -67,10 +67,12 @@ class RayRunner(Runner):
                     yield waiting.pop(number)
                     number += 1
         except ray.exceptions.RayError as error:
-            if isinstance(error, ray.exceptions.RayTaskError | ray.exceptions.UserCodeException):
+            is_system = isinstance(error, ray.exceptions.RaySystemError)  # such as a machine without mm-gpt
+            if isinstance(error, ray.exceptions.RayTaskError) and not is_system:
                 raise  # a bug of ours, with its traceback
-            reason = str(error).strip().partition("\n")[0]
-            raise MMGPTError(f"Ray gave up on a part after {ATTEMPTS} attempts: {reason}") from None
+            raise MMGPTError(
+                f"Ray gave up on a part after {ATTEMPTS} attempts: {_first_line(getattr(error, 'cause', error))}"
+            ) from None
         if number < len(items):
             raise RuntimeError(f"Ray returned {number} of {len(items)} results")
 
@@ -106,7 +108,7 @@ class RayRunner(Runner):
                 ray.init(self.address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = "of its own" if self.address is None else f"at {self.address}"
-            raise MMGPTError(f"no Ray cluster {where}: {str(error).strip().partition(chr(10))[0]}") from None
+            raise MMGPTError(f"no Ray cluster {where}: {_first_line(error)}") from None
         self._started = True
         return ray
 
@@ -122,6 +124,10 @@ class RayRunner(Runner):
             source = data.from_items(rows, override_num_blocks=len(rows))
             compute = data.TaskPoolStrategy(size=self._limit)
             return source.map(task, compute=compute, num_cpus=1, max_retries=ATTEMPTS - 1)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _check_reachable(address: str) -> None:

@@ -656,7 +656,7 @@ class _Process:
     work: Path
 
     def __call__(self, split: Split) -> dict[str, Any]:
-        _check_visible(self.work, *split.files[:1])
+        _check_visible(self.work, split.location)
         return process_split(split, self.config, self.work)
 
 
@@ -676,7 +676,8 @@ def _check_visible(*locations: str | Path) -> None:
     Raises MMGPTError.
     """
     for location in map(str, locations):
-        if not files.is_remote(location) and not files.local_path(location).exists():
+        is_pattern = any(character in location for character in "*?[{")
+        if not files.is_remote(location) and not is_pattern and not files.local_path(location).exists():
             raise MMGPTError(f"{location}: not there on {os.uname().nodename}; all machines must see it")
 
 
@@ -708,10 +709,10 @@ def build_corpus(
     config, runner = config or CorpusConfig(), runner or Runner()
     if (out / CORPUS_FILE).exists():
         raise MMGPTError(f"{out} already holds a corpus; choose another folder, or remove it")
+    funnel, errors = Funnel(config.steps()), ErrorCounter()
     work = out / WORK
     splits = find_splits(sources, format=format, images=images)
     _check_same(work, splits, config)
-    funnel, errors = Funnel(config.steps()), ErrorCounter()
     sizes: list[int] = []
     for report in runner("read and filter", _Process(config, work), splits):
         funnel.merge(Funnel.from_json(report["funnel"]))

@@ -5,9 +5,9 @@ comment. It gives text without images, or loses many of them: those in headings,
 text is only looked up in the page, and the page itself is written out, less what trafilatura left out. The text is
 the same; white space, code, lists and tables are the page's own; each image has its exact place.
 
-Images go with their surroundings: one is kept when it stands inside the element that holds the main content, and the
-smallest block around it that has text kept that text, or has only a short line that is no link. Captions do not count
-as text there.
+Images go with their surroundings: one is kept when it stands inside the element that holds the main content, and has
+a caption, or the smallest block around it that has text kept that text, or has only a short line that is no link.
+Captions do not count as text there.
 """
 
 import functools
@@ -33,14 +33,22 @@ IMAGE_OPT_OUTS = ("noimageai", "noimageindex")
 # Parts of a page whose images are not content even where they stand among it.
 _BOILERPLATE_TAGS = frozenset(("nav", "aside", "footer", "form", "button", "dialog"))
 _BOILERPLATE = re.compile(
-    r"(?:^|[\s_-])(?:nav|navbar|navigation|menu|breadcrumbs?|footer|sidebar|widget|shar(?:e|ing)|social|related|promo"
-    r"|sponsor(?:ed)?|advert(?:isement)?|ads?|banner|avatar|gravatar|author-?(?:bio|box|info)|byline|comments?|cookie"
-    r"|newsletter|subscribe|pagination|pager|rating|logo|toolbar|recommended|popular)(?:$|[\s_-])",
+    r"(?:^|[\s_-])(?:nav|nav-?(?:bar|header|footer)|navigation|menu|breadcrumbs?|footer|sidebar|widget|shar(?:e|ing)"
+    r"|social|related|promo|sponsor(?:ed)?|advert(?:isement)?|ads?|banner|avatar|gravatar|author-?(?:bio|box|info)"
+    r"|byline|comments?|cookie|newsletter|subscribe|pagination|pager|rating|logo|toolbar|recommended|popular"
+    r"|edit-?section)(?:$|[\s_-])",
     re.I,
 )
-_PARAGRAPH_TAGS = tuple("p li dd dt td th h1 h2 h3 h4 h5 h6 blockquote figcaption caption pre".split())
-_PLAIN_TAGS = tuple("span em strong b i tt code kbd samp var".split())
+# as DocBook and Sphinx write it
+_SECTION = re.compile(r"(?:^|\s)(?:(?:ref)?sect\d|(?:ref)?section|chapter|appendix)(?:\s|$)")
+_ARROWS = frozenset(
+    ("prev", "previous", "next", "up", "home", "back", "top", "contents", "index", "<", ">", "<<", ">>")
+)
+_PARAGRAPHS = "p li dd dt td th h1 h2 h3 h4 h5 h6 blockquote figcaption caption pre"
+_PARAGRAPH_TAGS = tuple(_PARAGRAPHS.split())
+_PLAIN_TAGS = ("span", "em", "strong", "b", "i", "tt", "code", "kbd", "samp", "var")
 _STRIPPED = "stripped"
+_ALONE = frozenset(_PARAGRAPH_TAGS) - {"td", "th"}
 _MAIN_SHARE = 0.9
 _ANCHOR_CHARACTERS = 32
 _MAX_LABEL_CHARACTERS = 200
@@ -124,7 +132,7 @@ def _extract(
     for signal in config.page_opt_outs:
         if signal in signals:
             raise BadRecordError(f"opt-out: {signal}")
-    _strip_spans(tree)
+    _strip_inline(tree)
     page = flatten(tree, config.max_elements)
     if not whole:
         removed["text: nested too deeply"] += 1
@@ -141,13 +149,16 @@ def _extract(
     return Document(tuple(segments), id=url, metadata=page_metadata(tree, url, html))
 
 
-def _strip_spans(tree: Any) -> None:
-    """Take spans away from around the words of a sentence or of code, but hidden ones and those of boilerplate.
+def _strip_inline(tree: Any) -> None:
+    """Take inline tags away from around the words of a sentence or of code, but hidden ones and boilerplate.
 
     trafilatura drops elements by what their class contains: of a manual's sentence the words in
-    `<span class="guimenu">`, for that looks like navigation. And highlighted code has more spans than a page has tags.
+    `<span class="guimenu">`, for that looks like navigation. And highlighted code has more spans than all else on its
+    page, which trafilatura copies and walks many times.
     """
     for block in tree.iter(*_PARAGRAPH_TAGS):
+        if next(block.iterancestors(*_PARAGRAPH_TAGS), None) is not None:
+            continue
         for element in block.iter(*_PLAIN_TAGS):
             attributes = element.items()
             if not attributes or _is_plain(tuple(attributes)):
@@ -298,12 +309,20 @@ def _kept_images(
 
 
 def _main_block(page: FlatPage, kept: Spans) -> int:
-    """The number of the block that holds the main content: the smallest with 90 % of it, or an `<article>` around."""
+    """The number of the block that holds the main content: the smallest with 90 % of it, or an `<article>` around.
+
+    When one paragraph is all that was kept, it is the block around the paragraph; and for a section of a document, the
+    outermost section.
+    """
     total = kept.within(0, len(page.stream))
     best, best_size = 0, len(page.stream) + 1
     for number, (_, _, start, end) in enumerate(page.blocks):
         if _MAIN_SHARE * total <= end - start <= best_size and kept.within(start, end) >= _MAIN_SHARE * total:
             best, best_size = number, end - start
+    while page.blocks and page.blocks[best][0].tag in _ALONE and page.blocks[best][1] >= 0:
+        best = page.blocks[best][1]
+    while page.blocks and (number := page.blocks[best][1]) >= 0 and _is_section(page.blocks[number][0]):
+        best = number
     number = best
     while number >= 0:
         element, parent, _, _ = page.blocks[number]
@@ -313,8 +332,15 @@ def _main_block(page: FlatPage, kept: Spans) -> int:
     return best
 
 
+def _is_section(element: Any) -> bool:
+    return element.tag == "section" or _SECTION.search(element.get("class") or "") is not None
+
+
 def _is_content(image: FlatImage, page: FlatPage, kept: Spans, captions: Spans, links: Spans, main: int) -> bool:
+    if _is_navigation(image.element):
+        return False
     around = -1  # the smallest block with text of its own
+    has_caption = False  # words of its own, that are no link to elsewhere
     number = image.block
     while number != main:
         if number < 0:
@@ -322,10 +348,13 @@ def _is_content(image: FlatImage, page: FlatPage, kept: Spans, captions: Spans, 
         element, parent, start, end = page.blocks[number]
         if element.tag in _BOILERPLATE_TAGS or _is_boilerplate(f"{element.get('class', '')} {element.get('id', '')}"):
             return False
-        if around < 0 and end - start > captions.within(start, end):
-            around = number
+        if around < 0 and end > start:
+            if captions.within(start, end) < end - start:
+                around = number
+            else:
+                has_caption = links.within(start, end) * 4 < end - start
         number = parent
-    if around < 0:
+    if around < 0 or has_caption:
         return True
     _, _, start, end = page.blocks[around]
     text = end - start - captions.within(start, end)
@@ -333,6 +362,17 @@ def _is_content(image: FlatImage, page: FlatPage, kept: Spans, captions: Spans, 
         return True
     # trafilatura leaves out short lines as well; a card that leads to another page is made of links
     return text <= _MAX_LABEL_CHARACTERS and links.within(start, end) * 4 < text
+
+
+def _is_navigation(element: Any) -> bool:
+    """An arrow to another page: a link of nothing but an image, that says so in place of the image."""
+    link = element.getparent()
+    return (
+        link is not None
+        and link.tag == "a"
+        and (element.get("alt") or "").strip(" []").lower() in _ARROWS
+        and not (link.text or "").strip()
+    )
 
 
 @functools.lru_cache(maxsize=4096)

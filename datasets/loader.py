@@ -204,7 +204,12 @@ class Loader:
         self._cursors = [*keep[-1:], *(c for c in self._cursors if c.row > self.first_row(step))]
         return [micro.batch for micro in loaded]
 
+    def close(self) -> None:
+        """End the workers. The next step starts others."""
+        self._stream = None
+
     def _start(self, step: int) -> Iterator[Loaded]:
+        self.close()  # or the new workers would hold what the old ones wait for
         first = self.first_row(step)
         behind = [cursor for cursor in self._cursors if cursor.row <= first]
         cursor = behind[-1] if behind else self.plan.start()

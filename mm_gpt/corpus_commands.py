@@ -3,7 +3,7 @@
 import argparse
 import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def run_show(args: argparse.Namespace) -> int:
         described = ", ".join(f"{value:,} {name}" for name, value in counts.items())
         print(f"{args.source}: {len(corpus):,} samples in {len(corpus.shards)} shards ({described})", file=sys.stderr)
     errors = ErrorCounter()
-    for sample in islice(read_samples(args.source, errors, format=args.format, images=args.images), args.n):
+    for sample in islice(read_samples(args.source, errors, format=args.format, images=args.images), max(0, args.n)):
         print(describe(sample))
     if errors.total:
         print(f"mm-gpt: {errors.summary()}", file=sys.stderr)
@@ -127,7 +127,8 @@ def describe(sample: Any) -> str:
             lines.append(f"<image {size}{f', alt: {segment.alt}' if segment.alt else ''}>")
         else:
             lines.append(segment.text)
-    return "\n".join(lines) + "\n"
+    # What strangers wrote must not move the cursor or rename the terminal.
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in "\n".join(lines)) + "\n"
 
 
 def add_formats(parser: argparse.ArgumentParser) -> None:
@@ -185,6 +186,23 @@ def run_contamination(args: argparse.Namespace) -> int:
     return 0
 
 
+MIN_VOCABULARY = 259
+
+
+def _texts(locations: Sequence[str], errors: Any) -> Iterator[tuple[str, str]]:
+    """(language, text) of each sample that has text."""
+    from mm_gpt.datasets.pipeline import as_document, language_of
+    from mm_gpt.datasets.sources import read_samples
+    from mm_gpt.document import Text
+
+    for location in locations:
+        for sample in read_samples(location, errors):
+            document = as_document(sample)
+            text = "\n\n".join(segment.text for segment in document.segments if isinstance(segment, Text))
+            if text:
+                yield language_of(document), text
+
+
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Learn a byte-level BPE tokenizer from corpora. Languages are sampled by XLM's rule, so that the small ones\n"
@@ -198,26 +216,42 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 
 def run_tokenizer(args: argparse.Namespace) -> int:
-    from mm_gpt.datasets.multilingual import train_tokenizer
-    from mm_gpt.datasets.pipeline import as_document
-    from mm_gpt.datasets.samples import ErrorCounter
-    from mm_gpt.datasets.sources import read_samples
-    from mm_gpt.document import Text
+    from collections import Counter
 
-    texts: dict[str, list[str]] = {}
+    from mm_gpt.datasets.multilingual import SCRIPT_SPLIT, language_weights
+    from mm_gpt.datasets.samples import ErrorCounter
+    from mm_gpt.tokenizer import Tokenizer
+
+    if args.vocab_size < MIN_VOCABULARY:
+        raise MMGPTError(f"--vocab-size must be at least {MIN_VOCABULARY}, for each byte and three special tokens")
+    if args.characters < 1:
+        raise MMGPTError(f"--characters must be at least 1, not {args.characters}")
+    # Twice over the corpus, so that it is never in memory: to count, and to learn.
     errors = ErrorCounter()
-    for location in args.corpus:
-        for sample in read_samples(location, errors):
-            document = as_document(sample)
-            text = "\n\n".join(segment.text for segment in document.segments if isinstance(segment, Text))
-            if text:
-                texts.setdefault(str(document.metadata.get("language", "unknown")), []).append(text)
-    if not texts:
+    sizes: Counter[str] = Counter()
+    for language, text in _texts(args.corpus, errors):
+        sizes[language] += len(text)
+    if not sizes:
         raise MMGPTError(f"{', '.join(args.corpus)}: no text to learn from")
-    tokenizer = train_tokenizer(texts, args.vocab_size, alpha=args.alpha, max_characters=args.characters)
+    weights = language_weights(sizes, args.alpha)
+    # At most as much as it takes to read the language with the most text once.
+    total = min(args.characters, max(size / weights[language] for language, size in sizes.items()))
+    rates = {language: total * weights[language] / size for language, size in sizes.items()}
+
+    def sample() -> Iterator[str]:
+        due = dict.fromkeys(sizes, 0.5)
+        for language, text in _texts(args.corpus, ErrorCounter(max_examples=0)):
+            due[language] += rates[language]
+            times = int(due[language])
+            due[language] -= times
+            yield from [text] * times
+
+    tokenizer = Tokenizer.train(sample(), args.vocab_size, split=SCRIPT_SPLIT)
     tokenizer.save_folder(args.out)
-    for language, own in sorted(texts.items()):
-        print(f"{language}  {sum(map(len, own)):,} characters")
+    for language, size in sorted(sizes.items()):
+        print(f"{language}  {size:,} characters")
+    if errors.total:
+        print(f"mm-gpt: {errors.summary()}", file=sys.stderr)
     print(f"mm-gpt: {tokenizer.vocab_size:,} ids: {args.out / 'tokenizer.json'}", file=sys.stderr)
     return 0
 

@@ -78,6 +78,7 @@ _SIDEWAYS = (5, 6, 7, 8)  # those that exchange width and height
 # Small files that keep a decoder busy for hours although they have few pixels.
 _MAX_JPEG_SCANS = 100  # encoders write about 10; each one costs a pass over the whole image
 _MAX_JPEG_SEGMENTS = 600  # Pillow joins EXIF segments one by one: time grows with their square
+_JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15: sizes and components
 _MAX_GIF_PREAMBLE = 2**19  # bytes before the first frame; likewise for blocks of a comment
 
 
@@ -261,19 +262,29 @@ def _open(data: bytes, name: str, limits: ImageLimits) -> PILImage.Image:
         raise ImageError(f"{name}: broken image ({_one_line(error) or type(error).__name__})") from error
 
 
+_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # with a length: no stuffed zero, fill byte or restart
+
+
 def _check_jpeg_segments(data: bytes, name: str) -> None:
-    marker = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # those with a length: no stuffed zero, fill byte or restart
     num_scans = num_segments = 0
+    frames: list[tuple[int, int]] = []  # (code, components) of each
     position = 2
-    while found := marker.search(data, position):
-        code = data[found.end() - 1]
+    while found := _JPEG_MARKER.search(data, position):
+        start = found.end()
+        code = data[start - 1]
         if code == 0xD9:  # end of image; phones append videos after it
             return
         num_segments += 1
         num_scans += code == 0xDA
         if num_scans > _MAX_JPEG_SCANS or num_segments > _MAX_JPEG_SEGMENTS:
             raise ImageError(f"{name}: a JPEG of {num_scans} scans in {num_segments} segments or more")
-        position = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        if code in _JPEG_FRAMES:
+            frames.append((code, data[start + 7] if start + 7 < len(data) else 0))
+        elif code == 0xDA and len(frames) == 1 and frames[0][0] in (0xC0, 0xC1):
+            # Not progressive, and all components in the first scan: libjpeg takes a second one for an error.
+            if data[start + 2 : start + 3] == bytes([frames[0][1]]):
+                return
+        position = start + int.from_bytes(data[start : start + 2], "big")
 
 
 def _check_size(size: tuple[int, int], name: str, limits: ImageLimits) -> None:

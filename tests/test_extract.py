@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 pytest.importorskip("trafilatura")
 
 from mm_gpt.datasets.extract import ExtractConfig, extract, locate
-from mm_gpt.datasets.html_images import srcset_candidates
 from mm_gpt.datasets.html_flat import Spans
+from mm_gpt.datasets.html_images import srcset_candidates
 from mm_gpt.datasets.html_tree import decode_html
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError
@@ -341,6 +341,7 @@ def test_heading_belongs_to_what_follows() -> None:
     assert extra == []
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=8), st.integers(0, 45), st.integers(0, 45))
 def test_spans_count_like_sets(pairs: list[tuple[int, int]], start: int, end: int) -> None:
     covered = {n for a, b in pairs for n in range(a, b)}
@@ -356,7 +357,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(PIECES, max_size=14))
 def test_broken_html_never_raises_and_keeps_the_text(parts: list[str]) -> None:
     """Whatever is unclosed: no exception, no empty segment, and each paragraph that trafilatura kept is there once."""
@@ -391,3 +392,62 @@ def test_words_of_a_sentence_stay_whatever_their_class() -> None:
     assert document is not None
     text = " ".join(segment.text for segment in document.segments if isinstance(segment, Text))
     assert "With File → New you make a new image" in text
+
+
+NAV = (
+    "<div class=navheader><table><tr><td><a accesskey=p href=a.html><img src=prev.png alt=Prev></a></td>"
+    "<th>Chapter 16. Menus</th><td><a accesskey=n href=b.html><img src=next.png alt=Next></a></td></tr></table></div>"
+)
+FIGURE = (
+    "<div class=figure><p class=title><b>Figure 1. The harbour from above</b></p><div class=figure-contents>"
+    "<div class=mediaobject><img src=harbour.png alt='The harbour'></div></div></div>"
+)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        # the figure is all that its section has
+        f"<div class=sect1><div class=sect2><h3>Overview</h3>{FIGURE}</div><div class=sect2><h3>Piles</h3>{''.join(P)}"
+        "</div></div>",
+        # one paragraph is all that is kept
+        f"<div class=sect1><div><h2>The harbour</h2></div>{FIGURE}{P[0]}</div>",
+        # so much is left out around it that only the caption speaks for it
+        f"<div class=sect1>{''.join(P)}<div class=sect2>{FIGURE}<ul>"
+        + "".join(f"<li><a href=/{n}>Another page of the manual, number {n}</a></li>" for n in range(30))
+        + "</ul></div></div>",
+    ],
+)
+def test_figures_of_a_manual_stay_and_its_arrows_go(body: str) -> None:
+    """As DocBook writes it: the figure is content wherever it stands in the sections, prev and next are not."""
+    document = extract(page(NAV + body), "https://example.com/a/page.html", removed=(removed := Counter()))
+    assert document is not None
+    assert [image.source for image in document.images] == [f"{IMG}harbour.png"]
+    assert "Figure 1. The harbour from above" in shape(document)
+    assert removed == {"image: outside the main content": 2}
+
+
+def test_arrows_and_cards_inside_the_text_are_no_content() -> None:
+    """A link of nothing but an arrow, as latex2html writes it, and a captioned card that leads to another page."""
+    card = "<figure><a href=/x><img src=card.jpg></a><figcaption><a href=/x>Ten cats you must see</a></figcaption>"
+    links = "".join(f"<li><a href=/{n}>Another page of the site, number {n}</a></li>" for n in range(30))
+    arrow = "<a href=p2.html><img src=next.gif alt='[next]'></a>"
+    html = page(f"<div class=sect1>{P[0]}{P[1]}{arrow}{P[2]}{P[3]}<div>{card}</figure><ul>{links}</ul></div></div>")
+    assert run(html) == LONG
+
+
+def test_inline_tags_leave_hidden_words_and_boilerplate_where_they_are() -> None:
+    """Highlighted code comes out whole; what a style hides and an `edit` link beside a heading stay out."""
+    code = "<pre><span class=kn>import</span> <span>piles</span>\n\n<span class=n>piles</span>.<span>cut</span>()</pre>"
+    html = article(
+        P[0],
+        "<h2>Divers<span class=mw-editsection>[<a href=/edit>edit</a>]</span></h2>",
+        P[1],
+        f"{code}<p>The <em class=menuitem>piles</em> were cut<span style='display:none'>secret words</span> in winter,"
+        " all of them from the same forest, as the rings of the wood have shown.</p>",
+        *P[2:],
+    )
+    shown = run(html)
+    assert "import piles\n\npiles.cut()" in shown
+    assert any(s.startswith("The piles were cut") for s in shown)
+    assert not any("secret" in s for s in shown)

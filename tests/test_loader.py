@@ -7,12 +7,13 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import test_shards
 import torch
 from conftest import make_picture, make_tiny, make_tokenizer
 from test_pieces import tiled
@@ -27,8 +28,26 @@ from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import MMGPTError
 from mm_gpt.images import to_file
 from mm_gpt.processor import Batch
+from mm_gpt.training import distributed
 from mm_gpt.training.data import SourceConfig
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
+
+
+@pytest.fixture(autouse=True)
+def closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No worker outlives its test."""
+    loaders: list[Loader] = []
+    start = Loader._start
+
+    def noted(self: Loader, step: int) -> Any:
+        loaders.append(self)
+        return start(self, step)
+
+    monkeypatch.setattr(Loader, "_start", noted)
+    yield
+    for loader in loaders:
+        loader.close()
+
 
 SENTENCES = ["A red circle on a blue ground. ", "Describe the image. ", "One sentence of the user, and no more. "]
 
@@ -365,6 +384,20 @@ def test_held_out_samples_are_not_trained_on(data: Path) -> None:
     assert len(ids | trained) == 24
 
 
+served = test_shards.served
+
+
+def test_a_corpus_at_a_url(served: tuple[Path, str, list[str]], tmp_path: Path) -> None:
+    """Read shard by shard, not into memory as other sources at URLs are."""
+    folder, url, _ = served
+    write(folder, pages(6, longest=4))
+    write(tmp_path / "held-out", pages(1))
+    task = task_of(tmp_path, url)
+    assert isinstance(task.sources[0], CorpusSource)
+    assert len(texts_of_epoch(task)) == 6
+    assert task.errors.total == 0
+
+
 def test_conversations_and_pages_in_one_corpus(tmp_path: Path) -> None:
     """A conversation is one piece; one that does not fit the context and a Record are counted."""
     picture = Image(to_file(make_picture()))
@@ -524,3 +557,40 @@ def test_rows_are_full(tmp_path: Path) -> None:
     for row, _ in itertools.islice(plan.rows(), 5):  # tokens are those that the batch has
         for item in row:
             assert len(processor(sources[item.source].document(item.unit))) == item.tokens
+
+
+# ---- ranks ----
+
+
+def test_ranks_are_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert distributed.ranks() == (0, 1)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert distributed.ranks() == (2, 4)
+    for rank, world in (("4", "4"), ("-1", "4"), ("a", "4"), ("0", "")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(MMGPTError, match="RANK"):
+            distributed.ranks()
+
+
+def test_each_rank_of_a_machine_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stops: all ranks on the first GPU, which NCCL refuses."""
+    monkeypatch.setenv("RANK", "9")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    chosen: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **_: chosen.append(backend))
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: None)
+    with distributed.process_group(torch.device("cuda")):
+        assert chosen == [1, "nccl"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with (
+        pytest.raises(MMGPTError, match="2 ranks on this machine, which has 1 CUDA"),
+        distributed.process_group(torch.device("cuda")),
+    ):
+        pass

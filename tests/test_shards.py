@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_gpt.datasets import shards
+from mm_gpt.datasets.members import from_members, to_members
 from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, QuestionAnswer, Record, Sample
 from mm_gpt.datasets.shards import (
     BLOCK,
@@ -29,11 +30,9 @@ from mm_gpt.datasets.shards import (
     Shard,
     ShardInfo,
     ShardWriter,
-    from_members,
     index_path,
     index_tar,
     read_corpus,
-    to_members,
     write_corpus_file,
 )
 from mm_gpt.document import Document, Image, Text

@@ -37,11 +37,21 @@ def process_group(device: torch.device) -> Iterator[None]:
     if ranks()[1] == 1 or dist.is_initialized():
         yield
         return
+    if device.type == "cuda" and device.index is None:
+        torch.cuda.set_device(_local_rank())  # "cuda" is this one from here on, or all ranks would share the first
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _local_rank() -> int:
+    """The rank on this machine, which is the number of its GPU. Raises MMGPTError when there are fewer GPUs."""
+    local, count = int(os.environ.get("LOCAL_RANK", ranks()[0])), torch.cuda.device_count()
+    if local >= count:
+        raise MMGPTError(f"{local + 1} ranks on this machine, which has {count} CUDA devices")
+    return local
 
 
 def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
