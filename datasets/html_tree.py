@@ -6,6 +6,10 @@ Opt-outs that are read, from `<meta>` and from the HTTP headers that came with t
   ours.
 - the TDM Reservation Protocol of the W3C community group: `tdm-reservation: 1`.
 - the IETF's `Content-Usage` header (draft-ietf-aipref-attach): `train-ai=n`.
+
+What a site says in files of its own (`/.well-known/tdmrep.json`, `robots.txt`, `ai.txt`) is not read. It needs all
+files of a site before the first page of it, and those of a crawl lie in other archives than its pages. `robots.txt`
+speaks to the crawler: who fetches pages asks it then.
 """
 
 import re

@@ -6,6 +6,8 @@ instead and give each to `page_document`, in any process: a `Page` can be pickle
     pool.imap(page_document, warc_pages("CC-MAIN-....warc.gz", errors))
 
 Images are the files beside a page, or the image responses in the same WARC; what is in neither stays an http(s) URL.
+Opt-outs are those of a page and of an image themselves, in their HTML and headers; a site's `robots.txt`,
+`tdmrep.json` and `ai.txt` are not read (see `html_tree`).
 """
 
 import dataclasses

@@ -78,6 +78,7 @@ _SIDEWAYS = (5, 6, 7, 8)  # those that exchange width and height
 # Small files that keep a decoder busy for hours although they have few pixels.
 _MAX_JPEG_SCANS = 100  # encoders write about 10; each one costs a pass over the whole image
 _MAX_JPEG_SEGMENTS = 600  # Pillow joins EXIF segments one by one: time grows with their square
+_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # with a length: no stuffed zero, fill byte or restart
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15: sizes and components
 _MAX_GIF_PREAMBLE = 2**19  # bytes before the first frame; likewise for blocks of a comment
 
@@ -262,12 +263,9 @@ def _open(data: bytes, name: str, limits: ImageLimits) -> PILImage.Image:
         raise ImageError(f"{name}: broken image ({_one_line(error) or type(error).__name__})") from error
 
 
-_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # with a length: no stuffed zero, fill byte or restart
-
-
 def _check_jpeg_segments(data: bytes, name: str) -> None:
     num_scans = num_segments = 0
-    frames: list[tuple[int, int]] = []  # (code, components) of each
+    frames: list[tuple[int, bytes]] = []  # (code, number of components) of each
     position = 2
     while found := _JPEG_MARKER.search(data, position):
         start = found.end()
@@ -279,11 +277,9 @@ def _check_jpeg_segments(data: bytes, name: str) -> None:
         if num_scans > _MAX_JPEG_SCANS or num_segments > _MAX_JPEG_SEGMENTS:
             raise ImageError(f"{name}: a JPEG of {num_scans} scans in {num_segments} segments or more")
         if code in _JPEG_FRAMES:
-            frames.append((code, data[start + 7] if start + 7 < len(data) else 0))
-        elif code == 0xDA and len(frames) == 1 and frames[0][0] in (0xC0, 0xC1):
-            # Not progressive, and all components in the first scan: libjpeg takes a second one for an error.
-            if data[start + 2 : start + 3] == bytes([frames[0][1]]):
-                return
+            frames.append((code, data[start + 7 : start + 8]))
+        elif code == 0xDA and frames in ([(0xC0, data[start + 2 : start + 3])], [(0xC1, data[start + 2 : start + 3])]):
+            return  # not progressive, and all components in the first scan: libjpeg takes a second one for an error
         position = start + int.from_bytes(data[start : start + 2], "big")
 
 

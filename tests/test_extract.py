@@ -429,11 +429,14 @@ def test_figures_of_a_manual_stay_and_its_arrows_go(body: str) -> None:
 
 def test_arrows_and_cards_inside_the_text_are_no_content() -> None:
     """A link of nothing but an arrow, as latex2html writes it, and a captioned card that leads to another page."""
-    card = "<figure><a href=/x><img src=card.jpg></a><figcaption><a href=/x>Ten cats you must see</a></figcaption>"
-    links = "".join(f"<li><a href=/{n}>Another page of the site, number {n}</a></li>" for n in range(30))
+    image, words = "<img src=card.jpg>", "Ten cats you must see before you leave the town"
     arrow = "<a href=p2.html><img src=next.gif alt='[next]'></a>"
-    html = page(f"<div class=sect1>{P[0]}{P[1]}{arrow}{P[2]}{P[3]}<div>{card}</figure><ul>{links}</ul></div></div>")
-    assert run(html) == LONG
+    card = f"<figure><a href=/x>{image}</a><figcaption><a href=/x>{words}</a></figcaption></figure>"
+    captioned = f"<figure>{image}<figcaption>{words}</figcaption></figure>"
+    more = f"<p>{'Words that the extractor leaves out with the block around them. ' * 6}</p>"
+    around = f"<div class=sect1>{P[0]}{P[1]}{arrow}{P[2]}{P[3]}<div class=more-on>{{}}{more}</div></div>"
+    assert run(page(around.format(card))) == LONG
+    assert run(page(around.format(captioned))) == [*LONG, f"[{IMG}card.jpg]", words]
 
 
 def test_inline_tags_leave_hidden_words_and_boilerplate_where_they_are() -> None:

@@ -1,8 +1,10 @@
 """JPEGs decoded at a part of their size, and the transform that does so."""
 
+import contextlib
 import io
 import math
 import random
+import time
 
 import numpy as np
 import pytest
@@ -148,6 +150,21 @@ def test_too_many_scans_are_refused_as_well():
     last = data.rindex(b"\xff\xda")
     with pytest.raises(ImageError, match="scans"):
         small_image(data[:-2] + data[last:-2] * 200 + b"\xff\xd9", at_least=(1, 1))
+
+
+def test_scans_behind_a_whole_picture_are_not_decoded():
+    # Stops: a file whose end is not looked at, since it is not progressive, and which keeps the decoder busy there.
+    data = jpeg(scene(640, 480))
+    scan = data[data.index(b"\xff\xda") : -2]
+    start = time.process_time()
+    assert small_image(data, at_least=(480, 640)).size == (640, 480)
+    once = time.process_time() - start
+    bomb = data[:-2] + scan * 300 + b"\xff\xd9"
+    for load in (load_image, lambda file: small_image(file, at_least=(480, 640))):
+        start = time.process_time()
+        with contextlib.suppress(ImageError):
+            assert load(bomb).size == (640, 480)
+        assert time.process_time() - start < 20 * once + 0.2
 
 
 def test_other_sources_come_whole(tmp_path):

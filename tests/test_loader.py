@@ -229,6 +229,7 @@ def test_broken_states_are_refused(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch raises wherever the signal comes
 @pytest.mark.parametrize("how", ["killed", "exit", "error"])
 def test_a_worker_that_dies_is_an_error(how: str) -> None:
     """Stops: a run that waits for ever for a process that the system killed for its memory."""
@@ -262,6 +263,7 @@ def test_workers_leave_the_random_numbers_alone() -> None:
 # ---- with a corpus ----
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_batches_are_the_same_for_any_number_of_workers(data: Path) -> None:
     """Augmented images too; more workers than shards and steps."""
     task = task_of(data, "corpus", "other")
@@ -390,9 +392,9 @@ served = test_shards.served
 def test_a_corpus_at_a_url(served: tuple[Path, str, list[str]], tmp_path: Path) -> None:
     """Read shard by shard, not into memory as other sources at URLs are."""
     folder, url, _ = served
-    write(folder, pages(6, longest=4))
+    write(folder / "corpus", pages(6, longest=4))
     write(tmp_path / "held-out", pages(1))
-    task = task_of(tmp_path, url)
+    task = task_of(tmp_path, f"{url}/corpus")
     assert isinstance(task.sources[0], CorpusSource)
     assert len(texts_of_epoch(task)) == 6
     assert task.errors.total == 0

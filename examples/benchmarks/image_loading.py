@@ -4,7 +4,8 @@ One process, one thread, on one core where the system can hold a process there. 
 machine stretches less, and the ways take turns, so that a busy moment hits all of them. All read the same tar, from the
 system's cache, and give float32 (3, 224, 224), the middle of the photo.
 
-- mm-gpt: `Shard` and `FastTransform`, with every check of files that nobody has checked before.
+- mm-gpt: `Shard`, with the index that every shard of a corpus has, and `FastTransform`, with every check of files that
+  nobody has checked before.
 - webdataset pil: its own decoder, `decode("pil")`, and torchvision's bicubic Resize, CenterCrop, ToTensor, Normalize.
 - webdataset torchrgb: for information; `decode("torchrgb")`, which makes floats before anything is resized.
 
@@ -38,7 +39,8 @@ from torchvision import transforms as tv
 from tqdm import tqdm
 
 import mm_gpt.serving
-from mm_gpt.datasets.shards import Shard
+from mm_gpt.datasets.samples import ErrorCounter
+from mm_gpt.datasets.shards import Shard, index_path, index_tar
 from mm_gpt.document import Image
 from mm_gpt.vision.transforms import CLIP_MEAN, CLIP_STD, FastTransform, ImageTransformConfig
 
@@ -151,6 +153,7 @@ def main() -> None:
         for width, count in WIDTHS.items():
             tar = Path(scratch, f"{width}.tar")
             write_photos(tar, width, count)
+            np.save(index_path(tar), index_tar(tar, ErrorCounter()))
             rows.append(measure(tar, args.rounds, f"{width} x {width * 3 // 4}"))
         rows += [measure(tar, args.rounds, tar.name) for tar in args.tar]
     for row in rows:
