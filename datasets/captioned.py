@@ -18,11 +18,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from webdataset.tariterators import base_plus_ext, group_by_keys
-
 from mm_gpt.datasets.files import base_name, is_remote, list_files, local_path, open_file, suffix_of
 from mm_gpt.datasets.rows import is_text, plain_values, read_parquet
-from mm_gpt.datasets.samples import IMAGE_SUFFIXES, BadRecordError, ErrorCounter, QuestionAnswer, Record
+from mm_gpt.datasets.samples import IMAGE_SUFFIXES, BadRecordError, ErrorCounter, QuestionAnswer, Record, split_name
 from mm_gpt.errors import MMGPTError
 from mm_gpt.images import source_name
 
@@ -107,11 +105,7 @@ def _read_shards(shards: Sequence[str], errors: ErrorCounter, check_hash: bool) 
 def _read_tar(location: str, errors: ErrorCounter, check_hash: bool) -> Iterator[Record]:
     tar = base_name(location)
 
-    def duplicate(_: Exception) -> bool:
-        errors.add("duplicate member", tar)
-        return True
-
-    for sample in group_by_keys(_tar_members(location, errors), handler=duplicate):
+    for sample in _grouped(_tar_members(location, errors), tar, errors):
         name = f"{tar}:{sample['__key__']}"
         if "__refused__" in sample:
             errors.add(sample["__refused__"], name)
@@ -123,8 +117,27 @@ def _read_tar(location: str, errors: ErrorCounter, check_hash: bool) -> Iterator
     _count_failed(location, errors)
 
 
-def _tar_members(location: str, errors: ErrorCounter) -> Iterator[dict[str, Any]]:
-    """What `group_by_keys` reads: {"fname", "data", "__url__"} for each image, .json or .txt member."""
+def _grouped(members: Iterator[tuple[str, bytes | str]], tar: str, errors: ErrorCounter) -> Iterator[dict[str, Any]]:
+    """Members that stand together and share a key, as webdataset groups them: {"__key__": ..., suffix: bytes, ...}."""
+    sample: dict[str, Any] = {}
+    for name, data in members:
+        key, suffix = split_name(name)
+        if key is None or suffix is None:
+            continue
+        if sample and sample["__key__"] != key:
+            yield sample
+            sample = {}
+        sample["__key__"] = key
+        if suffix.lower() in sample:
+            errors.add("duplicate member", tar)
+        else:
+            sample[suffix.lower()] = data
+    if sample:
+        yield sample
+
+
+def _tar_members(location: str, errors: ErrorCounter) -> Iterator[tuple[str, bytes | str]]:
+    """Name and content of each image, .json or .txt member."""
     with open_file(location) as stream:
         try:
             # As a stream, "r|": a remote tar is read from its beginning to its end, with no jumps in it.
@@ -143,12 +156,12 @@ def _tar_members(location: str, errors: ErrorCounter) -> Iterator[dict[str, Any]
                         continue
                     if member.size > MAX_MEMBER_BYTES or member.issparse():
                         # Refused, not dropped: the rest of its record must not pass for a whole one.
-                        key, _ = base_plus_ext(member.name)
-                        yield {"fname": f"{key}.__refused__", "data": "member too large", "__url__": location}
+                        key, _ = split_name(member.name)
+                        yield f"{key}.__refused__", "member too large"
                         continue
                     file = tar.extractfile(member)
                     assert file is not None  # isreg() said so
-                    yield {"fname": member.name, "data": file.read(), "__url__": location}
+                    yield member.name, file.read()
                 except (tarfile.TarError, EOFError, OSError, MMGPTError) as error:
                     errors.add(f"broken tar, rest of it unread ({error})", base_name(location))
                     break

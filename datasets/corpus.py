@@ -21,27 +21,21 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from PIL import Image as PILImage
 from tqdm import tqdm
 
 from mm_gpt.datasets import files, web
+from mm_gpt.datasets.corpus_config import CorpusConfig
 from mm_gpt.datasets.decontaminate import RemoveContamination
-from mm_gpt.datasets.document_filters import ImageLimit
 from mm_gpt.datasets.duplicates import NEAR, find_duplicates
-from mm_gpt.datasets.extract import ExtractConfig
 from mm_gpt.datasets.fingerprints import write_fingerprints
 from mm_gpt.datasets.image_duplicates import find_repeated_images
-from mm_gpt.datasets.image_filters import ImageFilter, URLFilter
 from mm_gpt.datasets.interleaved import each_of
-from mm_gpt.datasets.language_id import Language
-from mm_gpt.datasets.minhash import MinHash
-from mm_gpt.datasets.personal_data import PersonalData
-from mm_gpt.datasets.pipeline import Funnel, Stage, Step, as_document, language_of, num_images, run_stages
-from mm_gpt.datasets.published_filters import Filters, kosmos, obelics
-from mm_gpt.datasets.quality import QualityFilter
+from mm_gpt.datasets.pipeline import Funnel, Step, as_document, language_of, num_images, run_stages
+from mm_gpt.datasets.published_filters import Filters
 from mm_gpt.datasets.samples import (
     IMAGE_SUFFIXES,
     BadRecordError,
@@ -52,7 +46,6 @@ from mm_gpt.datasets.samples import (
 )
 from mm_gpt.datasets.shards import CORPUS_FILE, Corpus, Shard, ShardInfo, ShardWriter, index_path, write_corpus_file
 from mm_gpt.datasets.sources import FORMATS, Format, detect, read_samples
-from mm_gpt.datasets.text_filters import DocumentFilter, ParagraphFilter, RepeatedSentences
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ConfigError, ImageError, MMGPTError, unknown_name
 from mm_gpt.images import DEFAULT_LIMITS, ImageSource, image_bytes, image_format, is_url, load_image, to_file
@@ -66,111 +59,6 @@ DROP = "drop"
 PAGES_IN_SPLIT = 64
 FETCHES = 16
 """Images of one document that are fetched at a time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusConfig:
-    """How a corpus is made. Records and conversations go whole or stay as they are: those with an image that is missing
-    or broken, those that share anything with an evaluation set, and doubles go."""
-
-    filters: Literal["none", "basic", "kosmos", "obelics"] = "basic"
-    """`basic` drops paragraphs of repetitions and symbols, documents without any sentence, and icons; the others are
-    those of the published corpora."""
-    languages: tuple[str, ...] = ()
-    """Keep documents in these languages (ISO 639-1 codes); none: all, or English for `kosmos` and `obelics`."""
-    alt: Literal["drop", "text"] = "drop"
-    """`text`: what a page says in place of an image stands behind it."""
-    captions: Literal["keep", "drop"] = "keep"
-    """Of figures."""
-    opt_out: bool = True
-    """Leave out pages and images whose owners say so: robots and TDM reservation signals."""
-    personal_data: bool = True
-    """Replace addresses, phone numbers, account numbers and the like by marks."""
-    quality: str | None = None
-    """Folder of a quality classifier; see `mm_gpt.datasets.quality`."""
-    fetch: bool = True
-    """Fetch images behind URLs, from public addresses only; False: they are left out."""
-    image_side: int | None = 1024
-    """Longest side in pixels: larger images are made smaller. None: files stay as they are."""
-    max_images: int | None = None
-    """Of a document; the first ones stay."""
-    near_duplicates: float | None = 0.8
-    """Documents whose words agree by more than this are one. None: only equal ones are."""
-    keep: Literal["first", "longest"] = "first"
-    """Which of the duplicates."""
-    image_documents: int | None = 10
-    """Images that are in more documents are decoration, and go from documents. None: they stay."""
-    contamination: str | None = None
-    """Folder that `mm-gpt corpus contamination` wrote: what is in its evaluation sets is cut out."""
-    shard_mb: int = 256
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
-            raise ConfigError(f"near_duplicates must be above 0 and at most 1, not {self.near_duplicates}")
-        for name in ("image_side", "max_images", "image_documents", "shard_mb"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
-
-    def extraction(self) -> ExtractConfig:
-        config = ExtractConfig(alt=self.alt, captions=self.captions)
-        return config if self.opt_out else dataclasses.replace(config, page_opt_outs=(), image_opt_outs=())
-
-    def stages(self) -> Filters:
-        """What runs before and behind the fetching of images."""
-        match self.filters:
-            case "none":
-                language: tuple[Stage, ...] = (Language(languages=self.languages),) if self.languages else ()
-                filters = Filters(language, ())
-            case "basic":
-                filters = basic(languages=self.languages)
-            case "kosmos":
-                filters = kosmos(languages=self.languages or ("en",), seed=self.seed)
-            case "obelics":
-                filters = obelics(languages=self.languages or ("en",))
-        before, after = list(filters.before_fetch), list(filters.after_fetch)
-        if self.quality is not None:
-            before.append(QualityFilter(path=self.quality, seed=self.seed))
-        if self.personal_data:
-            before.append(PersonalData())
-        if self.max_images is not None:
-            after.append(ImageLimit(maximum=self.max_images))
-        if self.contamination is not None:
-            after.append(RemoveContamination(index_path=self.contamination))
-        # A rule that is checked again is another step of the funnel.
-        names = {stage.name for stage in before}
-        again = {name for name in (stage.name for stage in after) if name in names}
-        after = [_renamed(stage, f"{stage.name}, fetched") if stage.name in again else stage for stage in after]
-        return Filters(tuple(before), tuple(after))
-
-    def steps(self) -> list[str]:
-        """The lines of the funnel, in order."""
-        stages = self.stages()
-        before, after = ([stage.name for stage in some] for some in (stages.before_fetch, stages.after_fetch))
-        return ["read", *before, "fetch images", *after, "store", "duplicates", "repeated images", "written"]
-
-    def minhash(self) -> MinHash:
-        return MinHash() if self.near_duplicates is None else MinHash(threshold=self.near_duplicates)
-
-
-def _renamed(stage: Any, name: str) -> Stage:
-    renamed: Stage = dataclasses.replace(stage, name=name)
-    return renamed
-
-
-def basic(*, languages: tuple[str, ...] = ()) -> Filters:
-    """Mild rules in any language: for documents that somebody chose, not for a crawl."""
-    return Filters(
-        before_fetch=(
-            Language(languages=languages),
-            URLFilter(),
-            ParagraphFilter(max_character_repetition=0.5, max_word_repetition=0.5, max_special_characters=0.6),
-            RepeatedSentences(),
-            DocumentFilter(min_words=5),
-        ),
-        after_fetch=(ImageFilter(min_side=32, max_aspect_ratio=10, single_colour_tolerance=4, unique=True),),
-    )
 
 
 # ---- Parts ----

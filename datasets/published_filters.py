@@ -1,4 +1,4 @@
-"""The filters of published interleaved corpora, as lists of stages with their values."""
+"""Filters as lists of stages with their values: those of published interleaved corpora, and a mild list of ours."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,4 +110,18 @@ def kosmos(*, languages: tuple[str, ...] = ("en",), seed: int = 0) -> Filters:
             Interspersed(),
             OneImageSample(keep=0.5, seed=seed),
         ),
+    )
+
+
+def basic(*, languages: tuple[str, ...] = ()) -> Filters:
+    """Mild rules in any language: for documents that somebody chose, not for a crawl."""
+    return Filters(
+        before_fetch=(
+            Language(languages=languages),
+            URLFilter(),
+            ParagraphFilter(max_character_repetition=0.5, max_word_repetition=0.5, max_special_characters=0.6),
+            RepeatedSentences(),
+            DocumentFilter(min_words=5),
+        ),
+        after_fetch=(ImageFilter(min_side=32, max_aspect_ratio=10, single_colour_tolerance=4, unique=True),),
     )

@@ -104,3 +104,14 @@ class ErrorCounter:
         for reason, names in other.examples.items():
             own = self.examples.setdefault(reason, [])
             own += names[: self.max_examples - len(own)]
+
+
+def split_name(name: str) -> tuple[str, str] | tuple[None, None]:
+    """Key and suffix of a tar's member, as webdataset tells them: the suffix begins at the first dot of the last part.
+
+    Nones for a name without a dot, or with nothing before it: no part of a sample. (webdataset's own function would
+    bring torch into each process that only reads a tar.)
+    """
+    folder, slash, own = name.rpartition("/")
+    base, dot, suffix = own.partition(".")
+    return (f"{folder}{slash}{base}", suffix) if base and dot else (None, None)

@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
-from webdataset.tariterators import base_plus_ext
 
 from mm_gpt.datasets import files
 from mm_gpt.datasets.captioned import MAX_MEMBER_BYTES
 from mm_gpt.datasets.members import from_members, to_members
-from mm_gpt.datasets.samples import IMAGE_SUFFIXES, BadRecordError, ErrorCounter, Sample
+from mm_gpt.datasets.samples import IMAGE_SUFFIXES, BadRecordError, ErrorCounter, Sample, split_name
 from mm_gpt.errors import MMGPTError
 
 CORPUS_FILE = "corpus.json"
@@ -163,7 +162,7 @@ def index_tar(path: Path, errors: ErrorCounter) -> np.ndarray:
                     errors.add("broken tar, rest of it unread", f"{path.name}:{len(offsets)} ({broken or 'no end'})")
                 break
             tar.members = []  # type: ignore[attr-defined]  # or a long shard keeps every header in memory
-            key = base_plus_ext(member.name)[0] if member.isreg() else current
+            key = split_name(member.name)[0] if member.isreg() else current
             if member.size < 0 or not member.offset_data <= tar.offset <= size:
                 errors.add("broken tar, rest of it unread", f"{path.name}:{len(offsets)} (cut short)")
                 if offsets and key == current:
@@ -197,7 +196,7 @@ def _split(data: bytes) -> tuple[str, dict[str, bytes]]:
         name = header[:100].partition(b"\0")[0].decode(errors="replace")
         if header[345]:
             name = f"{header[345:500].partition(bytes(1))[0].decode(errors='replace')}/{name}"
-        own, suffix = base_plus_ext(name)
+        own, suffix = split_name(name)
         if key is None:
             key = own
         if own == key:
@@ -214,7 +213,7 @@ def _split_slowly(data: bytes) -> tuple[str, dict[str, bytes]]:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:", errors="replace") as tar:
             for member in tar:
-                own, suffix = base_plus_ext(member.name) if member.isreg() else (None, None)
+                own, suffix = split_name(member.name) if member.isreg() else (None, None)
                 key = key or own
                 if own is None or own != key or not _is_safe(suffix):
                     continue

@@ -31,7 +31,8 @@ def add_build(parser: argparse.ArgumentParser) -> None:
 
 def run_build(args: argparse.Namespace) -> int:
     from mm_gpt.config import override
-    from mm_gpt.datasets.corpus import CorpusConfig, Runner, build_corpus
+    from mm_gpt.datasets.corpus import Runner, build_corpus
+    from mm_gpt.datasets.corpus_config import CorpusConfig
 
     settings = [word for word in args.words if _is_setting(word)]
     sources = [word for word in args.words if not _is_setting(word)]
@@ -60,7 +61,7 @@ def _settings() -> str:
     """The fields of CorpusConfig with their defaults."""
     import dataclasses
 
-    from mm_gpt.datasets.corpus import CorpusConfig
+    from mm_gpt.datasets.corpus_config import CorpusConfig
 
     hints = typing.get_type_hints(CorpusConfig)
     rows = []

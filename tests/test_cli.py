@@ -51,7 +51,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
     script = f"""
 import contextlib, io, sys
 from mm_gpt.cli import main
-for argv in [["--help"], ["--version"], ["nope"], *([name, "--help"] for name in {list(COMMANDS)})]:
+for argv in [["--help"], ["--version"], ["nope"], *([*name.split(), "--help"] for name in {list(COMMANDS)})]:
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         main(argv)
 heavy = {{"torch", "numpy", "PIL", "transformers", "open_clip", "gradio", "webdataset", "matplotlib"}}
@@ -73,16 +73,17 @@ def test_help_has_examples_that_parse(name: str, capsys: Capture) -> None:
     import shlex
 
     with pytest.raises(SystemExit) as stop:
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     for example in COMMANDS[name].examples:
         assert example in shown
         words = shlex.split(example.partition("| mm-gpt")[2] or example.removeprefix("mm-gpt").partition(" | ")[0])
-        assert words[0] == name
+        named = name.split()
+        assert words[: len(named)] == named
         parser = argparse.ArgumentParser(exit_on_error=False)
         COMMANDS[name].add_arguments(parser)
-        parser.parse_intermixed_args(words[1:])
+        parser.parse_intermixed_args(words[len(named) :])
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ def test_resuming_another_recipe_is_refused(shapes: Path, tmp_path: Path) -> Non
     """Silently going on with other settings would make a run that nothing describes."""
     recipe = override(tiny(str(shapes)), ["train.steps=2", "train.warmup_steps=1"])
     run_recipe(recipe, tmp_path / "run", progress=False)
-    with pytest.raises(MMGPTError, match="rows"):
-        run_recipe(override(recipe, ["rows=2"]), tmp_path / "run", resume=True, progress=False)
+    with pytest.raises(MMGPTError, match="row_length"):
+        run_recipe(override(recipe, ["row_length=128"]), tmp_path / "run", resume=True, progress=False)
     longer = override(recipe, ["train.steps=3"])
     run_recipe(longer, tmp_path / "run", resume=True, progress=False)
     assert (tmp_path / "run/step-000003").is_dir()
@@ -93,7 +93,7 @@ def test_a_language_recipe_says_what_it_validates_on() -> None:
 
 
 def test_empty_folder_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(MMGPTError, match=r"holds no \.tar"):
+    with pytest.raises(MMGPTError, match="an empty folder"):
         run_recipe(tiny(str(tmp_path)), tmp_path / "run", progress=False)
 
 
@@ -196,7 +196,7 @@ def test_bytes_have_room_for_the_marks(texts: Path) -> None:
     sizes = ["model.decoder.max_length=256", "row_length=128"]
     task = LanguageTask(override(recipe("sparse-transformer-fixed", str(texts)), [*small, *sizes]))
     assert task.processor.tokenizer.vocab_size == task.model.decoder.config.vocab_size == 259
-    assert max(int(batch.input_ids.max()) for batch in task.micro_batches(0, 4)) < 259
+    assert max(int(batch.input_ids.max()) for n in range(4) for batch in task.micro_batches(n, 1)) < 259
 
 
 def test_spans_that_the_encoder_cannot_read() -> None:

@@ -23,7 +23,15 @@ from hypothesis import strategies as st
 
 from mm_gpt.datasets import shards
 from mm_gpt.datasets.members import from_members, to_members
-from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, QuestionAnswer, Record, Sample
+from mm_gpt.datasets.samples import (
+    BadRecordError,
+    Conversation,
+    ErrorCounter,
+    QuestionAnswer,
+    Record,
+    Sample,
+    split_name,
+)
 from mm_gpt.datasets.shards import (
     BLOCK,
     Corpus,
@@ -678,3 +686,10 @@ def test_tables_are_kept_elsewhere_for_other_corpora(tmp_path: Path, monkeypatch
 
 def test_shard_names_stay_as_written() -> None:
     assert ShardInfo("a.tar", 1, 2).digest == ""  # corpora of before have none
+
+
+@given(st.text(alphabet="ab./_", max_size=12))
+def test_names_are_split_as_webdataset_does(name: str) -> None:
+    from webdataset.tariterators import base_plus_ext
+
+    assert split_name(name) == base_plus_ext(name)

@@ -6,7 +6,7 @@
 - loader: the same batches without a model, by one process: rows, tokens and images for each second of processor time,
   and the positions of the rows that hold a token.
 - webdataset: images for each second of processor time of a plain pipeline over the same shards: `decode("pil")`,
-  torchvision's bicubic resize to the same size, batches. The two take turns. Ours tokenises, packs and augments as well.
+  torchvision's bicubic resize to the same size, batches. They take turns. Ours tokenises, packs and augments as well.
 
 Documents are made from the package's samples or from tars of photos: paragraphs and one to four JPEGs each.
 
@@ -43,10 +43,10 @@ from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import train
 from mm_gpt.vision.transforms import ImageTransformConfig
 
-WORDS = (
-    "the a of in on with and light morning harbour station river glass stone green quiet people walking market window"
-    " table coffee rocket launch sky cat garden evening train bridge photo shows taken near old new small wide"
-).split()
+WORDS = """
+the a of in on with and light morning harbour station river glass stone green quiet people walking market window table
+coffee rocket launch sky cat garden evening train bridge photo shows taken near old new small wide
+"""
 PHOTO_WIDTH = 640
 
 
@@ -87,7 +87,7 @@ def write_corpus(folder: Path, photos: list[bytes], rng: random.Random) -> int:
         segments: list[Text | Image] = []
         for photo in photos[at : at + rng.randint(1, 4)]:
             for _ in range(rng.randint(1, 3)):
-                words = rng.choices(WORDS, k=rng.randint(20, 80))
+                words = rng.choices(WORDS.split(), k=rng.randint(20, 80))
                 segments.append(Text(" ".join(words).capitalize() + "."))
             segments.append(Image(photo))
             at += 1
