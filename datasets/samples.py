@@ -114,4 +114,5 @@ def split_name(name: str) -> tuple[str, str] | tuple[None, None]:
     """
     folder, slash, own = name.rpartition("/")
     base, dot, suffix = own.partition(".")
-    return (f"{folder}{slash}{base}", suffix) if base and dot else (None, None)
+    named = base or (slash and "." not in folder)  # `folder/.suffix` has a key there as well
+    return (f"{folder}{slash}{base}", suffix) if named and dot else (None, None)
