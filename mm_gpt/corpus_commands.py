@@ -25,7 +25,11 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", metavar="FOLDER", help="that image names in the records are relative to")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
     parser.add_argument(
-        "--ray", nargs="?", const="auto", metavar="ADDRESS", help="run on a Ray cluster; without ADDRESS the local one"
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="run on the Ray cluster at HOST:PORT; without ADDRESS on the one that runs here, `here` starts one",
     )
 
 
@@ -44,7 +48,7 @@ def run_build(args: argparse.Namespace) -> int:
     if args.ray is not None:
         from mm_gpt.datasets.cluster import RayRunner
 
-        runner = RayRunner(address=args.ray, progress=progress)
+        runner = RayRunner(None if args.ray == "here" else args.ray, workers=args.workers, progress=progress)
     summary = build_corpus(sources, args.out, config, format=args.format, images=args.images, runner=runner)
     print(summary.funnel.markdown(), end="")
     print(
