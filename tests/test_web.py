@@ -243,6 +243,7 @@ BODY = b"<p>a body</p>" * 40
         (b"5;x=y\r\n" + BODY[:5] + b"\r\n203\r\n" + BODY[5:] + b"\r\n0\r\n\r\n", {"transfer-encoding": "chunked"}),
         (BODY, {"transfer-encoding": "chunked"}),
     ],
+    ids=["plain", "gzip", "gzip undone", "deflate", "raw deflate", "chunked", "chunked undone"],
 )
 def test_body(sent: bytes, headers: dict[str, str]) -> None:
     assert decode_body(sent, headers, 10_000) == BODY
