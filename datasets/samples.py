@@ -77,6 +77,8 @@ class ErrorCounter:
 
     def add(self, reason: str, record: str) -> None:
         """Count `record` under `reason` and log it; after `max_examples` of one reason, only count."""
+        # Names on old disks are not always Unicode: half a character would break whatever it is printed to.
+        record = record.encode("utf-8", "backslashreplace").decode()
         self.counts[reason] += 1
         named = self.examples.setdefault(reason, [])
         if len(named) < self.max_examples:
