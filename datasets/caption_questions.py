@@ -156,8 +156,10 @@ def _settle_bikes(captions: Sequence[str]) -> list[str]:
     has_pedals = re.search(r"bicycl|cyclist|bmx|mountain bike", re.sub(r"motor ?cyclist", "", text))
     if not has_motor:
         return list(captions)
-    name = "thing" if has_pedals else "motorcycle"
-    return [re.sub(r"\b(?:dirt ?|mountain )?bike(s?)\b", rf"{name}\1", c, flags=re.IGNORECASE) for c in captions]
+    if has_pedals:  # a bare "bike" may be either; a mountain bike stays one
+        bare = r"(?<!mountain )(?<!dirt )(?<!bmx )\bbike(s?)\b"
+        return [re.sub(bare, r"thing\1", c, flags=re.IGNORECASE) for c in captions]
+    return [re.sub(r"\b(?:dirt ?)?bike(s?)\b", r"motorcycle\1", c, flags=re.IGNORECASE) for c in captions]
 
 
 def _ask(rng: random.Random, phrasings: str, answers: Iterable[str], **words: str) -> QuestionAnswer:

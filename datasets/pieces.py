@@ -80,8 +80,10 @@ def cut(segments: Sequence[Segment], processor: Processor, max_tokens: int) -> l
     while start < whole.end:
         end, length = _fill(segments, start, processor, max_tokens)
         if _is_mark(segments[end[0] :]) and (nearer := _shorter(segments, start, end)) is not None:
-            end = nearer  # alone in a piece, the end of the text would never be learned
-            length = _length(Piece(start, end).of(segments), processor)
+            # Alone in a piece, the end of the text would never be learned. Half a word may take more than all of it.
+            fewer = _length(Piece(start, nearer).of(segments), processor)
+            if fewer <= max_tokens:
+                end, length = nearer, fewer
         if length:
             pieces.append((Piece(start, end), length))
         start = end

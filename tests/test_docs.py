@@ -41,6 +41,7 @@ ELSEWHERE = (
 )
 SHORTER = {  # what makes an hour's training a step, and a minute's, which test_recipes.py has, some seconds
     "mm-gpt train tiny": "train.steps=40 train.validate_every=40 train.save_every=40",
+    "mm-gpt train finetune": "train.accumulate=1 validation_images=4 rows=1 row_length=256",
     "mm-gpt train default_vision": "train.steps=1 batch_size=4 validation_images=4",
     "mm-gpt train default_joint": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
     "mm-gpt train default_questions": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
@@ -143,7 +144,8 @@ def run_all(lines: list[str], folder: Path) -> None:
     for line in lines:
         done = run(line, folder)
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
-    shutil.rmtree(folder / "runs", ignore_errors=True)
+    for made in ("runs", "corpus", "tokenizer", "contamination"):
+        shutil.rmtree(folder / made, ignore_errors=True)
 
 
 @pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
