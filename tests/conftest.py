@@ -1,10 +1,12 @@
 """Fixtures: a tiny model with random weights and its own small tokenizer, so that tests need no download."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image as PILImage
 
 from mm_gpt.hub.checkpoint import save_model
@@ -18,6 +20,10 @@ from mm_gpt.vision.encoder import VisionConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
 
 torch.set_num_threads(1)
+# The same examples in each run, so that a change is judged by itself; EXPLORE=1 looks for new ones.
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+if not os.environ.get("EXPLORE"):
+    settings.load_profile("repeatable")
 IMAGE_SIZE = 32
 
 
