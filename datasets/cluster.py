@@ -118,6 +118,7 @@ class RayRunner(Runner):
         context = data.DataContext.get_current().copy()
         context.enable_progress_bars = context.print_on_execution_start = context.enable_auto_log_stats = False
         context.target_max_block_size = BLOCK_BYTES
+        # Pickled by the driver for its own workers, as Ray does with the function beside it: nothing from outside.
         rows = [{"number": number, "item": pickle.dumps(item)} for number, item in enumerate(items)]
         with data.DataContext.current(context), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `max_retries` has no other place yet; without it Ray tries for ever

@@ -1,4 +1,5 @@
-"""Rules for images: size, shape, file, colour, URL, and how often an image comes again.
+"""Rules for images: size, shape, file, colour, URL, and whether an image comes again in its document. Those that come
+again over the whole corpus are found by `image_duplicates`.
 
 `URLFilter` needs no file: run it before images are fetched. `ImageFilter` reads each file once and decodes it only
 where a rule asks for pixels. An image that is still a URL is never fetched here and passes; so fetch first.
@@ -6,7 +7,7 @@ where a rule asks for pixels. An image that is still a URL is never fetched here
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -168,43 +169,6 @@ class ImageFilter:
         return None
 
 
-def image_keys(document: Document) -> frozenset[str]:
-    """What tells the document's images from others, each once: its URL, or the hash of its file once it is fetched.
-
-    Unreadable images have none. The first of two phases: count these over the corpus, then see `too_common`.
-    """
-    keys = set()
-    for segment in document.segments:
-        if isinstance(segment, Image) and (key := _key(segment)):
-            keys.add(key)
-    return frozenset(keys)
-
-
-def count_images(documents: Iterable[Document]) -> Counter[str]:
-    """In how many documents each image is. Memory grows with the number of different images, about 150 bytes each."""
-    counts: Counter[str] = Counter()
-    for document in documents:
-        counts.update(image_keys(document))
-    return counts
-
-
-def too_common(counts: Mapping[str, int], max_documents: int = 10) -> frozenset[str]:
-    """The images that are in more than `max_documents` documents: banners, avatars, stock pictures (OBELICS: 10)."""
-    return frozenset(key for key, count in counts.items() if count > max_documents)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommonImages:
-    """Removes the images that `too_common` found in the corpus."""
-
-    keys: frozenset[str]
-    name: str = "common images"
-
-    def __call__(self, document: Document, removed: Counter[str]) -> Document:
-        rule = "in too many documents"
-        return _without(document, lambda image: rule if _key(image) in self.keys else None, removed)
-
-
 def _without(document: Document, broken_rule: Callable[[Image], str | None], removed: Counter[str]) -> Document:
     """The document without the images for which `broken_rule` names a rule; each is counted under it."""
     kept: list[Segment] = []
@@ -219,15 +183,6 @@ def _without(document: Document, broken_rule: Callable[[Image], str | None], rem
 
 def _is_web_url(image: Image) -> bool:
     return is_url(image.source) and str(image.source)[:5].lower() != "data:"
-
-
-def _key(image: Image) -> str | None:
-    if _is_web_url(image):
-        return str(image.source)
-    try:
-        return ImageFile(image).key
-    except ImageError:
-        return None
 
 
 def _features_of(file: ImageFile) -> ImageFile:

@@ -2,7 +2,6 @@
 
 import io
 import logging
-import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,9 @@ from PIL import ImageEnhance
 
 from mm_gpt.datasets import image_filters
 from mm_gpt.datasets.image_filters import (
-    CommonImages,
     ImageFilter,
     URLFilter,
-    count_images,
-    image_keys,
     is_single_coloured,
-    too_common,
 )
 from mm_gpt.datasets.image_hash import content_hash, hamming, perceptual_hash
 from mm_gpt.document import Document, Image, Text
@@ -155,27 +150,6 @@ def test_single_colour() -> None:
     removed: Counter[str] = Counter()
     ImageFilter(single_colour_tolerance=0)(Document((Image(file(clear, "PNG")),)), removed)
     assert removed == {"image: single colour": 1}, "what nobody sees is no content"
-
-
-def test_common_images_over_the_corpus() -> None:
-    banner, photo = Image("http://x.org/banner.png"), Image(GOOD)
-    documents = [Document((banner, banner, Image(file(picture(at))))) for at in range(1, 5)] + [
-        Document((photo, banner))
-    ]
-    documents.append(Document((photo, Image(b"broken"))))
-    counts = count_images(documents)
-    assert counts["http://x.org/banner.png"] == 5, "twice in a document counts once"
-    assert counts[content_hash(GOOD)] == 2
-    assert image_keys(Document((Image(b"broken"),))) == {content_hash(b"broken")}
-    # Counted in parts, on several machines, the sum is the same.
-    assert count_images(documents[:2]) + count_images(documents[2:]) == counts
-    common = too_common(counts, max_documents=2)
-    assert common == {"http://x.org/banner.png"}
-    stage = pickle.loads(pickle.dumps(CommonImages(keys=common)))
-    removed: Counter[str] = Counter()
-    assert stage(documents[4], removed).segments == (photo,)
-    assert removed == {"image: in too many documents": 1}
-    assert too_common({"a": 10, "b": 11}) == {"b"}
 
 
 @pytest.mark.parametrize(
