@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mm_gpt.datasets.overlap import mix, ngram_hashes
+from mm_gpt.datasets.contamination.overlap import mix, ngram_hashes
 from mm_gpt.errors import MMGPTError
 
 _CHUNK = 65536  # hashes at a time: 27 positions each make 14 MB

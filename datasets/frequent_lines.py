@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from mm_gpt.datasets.external_sort import U64, Sorter
-from mm_gpt.datasets.minhash import hash_rows, word_hashes
+from mm_gpt.datasets.duplicates.external_sort import U64, Sorter
+from mm_gpt.datasets.duplicates.minhash import hash_rows, word_hashes
 from mm_gpt.document import Document, Segment, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mm_gpt.datasets.files import base_name, folder_of, offline, scheme_of, suffix_of
-from mm_gpt.datasets.interleaved import (
+from mm_gpt.datasets.formats.interleaved import (
     document_id,
     each_file,
     image_source,
@@ -20,9 +19,10 @@ from mm_gpt.datasets.interleaved import (
     obelics_documents,
     paragraphs,
 )
-from mm_gpt.datasets.rows import plain_text, read_rows
+from mm_gpt.datasets.reading.files import base_name, folder_of, offline, scheme_of, suffix_of
+from mm_gpt.datasets.reading.rows import plain_text, read_rows
+from mm_gpt.datasets.reading.unpacked import open_unpacked
 from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, Sample, optional_import
-from mm_gpt.datasets.unpacked import open_unpacked
 from mm_gpt.document import Document, Text
 from mm_gpt.errors import MMGPTError
 from mm_gpt.images import source_name
@@ -182,7 +182,7 @@ def samples_of_row(
 
 
 def _conversation(row: Mapping[str, Any], id: str, errors: ErrorCounter, images: str | None) -> Conversation:
-    from mm_gpt.datasets.conversations import _messages, _metadata
+    from mm_gpt.datasets.formats.conversations import _messages, _metadata
 
     for name in ("images", "image"):
         if isinstance(row.get(name), list):

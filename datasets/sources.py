@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mm_gpt.datasets.archives import ARCHIVE_SUFFIXES, read_archive
-from mm_gpt.datasets.files import exists, is_folder, list_files, open_file, scheme_of, suffix_of
-from mm_gpt.datasets.interleaved import each_of
+from mm_gpt.datasets.formats.interleaved import each_of
+from mm_gpt.datasets.reading.archives import ARCHIVE_SUFFIXES, read_archive
+from mm_gpt.datasets.reading.files import exists, is_folder, list_files, open_file, scheme_of, suffix_of
+from mm_gpt.datasets.reading.rows import read_json
+from mm_gpt.datasets.reading.unpacked import open_unpacked
 from mm_gpt.datasets.row_samples import kind_of_row, peek_row
-from mm_gpt.datasets.rows import read_json
 from mm_gpt.datasets.samples import IMAGE_SUFFIXES, ErrorCounter, Sample
-from mm_gpt.datasets.unpacked import open_unpacked
 from mm_gpt.errors import MMGPTError, unknown_name
 from mm_gpt.images import source_name
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mm_gpt.datasets.contamination_report import MANY_LOOK_ALIKES, read_report
-from mm_gpt.datasets.evaluation_index import EvaluationItem
+from mm_gpt.datasets.contamination.evaluation_index import EvaluationItem
+from mm_gpt.datasets.contamination.report import MANY_LOOK_ALIKES, read_report
 from mm_gpt.errors import MMGPTError, unknown_name
 from mm_gpt.eval.metrics.statistics import bootstrap_statistic
 

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from PIL import Image as PILImage
 
-from mm_gpt.datasets.captioned import read_records
-from mm_gpt.datasets.evaluation_index import EvaluationItem
+from mm_gpt.datasets.contamination.evaluation_index import EvaluationItem
+from mm_gpt.datasets.formats.captioned import read_records
 from mm_gpt.datasets.samples import ErrorCounter, QuestionAnswer, Record
 from mm_gpt.document import Document, Image
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
@@ -34,7 +34,7 @@ from mm_gpt.images import image_bytes
 from mm_gpt.inference.assistant import CAPTION_NO_REPEAT, CHAT_NO_REPEAT, Assistant, load
 from mm_gpt.inference.engine import GenerationConfig
 from mm_gpt.model.decoder import Decoder
-from mm_gpt.prompts import CAPTION_PROMPT, question_prompt
+from mm_gpt.templates.prompts import CAPTION_PROMPT, question_prompt
 
 logger = logging.getLogger(__name__)
 

@@ -26,11 +26,11 @@ import debian_packages
 import drawings
 import mallard
 
-from mm_gpt.datasets.corpus import CorpusConfig, Runner, build_corpus
-from mm_gpt.datasets.pipeline import Funnel, as_document
+from mm_gpt.datasets.building.corpus import CorpusConfig, Runner, build_corpus
+from mm_gpt.datasets.building.pipeline import Funnel, as_document
+from mm_gpt.datasets.building.shards import ShardWriter, is_corpus, read_corpus, write_corpus_file
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
-from mm_gpt.datasets.shards import ShardWriter, is_corpus, read_corpus, write_corpus_file
-from mm_gpt.datasets.web import page_files
+from mm_gpt.datasets.web.pages import page_files
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import MMGPTError
 from mm_gpt.hub.checkpoint import load_decoder

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from mm_gpt.datasets import files
+from mm_gpt.datasets.reading import files
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.errors import MMGPTError
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-from mm_gpt.datasets import files
+from mm_gpt.datasets.reading import files
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import MMGPTError

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_gpt.datasets.language_id import identify
-from mm_gpt.datasets.multilingual import language_weights, tokens_per_character, train_tokenizer
+from mm_gpt.datasets.building.shards import read_corpus
+from mm_gpt.datasets.filters.language_id import identify
+from mm_gpt.datasets.loading.multilingual import language_weights, tokens_per_character, train_tokenizer
 from mm_gpt.datasets.samples import ErrorCounter
-from mm_gpt.datasets.shards import read_corpus
 from mm_gpt.document import Document, Text
 from mm_gpt.hub.checkpoint import load_decoder
 from mm_gpt.tokenizer import Tokenizer

@@ -2,7 +2,7 @@
 
 import sys
 
-from mm_gpt.cli import main
+from mm_gpt.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -24,7 +24,7 @@ from PIL import Image as PILImage
 
 from mm_gpt.errors import ImageError, MMGPTError, unknown_name
 from mm_gpt.images import DEFAULT_LIMITS, is_url, load_image, source_name
-from mm_gpt.prompts import CAPTION_PROMPT
+from mm_gpt.templates.prompts import CAPTION_PROMPT
 
 if TYPE_CHECKING:
     from mm_gpt.inference.assistant import Assistant, GenerationOptions

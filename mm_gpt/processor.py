@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_gpt.chat_template import ChatTemplate, begins_with, content_part
 from mm_gpt.document import Document, Image, Message, Segment, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
-from mm_gpt.image_text import ImageTextConfig, image_text
+from mm_gpt.templates.chat_template import ChatTemplate, begins_with, content_part
+from mm_gpt.templates.image_text import ImageTextConfig, image_text
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.tiling import Tiler, TilingConfig
 from mm_gpt.vision.transforms import ImageTransform, ImageTransformConfig

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mm_gpt
-from mm_gpt.cli import main
+from mm_gpt.commands.cli import main
 from mm_gpt.config import to_dict
 from mm_gpt.document import Image, Message
 from mm_gpt.errors import CheckpointError

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mm_gpt.cli import main
+from mm_gpt.commands.cli import main
 from mm_gpt.errors import MMGPTError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.hub.decoders import DEFAULTS, decoder_config

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_gpt.datasets import caption_words
-from mm_gpt.datasets.caption_questions import derive_questions
+from mm_gpt.datasets.loading import caption_words
+from mm_gpt.datasets.loading.caption_questions import derive_questions
 from mm_gpt.datasets.samples import QuestionAnswer
 
 DOG = [

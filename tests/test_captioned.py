@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm_gpt.datasets.captioned import clean_caption, read_records
+from mm_gpt.datasets.formats.captioned import clean_caption, read_records
 from mm_gpt.datasets.samples import ErrorCounter, QuestionAnswer, Record
 from mm_gpt.errors import MMGPTError
 
@@ -226,7 +226,7 @@ def test_pipe_urls_run_nothing(tmp_path: Path) -> None:
 
 def test_huge_member_refuses_its_whole_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropping only the large image would leave its smaller sibling to stand for the record."""
-    monkeypatch.setattr("mm_gpt.datasets.captioned.MAX_MEMBER_BYTES", 50)
+    monkeypatch.setattr("mm_gpt.datasets.formats.captioned.MAX_MEMBER_BYTES", 50)
     members = [("a.jpg", b"x" * 51), ("a.png", b"small"), ("a.txt", b"x"), ("b.jpg", b"x" * 50), ("b.txt", b"y")]
     records, errors = read(write_tar(tmp_path / "t.tar", members))
     assert [r.key for r in records] == ["b"]

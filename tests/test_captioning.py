@@ -31,7 +31,7 @@ from mm_gpt.captioning import (
 )
 from mm_gpt.errors import MMGPTError
 from mm_gpt.inference.assistant import Assistant, load
-from mm_gpt.prompts import CAPTION_PROMPT
+from mm_gpt.templates.prompts import CAPTION_PROMPT
 
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
 rows_strategy = st.lists(st.tuples(names, names, st.booleans()), max_size=5, unique_by=lambda r: identity(r[0]))
@@ -354,7 +354,7 @@ def test_killed_again_and_again(photos: Path, tiny_assistant: Assistant, suffix:
 
 
 def test_ctrl_c_writes_the_batch_and_says_how_to_go_on(photos: Path, tiny_model_folder: Path) -> None:
-    from mm_gpt.cli import main
+    from mm_gpt.commands.cli import main
 
     argv = ["caption", "photos", "-o", "out.jsonl", "--model", str(tiny_model_folder), "--batch-size", "2"]
 

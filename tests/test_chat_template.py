@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from mm_gpt.chat_template import ChatTemplate, begins_with
 from mm_gpt.document import Image, Message, Segment, Text
 from mm_gpt.errors import MMGPTError
+from mm_gpt.templates.chat_template import ChatTemplate, begins_with
 from mm_gpt.tokenizer import QWEN2_SPLIT, Tokenizer
 
 CORPUS = [

@@ -19,8 +19,8 @@ import pytest
 from conftest import make_picture
 
 import mm_gpt
-from mm_gpt import cli
-from mm_gpt.cli import COMMANDS, main
+from mm_gpt.commands import cli
+from mm_gpt.commands.cli import COMMANDS, main
 from mm_gpt.hub import checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -50,7 +50,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
     """Stops an import at the top of a light module from making `mm-gpt --help` take seconds."""
     script = f"""
 import contextlib, io, sys
-from mm_gpt.cli import main
+from mm_gpt.commands.cli import main
 for argv in [["--help"], ["--version"], ["nope"], *([*name.split(), "--help"] for name in {list(COMMANDS)})]:
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         main(argv)
@@ -508,7 +508,7 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
 
 
 def test_models(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    from mm_gpt.hub.registry import REGISTRY
+    from mm_gpt.hub.fetching.registry import REGISTRY
 
     shutil.copytree(tiny_model_folder, tmp_path / "shipped" / "default")
     monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "shipped")

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from mm_gpt.datasets import corpus
-from mm_gpt.datasets.cluster import ATTEMPTS, RayRunner, _Task
-from mm_gpt.datasets.corpus import CorpusConfig, Runner, build_corpus
+from mm_gpt.datasets.building import corpus
+from mm_gpt.datasets.building.cluster import ATTEMPTS, RayRunner, _Task
+from mm_gpt.datasets.building.corpus import CorpusConfig, Runner, build_corpus
 from mm_gpt.errors import ConfigError, MMGPTError
 
 OBJECT_STORE = 80 * 2**20

@@ -21,11 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from mm_gpt.datasets.bloom import BloomFilter, covered_fraction
-from mm_gpt.datasets.contamination import Scan, find_hits, run, save_scan, scan, scan_parallel
-from mm_gpt.datasets.contamination_report import markdown, read_report, report
-from mm_gpt.datasets.decontaminate import RemoveContamination
-from mm_gpt.datasets.evaluation_index import EvaluationIndex, EvaluationItem, IndexConfig, ngram_length
-from mm_gpt.datasets.overlap import (
+from mm_gpt.datasets.contamination.check import Scan, find_hits, run, save_scan, scan, scan_parallel
+from mm_gpt.datasets.contamination.decontaminate import RemoveContamination
+from mm_gpt.datasets.contamination.evaluation_index import EvaluationIndex, EvaluationItem, IndexConfig, ngram_length
+from mm_gpt.datasets.contamination.overlap import (
     KeyTable,
     SubstringTable,
     composed,
@@ -35,6 +34,7 @@ from mm_gpt.datasets.overlap import (
     to_string,
     window_hashes,
 )
+from mm_gpt.datasets.contamination.report import markdown, read_report, report
 from mm_gpt.datasets.samples import Conversation, QuestionAnswer, Record
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ConfigError, MMGPTError

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_gpt.datasets.conversations import read_conversations
+from mm_gpt.datasets.formats.conversations import read_conversations
 from mm_gpt.datasets.samples import Conversation, ErrorCounter
 from mm_gpt.document import Image
 from mm_gpt.errors import ConfigError, MMGPTError

@@ -21,13 +21,20 @@ import pytest
 from PIL import Image as PILImage
 
 from mm_gpt import images as image_module
-from mm_gpt.datasets import corpus as corpus_module
-from mm_gpt.datasets.contamination import run as search_contamination
-from mm_gpt.datasets.corpus import CorpusConfig, CorpusSummary, Runner, build_corpus, find_splits, process_split
-from mm_gpt.datasets.evaluation_index import EvaluationItem
-from mm_gpt.datasets.pipeline import UNKNOWN, Funnel, Step, as_document, language_of
+from mm_gpt.datasets.building import corpus as corpus_module
+from mm_gpt.datasets.building.corpus import (
+    CorpusConfig,
+    CorpusSummary,
+    Runner,
+    build_corpus,
+    find_splits,
+    process_split,
+)
+from mm_gpt.datasets.building.pipeline import UNKNOWN, Funnel, Step, as_document, language_of
+from mm_gpt.datasets.building.shards import Corpus, ShardWriter, write_corpus_file
+from mm_gpt.datasets.contamination.check import run as search_contamination
+from mm_gpt.datasets.contamination.evaluation_index import EvaluationItem
 from mm_gpt.datasets.samples import Conversation, ErrorCounter, QuestionAnswer, Record, Sample
-from mm_gpt.datasets.shards import Corpus, ShardWriter, write_corpus_file
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 
@@ -699,7 +706,7 @@ def test_evaluation_sets_are_cut_out(pages: Path, tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-from mm_gpt.datasets import corpus
+from mm_gpt.datasets.building import corpus
 
 original = getattr(corpus, "{name}")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from mm_gpt.cli import main
-from mm_gpt.corpus_commands import describe
+from mm_gpt.commands.cli import main
+from mm_gpt.commands.corpus import describe
 from mm_gpt.datasets.sources import FORMATS
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.tokenizer import Tokenizer

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image as PILImage
 
+from mm_gpt.datasets.building.shards import read_corpus
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
-from mm_gpt.datasets.shards import read_corpus
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import MMGPTError
 
@@ -359,7 +359,7 @@ def test_absurd_sizes_are_refused(size: str) -> None:
 def test_drawings_become_a_captioned_tar(tmp_path: Path) -> None:
     """What the reader of captioned images reads; bad drawings are counted, a second name is left out."""
     pytest.importorskip("resvg_py")
-    from mm_gpt.datasets.captioned import read_records
+    from mm_gpt.datasets.formats.captioned import read_records
 
     folder = tmp_path / "svg"
     folder.mkdir()

@@ -13,8 +13,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from torch import Tensor
 
 from mm_gpt.errors import CheckpointError, ContextOverflowError, DownloadError
-from mm_gpt.hub import gguf
 from mm_gpt.hub.decoders import decoder_config, decoder_table, tied_left_over
+from mm_gpt.hub.gguf import reader as gguf
 from mm_gpt.hub.weights import Checkpoint, read_json
 from mm_gpt.model.cache import KVCache
 from mm_gpt.model.decoder import Decoder, init_weights
@@ -311,7 +311,7 @@ def test_quantised_tensors_are_expanded(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_real_decoder_has_the_logits_of_transformers() -> None:
-    from mm_gpt.hub import download
+    from mm_gpt.hub.fetching import download
 
     try:
         path = next(iter(download.fetch("smollm2-135m-instruct", progress=False).values()))

@@ -13,11 +13,11 @@ from tokenizers import processors
 from torch import Tensor
 
 import mm_gpt
-from mm_gpt.cli import main
+from mm_gpt.commands.cli import main
 from mm_gpt.config import override
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.hub.decoders import DEFAULTS, decoder_config
-from mm_gpt.hub.export_decoders import essence
+from mm_gpt.hub.export.decoders import essence
 from mm_gpt.model.cache import KVCache
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Example, collate

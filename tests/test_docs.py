@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mm_gpt.errors import DownloadError
-from mm_gpt.hub import download
+from mm_gpt.hub.fetching import download
 from mm_gpt.hub.public import tables
 from mm_gpt.model.presets import PRESETS
 

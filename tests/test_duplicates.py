@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_gpt.datasets.clusters import Clusters, shared_buckets
-from mm_gpt.datasets.duplicates import MIN_MEMORY, Duplicate, find_duplicates
-from mm_gpt.datasets.external_sort import MIN_ROWS, Sorter
-from mm_gpt.datasets.fingerprints import Fingerprints, write_fingerprints
-from mm_gpt.datasets.minhash import MinHash, agreement, gpt3
+from mm_gpt.datasets.duplicates.clusters import Clusters, shared_buckets
+from mm_gpt.datasets.duplicates.documents import MIN_MEMORY, Duplicate, find_duplicates
+from mm_gpt.datasets.duplicates.external_sort import MIN_ROWS, Sorter
+from mm_gpt.datasets.duplicates.fingerprints import Fingerprints, write_fingerprints
+from mm_gpt.datasets.duplicates.minhash import MinHash, agreement, gpt3
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, MMGPTError
@@ -319,7 +319,7 @@ def test_nothing_in_nothing_out(tmp_path: Path) -> None:
 MEASURE = """
 import json, resource, sys
 from pathlib import Path
-from mm_gpt.datasets.duplicates import find_duplicates
+from mm_gpt.datasets.duplicates.documents import find_duplicates
 
 def peak():
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

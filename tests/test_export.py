@@ -15,15 +15,16 @@ from conftest import IMAGE_SIZE, make_picture, make_tiny, make_tokenizer
 from family_checks import logits_of, user
 from torch import Tensor
 
-from mm_gpt.cli import main
+from mm_gpt.commands.cli import main
 from mm_gpt.document import Message
 from mm_gpt.errors import CheckpointError, MMGPTError
-from mm_gpt.hub import export_folder, mmproj
 from mm_gpt.hub.checkpoint import load_model, save_model
-from mm_gpt.hub.export import export_model
-from mm_gpt.hub.export_decoders import CLASSES, decoder_values
-from mm_gpt.hub.gguf import load_gguf, open_gguf
-from mm_gpt.hub.gguf_writer import pre_tokenizer_name
+from mm_gpt.hub.export import folder as export_folder
+from mm_gpt.hub.export.decoders import CLASSES, decoder_values
+from mm_gpt.hub.export.export import export_model
+from mm_gpt.hub.gguf import mmproj
+from mm_gpt.hub.gguf.reader import load_gguf, open_gguf
+from mm_gpt.hub.gguf.writer import pre_tokenizer_name
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig

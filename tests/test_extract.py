@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("trafilatura")
 
-from mm_gpt.datasets.extract import ExtractConfig, extract, locate
-from mm_gpt.datasets.html_flat import Spans
-from mm_gpt.datasets.html_images import srcset_candidates
-from mm_gpt.datasets.html_tree import decode_html
+from mm_gpt.datasets.web.extract import ExtractConfig, extract, locate
+from mm_gpt.datasets.web.html_flat import Spans
+from mm_gpt.datasets.web.html_images import srcset_candidates
+from mm_gpt.datasets.web.html_tree import decode_html
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError
 

@@ -24,7 +24,7 @@ from test_repository import NAME, Hub
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import mm_gpt
-from mm_gpt.cli import main
+from mm_gpt.commands.cli import main
 from mm_gpt.errors import CheckpointError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.hub.families.idefics3 import read

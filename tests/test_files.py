@@ -25,12 +25,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mm_gpt import images
-from mm_gpt.datasets import files, http_files, unpacked
-from mm_gpt.datasets.files import is_remote, list_files, local_copy, open_file, resolve
-from mm_gpt.datasets.http_files import HttpLimits, ReadError
+from mm_gpt.datasets.reading import files, http_files, unpacked
+from mm_gpt.datasets.reading.files import is_remote, list_files, local_copy, open_file, resolve
+from mm_gpt.datasets.reading.http_files import HttpLimits, ReadError
+from mm_gpt.datasets.reading.unpacked import open_unpacked, read_lines
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.datasets.sources import read_samples
-from mm_gpt.datasets.unpacked import open_unpacked, read_lines
 from mm_gpt.errors import ConfigError, MMGPTError, URLError
 
 DATA = bytes(range(256)) * 12_000  # 3 MB, so that a break can come in its middle

@@ -38,7 +38,7 @@ from mm_gpt.model.decoder import Decoder, init_weights
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor
-from mm_gpt.prompts import question_prompt
+from mm_gpt.templates.prompts import question_prompt
 from mm_gpt.training.data import training_prompt
 
 

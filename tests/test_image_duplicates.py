@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from mm_gpt.datasets.fingerprints import IMAGE_ROW, write_fingerprints
-from mm_gpt.datasets.image_duplicates import FREQUENT, REPEATED, find_repeated_images, tables
-from mm_gpt.datasets.minhash import MinHash
+from mm_gpt.datasets.duplicates.fingerprints import IMAGE_ROW, write_fingerprints
+from mm_gpt.datasets.duplicates.images import FREQUENT, REPEATED, find_repeated_images, tables
+from mm_gpt.datasets.duplicates.minhash import MinHash
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from PIL import ImageEnhance
 
-from mm_gpt.datasets import image_filters
-from mm_gpt.datasets.image_filters import (
+from mm_gpt.datasets.duplicates.image_hash import content_hash, hamming, perceptual_hash
+from mm_gpt.datasets.filters import image_filters
+from mm_gpt.datasets.filters.image_filters import (
     ImageFilter,
     URLFilter,
     is_single_coloured,
 )
-from mm_gpt.datasets.image_hash import content_hash, hamming, perceptual_hash
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError
 

@@ -16,8 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from mm_gpt.datasets import archives
-from mm_gpt.datasets.interleaved import (
+from mm_gpt.datasets.formats.interleaved import (
     NEW_DOCUMENT,
     mmc4_document,
     paragraphs,
@@ -25,6 +24,7 @@ from mm_gpt.datasets.interleaved import (
     read_mmc4,
     read_obelics,
 )
+from mm_gpt.datasets.reading import archives
 from mm_gpt.datasets.row_samples import from_hf_dataset, grit_record, kind_of_row, read_grit, read_hf, read_text
 from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record
 from mm_gpt.document import Document, Image, Text

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("py3langid")
 
-from mm_gpt.datasets.language_id import Language, identify
+from mm_gpt.datasets.filters.language_id import Language, identify
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 

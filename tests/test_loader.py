@@ -20,10 +20,10 @@ from test_pieces import tiled
 from test_plan import Numbers
 from test_training import tiny_recipe
 
-from mm_gpt.datasets.loader import CorpusSource, Loaded, Loader
-from mm_gpt.datasets.plan import Plan, Row, Share
+from mm_gpt.datasets.building.shards import Corpus, ShardWriter, index_path, write_corpus_file
+from mm_gpt.datasets.loading.loader import CorpusSource, Loaded, Loader
+from mm_gpt.datasets.loading.plan import Plan, Row, Share
 from mm_gpt.datasets.samples import Conversation, ErrorCounter, Record, Sample
-from mm_gpt.datasets.shards import Corpus, ShardWriter, index_path, write_corpus_file
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import MMGPTError
 from mm_gpt.images import to_file
@@ -359,7 +359,7 @@ def test_tables_are_made_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Stops: a corpus that is encoded anew by each run."""
     processor = make_tiny()[1]
     first = CorpusSource(Corpus(data / "corpus"), processor, max_tokens=50, errors=ErrorCounter())
-    monkeypatch.setattr("mm_gpt.datasets.loader.make_table", None)
+    monkeypatch.setattr("mm_gpt.datasets.loading.loader.make_table", None)
     again = CorpusSource(Corpus(data / "corpus"), processor, max_tokens=50, errors=ErrorCounter())
     assert (again.counts, again.tokens, again.images) == (first.counts, first.tokens, first.images)
     assert (data / "corpus/.pieces").is_dir()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_gpt.datasets.minhash import MinHash, agreement, best_bands, gpt3, shingle_hashes, word_hashes
+from mm_gpt.datasets.duplicates.minhash import MinHash, agreement, best_bands, gpt3, shingle_hashes, word_hashes
 from mm_gpt.errors import ConfigError
 
 
@@ -116,7 +116,7 @@ def test_a_very_long_text_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrays over a text of 100 MB would take gigabytes. Parts end between words, or anywhere where there is no end."""
     text = " ".join(f"word{i}" for i in range(1000))
     expected, unbroken = word_hashes(text).tolist(), len(word_hashes("x" * 1000))
-    monkeypatch.setattr("mm_gpt.datasets.minhash.PART", 100)
+    monkeypatch.setattr("mm_gpt.datasets.duplicates.minhash.PART", 100)
     assert word_hashes(text).tolist() == expected
     assert len(word_hashes("x" * 1000)) == 10 * unbroken
 

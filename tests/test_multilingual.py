@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_gpt.datasets.multilingual import (
+from mm_gpt.datasets.loading.multilingual import (
     SCRIPT_SPLIT,
     language_weights,
     sample_languages,

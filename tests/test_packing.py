@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm_gpt.datasets.packing import pack
+from mm_gpt.datasets.loading.packing import pack
 from mm_gpt.errors import ContextOverflowError
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_gpt.datasets import rows
-from mm_gpt.datasets.pairs import read_coco, read_karpathy, read_textvqa, read_vizwiz, read_vqa
-from mm_gpt.datasets.rows import read_json, read_rows
+from mm_gpt.datasets.formats.pairs import read_coco, read_karpathy, read_textvqa, read_vizwiz, read_vqa
+from mm_gpt.datasets.reading import rows
+from mm_gpt.datasets.reading.rows import read_json, read_rows
 from mm_gpt.datasets.samples import ErrorCounter, QuestionAnswer, Record
 from mm_gpt.errors import ConfigError, MMGPTError
 

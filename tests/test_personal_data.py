@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_gpt.datasets.personal_data import KINDS, PersonalData, scrub
+from mm_gpt.datasets.filters.personal_data import KINDS, PersonalData, scrub
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError
 

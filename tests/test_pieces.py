@@ -12,8 +12,7 @@ from conftest import make_picture, make_tiny, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_gpt.chat_template import ChatTemplate
-from mm_gpt.datasets.pieces import (
+from mm_gpt.datasets.loading.pieces import (
     COLUMNS,
     Piece,
     cut,
@@ -29,9 +28,10 @@ from mm_gpt.datasets.pieces import (
 from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import MMGPTError
-from mm_gpt.image_text import ImageTextConfig
 from mm_gpt.images import to_file
 from mm_gpt.processor import Processor, ProcessorConfig
+from mm_gpt.templates.chat_template import ChatTemplate
+from mm_gpt.templates.image_text import ImageTextConfig
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.tiling import TilingConfig
 from mm_gpt.vision.transforms import ImageTransformConfig

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_gpt.datasets.plan import Cursor, Plan, Row, Share, language_shares, shuffled
+from mm_gpt.datasets.loading.plan import Cursor, Plan, Row, Share, language_shares, shuffled
 from mm_gpt.errors import ConfigError, MMGPTError
 
 Unit = tuple[int, ...]

@@ -14,8 +14,8 @@ from tokenizers import AddedToken, processors
 
 from mm_gpt.document import Document, Image, Message, Segment, Text, interleave
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
-from mm_gpt.image_text import ImageTextConfig
 from mm_gpt.processor import IGNORE_INDEX, Processor, ProcessorConfig, collate
+from mm_gpt.templates.image_text import ImageTextConfig
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.tiling import TilingConfig, num_image_tokens
 from mm_gpt.vision.transforms import ImageTransformConfig

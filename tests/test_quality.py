@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mm_gpt.datasets.quality import (
+from mm_gpt.datasets.filters.quality import (
     QualityFilter,
     QualityReport,
     QualityTraining,
@@ -21,7 +21,7 @@ from mm_gpt.datasets.quality import (
     quality_score,
     train_quality,
 )
-from mm_gpt.datasets.text_filters import Words
+from mm_gpt.datasets.filters.text_filters import Words
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 

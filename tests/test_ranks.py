@@ -16,7 +16,7 @@ import pytest
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
-from mm_gpt.datasets.shards import ShardWriter, write_corpus_file
+from mm_gpt.datasets.building.shards import ShardWriter, write_corpus_file
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.images import to_file
 

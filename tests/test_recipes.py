@@ -11,7 +11,7 @@ import torch
 from conftest import make_picture
 
 import mm_gpt
-from mm_gpt.cli import main
+from mm_gpt.commands.cli import main
 from mm_gpt.config import override
 from mm_gpt.document import Document, Text
 from mm_gpt.errors import ConfigError, MMGPTError

@@ -22,8 +22,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mm_gpt.errors import CheckpointError, DownloadError, MMGPTError
-from mm_gpt.hub import repository
-from mm_gpt.hub.repository import fetch_repository, is_repository_name
+from mm_gpt.hub.fetching import repository
+from mm_gpt.hub.fetching.repository import fetch_repository, is_repository_name
 
 NAME = "someone/tiny-model"
 COMMIT, OLDER = "c" * 40, "b" * 40
@@ -607,6 +607,9 @@ def test_any_text_is_a_name_or_not(text: str) -> None:
 
 
 def test_import_stays_light() -> None:
-    code = "import sys, mm_gpt.hub.repository; print([m for m in ('torch', 'huggingface_hub') if m in sys.modules])"
+    code = (
+        "import sys, mm_gpt.hub.fetching.repository; "
+        "print([m for m in ('torch', 'huggingface_hub') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr

@@ -21,18 +21,9 @@ from conftest import make_picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_gpt.datasets import shards
-from mm_gpt.datasets.members import from_members, to_members
-from mm_gpt.datasets.samples import (
-    BadRecordError,
-    Conversation,
-    ErrorCounter,
-    QuestionAnswer,
-    Record,
-    Sample,
-    split_name,
-)
-from mm_gpt.datasets.shards import (
+from mm_gpt.datasets.building import shards
+from mm_gpt.datasets.building.members import from_members, to_members
+from mm_gpt.datasets.building.shards import (
     BLOCK,
     Corpus,
     Shard,
@@ -42,6 +33,15 @@ from mm_gpt.datasets.shards import (
     index_tar,
     read_corpus,
     write_corpus_file,
+)
+from mm_gpt.datasets.samples import (
+    BadRecordError,
+    Conversation,
+    ErrorCounter,
+    QuestionAnswer,
+    Record,
+    Sample,
+    split_name,
 )
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import MMGPTError

@@ -10,10 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm_gpt.datasets.document_filters import ImageCount, ImageLimit, Interspersed, OneImageSample, random_fraction
-from mm_gpt.datasets.pipeline import Stage
-from mm_gpt.datasets.published_filters import kosmos, obelics
-from mm_gpt.datasets.text_filters import (
+from mm_gpt.datasets.building.pipeline import Stage
+from mm_gpt.datasets.filters.document_filters import (
+    ImageCount,
+    ImageLimit,
+    Interspersed,
+    OneImageSample,
+    random_fraction,
+)
+from mm_gpt.datasets.filters.published_filters import kosmos, obelics
+from mm_gpt.datasets.filters.text_filters import (
     DocumentFilter,
     ParagraphFilter,
     RepeatedSentences,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from mm_gpt.config import override
+from mm_gpt.datasets.formats.texts import is_text_source, read_texts
 from mm_gpt.datasets.samples import ErrorCounter
-from mm_gpt.datasets.texts import is_text_source, read_texts
 from mm_gpt.document import Document, Text
 from mm_gpt.processor import IGNORE_INDEX, Processor, ProcessorConfig
 from mm_gpt.tokenizer import Tokenizer

@@ -37,7 +37,7 @@ TEXTS = [
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The real decoder's GGUF file."""
-    from mm_gpt.hub import download
+    from mm_gpt.hub.fetching import download
 
     try:
         return next(iter(download.fetch("smollm2-135m-instruct", progress=False).values()))
@@ -475,7 +475,7 @@ def test_same_ids_as_transformers(smollm2: Path) -> None:
     """The shipped model's prompts must be the ids that its decoder was trained on."""
     import transformers
 
-    from mm_gpt.hub.gguf import open_gguf
+    from mm_gpt.hub.gguf.reader import open_gguf
 
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
     fields = {name: field.contents() for name, field in open_gguf(smollm2).fields.items()}

@@ -20,7 +20,6 @@ import torch
 from conftest import make_picture, make_tiny, make_tokenizer, tiny_config
 from torch import Tensor
 
-from mm_gpt.chat_template import ChatTemplate
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError
 from mm_gpt.inference import engine as engine_module
@@ -33,6 +32,7 @@ from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig, attention_mask
 from mm_gpt.model.relative import RelativeAttention, shift
 from mm_gpt.processor import IGNORE_INDEX, Processor, ProcessorConfig, collate
+from mm_gpt.templates.chat_template import ChatTemplate
 
 ROOT = Path(__file__).resolve().parent.parent
 D, H, C = 32, 4, 8

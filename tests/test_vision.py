@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from mm_gpt.config import from_dict, to_dict
 from mm_gpt.errors import CheckpointError, ConfigError
-from mm_gpt.hub.download import cache_folder
-from mm_gpt.hub.registry import lookup
+from mm_gpt.hub.fetching.download import cache_folder
+from mm_gpt.hub.fetching.registry import lookup
 from mm_gpt.vision.connectors import ConnectorConfig, PixelShuffleConnector, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder, load_efficientnet_lite, rename_efficientnet_lite
 

@@ -13,9 +13,17 @@ import pytest
 pytest.importorskip("trafilatura")
 pytest.importorskip("fastwarc")
 
-from mm_gpt.datasets.http_body import decode_body
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
-from mm_gpt.datasets.web import MAX_RECORD_BYTES, Page, folder_pages, page_document, read_pages, read_warc, warc_pages
+from mm_gpt.datasets.web.http_body import decode_body
+from mm_gpt.datasets.web.pages import (
+    MAX_RECORD_BYTES,
+    Page,
+    folder_pages,
+    page_document,
+    read_pages,
+    read_warc,
+    warc_pages,
+)
 from mm_gpt.document import Document
 from mm_gpt.errors import MMGPTError
 

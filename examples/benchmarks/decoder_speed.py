@@ -18,8 +18,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from mm_gpt.hub import download
-from mm_gpt.hub.gguf import load_gguf
+from mm_gpt.hub.fetching import download
+from mm_gpt.hub.gguf.reader import load_gguf
 from mm_gpt.inference.assistant import transpose_for_cpu
 from mm_gpt.model.decoder import Decoder, KVCache
 

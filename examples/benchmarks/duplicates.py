@@ -38,9 +38,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mm_gpt.datasets.duplicates import find_duplicates
-from mm_gpt.datasets.fingerprints import write_fingerprints
-from mm_gpt.datasets.minhash import MinHash, shingle_hashes, word_hashes
+from mm_gpt.datasets.duplicates.documents import find_duplicates
+from mm_gpt.datasets.duplicates.fingerprints import write_fingerprints
+from mm_gpt.datasets.duplicates.minhash import MinHash, shingle_hashes, word_hashes
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.document import Document, Text
 

@@ -25,9 +25,9 @@ from typing import Any
 import trafilatura
 from tqdm import tqdm
 
-from mm_gpt.datasets.extract import ExtractConfig, extract
 from mm_gpt.datasets.samples import ErrorCounter
-from mm_gpt.datasets.web import Page, folder_pages, warc_pages
+from mm_gpt.datasets.web.extract import ExtractConfig, extract
+from mm_gpt.datasets.web.pages import Page, folder_pages, warc_pages
 from mm_gpt.document import Document, Text
 
 

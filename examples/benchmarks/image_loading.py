@@ -39,8 +39,8 @@ from torchvision import transforms as tv
 from tqdm import tqdm
 
 import mm_gpt.serving
+from mm_gpt.datasets.building.shards import Shard, index_path, index_tar
 from mm_gpt.datasets.samples import ErrorCounter
-from mm_gpt.datasets.shards import Shard, index_path, index_tar
 from mm_gpt.document import Image
 from mm_gpt.vision.transforms import CLIP_MEAN, CLIP_STD, FastTransform, ImageTransformConfig
 

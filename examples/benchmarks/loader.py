@@ -35,7 +35,7 @@ from PIL import Image as PILImage
 from torchvision import transforms as tv
 
 import mm_gpt.serving
-from mm_gpt.datasets.shards import ShardWriter, write_corpus_file
+from mm_gpt.datasets.building.shards import ShardWriter, write_corpus_file
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.processor import Batch
 from mm_gpt.training import recipes

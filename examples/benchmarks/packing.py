@@ -13,10 +13,10 @@ import json
 import random
 from pathlib import Path
 
-from mm_gpt.datasets.loader import CorpusSource
-from mm_gpt.datasets.plan import Plan
+from mm_gpt.datasets.building.shards import Corpus
+from mm_gpt.datasets.loading.loader import CorpusSource
+from mm_gpt.datasets.loading.plan import Plan
 from mm_gpt.datasets.samples import ErrorCounter
-from mm_gpt.datasets.shards import Corpus
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.processor import Processor
 

@@ -14,16 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mm_gpt import config as configs
-from mm_gpt.chat_template import ChatTemplate
 from mm_gpt.errors import CheckpointError, MMGPTError, unknown_name
-from mm_gpt.hub import download, gguf, registry
 from mm_gpt.hub.families import is_foreign, load_foreign
-from mm_gpt.hub.repository import fetch_repository, is_repository_name
+from mm_gpt.hub.fetching import download, registry
+from mm_gpt.hub.fetching.repository import fetch_repository, is_repository_name
+from mm_gpt.hub.gguf import reader as gguf
 from mm_gpt.hub.weights import open_safetensors, read_json, write_json
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.lora import merge_lora
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
+from mm_gpt.templates.chat_template import ChatTemplate
 from mm_gpt.tokenizer import Tokenizer
 
 

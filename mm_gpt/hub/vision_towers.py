@@ -14,7 +14,7 @@ import open_clip
 import torch
 
 from mm_gpt.errors import CheckpointError, ConfigError, DownloadError
-from mm_gpt.hub.download import _offline
+from mm_gpt.hub.fetching.download import _offline
 from mm_gpt.hub.weights import Checkpoint, Table, open_safetensors, read_json, same, unfilled
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
 from mm_gpt.vision.transforms import ImageTransformConfig

@@ -20,7 +20,7 @@ from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream
 from mm_gpt.model.lora import merge_lora
 from mm_gpt.model.mmgpt import MMGPT, pick_device
 from mm_gpt.processor import IGNORE_INDEX, Processor, collate
-from mm_gpt.prompts import CAPTION_PROMPT
+from mm_gpt.templates.prompts import CAPTION_PROMPT
 
 CAPTION_NO_REPEAT, CHAT_NO_REPEAT = 3, 8
 """Default `no_repeat_ngram_size` of captions, which are one sentence, and of answers, which may hold lists and code."""
@@ -46,8 +46,9 @@ def load(name: str | Path = "default", *, device: str = "auto") -> Assistant:
     training run, or of a public checkpoint.
 
     `device` is `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`. The first call may download the decoder's
-    weights; see `mm_gpt.hub.download` for where they go. Raises MMGPTError for an unknown name, CheckpointError for a
-    broken folder, DownloadError when weights are out of reach.
+    weights; see `mm_gpt.hub.fetching.download` for where they go.
+    Raises MMGPTError for an unknown name, CheckpointError for a broken folder, DownloadError when weights are out of
+    reach.
     """
     place = pick_device(device)
     model, processor = load_model(name, dtype=torch.bfloat16 if place.type == "cuda" else torch.float32)

@@ -24,7 +24,7 @@ except ImportError as missing:
 from mm_gpt.document import Image, Message
 from mm_gpt.images import load_image, source_name
 from mm_gpt.inference.assistant import Assistant, GenerationOptions, load
-from mm_gpt.prompts import CAPTION_PROMPT
+from mm_gpt.templates.prompts import CAPTION_PROMPT
 
 logger = logging.getLogger(__name__)
 

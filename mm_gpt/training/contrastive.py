@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mm_gpt.datasets.captioned import clean_caption
+from mm_gpt.datasets.formats.captioned import clean_caption
 from mm_gpt.datasets.samples import ErrorCounter, Record
 from mm_gpt.document import Image
 from mm_gpt.errors import ConfigError, MMGPTError

@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mm_gpt.datasets.caption_questions import derive_questions
-from mm_gpt.datasets.captioned import clean_caption
-from mm_gpt.datasets.pieces import piece_document, sample_pieces
-from mm_gpt.datasets.plan import shuffled
+from mm_gpt.datasets.formats.captioned import clean_caption
+from mm_gpt.datasets.formats.texts import is_text_source, read_texts
+from mm_gpt.datasets.loading.caption_questions import derive_questions
+from mm_gpt.datasets.loading.pieces import piece_document, sample_pieces
+from mm_gpt.datasets.loading.plan import shuffled
 from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, Sample
 from mm_gpt.datasets.sources import Peek, read_samples
-from mm_gpt.datasets.texts import is_text_source, read_texts
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.images import is_url
 from mm_gpt.processor import Processor
-from mm_gpt.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS, question_prompt
+from mm_gpt.templates.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS, question_prompt
 
 
 @dataclass(frozen=True, kw_only=True)

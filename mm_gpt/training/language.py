@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mm_gpt.datasets.loader import CorpusSource, Loaded, Loader
-from mm_gpt.datasets.packing import pack
-from mm_gpt.datasets.plan import Plan, Row, Share
+from mm_gpt.datasets.building.shards import Corpus
+from mm_gpt.datasets.loading.loader import CorpusSource, Loaded, Loader
+from mm_gpt.datasets.loading.packing import pack
+from mm_gpt.datasets.loading.plan import Plan, Row, Share
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, Record, Sample
-from mm_gpt.datasets.shards import Corpus
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.hub.checkpoint import fill, load_decoder, load_model, save_model
@@ -26,7 +26,7 @@ from mm_gpt.model.decoder import Block, Decoder
 from mm_gpt.model.lora import LoRAConfig, merge_lora
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import ROLES, Batch, Example, Processor, ProcessorConfig, collate, stack_pixels
-from mm_gpt.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
+from mm_gpt.templates.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.data import (
     Drawing,
@@ -436,7 +436,7 @@ def load_vision(vision: nn.Module, name: str) -> None:
     if "/" in name:
         vision.load_state_dict(load_open_clip(name)[0].state_dict(), strict=True)
         return
-    from mm_gpt.hub import download
+    from mm_gpt.hub.fetching import download
     from mm_gpt.vision.encoder import load_efficientnet_lite
 
     path = next(iter(download.fetch(name).values()))

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from mm_gpt.chat_template import ChatTemplate
 from mm_gpt.errors import CheckpointError, MMGPTError, unknown_name
 from mm_gpt.hub.image_processors import read_image_processor
 from mm_gpt.hub.weights import Checkpoint, Table, read_json, unfilled
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
+from mm_gpt.templates.chat_template import ChatTemplate
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.tiling import TilingConfig
 from mm_gpt.vision.transforms import ImageTransformConfig

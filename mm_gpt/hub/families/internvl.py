@@ -13,10 +13,10 @@ from mm_gpt.hub.decoders import decoder_config, decoder_table, settle_tying, tie
 from mm_gpt.hub.families import Import, read_images, read_template
 from mm_gpt.hub.vision_towers import vit_config
 from mm_gpt.hub.weights import Checkpoint, Origin, Table, read_json, same
-from mm_gpt.image_text import ImageTextConfig
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.mmgpt import ModelConfig
 from mm_gpt.processor import ProcessorConfig
+from mm_gpt.templates.image_text import ImageTextConfig
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.encoder import VisionConfig

@@ -13,9 +13,9 @@ from mm_gpt.hub.decoders import decoder_config, decoder_table, tied_left_over
 from mm_gpt.hub.families import Import, plain_template, read_images, read_template
 from mm_gpt.hub.vision_towers import tower_prefix, vit_config, vit_left_over, vit_table
 from mm_gpt.hub.weights import Table, safetensors_index, same
-from mm_gpt.image_text import ImageTextConfig
 from mm_gpt.model.mmgpt import ModelConfig
 from mm_gpt.processor import ProcessorConfig
+from mm_gpt.templates.image_text import ImageTextConfig
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.encoder import VisionConfig

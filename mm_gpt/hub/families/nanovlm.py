@@ -13,17 +13,17 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from mm_gpt.chat_template import ChatTemplate
 from mm_gpt.errors import CheckpointError, ConfigError
 from mm_gpt.hub.decoders import decoder_config
 from mm_gpt.hub.families import Import, plain_template
+from mm_gpt.hub.fetching.repository import VOCABULARY_FILES, fetch_repository
 from mm_gpt.hub.image_processors import read_nanovlm
-from mm_gpt.hub.repository import VOCABULARY_FILES, fetch_repository
 from mm_gpt.hub.weights import Origin, Table, safetensors_index, same
-from mm_gpt.image_text import ImageTextConfig
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.mmgpt import ModelConfig
 from mm_gpt.processor import ProcessorConfig
+from mm_gpt.templates.chat_template import ChatTemplate
+from mm_gpt.templates.image_text import ImageTextConfig
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.encoder import VisionConfig

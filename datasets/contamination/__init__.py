@@ -1,0 +1,1 @@
+"""Contamination: evaluation data inside training data."""

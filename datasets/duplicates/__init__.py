@@ -1,0 +1,1 @@
+"""Duplicates: near copies of texts and of images."""

@@ -1,0 +1,1 @@
+"""Filters: rules on text, images and documents, language, personal data."""

@@ -1,0 +1,1 @@
+"""Opening files: local, remote, packed, archives, and rows of JSON, CSV and parquet."""

@@ -1,0 +1,1 @@
+"""Models for other programs: folders that Hugging Face loads, and GGUF files."""

@@ -1,0 +1,1 @@
+"""Templates: how chats and images are written into a prompt, and the sandbox that strangers' templates run in."""
