@@ -473,7 +473,7 @@ def test_two_processes_download_once(server: Server, cache: Path) -> None:
     # Without the lock both write into one part file, and the checksum fails for both.
     server.routes[HUB_PATH] = Route(CONTENT, pause_seconds=0.5)
     code = (
-        "from mm_gpt.hub import download; from mm_gpt.hub.fetching.registry import WeightFile; "
+        "from mm_gpt.hub.fetching import download; from mm_gpt.hub.fetching.registry import WeightFile; "
         f"print(download.fetch_file({FILE!r}))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
