@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 
+from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.hub.checkpoint import load_model, save_model
 from mm_gpt.model.classification import likeliest_choice, sentiment
 from mm_gpt.model.decoder import init_weights
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.mmgpt import ModelConfig
 from mm_gpt.training.classification import ClassificationRecipe, ClassificationTask
-from mm_gpt.training.data import SourceConfig
 from mm_gpt.training.language import LanguageRecipe
 from mm_gpt.training.loop import TrainConfig, evaluate, make_optimizer, training_step
 from mm_gpt.training.recipes import run_recipe

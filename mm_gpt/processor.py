@@ -252,6 +252,15 @@ class Processor:
         """Tokens that a document without branches takes, however many the context holds. Raises ImageError."""
         return len(self._encode(document.segments).ids)
 
+    def extent(self, segments: Sequence[Segment]) -> tuple[int, int, int]:
+        """How a branch is read, in tokens: what it may share with others (up to the last one before its first target),
+        where its last target ends, and all of it. Raises ImageError.
+        """
+        targets = self._encode(segments).targets
+        first = targets.index(True) if True in targets else len(targets)
+        end = max((at for at, target in enumerate(targets, start=1) if target), default=len(targets))
+        return max(0, first - 1), end, len(targets)
+
     def is_image(self, id: int) -> bool:
         """Whether an id stands for (a part of) an image."""
         return id >= self.vocab_size if self._placeholder is None else id == self._placeholder

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "vision": {"errors", "images"},
     "templates": {"errors", "document", "tokenizer", "vision"},
     "processor": CONTRACTS | {"vision"},
-    "datasets": CONTRACTS,
+    "datasets": CONTRACTS | {"vision"},
     "model": CONTRACTS | {"vision"},
     "hub": CONTRACTS | {"vision", "model"},
     "inference": CONTRACTS | {"vision", "model", "hub"},

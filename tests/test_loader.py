@@ -23,13 +23,13 @@ from test_training import tiny_recipe
 from mm_gpt.datasets.building.shards import Corpus, ShardWriter, index_path, write_corpus_file
 from mm_gpt.datasets.loading.loader import CorpusSource, Loaded, Loader
 from mm_gpt.datasets.loading.plan import Plan, Row, Share
+from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.datasets.samples import Conversation, ErrorCounter, Record, Sample
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import MMGPTError
 from mm_gpt.images import to_file
 from mm_gpt.processor import Batch
 from mm_gpt.training import distributed
-from mm_gpt.training.data import SourceConfig
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
 
 

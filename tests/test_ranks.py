@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
 from conftest import make_tokenizer, tiny_config
-from mm_gpt.training.data import SourceConfig
+from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import TrainConfig, train
 from mm_gpt.training.distributed import ranks

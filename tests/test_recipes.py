@@ -13,12 +13,12 @@ from conftest import make_picture
 import mm_gpt
 from mm_gpt.commands.cli import main
 from mm_gpt.config import override
+from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.document import Document, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.presets import preset
 from mm_gpt.processor import collate
-from mm_gpt.training.data import SourceConfig
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.recipes import RECIPES, recipe, run_recipe, tiny
 from mm_gpt.training.semicausal import load_semicausal

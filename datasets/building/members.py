@@ -20,18 +20,27 @@ from mm_gpt.datasets.samples import (
     Sample,
 )
 from mm_gpt.document import Document, Image, Message, Segment, Text
-from mm_gpt.images import image_format
+from mm_gpt.images import image_format, load_image, to_file
 
 
-def to_members(sample: Sample) -> dict[str, bytes]:
+def to_members(sample: Sample, *, refer: bool = False) -> dict[str, bytes]:
     """Member suffix -> bytes. Images must be bytes or local files by now: a shard holds nothing that must be fetched.
 
-    Raises BadRecordError for an image that is neither a JPEG, PNG nor WEBP file, and for what JSON cannot hold.
+    `refer`: images in files of their own and behind URLs stay where they are, and are named: for shards that nobody but
+    this program writes and reads.
+
+    Raises BadRecordError for an image file of a kind that is not read, and for what JSON cannot hold.
     """
     members: dict[str, bytes] = {}
 
-    def stored(image: Image | bytes | Path | str) -> str:
+    def stored(image: Any) -> str | dict[str, str]:
         source = image.source if isinstance(image, Image) else image
+        if refer and isinstance(source, os.PathLike):
+            return {"path": os.path.abspath(source)}
+        if refer and isinstance(source, str):
+            return {"url": source}
+        if refer and not isinstance(source, bytes):  # a PIL image, as Hugging Face's data sets give them
+            source = to_file(load_image(source))
         data = _file_bytes(Path(source)) if isinstance(source, os.PathLike) else source
         if not isinstance(data, bytes):
             raise BadRecordError("an image that is not fetched yet")
@@ -73,12 +82,18 @@ def to_members(sample: Sample) -> dict[str, bytes]:
         raise BadRecordError("metadata is not JSON") from None
 
 
-def from_members(key: str, members: Mapping[str, bytes], source: str = "") -> Sample:
-    """The sample that `to_members` took apart, or a Record of any tar of captioned images. Raises BadRecordError."""
+def from_members(key: str, members: Mapping[str, bytes], source: str = "", *, refer: bool = False) -> Sample:
+    """The sample that `to_members` took apart, or a Record of any tar of captioned images. Raises BadRecordError.
+
+    `refer`: follow the names of files and URLs. Never for a shard that somebody else may have written.
+    """
     values = _json(members["json"]) if "json" in members else {}
 
     def image(part: Mapping[str, Any]) -> Image:
         name = part["image"]
+        if refer and isinstance(name, dict):
+            place = name.get("path")
+            return Image(str(name.get("url")) if place is None else Path(place), alt=str(part.get("alt", "")))
         if not isinstance(name, str) or name not in members or name.rpartition(".")[2] not in IMAGE_SUFFIXES:
             raise BadRecordError("missing image")
         return Image(members[name], alt=str(part.get("alt", "")))
@@ -111,7 +126,8 @@ def from_members(key: str, members: Mapping[str, bytes], source: str = "") -> Sa
         return Document(tuple(map(segment, values["segments"])), id=name, metadata=metadata)
     if isinstance(values.get("messages"), list):
         return Conversation(name, tuple(map(message, values["messages"])), source, metadata)
-    if "qa" in values and _string(values.get("image")) in members:
+    named = values.get("image")
+    if "qa" in values and (_string(named) in members or (refer and isinstance(named, dict))):
         captions = values.get("captions") or []
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise BadRecordError("captions are not text")
@@ -122,8 +138,7 @@ def from_members(key: str, members: Mapping[str, bytes], source: str = "") -> Sa
             )
         except (TypeError, KeyError, AttributeError, RecursionError):
             raise BadRecordError("question without text or answer") from None
-        pixels = image(values).source
-        assert isinstance(pixels, bytes)
+        pixels: Any = image(values).source
         return Record(name, pixels, tuple(captions), pairs, source, metadata)
     return make_record(key, dict(members), source)
 

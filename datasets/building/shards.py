@@ -45,13 +45,15 @@ SAFE_SUFFIXES = (*IMAGE_SUFFIXES, "json", "txt")
 class Shard:
     """One tar, with each sample a read away. Safe to share between forked processes and threads."""
 
-    def __init__(self, path: Path, errors: ErrorCounter | None = None, *, index: Path | None = None):
+    def __init__(
+        self, path: Path, errors: ErrorCounter | None = None, *, index: Path | None = None, refer: bool = False
+    ):
         """The index is used that is given or beside the tar; without one the headers are read now, and what is broken
-        is counted.
+        is counted. `refer`: see `from_members`.
 
         Raises MMGPTError when there is no such tar, it is compressed, or its index is broken.
         """
-        self.path = path
+        self.path, self._refer = path, refer
         index = index or index_path(path)
         if index.is_file():
             self.offsets = _read_index(index)
@@ -84,7 +86,7 @@ class Shard:
     def sample(self, number: int) -> Sample:
         """The sample, its images still encoded. Raises BadRecordError."""
         key, members = self.read(number)
-        return from_members(key, members, self.path.stem)
+        return from_members(key, members, self.path.stem, refer=self._refer)
 
 
 def index_path(tar: Path) -> Path:
@@ -255,12 +257,57 @@ class ShardInfo:
     """Of all that is in it: tables about a shard are of no use for another one of the same name."""
 
 
-class Corpus:
+class ShardFolder:
+    """Shards by number. The last few stay open; a copy in another process opens its own."""
+
+    location: str
+    shards: list[ShardInfo]
+
+    def __init__(self) -> None:
+        self._open: dict[int, Shard] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": {}}
+
+    def __len__(self) -> int:
+        """Samples."""
+        return sum(shard.samples for shard in self.shards)
+
+    def shard(self, number: int) -> Shard:
+        """An open shard. Raises MMGPTError when it is missing or is not as described."""
+        shard = self._open.get(number)
+        if shard is None:
+            shard = self._open_shard(number)
+            for old in list(self._open)[:-15]:  # in steps that another thread cannot come between
+                self._open.pop(old, None)
+            self._open[number] = shard
+        return shard
+
+    def _open_shard(self, number: int) -> Shard:
+        raise NotImplementedError
+
+    def samples(self, errors: ErrorCounter) -> Iterator[Sample]:
+        """All samples in order; what cannot be read is counted and skipped."""
+        for number, info in enumerate(self.shards):
+            try:
+                shard = self.shard(number)
+            except MMGPTError as error:
+                errors.add("missing shard", str(error))
+                continue
+            for at in range(len(shard)):
+                try:
+                    yield shard.sample(at)
+                except BadRecordError as error:
+                    errors.add(str(error), f"{info.name}:{at}")
+
+
+class Corpus(ShardFolder):
     """A folder of shards, here or at a URL: then they are copied here as they are read, within a bounded cache."""
 
-    def __init__(self, location: str | Path):
-        """Raises MMGPTError when there is no corpus or its description is broken."""
-        self.location = str(location)
+    def __init__(self, location: str | Path, *, refer: bool = False):
+        """`refer`: see `from_members`. Raises MMGPTError when there is no corpus or its description is broken."""
+        super().__init__()
+        self.location, self._refer = str(location), refer
         where = files.resolve(self.location, CORPUS_FILE)
         try:
             with files.open_file(where) as file:
@@ -276,53 +323,21 @@ class Corpus:
             if isinstance(error, MMGPTError):
                 raise
             raise MMGPTError(f"{where}: not the description of a corpus ({error})") from None
-        self._open: dict[int, Shard] = {}
 
-    def __len__(self) -> int:
-        """Samples."""
-        return sum(shard.samples for shard in self.shards)
-
-    def shard(self, number: int) -> Shard:
-        """An open shard; the last few stay open. Raises MMGPTError when it is missing or is not as described."""
-        shard = self._open.get(number)
-        if shard is None:
-            name, samples = self.shards[number].name, self.shards[number].samples
-            path = self._local(name)
-            try:
-                index = self._local(index_path(Path(name)).name)
-            except MMGPTError:  # it is made from the tar then
-                index = None
-            shard = Shard(path, index=index)
-            if len(shard) != samples:
-                raise MMGPTError(f"{path}: {len(shard)} samples, not the {samples} of {CORPUS_FILE}")
-            for old in list(self._open)[:-15]:  # in steps that another thread cannot come between
-                self._open.pop(old, None)
-            self._open[number] = shard
+    def _open_shard(self, number: int) -> Shard:
+        name, samples = self.shards[number].name, self.shards[number].samples
+        path = self._local(name)
+        try:
+            index = self._local(index_path(Path(name)).name)
+        except MMGPTError:  # it is made from the tar then
+            index = None
+        shard = Shard(path, index=index, refer=self._refer)
+        if len(shard) != samples:
+            raise MMGPTError(f"{path}: {len(shard)} samples, not the {samples} of {CORPUS_FILE}")
         return shard
 
     def _local(self, name: str) -> Path:
         return files.local_copy(files.resolve(self.location, name))
-
-    def cache_folder(self) -> Path:
-        """Where tables about this corpus may be kept: in it, or in the user's cache when it is not ours to write."""
-        name = hashlib.sha256(json.dumps([self.location, self.about], sort_keys=True).encode()).hexdigest()[:16]
-        if not files.is_remote(self.location) and os.access(folder := files.local_path(self.location), os.W_OK):
-            return folder / ".pieces"
-        return files.cache_folder() / "pieces" / name
-
-    def samples(self, errors: ErrorCounter) -> Iterator[Sample]:
-        """All samples in order; what cannot be read is counted and skipped."""
-        for number, info in enumerate(self.shards):
-            try:
-                shard = self.shard(number)
-            except MMGPTError as error:
-                errors.add("missing shard", str(error))
-                continue
-            for at in range(len(shard)):
-                try:
-                    yield shard.sample(at)
-                except BadRecordError as error:
-                    errors.add(str(error), f"{info.name}:{at}")
 
 
 def _shard_name(name: str) -> str:
@@ -356,8 +371,9 @@ class ShardWriter:
     The same samples give the same bytes: no times, no owners.
     """
 
-    def __init__(self, folder: Path, *, prefix: str = "shard", shard_bytes: int = 256 * 2**20):
-        self.folder, self.prefix, self.shard_bytes = folder, prefix, shard_bytes
+    def __init__(self, folder: Path, *, prefix: str = "shard", shard_bytes: int = 256 * 2**20, refer: bool = False):
+        """`refer`: images in files of their own and behind URLs stay there, see `to_members`."""
+        self.folder, self.prefix, self.shard_bytes, self._refer = folder, prefix, shard_bytes, refer
         self.shards: list[ShardInfo] = []
         self._tar: tarfile.TarFile | None = None
         self._offsets: list[int] = []
@@ -366,7 +382,7 @@ class ShardWriter:
 
     def add(self, sample: Sample) -> None:
         """Raises BadRecordError for what no shard can hold."""
-        members = to_members(sample)
+        members = to_members(sample, refer=self._refer)
         total = sum(BLOCK + -(-len(data) // BLOCK) * BLOCK for data in members.values())
         if total > MAX_SAMPLE_BYTES or any(len(data) > MAX_MEMBER_BYTES for data in members.values()):
             raise BadRecordError("sample too large")

@@ -1,29 +1,18 @@
-"""Documents cut to the length of a row: what a piece is, what it takes in tokens, and tables of a shard's pieces.
+"""Documents cut to the length of a row: what a piece is, and what it takes in tokens.
 
 A piece is a span of a document between two cuts. Text may be cut between any two tokens, an image never: it goes to the
-next piece as a whole. Pieces are found once for each (tokenizer, image size, row length) and kept beside the corpus
-as small tables, so that the plan of an epoch needs no text.
+next piece as a whole.
 """
 
 import dataclasses
-import hashlib
-import json
-import secrets
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import numpy as np
-
-from mm_gpt.datasets.building.shards import read_array
-from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, Sample
+from mm_gpt.datasets.samples import BadRecordError, Conversation
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.processor import Processor
 
-VERSION = 2
 Place = tuple[int, int]
-COLUMNS = ("sample", "start_segment", "start_char", "end_segment", "end_char", "tokens", "images")
-"""Of a table of pieces, int32. A piece ends before (end_segment, end_char)."""
 
 
 def training_segments(document: Document, processor: Processor) -> tuple[Segment, ...]:
@@ -61,6 +50,10 @@ class Piece:
             if text:
                 found.append(dataclasses.replace(segment, text=text))
         return tuple(found)
+
+
+PieceSize = tuple[Piece, int, int]
+"""A piece, its tokens, its images."""
 
 
 def cut(segments: Sequence[Segment], processor: Processor, max_tokens: int) -> list[tuple[Piece, int]]:
@@ -162,36 +155,31 @@ def _length(segments: Sequence[Segment], processor: Processor) -> int:
     return processor.count(Document(tuple(segments)))
 
 
-def sample_pieces(sample: Sample, processor: Processor, max_tokens: int) -> list[tuple[Piece, int, int]]:
+def sample_pieces(sample: Document | Conversation, processor: Processor, max_tokens: int) -> list[PieceSize]:
     """(piece, tokens, images) of a sample. Raises BadRecordError for one that cannot be trained on.
 
-    Only web documents are cut: a conversation is one piece, or none when it is longer than the context. A Record's
-    documents are drawn anew each epoch (`mm_gpt.training.language`): it has no pieces.
+    Only web documents are cut: a conversation is one piece, or none when it is longer than the context.
     """
     try:
-        match sample:
-            case Document():
-                segments = _measurable(training_segments(sample, processor), processor)
-                pieces = [
-                    (piece, tokens, sum(isinstance(s, Image) for s in piece.of(segments)))
-                    for piece, tokens in cut(segments, processor, max_tokens)
-                    if tokens <= processor.config.max_length
-                ]
-                if not pieces:
-                    raise BadRecordError("longer than the context")
-                return pieces
-            case Conversation():
-                document = processor.chat(sample.messages, answer_starts=False)
-                tokens = len(processor(document))
-                return [(Piece((0, 0), (len(document.segments), 0)), tokens, len(document.images))]
-            case Record():
-                raise BadRecordError("an image with captions or questions, which has no pieces")
+        if isinstance(sample, Conversation):
+            document = processor.chat(sample.messages, answer_starts=False)
+            tokens = len(processor(document))
+            return [(Piece((0, 0), (len(document.segments), 0)), tokens, len(document.images))]
+        segments = _measurable(training_segments(sample, processor), processor)
+        pieces = [
+            (piece, tokens, sum(isinstance(s, Image) for s in piece.of(segments)))
+            for piece, tokens in cut(segments, processor, max_tokens)
+            if tokens <= processor.config.max_length
+        ]
     except ContextOverflowError:
         raise BadRecordError("longer than the context") from None
     except ImageError:
         raise BadRecordError("broken image") from None
     except MMGPTError as error:
         raise BadRecordError(f"cannot be written ({str(error)[:80]})") from None
+    if not pieces:
+        raise BadRecordError("longer than the context")
+    return pieces
 
 
 def _measurable(segments: Sequence[Segment], processor: Processor) -> Sequence[Segment]:
@@ -208,63 +196,8 @@ def _measurable(segments: Sequence[Segment], processor: Processor) -> Sequence[S
     return [Text("") if isinstance(segment, Image) and not has_size(segment) else segment for segment in segments]
 
 
-def piece_document(sample: Sample, piece: Piece, processor: Processor) -> Document:
+def piece_document(sample: Document | Conversation, piece: Piece, processor: Processor) -> Document:
     """The piece of a web document or conversation as the Document to train on."""
-    assert not isinstance(sample, Record)
     if isinstance(sample, Conversation):
         return dataclasses.replace(processor.chat(sample.messages, answer_starts=False), id=sample.key)
     return Document(piece.of(training_segments(sample, processor)), id=sample.id)
-
-
-# ---- Tables ----
-
-
-def fingerprint(processor: Processor, max_tokens: int) -> str:
-    """Names what a table of pieces depends on besides the shard: 16 hexadecimal digits."""
-    config = dataclasses.asdict(processor.config)
-    tokenizer, template = processor.tokenizer, processor.template
-    names = [tokenizer.fingerprint, tokenizer.names, processor.vocab_size]
-    parts = [VERSION, max_tokens, names, template and template.source, config]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def make_table(
-    samples: Iterable[tuple[int, Sample]], processor: Processor, max_tokens: int, errors: ErrorCounter, name: str
-) -> np.ndarray:
-    """int32 (P, 7), see COLUMNS, of (number in the shard, sample) pairs. Samples without pieces are counted."""
-    rows: list[tuple[int, ...]] = []
-    for number, sample in samples:
-        try:
-            pieces = sample_pieces(sample, processor, max_tokens)
-        except BadRecordError as error:
-            errors.add(str(error), f"{name}:{number}")
-            continue
-        rows += [(number, *piece.start, *piece.end, tokens, images) for piece, tokens, images in pieces]
-    return np.array(rows, dtype=np.int32).reshape(-1, len(COLUMNS))
-
-
-def save_table(path: Path, table: np.ndarray) -> None:
-    """In one piece: several processes may write the same table at once. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, table, allow_pickle=False)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_table(path: Path) -> np.ndarray | None:
-    """None when there is none, or a broken one."""
-    try:
-        table = read_array(path)
-    except (OSError, ValueError):
-        return None
-    fits = table.dtype == np.int32 and table.ndim == 2 and table.shape[1] == len(COLUMNS)
-    return table if fits and (table >= 0).all() and (table[:, 5] > 0).all() else None
-
-
-def row_piece(row: np.ndarray) -> Piece:
-    _, first, first_char, last, last_char, _, _ = (int(value) for value in row)
-    return Piece((first, first_char), (last, last_char))

@@ -50,7 +50,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Share:
+class SourceWeight:
     """How a source takes part in a mixture."""
 
     repeat: float = 1.0
@@ -89,7 +89,7 @@ class Plan:
     def __init__(
         self,
         sources: Sequence[Source],
-        shares: Sequence[Share] | None = None,
+        shares: Sequence[SourceWeight] | None = None,
         *,
         row_length: int,
         seed: int = 0,
@@ -101,10 +101,13 @@ class Plan:
         tokens; takes the place of weights. `wait`: a source that has run out waits for the end of the epoch; without
         it, it begins its next pass at once, and repeats while larger ones still have news: shares hold to the end.
 
-        Raises ConfigError for impossible weights, MMGPTError when the sources hold nothing.
+        Raises ConfigError for impossible settings, MMGPTError when the sources hold nothing.
         """
+        for setting, value in (("row_length", row_length), ("window_rows", window_rows)):
+            if value < 1:
+                raise ConfigError(f"{setting} must be at least 1, not {value}")
         self.sources, self.row_length, self.seed, self.window_rows = list(sources), row_length, seed, window_rows
-        self.shares = list(shares or [Share() for _ in sources])
+        self.shares = list(shares or [SourceWeight() for _ in sources])
         self.wait = wait
         for source, share in zip(self.sources, self.shares, strict=True):
             if not (share.repeat >= 0 and math.isfinite(share.repeat)):

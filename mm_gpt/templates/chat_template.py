@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from jinja2 import TemplateSyntaxError, nodes
@@ -60,6 +60,7 @@ class ChatTemplate:
         when the source is not a template.
         """
         self.source, self.special, self.where = source, dict(special), where
+        self._end_tokens = tuple(end_tokens)
         ends = sorted({*end_tokens, *([special["eos_token"]] if "eos_token" in special else [])}, key=len)[::-1]
         self._end = re.compile(rf"\s*(?:{'|'.join(map(re.escape, ends))})" if ends else "(?!)")
         self._guarded = {*guarded, *ends}
@@ -73,6 +74,11 @@ class ChatTemplate:
         except (TemplateError, RecursionError, SyntaxError, ValueError, MemoryError) as error:
             line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
             raise MMGPTError(f"{where}{line}: not a readable chat template ({_line(error)})") from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Compiled code does not travel between processes: the source does."""
+        settings: dict[str, Any] = {"special": self.special, "where": self.where, "guarded": self._guarded}
+        return partial(ChatTemplate, **settings, end_tokens=self._end_tokens), (self.source,)
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, *, where: str, name: str = "default") -> "ChatTemplate":

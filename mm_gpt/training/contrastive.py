@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mm_gpt.datasets.formats.captioned import clean_caption
+from mm_gpt.datasets.loading.index import PairMeasure, index_tables
+from mm_gpt.datasets.loading.sources import SourceConfig, StoredRecords
 from mm_gpt.datasets.samples import ErrorCounter, Record
 from mm_gpt.document import Image
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_decoder
-from mm_gpt.training.data import SourceConfig, read_whole_records
 from mm_gpt.training.language import load_vision
 from mm_gpt.training.loop import ParameterGroup, TrainConfig
 from mm_gpt.vision.contrastive import ContrastiveConfig, ContrastiveModel
@@ -146,9 +147,14 @@ class ContrastiveTask:
         state = {k: v.contiguous() for k, v in self.model.state_dict().items() if k != "text.token_embedding.weight"}
         save_file(state, folder / "model.safetensors")
 
-    def _read(self, sources: tuple[SourceConfig, ...]) -> list[Record]:
-        folder = Path(self.recipe.data)
-        records = [r for source in sources for r in read_whole_records(folder / source.path, self.errors) if r.captions]
+    def _read(self, sources: tuple[SourceConfig, ...]) -> StoredRecords:
+        stores = [source.open(Path(self.recipe.data), self.errors) for source in sources]
+        measure = PairMeasure(self.tokenizer)
+        tables = [
+            index_tables(store, measure, source.path, self.errors)
+            for store, source in zip(stores, sources, strict=True)
+        ]
+        records = StoredRecords(stores, tables)
         if self.errors.total:
             logger.warning(self.errors.summary())
         return records

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import logging
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,36 +12,29 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mm_gpt.datasets.building.shards import Corpus
-from mm_gpt.datasets.loading.loader import CorpusSource, Loaded, Loader
+from mm_gpt.datasets.building.shards import ShardFolder
+from mm_gpt.datasets.formats.captioned import clean_caption
+from mm_gpt.datasets.loading.draws import RecordSampling
+from mm_gpt.datasets.loading.index import Measure
+from mm_gpt.datasets.loading.loader import Loader
 from mm_gpt.datasets.loading.packing import pack
-from mm_gpt.datasets.loading.plan import Plan, Row, Share
-from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, Record, Sample
-from mm_gpt.document import Document, Image, Segment, Text
-from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTError
+from mm_gpt.datasets.loading.plan import Plan, SourceWeight
+from mm_gpt.datasets.loading.reader import Reader
+from mm_gpt.datasets.loading.sources import IndexedSource, SourceConfig, open_sources
+from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, Sample
+from mm_gpt.document import Document, Text
+from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import fill, load_decoder, load_model, save_model
 from mm_gpt.hub.vision_towers import load_open_clip
 from mm_gpt.model.decoder import Block, Decoder
 from mm_gpt.model.lora import LoRAConfig, merge_lora
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
-from mm_gpt.processor import ROLES, Batch, Example, Processor, ProcessorConfig, collate, stack_pixels
+from mm_gpt.processor import ROLES, Batch, Example, Processor, ProcessorConfig
 from mm_gpt.templates.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
 from mm_gpt.tokenizer import Tokenizer
-from mm_gpt.training.data import (
-    Drawing,
-    SampleSource,
-    SourceConfig,
-    check_chats,
-    cut_documents,
-    draw,
-    length_of,
-    read_source,
-    source_location,
-    written_texts,
-)
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.loop import ParameterGroup, TrainConfig, use_bf16
-from mm_gpt.vision.transforms import ImageTransformConfig, TrainTransform
+from mm_gpt.vision.transforms import ImageTransformConfig
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +99,17 @@ class LanguageRecipe:
     def __post_init__(self) -> None:
         if bool(self.validation) == bool(self.holdout) or not 0 <= self.holdout <= 0.5:
             raise ConfigError("give either validation sources or a holdout between 0 and 0.5")
+        least = {"row_length": 1, "rows": 1, "window_rows": 1, "max_captions": 0, "max_questions": 0, "workers": 0}
+        for name, bound in (least | {"validation_images": 1}).items():
+            if getattr(self, name) < bound:
+                raise ConfigError(f"{name} must be at least {bound}, not {getattr(self, name)}")
+        if self.vision_blocks is not None and self.vision_blocks < 0:
+            raise ConfigError(f"vision_blocks must be at least 0, not {self.vision_blocks}")
+        for name in ("connector_lr", "vision_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.exponent is not None and not 0 <= self.exponent <= 1:
+            raise ConfigError(f"exponent must be from 0 to 1, not {self.exponent}")
         if self.model is None and self.start is None:
             raise ConfigError("give a model, or one to start from")
 
@@ -116,53 +119,48 @@ TOKENIZER_CHARACTERS = 50_000_000
 
 
 class LanguageTask:
-    """A `Task` for the loop. The plan of the run follows from the seed and the sources."""
+    """A stage for the loop. The plan of the run follows from the seed and the sources."""
 
     def __init__(self, recipe: LanguageRecipe, tokenizer: Tokenizer | None = None):
         self.recipe = recipe
         self.errors = ErrorCounter()
         configs = (*recipe.sources, *recipe.validation)
-        found = [read_source(source, Path(recipe.data), self.errors) for source in configs]
-        corpora = [
-            Corpus(source_location(source, Path(recipe.data))) if samples is None else None
-            for source, samples in zip(configs, found, strict=True)
-        ]
+        stores = [config.open(Path(recipe.data), self.errors) for config in configs]
         model = recipe.model
         if tokenizer is None and recipe.tokenizer is not None:
             tokenizer = Tokenizer.from_hf_folder(Path(recipe.tokenizer))
         if tokenizer is None and recipe.start is None and model is not None and not isinstance(model.decoder, str):
-            prompts = [*ROLES, CAPTION_PROMPT, *OTHER_CAPTION_PROMPTS] * 4  # often enough to be learned as words
-            tokenizer = Tokenizer.train([*self._written(found, corpora), *prompts], model.decoder.vocab_size)
+            tokenizer = learn_tokenizer(stores, model.decoder.vocab_size)
         self.model, self.processor = build_model(recipe, tokenizer)
         self.row_length = min(recipe.row_length, self.processor.config.max_length)
-        config = self.model.config
         # The image is read with the question in view, or distances are those of the row: no two questions share it.
-        separate = config.prefix_lm or self.model.decoder.config.positions == "relative"
-        self._drawing = Drawing(recipe.max_captions, recipe.max_questions, recipe.augment, separate)
-        sources = [
-            self._source(*each, held=number >= len(recipe.sources))
-            for number, each in enumerate(zip(configs, found, corpora, strict=True))
-        ]
-        self.sources, self.held_out = sources[: len(recipe.sources)], sources[len(recipe.sources) :]
+        separate = self.model.config.prefix_lm or self.model.decoder.config.positions == "relative"
+        sampling = RecordSampling(recipe.max_captions, recipe.max_questions, recipe.augment, separate)
+        measure, seed = Measure(self.processor, self.row_length), recipe.train.seed
+        sources = open_sources(configs, stores, measure, sampling, seed=seed, errors=self.errors)
+        self.sources = sources[: len(recipe.sources)]
+        self.held_out = [source.plain() for source in sources[len(recipe.sources) :]]
         if recipe.holdout:
-            halves = [self._split(*each) for each in zip(configs, self.sources, corpora, strict=True)]
+            halves = [source.split(recipe.holdout) for source in self.sources]
             self.sources, self.held_out = [a for a, _ in halves], [b for _, b in halves]
-        self._validated = list(recipe.validation or recipe.sources)
         if not any(len(source) for source in self.sources):
             raise MMGPTError("the sources hold no usable record: " + self.errors.summary())
         plan = Plan(
             self.sources,
-            [Share(repeat=source.repeat, weight=source.weight) for source in recipe.sources],
+            [SourceWeight(repeat=source.repeat, weight=source.weight) for source in recipe.sources],
             row_length=self.row_length,
-            seed=recipe.train.seed,
+            seed=seed,
             window_rows=recipe.window_rows,
             exponent=recipe.exponent,
             wait=recipe.wait,
         )
+        # Blocks are compiled once for each shape: all training batches have the same one.
+        multiple = self.row_length if recipe.compile else 64
+        self.reader = Reader(self.sources, self.processor, recipe.augment, seed, multiple)
         rank, world = ranks()
         self.loader = Loader(
             plan,
-            self.load,
+            self.reader,
             rows=recipe.rows,
             accumulate=recipe.train.accumulate,
             rank=rank,
@@ -173,62 +171,10 @@ class LanguageTask:
         if self.errors.total:
             logger.warning(self.errors.summary())
 
-    def _written(self, found: Sequence[Sequence[Sample] | None], corpora: Sequence[Corpus | None]) -> list[str]:
-        """What a tokenizer is learned from."""
-        texts: list[str] = []
-        left = TOKENIZER_CHARACTERS
-        for samples, corpus in zip(found, corpora, strict=True):
-            for sample in samples or (() if corpus is None else corpus.samples(ErrorCounter())):
-                written = written_texts(sample)
-                texts += written
-                left -= sum(map(len, written)) if corpus is not None else 0
-                if left < 0:
-                    break
-        return texts
-
-    def _source(
-        self, config: SourceConfig, samples: list[Sample] | None, corpus: Corpus | None, *, held: bool = False
-    ) -> SampleSource | CorpusSource:
-        if corpus is not None:
-            return self._corpus_source(config, corpus)
-        assert samples is not None
-        check_chats(samples, self.processor, Path(self.recipe.data) / config.path)
-        samples = cut_documents(samples, self.processor, self.row_length, self.errors)
-        logger.info("%s: %d samples", config.path, len(samples))
-        return self._sample_source(config, samples, augment=not held)
-
-    def _sample_source(self, config: SourceConfig, samples: list[Sample], *, augment: bool) -> SampleSource:
-        how = dataclasses.replace(self._drawing, augment=self._drawing.augment and augment)
-
-        def draw_from(sample: Sample, rng: random.Random) -> list[Document]:
-            return draw(sample, config, rng, self.processor, how)
-
-        return SampleSource(config.path, samples, draw_from, self.processor, self.recipe.train.seed, self.errors)
-
-    def _corpus_source(
-        self, config: SourceConfig, corpus: Corpus, every: tuple[int, int] | None = None
-    ) -> CorpusSource:
-        source = CorpusSource(
-            corpus, self.processor, max_tokens=self.row_length, errors=self.errors, name=config.path, every=every
-        )
-        logger.info("%s: %d pieces, %.0f tokens, %d images", config.path, len(source), source.tokens, source.images)
-        return source
-
-    def _split(
-        self, config: SourceConfig, source: SampleSource | CorpusSource, corpus: Corpus | None
-    ) -> tuple[SampleSource | CorpusSource, SampleSource | CorpusSource]:
-        """Training and held-out part of a source."""
-        every = round(1 / self.recipe.holdout)
-        if corpus is not None:
-            return self._corpus_source(config, corpus, (-every, every)), self._corpus_source(config, corpus, (0, every))
-        assert isinstance(source, SampleSource)
-        train = [sample for number, sample in enumerate(source.samples) if number % every]
-        held = list(source.samples[::every])
-        return self._sample_source(config, train, augment=True), self._sample_source(config, held, augment=False)
-
     # ---- what is trained ----
 
-    def parameter_groups(self) -> list[ParameterGroup]:
+    def prepare(self) -> list[ParameterGroup]:
+        """Freeze, cast and compile what the recipe says; what is trained."""
         recipe, model = self.recipe, self.model
         connector = [] if model.connector is None else [*model.connector.parameters()]
         connector += [mark for mark in (model.image_marks, model.image_newline) if mark is not None]
@@ -263,68 +209,6 @@ class LanguageTask:
     def load_data_state(self, state: dict[str, Any]) -> None:
         self.loader.load_state(state)
 
-    def load(self, rows: Sequence[tuple[int, Row]]) -> Loaded:
-        """Rows of a plan as a micro-batch. What cannot be read is skipped and named; a worker process may run this."""
-        skipped: list[tuple[str, str]] = []
-        examples: list[list[Example]] = []
-        pixels: list[Tensor] = []
-        for number, row in rows:
-            examples.append([])
-            images = itertools.count()
-            for item in row:
-                source = self.sources[item.source]
-                try:
-                    document = source.document(item.unit)
-                except (BadRecordError, MMGPTError) as error:
-                    skipped.append((_reason(error), f"{source.name}:{item.unit}"))
-                    continue
-                seeds = ((self.recipe.train.seed, number, count) for count in images)
-                if (read := self._read(document, skipped, seeds)) is not None:
-                    examples[-1].append(read[0])
-                    pixels += read[1]
-        return Loaded(self._collate(examples, pixels, train=True), skipped)
-
-    def _read(
-        self, document: Document, skipped: list[tuple[str, str]], seeds: Iterator[tuple[int, ...]] | None = None
-    ) -> tuple[Example, list[Tensor]] | None:
-        """A document in numbers and its tiles, augmented by `seeds`, one for each image.
-
-        A page stands without a broken image; an answer about one does not.
-        """
-        while True:
-            broken: Image | None = None
-            tiles: list[Tensor] = []
-            try:
-                example = self.processor(document)
-                for broken, grid in zip(example.images, example.grids, strict=True):
-                    tiles.append(self._tiles(broken, grid, seeds))
-                return example, tiles
-            except MMGPTError as error:
-                if broken is None and isinstance(error, ImageError):  # its size is asked for before its pixels
-                    broken = next((image for image in document.images if not _has_size(image)), None)
-                skipped.append(("broken image" if broken else _reason(error), f"{document.id}: {error}"))
-            is_page = all(isinstance(s, Image) or s.is_target for s in document.segments) and not document.branches
-            if broken is None or not is_page:
-                return None
-            left = _without(document.segments, broken)
-            if not any(isinstance(segment, Text) and not segment.is_control for segment in left):
-                return None
-            document = dataclasses.replace(document, segments=left)
-
-    def _tiles(self, image: Image, grid: tuple[int, int], seeds: Iterator[tuple[int, ...]] | None) -> Tensor:
-        """(N, 3, H, W) of one image."""
-        config = self.processor.config
-        if seeds is not None and self.recipe.augment and config.image is not None and config.tiling is None:
-            generator = torch.Generator().manual_seed(hash(next(seeds)) % 2**63)
-            return TrainTransform(config.image, generator)(image)[None]
-        return self.processor.tiles(image, grid)
-
-    def _collate(self, rows: Sequence[Sequence[Example]], tiles: Sequence[Tensor], *, train: bool) -> Batch:
-        pixel_values = torch.cat(list(tiles)) if tiles else stack_pixels([], self.processor.config.image)
-        # Blocks are compiled once for each shape: all training batches have the same one.
-        multiple = self.row_length if train and self.recipe.compile else 64
-        return collate(rows, pixel_values, pad_to_multiple=multiple)
-
     # ---- how it is judged ----
 
     def validate(self) -> dict[str, float]:
@@ -334,50 +218,89 @@ class LanguageTask:
     def _validate(self, loss_of: Callable[[Batch], tuple[Tensor, Tensor]]) -> dict[str, float]:
         total, count = 0.0, 0
         values: dict[str, float] = {}
-        for source, held in zip(self._validated, self.held_out, strict=True):
+        device = next(self.model.parameters()).device
+        for config, held in zip(self.recipe.validation or self.recipe.sources, self.held_out, strict=True):
             source_total, source_count = 0.0, 0
-            lengths = [(length_of(d, self.processor), d) for d in self._first(held)]
-            documents = [(int(length), d) for length, d in lengths if length < math.inf]
-            longest = max((length for length, _ in documents), default=1)
-            for row in pack([length for length, _ in documents], max(self.row_length, longest)):
-                found = [read for i in row if (read := self._read(documents[i][1], [])) is not None]
-                tiles = [tile for _, tiles in found for tile in tiles]
-                batch = self._collate([[example for example, _ in found]], tiles, train=False)
-                loss, targets = loss_of(batch.to(next(self.model.parameters()).device))
+            for batch in self._held_out_batches(held):
+                loss, targets = loss_of(batch.to(device))
                 source_total += loss.item()
                 source_count += int(targets)
-            values[f"loss {source.path}"] = source_total / max(1, source_count)
+            values[f"loss {config.label(Path(self.recipe.data))}"] = source_total / max(1, source_count)
             total, count = total + source_total, count + source_count
         return {"loss": total / max(1, count), **values}
 
-    def _first(self, held: SampleSource | CorpusSource) -> list[Document]:
-        """The same held-out documents each time."""
-        if isinstance(held, SampleSource):
-            units = [(0, at) for at in range(min(len(held), self.recipe.validation_images))]
-            return [document for unit in units for document in held.documents(*unit)]
-        found: list[Document] = []
-        for documents in itertools.islice(held.units(0, 0, 0), self.recipe.validation_images):
-            for unit, _ in documents:
-                try:
-                    found.append(held.document(unit))
-                except (BadRecordError, MMGPTError) as error:
-                    logger.warning("not validated on %s:%s: %s", held.name, unit, error)
-        return found
+    def _held_out_batches(self, held: IndexedSource) -> Iterator[Batch]:
+        """The same held-out documents each time, a row a batch."""
+        waiting: list[tuple[Example, list[Tensor]]] = []
+        for unit in held.some(self.recipe.validation_images):
+            skipped: list[tuple[str, str]] = []
+            try:
+                read = self.reader.read(held.document(unit), skipped)
+            except (BadRecordError, MMGPTError) as error:
+                read, skipped = None, [(str(error), str(unit[0]))]
+            for reason, record in skipped:
+                logger.warning("not validated on %s:%s: %s", held.name, record, reason)
+            if read is not None:
+                waiting.append(read)
+        lengths = [len(example) for example, _ in waiting]
+        for row in pack(lengths, max(self.row_length, *lengths, 1)):
+            tiles = [tile for i in row for tile in waiting[i][1]]
+            yield self.reader.batch([[waiting[i][0] for i in row]], tiles)
 
     def samples(self) -> list[str]:
         """Greedy captions of the first validation photos."""
         from mm_gpt.inference.engine import Engine, GenerationConfig
 
-        lists = [held.samples[:4] for held in self.held_out if isinstance(held, SampleSource)]
-        images = [record for records in lists for record in records if isinstance(record, Record)][:4]
+        records: list[Record] = []
+        for held in self.held_out:
+            for number in dict.fromkeys(unit[0] for unit in held.some(4)):
+                try:
+                    sample = held.sample(number)
+                except (BadRecordError, MMGPTError):
+                    continue  # validation has named it
+                records += [sample] if isinstance(sample, Record) else []
+        records = records[:4]
         engine = Engine(self.model.eval(), self.processor)
-        documents = [self.processor.chat([_user(record, CAPTION_PROMPT)]) for record in images]
+        documents = [self.processor.chat([_user(record, CAPTION_PROMPT)]) for record in records]
         answers = engine.generate(documents, GenerationConfig(max_new_tokens=24)) if documents else []
         self.model.train()
-        return [f"{record.key}: {answer.text}" for record, answer in zip(images, answers, strict=True)]
+        return [f"{record.key}: {answer.text}" for record, answer in zip(records, answers, strict=True)]
 
     def save(self, folder: Path) -> None:
         save_model(self.model, self.processor, folder)
+
+
+def learn_tokenizer(stores: Sequence[ShardFolder], vocab_size: int) -> Tokenizer:
+    """A tokenizer of what is written in the sources, up to `TOKENIZER_CHARACTERS` of it."""
+    texts: list[str] = []
+    left = TOKENIZER_CHARACTERS
+    for sample in itertools.chain.from_iterable(store.samples(ErrorCounter()) for store in stores):
+        written = written_texts(sample)
+        texts += written
+        left -= sum(map(len, written))
+        if left < 0:
+            break
+    prompts = [*ROLES, CAPTION_PROMPT, *OTHER_CAPTION_PROMPTS] * 4  # often enough to be learned as words
+    return Tokenizer.train([*texts, *prompts], vocab_size)
+
+
+def written_texts(sample: Sample) -> list[str]:
+    """All that is written in a sample, for a tokenizer to learn from."""
+    match sample:
+        case Document():
+            return [segment.text for segment in sample.segments if isinstance(segment, Text)]
+        case Conversation():
+            return [text for message in sample.messages for text in _message_texts(message)]
+        case Record():
+            captions = [clean_caption(caption) for caption in sample.captions]
+            return captions + [text for q in sample.questions for text in (q.question, q.answer)]
+
+
+def _message_texts(message: Any) -> list[str]:
+    content = message.get("content") if isinstance(message, dict) else None
+    parts = content if isinstance(content, list | tuple) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MMGPT, Processor]:
@@ -441,31 +364,6 @@ def load_vision(vision: nn.Module, name: str) -> None:
 
     path = next(iter(download.fetch(name).values()))
     vision.tower.trunk.load_state_dict(load_efficientnet_lite(path), strict=True)  # type: ignore[union-attr]
-
-
-def _has_size(image: Image) -> bool:
-    try:
-        return bool(image.size())
-    except ImageError:
-        return False
-
-
-def _without(segments: Sequence[Segment], image: Image) -> tuple[Segment, ...]:
-    """Without an image, in whose place paragraphs stay apart."""
-    left: list[Segment] = []
-    for before, segment, behind in zip((None, *segments), segments, (*segments[1:], None), strict=False):
-        between = all(isinstance(s, Text) and not s.is_control for s in (before, behind))
-        if segment is not image:
-            left.append(segment)
-        elif between:
-            left.append(Text("\n\n"))
-    return tuple(left)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, BadRecordError):
-        return str(error)
-    return "too long" if isinstance(error, ContextOverflowError) else "unreadable"
 
 
 def _user(record: Record, text: str) -> dict[str, object]:

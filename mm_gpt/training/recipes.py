@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mm_gpt import config as configs
+from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.errors import MMGPTError, unknown_name
 from mm_gpt.hub.weights import read_json
 from mm_gpt.model.decoder_config import DecoderConfig
@@ -18,7 +19,6 @@ from mm_gpt.model.presets import PRESETS, preset
 from mm_gpt.model.semicausal import SemiCausalConfig
 from mm_gpt.training.classification import ClassificationRecipe, ClassificationTask, count_rows
 from mm_gpt.training.contrastive import ContrastiveRecipe, ContrastiveTask
-from mm_gpt.training.data import SourceConfig
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import Task, TrainConfig, train
 from mm_gpt.training.semicausal import SemiCausalRecipe, SemiCausalTask

@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mm_gpt import config as configs
+from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.errors import ConfigError
 from mm_gpt.hub.checkpoint import fill, load_model, save_model
 from mm_gpt.hub.weights import read_json, write_json
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.model.semicausal import SemiCausalConfig, SemiCausalLM, Spans, sample_spans
 from mm_gpt.processor import Batch, Processor
-from mm_gpt.training.data import SourceConfig
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import ParameterGroup, TrainConfig
 
