@@ -140,8 +140,8 @@ class ContrastiveTask:
         """The loss among the pairs of all ranks, times those of this one.
 
         Every rank computes all of it. Its gradient flows back through `gather_features` to the rank whose features they
-        are, once from each rank: summed over ranks and divided by all pairs, as the loop does, it is that of one process
-        with the whole batch.
+        are, once from each rank: summed over ranks and divided by all pairs, as the loop does, it is that of one
+        process with the whole batch.
         """
         self.model.clamp_logit_scale()
         images = self.model.encode_image(batch.pixel_values)
