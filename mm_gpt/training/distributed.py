@@ -121,8 +121,8 @@ def check_alike(step: int, model: nn.Module) -> None:
     if len(set(sums)) > 1:
         other = next(number for number, found in enumerate(sums) if found != sums[0])
         raise MMGPTError(
-            f"rank {other} has other weights than rank 0 at step {step}: --out must be a folder they share, and the model "
-            "that the run starts from the same"
+            f"rank {other} has other weights than rank 0 at step {step}: --out must be a folder they share, and the "
+            "model that the run starts from the same"
         )
 
 

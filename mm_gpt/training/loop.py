@@ -1,8 +1,8 @@
 """One loop for every stage of training.
 
-What is trained, on what, and how it is judged is a `Stage`; the loop adds accumulation, clipping, the schedule, logging,
-validation, checkpoints and exact resumption. A stage's micro-batches are a pure function of the step number and all
-randomness inside a step is seeded by it, so a stopped run continues as if it had never been stopped.
+What is trained, on what, and how it is judged is a `Stage`; the loop adds accumulation, clipping, the schedule,
+logging, validation, checkpoints and exact resumption. A stage's micro-batches are a pure function of the step number
+and all randomness inside a step is seeded by it, so a stopped run continues as if it had never been stopped.
 """
 
 import dataclasses
@@ -51,8 +51,8 @@ class TrainConfig:
     lr: float
     """Peak learning rate; a stage's parameter groups scale it."""
     batch_tokens: int | None = None
-    """Tokens in a step that `lr` is meant for, where that is known. A step with fewer gets less: `mm_gpt.training.recipes`
-    says how much."""
+    """Tokens in a step that `lr` is meant for, where that is known. Of a step with fewer the rate is lower
+    (`mm_gpt.training.recipes.peak_rate`)."""
     accumulate: int = 1
     """Micro-batches per step."""
     warmup_steps: int = 0
@@ -88,9 +88,9 @@ class TrainConfig:
 def learning_rate(config: TrainConfig, step: int, cycles: Sequence[int] = ()) -> float:
     """Linear warm-up, then cosine to `final_lr`; steps count from 0.
 
-    `cycles`: the steps at which cycles end, by default one at `config.steps`. A later cycle is what a run was given when
-    it was continued with more steps: it warms up from the final rate again over a tenth of its own steps (re-warming and
-    re-decaying, 2403.08763), so that the rate never jumps.
+    `cycles`: the steps at which cycles end, by default one at `config.steps`. A later cycle is what a run was given
+    when it was continued with more steps: it warms up from the final rate again over a tenth of its own steps
+    (re-warming and re-decaying, 2403.08763), so that the rate never jumps.
     """
     ends = list(cycles) or [config.steps]
     number = next((n for n, end in enumerate(ends) if step < end), len(ends) - 1)

@@ -232,8 +232,8 @@ DENSE_ROW = 2048
 def of_preset(name: str, data: str) -> LanguageRecipe | SemiCausalRecipe:
     """A published model from random weights, with its paper's hyperparameters, on plain text or captioned images.
 
-    The paper's learning rate belongs to its batch, see `peak_rate`; of a run as short as this, its warm-up takes no more
-    than a tenth.
+    The paper's learning rate belongs to its batch: see `peak_rate`. Its warm-up takes a tenth of the steps at most, since
+    these are few.
     """
     chosen = preset(name)
     config = chosen.config
@@ -295,8 +295,8 @@ def recipe(name: str, data: str) -> Recipe:
 def peak_rate(recipe: Recipe) -> float:
     """The peak learning rate of a run: `train.lr`, by the square root of the share of `batch_tokens` that a step holds.
 
-    Adam's updates are alike whatever the batch, their noise is not: with κ times the tokens in a step, √κ times the rate
-    keeps the path of the weights (the square root scaling rule, 2205.10287). It is never raised above `train.lr`.
+    Adam's updates are as long whatever the batch, but noisier for a small one: with κ times the tokens in a step, √κ
+    times the rate keeps the path of the weights (the square root scaling rule, 2205.10287). The rate is never raised.
     """
     config = recipe.train
     if config.batch_tokens is None or not isinstance(recipe, LanguageRecipe | SemiCausalRecipe):
