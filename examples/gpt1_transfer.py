@@ -219,7 +219,7 @@ def fine_tuned(start: Path, data: Path, auxiliary: float, seed: int, epochs: int
         train=config, start=str(start), validation="test.jsonl", auxiliary=auxiliary, batch_size=batch, data=str(data)
     )
     task = ClassificationTask(recipe)
-    optimizer = make_optimizer(task.parameter_groups(), config)
+    optimizer = make_optimizer(task.prepare(), config)
     task.model.train()
     for step in range(steps):
         training_step(task, task.micro_batches(step, 1), optimizer, config, step, device)

@@ -5,8 +5,6 @@ Rows are appended and synced batch by batch. The next run reads what is there, c
 """
 
 import csv
-import errno
-import fcntl
 import glob
 import io
 import json
@@ -24,6 +22,8 @@ from PIL import Image as PILImage
 
 from mm_gpt.errors import ImageError, MMGPTError, unknown_name
 from mm_gpt.images import DEFAULT_LIMITS, is_url, load_image, source_name
+from mm_gpt.locks import open_locked
+from mm_gpt.stopping import Stopper
 from mm_gpt.templates.prompts import CAPTION_PROMPT
 
 if TYPE_CHECKING:
@@ -268,8 +268,6 @@ def caption_images(
         written, stopped = 0, False
         if pending:
             assistant = load()
-            from mm_gpt.training.loop import Stopper
-
             bar = tqdm(
                 total=len(items),
                 initial=before,
@@ -368,7 +366,7 @@ class CaptionFile:
             raise MMGPTError(f"{path}: {unknown_name('output format', path.suffix, FORMATS)}")
         self.format = FORMATS[path.suffix.lower()]
         try:
-            self._file = _open_locked(path, path)
+            self._file = open_locked(path, path)
             try:
                 if overwrite:
                     self._file.truncate(0)
@@ -439,7 +437,7 @@ class CaptionFile:
     def _rewrite_without(self, dropped: set[int]) -> None:
         """Replace the file by one without these records, at one moment, without letting go of the lock."""
         partial = self.path.with_name(f".{self.path.name}.partial")
-        new = _open_locked(partial, self.path)
+        new = open_locked(partial, self.path)
         new.truncate(0)
         for number, record in enumerate(self._records()):
             if number not in dropped:
@@ -449,21 +447,3 @@ class CaptionFile:
         os.replace(partial, self.path)
         self._file.close()
         self._file = new
-
-
-def _open_locked(path: Path, name: Path) -> BinaryIO:
-    """`path` for reading and appending, with a lock that ends with the process, however it ends."""
-    file = open(path, "a+b")  # noqa: SIM115 (the caller closes it)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between our open and our lock another process may have put a new file in the place of this one.
-        is_current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except OSError as error:
-        file.close()
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOENT):
-            raise MMGPTError(f"{name}: another process is writing it") from None
-        raise
-    if not is_current:
-        file.close()
-        raise MMGPTError(f"{name}: another process is writing it")
-    return file

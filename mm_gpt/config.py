@@ -1,6 +1,7 @@
 """Configuration is plain dataclasses. This module turns them into JSON and back, and refuses what it does not know."""
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any, TypeVar
@@ -60,6 +61,32 @@ def override(config: T, assignments: list[str]) -> T:
             raise ConfigError(f"{path}: {_first_leaf(path, branch[last])} was given as well")
         branch[last] = text
     return _override_all(config, tree, "")
+
+
+def check_numbers(
+    config: Any,
+    *names: str,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raise ConfigError for the first of these fields whose number is out of bounds, infinite or NaN. None passes."""
+    bounds = [("at least", at_least), ("above", above), ("at most", at_most), ("below", below)]
+    wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
+    for name in names:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        fits = (
+            math.isfinite(value)
+            and (at_least is None or value >= at_least)
+            and (above is None or value > above)
+            and (at_most is None or value <= at_most)
+            and (below is None or value < below)
+        )
+        if not fits:
+            raise ConfigError(f"{name} must be {wanted or 'a finite number'}, not {value}")
 
 
 def _override_all(config: Any, tree: dict[str, Any], where: str) -> Any:

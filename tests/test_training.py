@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from conftest import make_picture, make_tiny, make_tokenizer, tiny_config
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from toy_stage import Pairs, ToyStage, losses, one_step, toy_config
 
 from mm_gpt.datasets.samples import Conversation, ErrorCounter, Record
 from mm_gpt.document import Document, Image, Text
@@ -33,89 +33,9 @@ from mm_gpt.processor import Batch, collate
 from mm_gpt.training import checkpoint, language
 from mm_gpt.training.data import SourceConfig, check_chats, read_source, record_image
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
-from mm_gpt.training.loop import (
-    ParameterGroup,
-    Task,
-    TrainConfig,
-    learning_rate,
-    make_optimizer,
-    train,
-    training_step,
-)
+from mm_gpt.training.loop import TrainConfig, learning_rate, make_optimizer, train
+from mm_gpt.training.stage import ParameterGroup
 from mm_gpt.vision.transforms import ImageTransformConfig
-
-
-def one_step(task: Task, optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> dict[str, float]:
-    batches = task.micro_batches(step, config.accumulate)
-    return training_step(task, batches, optimizer, config, step, torch.device("cpu"))
-
-
-# ---- a task of a few numbers ----
-
-
-@dataclasses.dataclass
-class Pairs:
-    x: Tensor
-    y: Tensor
-
-    def to(self, device: torch.device) -> "Pairs":
-        return self
-
-
-class Toy(nn.Module):
-    def __init__(self, norm: bool) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.matrix = nn.Parameter(torch.randn(3, 4, generator=generator))
-        self.vector = nn.Parameter(torch.randn(3, generator=generator))
-        self.unused = nn.Parameter(torch.ones(2, 2))  # like a connector in a run without images
-        self.norm = nn.BatchNorm1d(4) if norm else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(self.norm(x), self.matrix, self.vector)
-
-
-class ToyTask:
-    """A regression whose micro-batches have different sizes."""
-
-    def __init__(self, *, sizes: Sequence[int] = (3, 5, 2), norm: bool = False, validation: Sequence[float] = ()):
-        self.model: nn.Module = Toy(norm)
-        self.sizes, self.validation = sizes, list(validation)
-        self.on_loss: Callable[[Tensor], Tensor] = lambda loss: loss
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        return [ParameterGroup("all", list(self.model.parameters()))]
-
-    def micro_batches(self, step: int, count: int) -> list[Pairs]:
-        generator = torch.Generator().manual_seed(step)
-        everything = [torch.randn(size, 7, generator=generator) for size in self.sizes]
-        if count == 1:
-            everything = [torch.cat(everything)]
-        return [Pairs(values[:, :4], values[:, 4:]) for values in everything]
-
-    def loss(self, batch: Pairs) -> tuple[Tensor, Tensor]:
-        loss = (self.model(batch.x) - batch.y).square().sum()
-        return self.on_loss(loss), torch.tensor(len(batch.x))
-
-    def validate(self) -> dict[str, float]:
-        return {"loss": self.validation.pop(0) if self.validation else 1.0}
-
-    def samples(self) -> list[str]:
-        return ["a sample"]
-
-    def save(self, folder: Path) -> None:
-        (folder / "weights.txt").write_text(str(self.model.matrix[0, 0].item()))  # type: ignore[union-attr, index]
-
-
-def toy_config(**changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {"steps": 6, "lr": 0.1, "precision": "fp32", "device": "cpu", "log_every": 1}
-    return TrainConfig(**(values | changes))
-
-
-def losses(out: Path) -> dict[int, float]:
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
-
 
 # ---- one step ----
 
@@ -135,9 +55,9 @@ def test_micro_batches_weigh_by_their_targets() -> None:
     """A mean of means: a micro-batch with one target would count as much as one with a hundred."""
     parameters = []
     for count in (1, 3):
-        task = ToyTask()
+        task = ToyStage()
         config = toy_config(accumulate=count, clip=1e9)
-        optimizer = make_optimizer(task.parameter_groups(), config)
+        optimizer = make_optimizer(task.prepare(), config)
         metrics = one_step(task, optimizer, config, 0)
         parameters.append((metrics["loss"], metrics["grad_norm"], *(p.detach() for p in task.model.parameters())))
     torch.testing.assert_close(parameters[0], parameters[1], rtol=1e-5, atol=1e-6)
@@ -172,12 +92,12 @@ def test_micro_batches_of_the_model_weigh_by_their_targets() -> None:
 def test_adamw_by_hand() -> None:
     """Two steps against the formulas of 1711.05101: decay outside the moments, clipping before, no decay of vectors."""
     config = toy_config(lr=0.1, warmup_steps=2, weight_decay=0.3, clip=0.5, beta1=0.8, beta2=0.9, eps=1e-3)
-    task = ToyTask()
+    task = ToyStage()
     task.model.double()
     names = {"matrix": 0.3, "vector": 0.0}
     expected = {name: task.model.get_parameter(name).detach().clone() for name in names}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in expected.items()}
-    optimizer = make_optimizer(task.parameter_groups(), config)
+    optimizer = make_optimizer(task.prepare(), config)
     originals = task.micro_batches
     task.micro_batches = lambda step, count: [Pairs(b.x.double(), b.y.double()) for b in originals(step, count)]  # type: ignore[method-assign]
     for step in (0, 1):
@@ -206,7 +126,7 @@ def test_adamw_by_hand() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, value: float) -> None:
-    task = ToyTask()
+    task = ToyStage()
     steps = iter(range(100))
     task.on_loss = lambda loss: loss * (value if next(steps) == 2 else 1.0)
     with pytest.raises(MMGPTError, match=rf"the loss is {value} at step 3: lower the learning rate \(0\.1\)"):
@@ -216,7 +136,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, value: float) -
 
 def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path) -> None:
     """sqrt(0): the loss is fine, its gradient is not. One step on, every weight would be NaN, and be saved."""
-    task = ToyTask()
+    task = ToyStage()
     task.on_loss = lambda loss: loss + (loss * 0).sqrt()
     with pytest.raises(MMGPTError, match="the gradient is nan at step 1"):
         train(task, toy_config(), tmp_path / "run", progress=False)
@@ -224,11 +144,11 @@ def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path) -> None:
 
 
 def test_a_step_without_targets_changes_nothing() -> None:
-    task = ToyTask()
+    task = ToyStage()
     task.loss = lambda batch: ((task.model(batch.x) * 0).sum(), torch.tensor(0))  # type: ignore[method-assign]
     before = [p.clone() for p in task.model.parameters()]
     config = toy_config(weight_decay=0.1)
-    metrics = one_step(task, make_optimizer(task.parameter_groups(), config), config, 0)
+    metrics = one_step(task, make_optimizer(task.prepare(), config), config, 0)
     assert metrics["loss"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, task.model.parameters(), strict=True))
 
@@ -243,7 +163,7 @@ def test_nothing_to_train() -> None:
 
 def test_a_run_leaves_its_log_its_curve_and_its_best_model(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    task = ToyTask(validation=[3.0, 1.0, 2.0])
+    task = ToyStage(validation=[3.0, 1.0, 2.0])
     train(task, toy_config(validate_every=2, save_every=2), out, progress=False)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
@@ -259,8 +179,8 @@ def test_a_run_leaves_its_log_its_curve_and_its_best_model(tmp_path: Path) -> No
 
 
 def test_log_rows_are_means_of_their_steps(tmp_path: Path) -> None:
-    train(ToyTask(), toy_config(), tmp_path / "each", progress=False)
-    train(ToyTask(), toy_config(log_every=4), tmp_path / "some", progress=False)
+    train(ToyStage(), toy_config(), tmp_path / "each", progress=False)
+    train(ToyStage(), toy_config(log_every=4), tmp_path / "some", progress=False)
     each, some = losses(tmp_path / "each"), losses(tmp_path / "some")
     assert set(some) == {4, 6}
     assert some[4] == pytest.approx(sum(each[s] for s in (1, 2, 3, 4)) / 4)
@@ -268,19 +188,19 @@ def test_log_rows_are_means_of_their_steps(tmp_path: Path) -> None:
 
 
 def test_a_nan_on_validation_is_never_the_best(tmp_path: Path) -> None:
-    task = ToyTask(validation=[math.nan, 2.0, math.nan])
+    task = ToyStage(validation=[math.nan, 2.0, math.nan])
     train(task, toy_config(validate_every=2, save_every=2), tmp_path / "run", progress=False)
     best, fourth = ((tmp_path / "run" / n / "weights.txt").read_text() for n in ("best", "step-000004"))
     assert best == fourth
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
-    train(ToyTask(), toy_config(steps=1), tmp_path, progress=False)
+    train(ToyStage(), toy_config(steps=1), tmp_path, progress=False)
     with pytest.raises(MMGPTError, match="already holds a run: continue it with --resume, or choose another --out"):
-        train(ToyTask(), toy_config(steps=1), tmp_path, progress=False)
+        train(ToyStage(), toy_config(steps=1), tmp_path, progress=False)
 
 
-def stop_at(task: ToyTask, step: int, number: int = signal.SIGINT) -> None:
+def stop_at(task: ToyStage, step: int, number: int = signal.SIGINT) -> None:
     """The signal arrives in the middle of this step."""
     calls = iter(range(1, 1000))
 
@@ -297,7 +217,7 @@ def stop_at(task: ToyTask, step: int, number: int = signal.SIGINT) -> None:
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_stopped_run_continues_as_if_it_had_not_been(tmp_path: Path, number: int, at: int, norm: bool) -> None:
     """Moments, running statistics, the schedule and the data: bit by bit."""
-    whole, stopped = ToyTask(norm=norm), ToyTask(norm=norm)
+    whole, stopped = ToyStage(norm=norm), ToyStage(norm=norm)
     train(whole, toy_config(), tmp_path / "whole", progress=False)
     stop_at(stopped, at, number)
     before = signal.getsignal(signal.SIGINT)
@@ -305,7 +225,7 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(tmp_path: Path, number: i
         train(stopped, toy_config(), tmp_path / "stopped", progress=False)
     assert signal.getsignal(signal.SIGINT) is before
     assert list(losses(tmp_path / "stopped")) == list(range(1, at + 1))
-    resumed = ToyTask(norm=norm)
+    resumed = ToyStage(norm=norm)
     train(resumed, toy_config(), tmp_path / "stopped", resume=True, progress=False)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
@@ -314,7 +234,7 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(tmp_path: Path, number: i
 
 def test_a_signal_during_validation_saves_too(tmp_path: Path) -> None:
     """Validation may take minutes: what was trained before it must not be lost."""
-    task = ToyTask()
+    task = ToyStage()
     plain = task.validate
 
     def validate() -> dict[str, float]:
@@ -331,7 +251,7 @@ def test_a_signal_during_validation_saves_too(tmp_path: Path) -> None:
 def test_parameters_count_their_own_steps(tmp_path: Path) -> None:
     """A connector that had no image for some steps: AdamW's correction counts the steps with a gradient only."""
 
-    class Sometimes(ToyTask):
+    class Sometimes(ToyStage):
         with_images: tuple[Pairs, ...] = ()
 
         def micro_batches(self, step: int, count: int) -> list[Pairs]:
@@ -359,9 +279,9 @@ def test_parameters_count_their_own_steps(tmp_path: Path) -> None:
 
 def test_a_killed_run_repeats_what_was_not_saved(tmp_path: Path) -> None:
     """SIGKILL: the log is ahead of the last checkpoint, and its last line may be half written."""
-    train(ToyTask(), toy_config(), tmp_path / "whole", progress=False)
+    train(ToyStage(), toy_config(), tmp_path / "whole", progress=False)
     out = tmp_path / "killed"
-    task = ToyTask()
+    task = ToyStage()
     calls = iter(range(1, 100))
 
     def die(loss: Tensor) -> Tensor:
@@ -376,7 +296,7 @@ def test_a_killed_run_repeats_what_was_not_saved(tmp_path: Path) -> None:
     with (out / "log.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     (out / ".tmp-step-000006").mkdir()  # a checkpoint that was being written is no checkpoint
-    train(ToyTask(), toy_config(save_every=3), out, resume=True, progress=False)
+    train(ToyStage(), toy_config(save_every=3), out, resume=True, progress=False)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert losses(out) == losses(tmp_path / "whole")
@@ -385,19 +305,19 @@ def test_a_killed_run_repeats_what_was_not_saved(tmp_path: Path) -> None:
 def test_resuming_without_a_checkpoint_starts_over(tmp_path: Path) -> None:
     """Killed before the first checkpoint: no step may be in the log twice."""
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 5.0}\n')
-    train(ToyTask(), toy_config(steps=2), tmp_path, resume=True, progress=False)
+    train(ToyStage(), toy_config(steps=2), tmp_path, resume=True, progress=False)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3  # two steps and a validation
 
 
 def test_resuming_a_finished_run_does_nothing(tmp_path: Path) -> None:
-    train(ToyTask(), toy_config(), tmp_path, progress=False)
+    train(ToyStage(), toy_config(), tmp_path, progress=False)
     before = (tmp_path / "log.jsonl").read_text()
-    train(ToyTask(), toy_config(), tmp_path, resume=True, progress=False)
+    train(ToyStage(), toy_config(), tmp_path, resume=True, progress=False)
     assert (tmp_path / "log.jsonl").read_text() == before
 
 
 def test_a_corrupted_training_state_is_named(tmp_path: Path) -> None:
-    train(ToyTask(), toy_config(), tmp_path, progress=False)
+    train(ToyStage(), toy_config(), tmp_path, progress=False)
     folder = checkpoint.latest(tmp_path)
     assert folder is not None
     state, counter = folder / checkpoint.STATE_FILE, folder / "training_state.json"
@@ -405,26 +325,26 @@ def test_a_corrupted_training_state_is_named(tmp_path: Path) -> None:
     for broken in (whole[: len(whole) // 2], b"", b"\x80\x04 a pickle"):
         state.write_bytes(broken)
         with pytest.raises(CheckpointError, match=r"training_state\.safetensors: cannot continue from it"):
-            train(ToyTask(), toy_config(), tmp_path, resume=True, progress=False)
+            train(ToyStage(), toy_config(), tmp_path, resume=True, progress=False)
     state.unlink()
     with pytest.raises(CheckpointError, match="cannot continue from it"):
-        train(ToyTask(), toy_config(), tmp_path, resume=True, progress=False)
+        train(ToyStage(), toy_config(), tmp_path, resume=True, progress=False)
     state.write_bytes(whole)
     for broken_text in ("", "[]", "{}", '{"step": "many"}', "\xff"):
         counter.write_bytes(broken_text.encode("latin-1"))
         with pytest.raises(CheckpointError, match="cannot continue from it"):
-            train(ToyTask(), toy_config(), tmp_path, resume=True, progress=False)
+            train(ToyStage(), toy_config(), tmp_path, resume=True, progress=False)
     counter.write_text(text)
     with pytest.raises(CheckpointError, match=r"tensors do not match this model, such as buffer\.norm"):
-        train(ToyTask(norm=True), toy_config(), tmp_path, resume=True, progress=False)
-    other = ToyTask()
+        train(ToyStage(norm=True), toy_config(), tmp_path, resume=True, progress=False)
+    other = ToyStage()
     other.model.vector = nn.Parameter(torch.zeros(1))  # copy_ would have spread it over all three
     with pytest.raises(CheckpointError, match=r"do not match this model, such as .*vector"):
         train(other, toy_config(), tmp_path, resume=True, progress=False)
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
-    task = ToyTask()
+    task = ToyStage()
 
     def twice(loss: Tensor) -> Tensor:
         signal.raise_signal(signal.SIGINT)
@@ -575,7 +495,7 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path: Path, data: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(task, recipe.train, out, resume=True, progress=False)
     task = tiny_task(recipe)  # the reference, uninterrupted up to there
-    optimizer = make_optimizer(task.parameter_groups(), recipe.train)
+    optimizer = make_optimizer(task.prepare(), recipe.train)
     task.model.train()
     expected = {step + 1: one_step(task, optimizer, recipe.train, step)["loss"] for step in range(done + 2)}
     assert losses(out) == expected
@@ -766,7 +686,7 @@ def test_chats_with_line_separators_inside(tmp_path: Path) -> None:
 
 
 def trained_names(task: LanguageTask) -> set[str]:
-    task.parameter_groups()
+    task.prepare()
     return {name for name, p in task.model.named_parameters() if p.requires_grad}
 
 
@@ -800,7 +720,7 @@ def test_weight_decay_and_learning_rates_of_the_groups(data: Path) -> None:
     """Biases and norms are not pulled to zero; every trained parameter is in one group exactly."""
     recipe = tiny_recipe(data, connector_lr=2.0, vision_lr=0.25)
     task = tiny_task(recipe)
-    optimizer = make_optimizer(task.parameter_groups(), recipe.train)
+    optimizer = make_optimizer(task.prepare(), recipe.train)
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(groups)
     for name, parameter in task.model.named_parameters():
@@ -900,7 +820,7 @@ def test_bf16_keeps_master_weights_in_float32(data: Path) -> None:
     config = dataclasses.replace(tiny_config(make_tokenizer().vocab_size), lora=LORA)
     recipe = tiny_recipe(data, train={"precision": "bf16"}, decoder="frozen", model=config)
     task = tiny_task(recipe)
-    optimizer = make_optimizer(task.parameter_groups(), recipe.train)
+    optimizer = make_optimizer(task.prepare(), recipe.train)
     for name, parameter in task.model.named_parameters():
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32, name

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm_gpt.errors import ConfigError
+from mm_gpt.config import check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +17,9 @@ class LoRAConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"LoRA rank must be at least 1, not {self.rank}")
+        check_numbers(self, "rank", at_least=1)
+        check_numbers(self, "alpha", above=0)
+        check_numbers(self, "dropout", at_least=0, below=1)
 
 
 class LoRALinear(nn.Module):

@@ -1,14 +1,15 @@
 """Checkpoints of a run: the model, and beside it what it takes to continue.
 
 `OUT/step-000200/` holds the complete model and `training_state.safetensors` (optimizer moments and every trainable
-parameter in its training precision). A checkpoint is written to a temporary folder and renamed, so that a folder with
-its final name is always whole. `OUT/best` is the model with the lowest validation loss.
+parameter in its training precision). `OUT/best` is the model with the lowest validation loss. What has one of these
+names is whole (`mm_gpt.training.writing`).
 """
 
+import dataclasses
 import json
-import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,36 +17,42 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mm_gpt.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from mm_gpt.training.loop import Task
+from mm_gpt.training.stage import Stage
+from mm_gpt.training.writing import naming, new_folder, remove_folder
 
 STATE_FILE = "training_state.safetensors"
+PROGRESS_FILE = "training_state.json"
 KEEP = 2  # step folders; older ones are deleted
 
 
-def save(
-    task: "Task",
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    out: Path,
-    *,
-    best: bool,
-    data: dict[str, Any] | None = None,
-) -> None:
-    """Write `OUT/step-NNNNNN`, and `OUT/best` when `best`. `data` is the place in the data, as JSON values."""
-    folder = out / f"step-{step:06d}"
-    temporary = _empty(out / f".tmp-step-{step:06d}")
-    task.save(temporary)
-    save_file(_training_state(task.model, optimizer), temporary / STATE_FILE, metadata={"step": str(step)})
-    (temporary / "training_state.json").write_text(json.dumps({"step": step, "data": data or {}}) + "\n")
-    _replace(temporary, folder)
+@dataclass
+class Progress:
+    """Where a run is."""
+
+    step: int = 0
+    """Steps that are done."""
+    cycles: list[int] = field(default_factory=list)
+    """The step at which each cycle of the schedule ends."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """The place in the data, as JSON values."""
+
+
+def save(stage: Stage, optimizer: torch.optim.Optimizer, progress: Progress, out: Path, *, best: bool) -> None:
+    """Write `OUT/step-NNNNNN`, and before it `OUT/best` when `best`.
+
+    In this order a kill in between makes the run repeat these steps and save the best model again; in the other one the
+    log would know of a best loss whose model nobody saved. Raises MMGPTError naming what cannot be written.
+    """
     if best:
-        temporary = _empty(out / ".tmp-best")
-        task.save(temporary)
-        _replace(temporary, out / "best")
+        with new_folder(out / "best") as folder:
+            stage.save(folder)
+    with new_folder(out / f"step-{progress.step:06d}") as folder:
+        stage.save(folder)
+        with naming(folder / STATE_FILE):
+            save_file(_training_state(stage.model, optimizer), folder / STATE_FILE)
+        (folder / PROGRESS_FILE).write_text(json.dumps(dataclasses.asdict(progress)) + "\n")
     for old in _steps(out)[:-KEEP]:
-        shutil.rmtree(old)
+        remove_folder(old)
 
 
 def latest(out: Path) -> Path | None:
@@ -54,24 +61,26 @@ def latest(out: Path) -> Path | None:
 
 
 def _steps(out: Path) -> list[Path]:
-    return sorted(out.glob("step-*"), key=_step_of)
+    found = (path for path in out.glob("step-*") if path.name.removeprefix("step-").isdecimal())
+    return sorted(found, key=_step_of)
 
 
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Any]]:
-    """Put parameters and optimizer moments back; the number of steps done, and the place in the data.
+def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put parameters and optimizer moments back; the rest is where the run is.
 
     Raises CheckpointError when the state is missing, corrupt, or of another model.
     """
     path = folder / STATE_FILE
     try:
         tensors = load_file(path)
-        state = json.loads((folder / "training_state.json").read_text())
-        step, data = int(state["step"]), dict(state.get("data", {}))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        state = json.loads((folder / PROGRESS_FILE).read_text())
+        cycles = [int(end) for end in state.get("cycles", [])]
+        progress = Progress(int(state["step"]), cycles, dict(state.get("data", {})))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot continue from it ({error})") from None
     expected = {name: tensor.shape for name, tensor in _training_state(model, optimizer).items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
@@ -89,7 +98,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
                     "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
                 }
-    return step, data
+    return progress
 
 
 def _training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -112,19 +121,3 @@ def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _empty(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    """Put the finished folder in place; what was there is deleted last."""
-    old = folder.with_name(f".old-{folder.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mm_gpt import config as configs
+from mm_gpt.config import check_numbers
+from mm_gpt.datasets.loading.holdout import held_out
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.errors import CheckpointError, ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model, save_model
@@ -31,7 +32,9 @@ from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.lora import merge_lora
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
-from mm_gpt.training.loop import ParameterGroup, TrainConfig
+from mm_gpt.training.distributed import ranks
+from mm_gpt.training.loop import TrainConfig
+from mm_gpt.training.stage import ParameterGroup
 
 logger = logging.getLogger(__name__)
 WEIGHTS, CONFIG = "classifier.safetensors", "classifier.json"
@@ -56,27 +59,30 @@ class ClassificationRecipe:
     dropout: float = 0.1
     """Of the state that the head reads."""
     batch_size: int = 32
-    """Rows in a micro-batch."""
+    """Rows of a rank in a micro-batch."""
     data: str = "."
 
     def __post_init__(self) -> None:
-        if (self.validation is None) != bool(self.holdout) or not 0 <= self.holdout <= 0.5:
-            raise ConfigError("give either validation rows or a holdout between 0 and 0.5")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, not {self.batch_size}")
-        if not (self.auxiliary >= 0 and math.isfinite(self.auxiliary)):
-            raise ConfigError(f"auxiliary must be a number from 0 on, not {self.auxiliary}")
+        check_numbers(self, "holdout", "dropout", at_least=0, below=1)
+        check_numbers(self, "auxiliary", at_least=0)
+        check_numbers(self, "batch_size", at_least=1)
+        if (self.validation is None) != bool(self.holdout):
+            raise ConfigError("give either validation rows or a holdout above 0")
+        if self.train.batch_tokens is not None:
+            raise ConfigError("train.batch_tokens is for rows of tokens, not for labelled rows")
 
 
 @dataclass(frozen=True)
-class Row:
+class Labelled:
+    """A labelled row in numbers."""
+
     kind: Kind
     label: str
     sequences: list[list[int]]
 
 
 class ClassificationTask:
-    """A `Task` for the loop. An epoch shows every row once."""
+    """A `Stage` for the loop. An epoch shows every row once, to one of the ranks."""
 
     def __init__(self, recipe: ClassificationRecipe):
         self.recipe = recipe
@@ -88,8 +94,8 @@ class ClassificationTask:
         rows = read_rows(folder / recipe.rows, self.processor, decoder, self.errors)
         if recipe.validation is None:
             random.Random(recipe.train.seed).shuffle(rows)  # files are often sorted by label, or take turns
-            count = max(1, round(recipe.holdout * len(rows)))
-            held, rows = rows[:count], rows[count:]
+            held = [row for number, row in enumerate(rows) if held_out(number, recipe.holdout)]
+            rows = [row for number, row in enumerate(rows) if not held_out(number, recipe.holdout)]
         else:
             held = read_rows(folder / recipe.validation, self.processor, decoder, self.errors)
         if not rows or not held:
@@ -104,7 +110,7 @@ class ClassificationTask:
         if self.errors.total:
             logger.warning(self.errors.summary())
 
-    def _fitting(self, rows: list[Row], name: str) -> list[Row]:
+    def _fitting(self, rows: list[Labelled], name: str) -> list[Labelled]:
         """The rows of the task's kind with a known label; the first training row decides on the kind."""
         config, kept = self.model.config, []
         for row in rows:
@@ -116,20 +122,24 @@ class ClassificationTask:
                 kept.append(row)
         return kept
 
-    def parameter_groups(self) -> list[ParameterGroup]:
+    def prepare(self) -> list[ParameterGroup]:
         return [
             ParameterGroup("decoder", list(self.model.decoder.parameters())),
             ParameterGroup("head and marks", [*self.model.head.parameters(), self.model.marks]),
         ]
 
     def micro_batches(self, step: int, count: int) -> list[ClassifierBatch]:
-        per_epoch, batches = -(-len(self.rows) // self.recipe.batch_size), []
+        rank, world = ranks()
+        size, batches = self.recipe.batch_size * world, []
+        per_epoch = -(-len(self.rows) // size)
         for index in range(step * count, (step + 1) * count):
             epoch, place = divmod(index, per_epoch)
             order = list(range(len(self.rows)))
             random.Random(f"{self.recipe.train.seed}/{epoch}").shuffle(order)
-            start = place * self.recipe.batch_size
-            batches.append(self._batch([self.rows[i] for i in order[start : start + self.recipe.batch_size]]))
+            whole = order[place * size : (place + 1) * size]
+            # An epoch's last batch may be too small for every rank to have a row of it.
+            if mine := whole[rank * len(whole) // world : (rank + 1) * len(whole) // world]:
+                batches.append(self._batch([self.rows[i] for i in mine]))
         return batches
 
     def loss(self, batch: ClassifierBatch) -> tuple[Tensor, Tensor]:
@@ -153,13 +163,13 @@ class ClassificationTask:
     def save(self, folder: Path) -> None:
         save_classifier(self.model, self.processor, folder)
 
-    def _batch(self, rows: list[Row]) -> ClassifierBatch:
+    def _batch(self, rows: list[Labelled]) -> ClassifierBatch:
         labels = self.model.config.labels
         numbers = [labels.index(row.label) if labels else int(row.label) for row in rows]
         return collate_sequences([row.sequences for row in rows], numbers)
 
 
-def read_rows(path: Path, processor: Processor, decoder: Decoder, errors: ErrorCounter) -> list[Row]:
+def read_rows(path: Path, processor: Processor, decoder: Decoder, errors: ErrorCounter) -> list[Labelled]:
     """The rows of a `.jsonl` in numbers; those that are malformed or too long are counted in `errors` and skipped.
 
     Raises MMGPTError when the file cannot be read.
@@ -187,7 +197,7 @@ def count_rows(path: Path) -> int:
         return sum(bool(line.strip()) for line in lines)
 
 
-def _row(line: bytes, processor: Processor, decoder: Decoder) -> Row:
+def _row(line: bytes, processor: Processor, decoder: Decoder) -> Labelled:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -200,7 +210,7 @@ def _row(line: bytes, processor: Processor, decoder: Decoder) -> Row:
     found = sequences(values, processor.tokenizer, decoder.config.vocab_size)
     if max(map(len, found)) > decoder.config.max_length:
         raise MMGPTError("row longer than the context")
-    return Row(kind, str(int(label) if kind == "multiple_choice" else label), found)
+    return Labelled(kind, str(int(label) if kind == "multiple_choice" else label), found)
 
 
 def save_classifier(model: Classifier, processor: Processor, folder: Path) -> None:

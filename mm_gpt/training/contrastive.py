@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mm_gpt.config import check_numbers
 from mm_gpt.datasets.formats.captioned import clean_caption
 from mm_gpt.datasets.loading.index import PairMeasure, index_tables
 from mm_gpt.datasets.loading.sources import SourceConfig, StoredRecords
@@ -16,9 +18,11 @@ from mm_gpt.datasets.samples import ErrorCounter, Record
 from mm_gpt.document import Image
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_decoder
+from mm_gpt.training.distributed import ranks
 from mm_gpt.training.language import load_vision
-from mm_gpt.training.loop import ParameterGroup, TrainConfig
-from mm_gpt.vision.contrastive import ContrastiveConfig, ContrastiveModel
+from mm_gpt.training.loop import TrainConfig
+from mm_gpt.training.stage import ParameterGroup
+from mm_gpt.vision.contrastive import ContrastiveConfig, ContrastiveModel, gather_features
 from mm_gpt.vision.transforms import ImageTransform, ImageTransformConfig, TrainTransform
 
 logger = logging.getLogger(__name__)
@@ -40,9 +44,20 @@ class ContrastiveRecipe:
     vision_blocks: int = 3
     vision_lr: float = 0.3
     batch_size: int = 96
-    """Pairs in a micro-batch, that is, the number of candidates each one is told from."""
+    """Pairs of a rank in a micro-batch. Each is told from those of all ranks."""
     validation_images: int = 500
     data: str = "."
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "batch_size", at_least=2)
+        check_numbers(self, "validation_images", at_least=1)
+        check_numbers(self, "vision_blocks", "vision_lr", at_least=0)
+        if self.model.text is None:
+            raise ConfigError("contrastive training needs a text tower (model.text)")
+        if not self.sources or not self.validation:
+            raise ConfigError("give sources, and validation sources")
+        if self.train.batch_tokens is not None:
+            raise ConfigError("train.batch_tokens is for rows of tokens, not for pairs")
 
 
 @dataclass
@@ -56,7 +71,7 @@ class PairBatch:
 
 
 class ContrastiveTask:
-    """A `Task` for the loop."""
+    """A `Stage` for the loop. An epoch's order follows from the seed; each rank learns from its own part of a batch."""
 
     def __init__(self, recipe: ContrastiveRecipe):
         self.recipe = recipe
@@ -65,8 +80,8 @@ class ContrastiveTask:
         self.model = ContrastiveModel(recipe.model)
         if recipe.vision_weights is not None:
             load_vision(self.model.vision, recipe.vision_weights)
-        if self.model.text is None or recipe.model.text is None:
-            raise ConfigError("contrastive training needs a text tower (model.text)")
+        assert self.model.text is not None
+        assert recipe.model.text is not None
         table = decoder.embedding.weight.detach()
         if table.shape != self.model.text.token_embedding.weight.shape:
             raise ConfigError(f"the text tower's embeddings must be {tuple(table.shape)}, as the decoder's")
@@ -75,11 +90,15 @@ class ContrastiveTask:
         self.context_length = recipe.model.text.context_length
         self.errors = ErrorCounter()
         self.records = self._read(recipe.sources)
-        self.validation_records = self._read(recipe.validation)[: recipe.validation_images]
-        if len(self.records) < recipe.batch_size:
-            raise MMGPTError(f"{len(self.records)} captioned images are fewer than a batch of {recipe.batch_size}")
+        self.validation_records = self._read(recipe.validation)
+        self.rank, self.world = ranks()
+        if len(self.records) < recipe.batch_size * self.world:
+            whole = f"{recipe.batch_size * self.world} ({self.world} × {recipe.batch_size})"
+            raise MMGPTError(f"{len(self.records)} captioned images are fewer than a batch of {whole}")
+        if not len(self.validation_records):
+            raise MMGPTError("the validation sources hold no captioned image")
 
-    def parameter_groups(self) -> list[ParameterGroup]:
+    def prepare(self) -> list[ParameterGroup]:
         self.model.vision.unfreeze(self.recipe.vision_blocks)
         vision = list(self.model.vision.parameters())
         ours = {id(p) for p in vision}
@@ -88,46 +107,57 @@ class ContrastiveTask:
 
     def micro_batches(self, step: int, count: int) -> list[PairBatch]:
         size, batches = self.recipe.batch_size, []
-        per_epoch = len(self.records) // size
+        per_epoch = len(self.records) // (size * self.world)
         for index in range(step * count, (step + 1) * count):
-            epoch, position = divmod(index, per_epoch)
+            epoch, place = divmod(index, per_epoch)
             order = list(range(len(self.records)))
             random.Random(f"{self.recipe.train.seed}/{epoch}").shuffle(order)
-            chosen = [self.records[i] for i in order[position * size : (position + 1) * size]]
-            batches.append(self._batch(chosen, random.Random(f"{self.recipe.train.seed}/{index}")))
+            start = (place * self.world + self.rank) * size
+            chosen = [self.records[i] for i in order[start : start + size]]
+            # A record's caption and crop are its own, so that they do not depend on the number of ranks.
+            draws = [random.Random(f"{self.recipe.train.seed}/{epoch}/{start + n}") for n in range(size)]
+            batches.append(self._batch(chosen, draws))
         return batches
 
-    def _batch(self, records: list[Record], rng: random.Random | None) -> PairBatch:
-        """`rng` chooses captions and crops; without one, the first caption and the whole image."""
+    def _batch(self, records: Sequence[Record], draws: Sequence[random.Random] | None) -> PairBatch:
+        """`draws` choose a caption and a crop of each; without them, the first caption and the whole image."""
         plain = ImageTransform(self.recipe.image)
         pixels, texts = [], []
-        for record in records:
+        for number, record in enumerate(records):
             image = Image(record.image)
-            if rng is None:
+            if draws is None:
                 pixels.append(plain(image.load()))
                 texts.append(record.captions[0])
             else:
-                generator = torch.Generator().manual_seed(rng.getrandbits(48))
+                generator = torch.Generator().manual_seed(draws[number].getrandbits(48))
                 pixels.append(TrainTransform(self.recipe.image, generator)(image))
-                texts.append(rng.choice(record.captions))
+                texts.append(draws[number].choice(record.captions))
         ids = [self.tokenizer.encode(clean_caption(text))[: self.context_length] for text in texts]
         lengths = torch.tensor([len(i) for i in ids])
         padded = nn.utils.rnn.pad_sequence([torch.tensor(i) for i in ids], batch_first=True)
         return PairBatch(torch.stack(pixels), padded, lengths)
 
     def loss(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """The loss among the pairs of all ranks, times those of this one.
+
+        Every rank computes all of it. Its gradient flows back through `gather_features` to the rank whose features they
+        are, once from each rank: summed over ranks and divided by all pairs, as the loop does, it is that of one
+        process with the whole batch.
+        """
         self.model.clamp_logit_scale()
         images = self.model.encode_image(batch.pixel_values)
         texts = self.model.encode_text(batch.input_ids, batch.lengths)
         count = torch.tensor(len(images))
-        return self.model.loss(images, texts) * count, count
+        return self.model.loss(gather_features(images), gather_features(texts)) * count, count
 
     def validate(self) -> dict[str, float]:
         """Contrastive loss among all validation pairs, and how often the right one is found (recall at 1 and 5)."""
         images, texts = [], []
         device = self.model.logit_scale.device
-        for start in range(0, len(self.validation_records), 16):
-            batch = self._batch(self.validation_records[start : start + 16], None).to(device)
+        count = min(len(self.validation_records), self.recipe.validation_images)
+        for start in range(0, count, 16):
+            records = [self.validation_records[i] for i in range(start, min(start + 16, count))]
+            batch = self._batch(records, None).to(device)
             images.append(self.model.encode_image(batch.pixel_values))
             texts.append(self.model.encode_text(batch.input_ids, batch.lengths))
         image, text = torch.cat(images).float(), torch.cat(texts).float()

@@ -4,6 +4,7 @@ A rank whose rows hold no image has no gradient for the vision side: it adds zer
 """
 
 import datetime
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from mm_gpt.errors import MMGPTError
 
@@ -83,16 +85,45 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
 
-def average_buffers(model: nn.Module) -> None:
+def average_statistics(model: nn.Module) -> None:
     """The running statistics of BatchNorm, which each rank has seen other images for, made the same everywhere."""
     world = ranks()[1]
     if world == 1:
         return
-    saved = model.state_dict(keep_vars=True)
-    for name, buffer in model.named_buffers():
-        if name in saved and buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= world
+    moving = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    buffers = [buffer for m in moving for buffer in (m.running_mean, m.running_var) if buffer is not None]
+    if not buffers:  # frozen norms, or none
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat)
+    flat /= world
+    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))
+
+
+def check_alike(step: int, model: nn.Module) -> None:
+    """Raises MMGPTError, on every rank, when not all ranks are at `step` with the same weights."""
+    world = ranks()[1]
+    if world == 1:
+        return
+    state = model.state_dict()
+    device = next(iter(state.values())).device
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(state[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    mine = torch.tensor([step, int.from_bytes(digest.digest()[:7])], device=device)
+    everybody = [torch.zeros_like(mine) for _ in range(world)]
+    dist.all_gather(everybody, mine)
+    steps, sums = zip(*(found.tolist() for found in everybody), strict=True)
+    if len(set(steps)) > 1:
+        found = ", ".join(f"rank {number} at step {step}" for number, step in enumerate(steps))
+        raise MMGPTError(f"the ranks do not continue from one checkpoint ({found}): --out must be a folder they share")
+    if len(set(sums)) > 1:
+        other = next(number for number, found in enumerate(sums) if found != sums[0])
+        raise MMGPTError(
+            f"rank {other} has other weights than rank 0 at step {step}: --out must be a folder they share, and the "
+            "model that the run starts from the same"
+        )
 
 
 def wait_for_all() -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mm_gpt.config import check_numbers
 from mm_gpt.datasets.building.shards import ShardFolder
 from mm_gpt.datasets.formats.captioned import clean_caption
 from mm_gpt.datasets.loading.draws import RecordSampling
@@ -26,14 +26,16 @@ from mm_gpt.document import Document, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import fill, load_decoder, load_model, save_model
 from mm_gpt.hub.vision_towers import load_open_clip
-from mm_gpt.model.decoder import Block, Decoder
+from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.lora import LoRAConfig, merge_lora
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import ROLES, Batch, Example, Processor, ProcessorConfig
 from mm_gpt.templates.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
 from mm_gpt.tokenizer import Tokenizer
+from mm_gpt.training.compiling import compile_blocks
 from mm_gpt.training.distributed import ranks
-from mm_gpt.training.loop import ParameterGroup, TrainConfig, use_bf16
+from mm_gpt.training.loop import TrainConfig, use_bf16
+from mm_gpt.training.stage import ParameterGroup
 from mm_gpt.vision.transforms import ImageTransformConfig
 
 logger = logging.getLogger(__name__)
@@ -97,19 +99,13 @@ class LanguageRecipe:
     """The folder that `sources` are in."""
 
     def __post_init__(self) -> None:
-        if bool(self.validation) == bool(self.holdout) or not 0 <= self.holdout <= 0.5:
-            raise ConfigError("give either validation sources or a holdout between 0 and 0.5")
-        least = {"row_length": 1, "rows": 1, "window_rows": 1, "max_captions": 0, "max_questions": 0, "workers": 0}
-        for name, bound in (least | {"validation_images": 1}).items():
-            if getattr(self, name) < bound:
-                raise ConfigError(f"{name} must be at least {bound}, not {getattr(self, name)}")
-        if self.vision_blocks is not None and self.vision_blocks < 0:
-            raise ConfigError(f"vision_blocks must be at least 0, not {self.vision_blocks}")
-        for name in ("connector_lr", "vision_lr"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        if self.exponent is not None and not 0 <= self.exponent <= 1:
-            raise ConfigError(f"exponent must be from 0 to 1, not {self.exponent}")
+        check_numbers(self, "holdout", at_least=0, below=1)
+        if bool(self.validation) == bool(self.holdout):
+            raise ConfigError("give either validation sources or a holdout above 0 and below 1")
+        check_numbers(self, "row_length", "rows", "window_rows", "validation_images", at_least=1)
+        check_numbers(self, "max_captions", "max_questions", "workers", "vision_blocks", at_least=0)
+        check_numbers(self, "connector_lr", "vision_lr", at_least=0)
+        check_numbers(self, "exponent", at_least=0, at_most=1)
         if self.model is None and self.start is None:
             raise ConfigError("give a model, or one to start from")
 
@@ -338,16 +334,6 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
         # Its weights are no longer those that the name stands for: they are saved with the model.
         model.config = dataclasses.replace(model.config, decoder=model.decoder.config)
     return model, processor
-
-
-def compile_blocks(decoder: Decoder) -> None:
-    """Run each block compiled while it trains. Evaluation, with its many shapes, stays as it is."""
-    compiled = torch.compile(Block.forward, dynamic=False)
-    for block in decoder.blocks:
-        plain = block.forward
-        block.forward = lambda *args, block=block, plain=plain: (
-            compiled(block, *args) if block.training else plain(*args)
-        )
 
 
 def load_vision(vision: nn.Module, name: str) -> None:

@@ -1,38 +1,45 @@
 """One loop for every stage of training.
 
-What is trained, on what, and how it is judged is a `Task`; the loop adds accumulation, clipping, the schedule, logging,
-validation, checkpoints and exact resumption. A task's micro-batches are a pure function of the step number and all
-randomness inside a step is seeded by it, so a stopped run continues as if it had never been stopped.
+What is trained, on what, and how it is judged is a `Stage`; the loop adds accumulation, clipping, the schedule,
+logging, validation, checkpoints and exact resumption. A stage's micro-batches are a pure function of the step number
+and all randomness inside a step is seeded by it, so a stopped run continues as if it had never been stopped.
 """
 
 import dataclasses
 import json
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
+from mm_gpt.config import check_numbers
 from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.locks import open_locked
 from mm_gpt.model.mmgpt import pick_device
-from mm_gpt.training import checkpoint, plot
+from mm_gpt.stopping import Stopper
+from mm_gpt.training import checkpoint
+from mm_gpt.training.checkpoint import Progress
 from mm_gpt.training.distributed import (
-    average_buffers,
+    average_statistics,
+    check_alike,
     process_group,
     ranks,
     sum_gradients,
     sum_over_ranks,
     wait_for_all,
 )
+from mm_gpt.training.run_log import RunLog
+from mm_gpt.training.stage import DataState, ParameterGroup, Stage
+from mm_gpt.training.writing import naming, recover, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +49,10 @@ class TrainConfig:
     steps: int
     """Optimizer steps."""
     lr: float
-    """Peak learning rate; a task's parameter groups scale it."""
+    """Peak learning rate; a stage's parameter groups scale it."""
+    batch_tokens: int | None = None
+    """Tokens in a step that `lr` is meant for, where that is known. Of a step with fewer the rate is lower
+    (`mm_gpt.training.recipes.peak_rate`)."""
     accumulate: int = 1
     """Micro-batches per step."""
     warmup_steps: int = 0
@@ -65,61 +75,31 @@ class TrainConfig:
     save_every: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "log_every", "validate_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not (self.lr > 0 and self.clip > 0):  # written so that NaN is refused
-            raise ConfigError(f"lr and clip must be positive, not {self.lr} and {self.clip}")
+        check_numbers(
+            self, "steps", "accumulate", "log_every", "validate_every", "save_every", "batch_tokens", at_least=1
+        )
+        check_numbers(self, "lr", "eps", "clip", above=0)
+        check_numbers(self, "warmup_steps", "weight_decay", at_least=0)
+        check_numbers(self, "final_lr", at_least=0, at_most=1)
+        check_numbers(self, "beta1", "beta2", at_least=0, below=1)
+        check_numbers(self, "seed", at_least=0, below=2**32)  # times a million, it must fit into a generator's seed
 
 
-@dataclass(frozen=True)
-class ParameterGroup:
-    name: str
-    parameters: list[nn.Parameter]
-    lr_scale: float = 1.0
+def learning_rate(config: TrainConfig, step: int, cycles: Sequence[int] = ()) -> float:
+    """Linear warm-up, then cosine to `final_lr`; steps count from 0.
 
-
-class Task(Protocol):
-    """What a stage of training is made of."""
-
-    @property
-    def model(self) -> nn.Module: ...
-
-    def parameter_groups(self) -> list[ParameterGroup]: ...
-
-    def micro_batches(self, step: int, count: int) -> Sequence[Any]:
-        """The `count` micro-batches of a step: the same ones each time it is called. Runs in another thread."""
-
-    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Summed loss and the count it is divided by, once a step's micro-batches are summed."""
-
-    def validate(self) -> dict[str, float]:
-        """Metrics on held-out data; `loss` among them decides which checkpoint is the best."""
-
-    def samples(self) -> list[str]:
-        """A few outputs to read."""
-
-    def save(self, folder: Path) -> None:
-        """Write the model, complete, into an existing empty folder."""
-
-
-@runtime_checkable
-class DataState(Protocol):
-    """A task whose place in its data is more than the number of the step."""
-
-    def data_state(self, step: int) -> dict[str, Any]:
-        """JSON values from which step `step` can be loaded."""
-
-    def load_data_state(self, state: dict[str, Any]) -> None:
-        """Raises MMGPTError when the data is no longer what it was."""
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then cosine to `final_lr`; steps count from 0."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    floor = config.final_lr
+    `cycles`: the steps at which cycles end, by default one at `config.steps`. A later cycle is what a run was given
+    when it was continued with more steps: it warms up from the final rate again over a tenth of its own steps
+    (re-warming and re-decaying, 2403.08763), so that the rate never jumps.
+    """
+    ends = list(cycles) or [config.steps]
+    number = next((n for n, end in enumerate(ends) if step < end), len(ends) - 1)
+    begin, floor = (ends[number - 1] if number else 0), config.final_lr
+    place, length = step - begin, ends[number] - begin
+    warmup = max(1, round(length / 10)) if number else config.warmup_steps
+    if place < warmup:
+        return config.lr * (floor + (1 - floor) * place / warmup if number else (place + 1) / warmup)
+    progress = (place - warmup) / max(1, length - warmup)
     return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
@@ -147,7 +127,7 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 
 def train(
-    task: Task,
+    stage: Stage,
     config: TrainConfig,
     out: Path,
     *,
@@ -155,101 +135,134 @@ def train(
     progress: bool = True,
     describe: dict[str, Any] | None = None,
 ) -> None:
-    """Train `task` and leave checkpoints, `log.jsonl`, `loss.png` and `recipe.json` (what `describe` says) in `out`.
+    """Train `stage` and leave checkpoints, `log.jsonl`, `loss.png` and `recipe.json` (what `describe` says) in `out`.
 
     Under torchrun every rank trains on its own rows and sums gradients with the others; rank 0 validates and writes.
     Ctrl-C (or SIGTERM) finishes the step, saves, and raises KeyboardInterrupt. Raises MMGPTError when `out` already
-    holds a run and `resume` is not set, or when the loss is not finite.
+    holds a run and `resume` is not set, when another process trains there, when it cannot be written (checkpoints from
+    before stay whole), when ranks do not start alike, or when the loss is not finite.
     """
     device = pick_device(config.device)
-    with process_group(device):
-        _train(task, config, out, device, resume=resume, progress=progress, describe=describe)
-
-
-def _train(
-    task: Task,
-    config: TrainConfig,
-    out: Path,
-    device: torch.device,
-    *,
-    resume: bool,
-    progress: bool,
-    describe: dict[str, Any] | None,
-) -> None:
     leads = ranks()[0] == 0
-    task.model.to(device)
-    groups = task.parameter_groups()
-    optimizer = make_optimizer(groups, config)
-    log = RunLog(out, groups, resume=resume) if leads else None
-    if log is not None:
-        (out / "recipe.json").write_text(json.dumps(describe or {"train": dataclasses.asdict(config)}, indent=2) + "\n")
-    step = 0
-    if resume:
-        if latest := checkpoint.latest(out):
-            step, data = checkpoint.load_training_state(latest, task.model, optimizer)
-            if isinstance(task, DataState):
-                task.load_data_state(data)
+    with process_group(device), _owned(out, resume=resume) if leads else nullcontext():
+        wait_for_all()  # for what rank 0 tidies up
+        run = Run(stage, config, out, device, resume=resume)
+        if leads:
+            write_text(
+                out / "recipe.json", json.dumps(describe or {"train": dataclasses.asdict(config)}, indent=2) + "\n"
+            )
+        run.loop(progress=progress)
+
+
+@contextmanager
+def _owned(out: Path, *, resume: bool) -> Iterator[None]:
+    """The folder of a run, this process's alone while inside."""
+    with naming(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open_locked(out / ".lock", out)
+    with lock:
+        if (out / "log.jsonl").exists() and not resume:
+            raise MMGPTError(f"{out} already holds a run: continue it with --resume, or choose another --out")
+        with naming(out):
+            recover(out)
+        yield
+
+
+class Run:
+    """A stage on its way: what `train` keeps from step to step."""
+
+    def __init__(self, stage: Stage, config: TrainConfig, out: Path, device: torch.device, *, resume: bool):
+        self.stage, self.config, self.out, self.device = stage, config, out, device
+        stage.model.to(device)
+        groups = stage.prepare()
+        self.optimizer = make_optimizer(groups, config)
+        self.at = Progress()
+        if resume and (latest := checkpoint.latest(out)):
+            self.at = checkpoint.load_training_state(latest, stage.model, self.optimizer)
+            if isinstance(stage, DataState):
+                stage.load_data_state(self.at.data)
             logger.info("continuing from %s", latest)
-        wait_for_all()
-        if log is not None:
-            log.cut(step)
-    task.model.train()
-    best = log.best_loss() if log is not None else math.inf
-    stopper = Stopper()
-    bar = tqdm(total=config.steps, initial=step, unit="step", disable=not progress or not leads, dynamic_ncols=True)
-    with stopper, bar, ThreadPoolExecutor(1, thread_name_prefix="prefetch") as reader:
-        ahead = reader.submit(task.micro_batches, step, config.accumulate)  # while one step runs, the next is read
-        while step < config.steps:
-            begin = time.perf_counter()
-            batches = ahead.result()
-            waited = time.perf_counter() - begin
-            if step + 1 < config.steps:
-                ahead = reader.submit(task.micro_batches, step + 1, config.accumulate)
-            metrics = training_step(task, batches, optimizer, config, step, device) | {"data_seconds": waited}
-            step += 1
-            bar.update()
-            bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-            last = step == config.steps
-            # Read once: what is raised below must have been saved. All ranks stop at the same step.
-            stop = sum_over_ranks([float(stopper.requested)], device)[0] > 0
-            improved = False
-            if log is not None:
-                values: dict[str, float] = {}
-                if step % config.validate_every == 0 or last:
-                    values = evaluate(task, config, device)
-                    stop = stop or (stopper.requested and ranks()[1] == 1)
-                improved = bool(values) and values["loss"] < best
-                log.train(step, metrics, flush=step % config.log_every == 0 or last or stop)
-                if values:
-                    best = min(best, values["loss"])
-                    log.validation(step, values, task.samples())
-                if step % config.save_every == 0 or last or stop or improved:
-                    data = task.data_state(step) if isinstance(task, DataState) else {}
-                    checkpoint.save(task, optimizer, step, out, best=improved, data=data)
-            if stop:
-                wait_for_all()
-                raise KeyboardInterrupt(f"stopped after step {step}; continue with --resume")
+        check_alike(self.at.step, stage.model)
+        if config.steps > max(self.at.cycles, default=0):
+            self.at.cycles.append(config.steps)
+        self.log: RunLog | None = None
+        if ranks()[0] == 0:
+            self.log = RunLog(out)
+            if resume:
+                self.log.cut(self.at.step)
+            for group in groups:
+                trainable = sum(p.numel() for p in group.parameters if p.requires_grad)
+                logger.info("training %s: %s parameters, lr × %g", group.name, f"{trainable:,}", group.lr_scale)
+        self.best = math.inf if self.log is None else self.log.best_loss()
+        stage.model.train()
+
+    def loop(self, *, progress: bool) -> None:
+        """All steps that are left."""
+        at, config, stage = self.at, self.config, self.stage
+        hidden = not progress or self.log is None
+        bar = tqdm(total=config.steps, initial=at.step, unit="step", disable=hidden, dynamic_ncols=True)
+        with Stopper() as stopper, bar, ThreadPoolExecutor(1, thread_name_prefix="prefetch") as reader:
+            ahead = reader.submit(stage.micro_batches, at.step, config.accumulate)  # read while the step before runs
+            while at.step < config.steps:
+                begin = time.perf_counter()
+                batches = ahead.result()
+                waited = time.perf_counter() - begin
+                if at.step + 1 < config.steps:
+                    ahead = reader.submit(stage.micro_batches, at.step + 1, config.accumulate)
+                metrics = training_step(
+                    stage, batches, self.optimizer, config, at.step, self.device, cycles=at.cycles
+                ) | {"data_seconds": waited}
+                at.step += 1
+                bar.update()
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
+                # Read once: what is raised below must have been saved. All ranks stop at the same step.
+                stop = sum_over_ranks([float(stopper.requested)], self.device)[0] > 0
+                if self.log is not None:
+                    stop = self._judge_and_save(self.log, metrics, stopper, stop=stop)
+                if stop:
+                    wait_for_all()
+                    raise KeyboardInterrupt(f"stopped after step {at.step}; continue with --resume")
+
+    def _judge_and_save(self, log: RunLog, metrics: dict[str, float], stopper: Stopper, *, stop: bool) -> bool:
+        """What rank 0 does after a step. Returns whether to stop, which a signal may have asked for meanwhile."""
+        config, step = self.config, self.at.step
+        last = step == config.steps
+        values: dict[str, float] = {}
+        if step % config.validate_every == 0 or last:
+            values = evaluate(self.stage, config, self.device)
+            stop = stop or (stopper.requested and ranks()[1] == 1)
+        improved = bool(values) and values["loss"] < self.best
+        log.train(step, metrics, flush=step % config.log_every == 0 or last or stop)
+        if values:
+            self.best = min(self.best, values["loss"])
+            log.validation(step, values, self.stage.samples())
+        if step % config.save_every == 0 or last or stop or improved:
+            self.at.data = self.stage.data_state(step) if isinstance(self.stage, DataState) else {}
+            checkpoint.save(self.stage, self.optimizer, self.at, self.out, best=improved)
+        return stop
 
 
 def training_step(
-    task: Task,
+    stage: Stage,
     batches: Sequence[Any],
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
     step: int,
     device: torch.device,
+    *,
+    cycles: Sequence[int] = (),
 ) -> dict[str, float]:
     """One optimizer step; returns its loss, gradient norm, learning rate and speed. Raises MMGPTError on NaN."""
     start = time.perf_counter()
-    # Dropout, which differs between ranks; augmentation is seeded by the task in the same way.
+    # Dropout, which differs between ranks; augmentation is seeded by the stage in the same way.
     torch.manual_seed(config.seed * 1_000_003 + step + ranks()[0] * 7_919_000_003)
-    lr = learning_rate(config, step)
+    lr = learning_rate(config, step, cycles)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     total_loss, total_count = 0.0, 0
     for batch in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config.precision, device)):
-            loss, count = task.loss(batch.to(device))
+            loss, count = stage.loss(batch.to(device))
         if int(count) > 0:
             loss.backward()
         total_loss += loss.item()
@@ -269,7 +282,7 @@ def training_step(
         raise MMGPTError(f"the gradient is {float(norm)} at step {step + 1}: lower the learning rate ({config.lr})")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    average_buffers(task.model)
+    average_statistics(stage.model)
     seconds = time.perf_counter() - start
     return {
         "loss": total_loss / max(1, total_count),
@@ -281,91 +294,11 @@ def training_step(
 
 
 @torch.no_grad()
-def evaluate(task: Task, config: TrainConfig, device: torch.device) -> dict[str, float]:
-    """The task's validation metrics, in evaluation mode and the training precision."""
-    task.model.eval()
+def evaluate(stage: Stage, config: TrainConfig, device: torch.device) -> dict[str, float]:
+    """The stage's validation metrics, in evaluation mode and the training precision."""
+    stage.model.eval()
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config.precision, device)):
-            return task.validate()
+            return stage.validate()
     finally:
-        task.model.train()
-
-
-class Stopper:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "Stopper":
-        try:
-            self._previous = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: nobody can press Ctrl-C there
-            self._previous = {}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        logger.warning("stopping after this step (again to stop at once)")
-
-
-def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a log, up to one that a killed process left half written."""
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            logger.warning("%s: half a line is dropped", path)
-            return
-
-
-class RunLog:
-    """`log.jsonl` (one object a line) and `loss.png` of a run folder."""
-
-    def __init__(self, out: Path, groups: Sequence[ParameterGroup], *, resume: bool):
-        self.path = out / "log.jsonl"
-        if self.path.exists() and not resume:
-            raise MMGPTError(f"{out} already holds a run: continue it with --resume, or choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        self.out = out
-        self.rows: list[dict[str, Any]] = []
-        self._pending: list[dict[str, float]] = []
-        if resume and self.path.exists():
-            self.rows = list(_whole_rows(self.path))
-        for group in groups:
-            trainable = sum(p.numel() for p in group.parameters if p.requires_grad)
-            logger.info("training %s: %s parameters, lr × %g", group.name, f"{trainable:,}", group.lr_scale)
-
-    def cut(self, step: int) -> None:
-        """Forget what was logged after `step`: those steps are about to be repeated."""
-        self.rows = [row for row in self.rows if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def best_loss(self) -> float:
-        return min((row["validation"]["loss"] for row in self.rows if "validation" in row), default=math.inf)
-
-    def train(self, step: int, metrics: dict[str, float], *, flush: bool) -> None:
-        self._pending.append(metrics)
-        if flush:
-            mean = {key: sum(m[key] for m in self._pending) / len(self._pending) for key in metrics}
-            self._pending = []
-            self._write({"step": step, **mean})
-
-    def validation(self, step: int, values: dict[str, float], samples: list[str]) -> None:
-        self._write({"step": step, "validation": values, "samples": samples})
-        logger.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-        for sample in samples:
-            logger.info("  %s", sample)
-        plot.loss_curve(self.rows, self.out / "loss.png")
-
-    def _write(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        stage.model.train()

@@ -5,8 +5,11 @@
 
 import dataclasses
 import json
+import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mm_gpt import config as configs
 from mm_gpt.datasets.loading.sources import SourceConfig
@@ -19,13 +22,17 @@ from mm_gpt.model.presets import PRESETS, preset
 from mm_gpt.model.semicausal import SemiCausalConfig
 from mm_gpt.training.classification import ClassificationRecipe, ClassificationTask, count_rows
 from mm_gpt.training.contrastive import ContrastiveRecipe, ContrastiveTask
+from mm_gpt.training.distributed import ranks
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
-from mm_gpt.training.loop import Task, TrainConfig, train
+from mm_gpt.training.loop import TrainConfig, train
 from mm_gpt.training.semicausal import SemiCausalRecipe, SemiCausalTask
+from mm_gpt.training.stage import Stage
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.contrastive import ContrastiveConfig, TextTowerConfig
 from mm_gpt.vision.encoder import VisionConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
+
+logger = logging.getLogger(__name__)
 
 Recipe = LanguageRecipe | SemiCausalRecipe | ContrastiveRecipe | ClassificationRecipe
 
@@ -208,8 +215,10 @@ def classify(data: str) -> ClassificationRecipe:
     )
 
 
-UNPUBLISHED_LR = 2.5e-4
-"""For the presets whose paper names no learning rate: GPT's."""
+UNPUBLISHED_LR, UNPUBLISHED_BATCH = 2.5e-4, 64 * 512
+"""For the presets whose paper names no learning rate: GPT's, and its batch in tokens."""
+
+PRESET_STEPS = 2000
 
 
 SMALLEST_VOCABULARY = 256 + 3
@@ -221,10 +230,22 @@ DENSE_ROW = 2048
 
 
 def of_preset(name: str, data: str) -> LanguageRecipe | SemiCausalRecipe:
-    """A published model from random weights, with its paper's hyperparameters, on plain text or captioned images."""
+    """A published model from random weights, with its paper's hyperparameters, on plain text or captioned images.
+
+    The paper's learning rate belongs to its batch: see `peak_rate`. Its warm-up takes a tenth of the steps at most, since
+    these are few.
+    """
     chosen = preset(name)
     config = chosen.config
-    train = TrainConfig(**({"steps": 2000, "lr": UNPUBLISHED_LR} | chosen.training))  # type: ignore[arg-type]
+    published = "lr" in chosen.training
+    values: dict[str, Any] = {
+        "lr": UNPUBLISHED_LR,
+        **chosen.training,
+        "steps": PRESET_STEPS,
+        "warmup_steps": min(chosen.training.get("warmup_steps", 0), PRESET_STEPS // 10),
+        "batch_tokens": chosen.batch_tokens if published else UNPUBLISHED_BATCH,
+    }
+    train = TrainConfig(**values)
     if isinstance(config, SemiCausalConfig):
         return SemiCausalRecipe(train=train, model=config, sources=(SourceConfig(path="."),), data=data)
     model = ModelConfig(decoder=config) if isinstance(config, DecoderConfig) else config
@@ -271,21 +292,44 @@ def recipe(name: str, data: str) -> Recipe:
     raise MMGPTError(unknown_name("recipe", name, [*RECIPES, *PRESETS]))
 
 
+def peak_rate(recipe: Recipe) -> float:
+    """The peak learning rate of a run: `train.lr`, by the square root of the share of `batch_tokens` that a step holds.
+
+    Adam's updates are as long whatever the batch, but noisier for a small one: with κ times the tokens in a step, √κ
+    times the rate keeps the path of the weights (the square root scaling rule, 2205.10287). The rate is never raised.
+    """
+    config = recipe.train
+    if config.batch_tokens is None or not isinstance(recipe, LanguageRecipe | SemiCausalRecipe):
+        return config.lr
+    tokens = recipe.rows * recipe.row_length * config.accumulate * ranks()[1]
+    if tokens >= config.batch_tokens:
+        return config.lr
+    rate = config.lr * math.sqrt(tokens / config.batch_tokens)
+    logger.info(
+        "a step holds up to %s tokens, the learning rate of %g is meant for %s: the peak is %.3g "
+        "(train.accumulate=%d makes up the batch, at the full rate)",
+        f"{tokens:,}", config.lr, f"{config.batch_tokens:,}", rate,
+        math.ceil(config.accumulate * config.batch_tokens / tokens),
+    )  # fmt: skip
+    return rate
+
+
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> None:
     """Train a recipe into `out`; its best model is then in `out/best`. Raises what `train` raises."""
-    task: Task
+    stage: Stage
     match recipe:
         case LanguageRecipe():
-            task = LanguageTask(recipe)
+            stage = LanguageTask(recipe)
         case SemiCausalRecipe():
-            task = SemiCausalTask(recipe)
+            stage = SemiCausalTask(recipe)
         case ClassificationRecipe():
-            task = ClassificationTask(recipe)
+            stage = ClassificationTask(recipe)
         case _:
-            task = ContrastiveTask(recipe)
+            stage = ContrastiveTask(recipe)
     if resume and (out / "recipe.json").exists():
         _check_same(recipe, out / "recipe.json")
-    train(task, recipe.train, out, resume=resume, progress=progress, describe=configs.to_dict(recipe))
+    config = dataclasses.replace(recipe.train, lr=peak_rate(recipe))
+    train(stage, config, out, resume=resume, progress=progress, describe=configs.to_dict(recipe))
 
 
 def _check_same(recipe: Recipe, path: Path) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mm_gpt import config as configs
+from mm_gpt.config import check_numbers
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.errors import ConfigError
 from mm_gpt.hub.checkpoint import fill, load_model, save_model
@@ -18,7 +19,8 @@ from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.model.semicausal import SemiCausalConfig, SemiCausalLM, Spans, sample_spans
 from mm_gpt.processor import Batch, Processor
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
-from mm_gpt.training.loop import ParameterGroup, TrainConfig
+from mm_gpt.training.loop import TrainConfig
+from mm_gpt.training.stage import ParameterGroup
 
 CONFIG_FILE, WEIGHTS_FILE = "semicausal.json", "semicausal.safetensors"
 """The encoder and the connector; the decoder beside them is a model folder like any other."""
@@ -48,8 +50,13 @@ class SemiCausalRecipe:
     data: str = "."
 
     def __post_init__(self) -> None:
-        if not 0 < self.shortest <= self.longest or not 0 <= self.share < 1:
-            raise ConfigError("spans need 0 < shortest <= longest and a share from 0 to below 1")
+        check_numbers(self, "holdout", above=0, below=1)
+        check_numbers(self, "share", at_least=0, below=1)
+        check_numbers(self, "rows", "shortest", at_least=1)
+        check_numbers(self, "row_length", at_least=2)
+        check_numbers(self, "train_last", at_least=0)
+        if self.longest < self.shortest:
+            raise ConfigError(f"longest must be at least shortest, {self.shortest}, not {self.longest}")
         if self.longest > self.model.encoder.max_length:
             raise ConfigError(f"spans of {self.longest} tokens: the encoder reads {self.model.encoder.max_length}")
 
@@ -62,7 +69,7 @@ class SemiCausalRecipe:
 
 
 class SemiCausalTask(LanguageTask):
-    """A `Task` for the loop. Spans follow from the seed and the tokens of their row."""
+    """A `Stage` for the loop. Spans follow from the seed and the tokens of their row."""
 
     model: SemiCausalLM  # type: ignore[assignment]
 
@@ -74,7 +81,7 @@ class SemiCausalTask(LanguageTask):
         if recipe.encoder is not None:
             _load_docked(self.model, Path(recipe.encoder))
 
-    def parameter_groups(self) -> list[ParameterGroup]:
+    def prepare(self) -> list[ParameterGroup]:
         last = self.spans_of.train_last if self.spans_of.encoder is not None else len(self.model.encoder.blocks)
         self.model.freeze_encoder(train_last=last)
         if self.spans_of.encoder is None:

@@ -1,0 +1,59 @@
+"""The log of a run: `log.jsonl`, one object a line, and `loss.png`."""
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mm_gpt.training import plot
+from mm_gpt.training.writing import naming, write_text
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    def __init__(self, out: Path):
+        """What a run in `out`, an existing folder, has logged so far; a run that begins has no log."""
+        self.out, self.path = out, out / "log.jsonl"
+        self.rows: list[dict[str, Any]] = list(_whole_rows(self.path)) if self.path.exists() else []
+        self._pending: list[dict[str, float]] = []
+
+    def cut(self, step: int) -> None:
+        """Forget what was logged after `step`: those steps are about to be repeated."""
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def best_loss(self) -> float:
+        return min((row["validation"]["loss"] for row in self.rows if "validation" in row), default=math.inf)
+
+    def train(self, step: int, metrics: dict[str, float], *, flush: bool) -> None:
+        self._pending.append(metrics)
+        if flush:
+            mean = {key: sum(m[key] for m in self._pending) / len(self._pending) for key in metrics}
+            self._pending = []
+            self._write({"step": step, **mean})
+
+    def validation(self, step: int, values: dict[str, float], samples: list[str]) -> None:
+        self._write({"step": step, "validation": values, "samples": samples})
+        logger.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        for sample in samples:
+            logger.info("  %s", sample)
+        with naming(self.out / "loss.png"):
+            plot.loss_curve(self.rows, self.out / "loss.png")
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with naming(self.path), self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a log, up to one that a killed process left half written."""
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            logger.warning("%s: half a line is dropped", path)
+            return
