@@ -4,7 +4,6 @@ import argparse
 import io
 import json
 import math
-import random
 import subprocess
 import sys
 import tarfile
@@ -21,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import mm_gpt
+from mm_gpt.datasets.loading.draws import training_prompt
 from mm_gpt.datasets.samples import QuestionAnswer
 from mm_gpt.document import Document, Text
 from mm_gpt.errors import ConfigError, MMGPTError
@@ -39,7 +39,6 @@ from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor
 from mm_gpt.templates.prompts import question_prompt
-from mm_gpt.training.data import training_prompt
 
 
 def png(seed: int) -> bytes:
@@ -211,7 +210,7 @@ def test_members_of_a_set_are_not_right_alone() -> None:
 @pytest.mark.parametrize(("question", "answer"), [("There is a box ", "true"), ("what is it?", "box"), ("x", "false")])
 def test_questions_are_asked_as_in_training(question: str, answer: str) -> None:
     asked = question_prompt(question, answer)
-    assert asked in {training_prompt(question, answer, random.Random(seed)) for seed in range(20)}
+    assert asked in {training_prompt(question, answer, capital=capital) for capital in (False, True)}
 
 
 # ---- captioning ----

@@ -21,9 +21,10 @@ from test_plan import Numbers
 from test_training import tiny_recipe
 
 from mm_gpt.datasets.building.shards import Corpus, ShardWriter, index_path, write_corpus_file
-from mm_gpt.datasets.loading.loader import CorpusSource, Loaded, Loader
-from mm_gpt.datasets.loading.plan import Plan, Row, Share
-from mm_gpt.datasets.loading.sources import SourceConfig
+from mm_gpt.datasets.loading.index import Measure
+from mm_gpt.datasets.loading.loader import Loaded, Loader
+from mm_gpt.datasets.loading.plan import Plan, Row, SourceWeight
+from mm_gpt.datasets.loading.sources import IndexedSource, SourceConfig, open_sources
 from mm_gpt.datasets.samples import Conversation, ErrorCounter, Record, Sample
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import MMGPTError
@@ -66,6 +67,12 @@ def pages(count: int, *, seed: int = 0, longest: int = 30, images: int = 3) -> l
     return found
 
 
+def source_of(folder: Path, processor: Any, max_tokens: int = 64, errors: ErrorCounter | None = None) -> IndexedSource:
+    errors = errors if errors is not None else ErrorCounter()
+    config, measure = SourceConfig(path=folder.name), Measure(processor, max_tokens)
+    return open_sources([config], [config.open(folder.parent, errors)], measure, errors=errors)[0]
+
+
 def write(folder: Path, samples: Sequence[Sample], *, shard_bytes: int = 10_000) -> Path:
     writer = ShardWriter(folder, shard_bytes=shard_bytes)
     for sample in samples:
@@ -106,7 +113,7 @@ def numbers_plan(**changes: Any) -> Plan:
     generator = random.Random(5)
     sources = [Numbers([[generator.randint(1, 15)] for _ in range(n)], f"s{n}") for n in (30, 11)]
     values: dict[str, Any] = {"row_length": 20, "seed": 1, "window_rows": 4}
-    return Plan(sources, [Share(), Share(repeat=1.5)], **(values | changes))
+    return Plan(sources, [SourceWeight(), SourceWeight(repeat=1.5)], **(values | changes))
 
 
 def as_read(rows: Sequence[tuple[int, Row]]) -> Loaded:
@@ -270,7 +277,7 @@ def test_batches_are_the_same_for_any_number_of_workers(data: Path) -> None:
     batches = [batch for step in range(4) for batch in task.micro_batches(step, 1)]
     assert any(batch.image_rows.numel() for batch in batches)
     for workers in (1, 2, 3):
-        loader = Loader(task.loader.plan, task.load, rows=2, workers=workers)
+        loader = Loader(task.loader.plan, task.reader, rows=2, workers=workers)
         assert all(map(same, batches, [batch for step in range(4) for batch in loader.micro_batches(step)]))
     assert task.errors.total == 0
 
@@ -281,7 +288,7 @@ def test_ranks_with_a_corpus_and_a_stop(data: Path) -> None:
     expected = [whole.micro_batches(step, 1)[0] for step in range(4)]
     state = json.loads(json.dumps(whole.data_state(2)))
     for workers in (0, 1):
-        ranks = [Loader(whole.loader.plan, whole.load, rows=2, rank=r, world=2, workers=workers) for r in range(2)]
+        ranks = [Loader(whole.loader.plan, whole.reader, rows=2, rank=r, world=2, workers=workers) for r in range(2)]
         for step in range(2, 4):
             found: list[Batch] = []
             for loader in ranks:
@@ -303,14 +310,13 @@ def texts_of_epoch(task: LanguageTask, source: int = 0) -> Counter[str]:
     return found
 
 
-def test_an_epoch_of_a_corpus_is_all_of_it(data: Path) -> None:
+def test_an_epoch_of_a_corpus_is_all_of_it(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every character and image once, whatever the blocks of shards."""
     processor = make_tiny()[1]
     written = pages(24, longest=6)
     for block_shards in (1, 2, 100):
-        source = CorpusSource(
-            Corpus(data / "corpus"), processor, max_tokens=64, errors=ErrorCounter(), block_shards=block_shards
-        )
+        monkeypatch.setattr("mm_gpt.datasets.loading.sources.BLOCK_SHARDS", block_shards)
+        source = source_of(data / "corpus", processor)
         found: dict[str, list[tuple[tuple[int, ...], Document]]] = {}
         units = [unit for documents in source.units(3, 0, 0) for unit, _ in documents]
         assert len(set(units)) == len(units) == len(source)
@@ -333,7 +339,7 @@ def test_fewer_samples_than_ranks_and_workers(tmp_path: Path) -> None:
     write(tmp_path / "held-out", pages(1))
     task = task_of(tmp_path)
     for rank in (0, 3):
-        loader = Loader(task.loader.plan, task.load, rows=1, rank=rank, world=4, workers=2)
+        loader = Loader(task.loader.plan, task.reader, rows=1, rank=rank, world=4, workers=2)
         assert [loader.micro_batches(step)[0].ids for step in range(3)] == [["one"]] * 3
 
 
@@ -358,27 +364,17 @@ def test_a_changed_corpus(tmp_path: Path) -> None:
 def test_tables_are_made_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stops: a corpus that is encoded anew by each run."""
     processor = make_tiny()[1]
-    first = CorpusSource(Corpus(data / "corpus"), processor, max_tokens=50, errors=ErrorCounter())
-    monkeypatch.setattr("mm_gpt.datasets.loading.loader.make_table", None)
-    again = CorpusSource(Corpus(data / "corpus"), processor, max_tokens=50, errors=ErrorCounter())
-    assert (again.counts, again.tokens, again.images) == (first.counts, first.tokens, first.images)
-    assert (data / "corpus/.pieces").is_dir()
-
-
-def test_a_shard_that_changes_under_a_run(tmp_path: Path) -> None:
-    """Stops: positions that no longer mean the same pieces."""
-    corpus = Corpus(write(tmp_path / "corpus", pages(12)))
-    source = CorpusSource(corpus, make_tiny()[1], max_tokens=64, errors=ErrorCounter())
-    for table in (tmp_path / "corpus/.pieces").rglob("*.npy"):
-        np.save(table, np.load(table)[:1])
-    with pytest.raises(MMGPTError, match="has changed"):
-        list(source.units(0, 0, 0))
+    first = source_of(data / "corpus", processor, 50)
+    monkeypatch.setattr("mm_gpt.datasets.loading.index._make_tables", None)
+    again = source_of(data / "corpus", processor, 50)
+    assert (len(again), again.tokens, again.images) == (len(first), first.tokens, first.images)
+    assert (data / "corpus/.index").is_dir()
 
 
 def test_held_out_samples_are_not_trained_on(data: Path) -> None:
     task = task_of(data, validation=(), holdout=0.25)
     held = task.held_out[0]
-    assert isinstance(held, CorpusSource)
+    assert isinstance(held, IndexedSource)
     ids = {held.document(unit).id for documents in held.units(0, 0, 0) for unit, _ in documents}
     trained = set(texts_of_epoch(task))
     assert ids
@@ -395,24 +391,23 @@ def test_a_corpus_at_a_url(served: tuple[Path, str, list[str]], tmp_path: Path) 
     write(folder / "corpus", pages(6, longest=4))
     write(tmp_path / "held-out", pages(1))
     task = task_of(tmp_path, f"{url}/corpus")
-    assert isinstance(task.sources[0], CorpusSource)
+    assert isinstance(task.sources[0].store, Corpus)
     assert len(texts_of_epoch(task)) == 6
     assert task.errors.total == 0
 
 
 def test_conversations_and_pages_in_one_corpus(tmp_path: Path) -> None:
-    """A conversation is one piece; one that does not fit the context and a Record are counted."""
+    """A conversation is one piece; one that does not fit the context is counted; a record has its captions."""
     picture = Image(to_file(make_picture()))
     chat = ({"role": "user", "content": [picture, "What?"]}, {"role": "assistant", "content": "A circle."})
     long = ({"role": "user", "content": "word " * 400},)
     samples = [Conversation("chat", chat), Conversation("long", long), Record("record", picture.source, ("a caption",))]  # type: ignore[arg-type]
     write(tmp_path / "corpus", [*samples, Document((Text("A page."),), id="page")])
     errors = ErrorCounter()
-    source = CorpusSource(Corpus(tmp_path / "corpus"), make_tiny()[1], max_tokens=64, errors=errors)
+    source = source_of(tmp_path / "corpus", make_tiny()[1], errors=errors)
     documents = [source.document(unit) for documents in source.units(0, 0, 0) for unit, _ in documents]
-    assert {document.id for document in documents} == {"chat", "page"}
-    assert errors.counts["longer than the context"] == 1
-    assert errors.total == 2
+    assert {document.id for document in documents} == {"chat", "page", "record"}
+    assert errors.counts == {"longer than the context": 1}
     answer = [s for d in documents if d.id == "chat" for s in d.segments if isinstance(s, Text) and s.is_target]
     assert [s.text for s in answer] == ["A circle.", "<|im_end|>"]
 
@@ -466,11 +461,11 @@ def test_broken_images_where_tokens_depend_on_sizes(tmp_path: Path) -> None:
     """Tiled images are measured before they are decoded: a page stands without one that cannot be."""
     write(tmp_path / "corpus", pages(1))
     task = task_of(tmp_path, validation=(SourceConfig(path="corpus"),))
-    task.processor = tiled()
+    task.reader.processor = tiled()
     good = Image(to_file(make_picture(0, (64, 32))))
     skipped: list[tuple[str, str]] = []
     page = Document((Text("One."), Image(b"broken"), Text("Two."), good, Text("Three.")), id="page")
-    read = task._read(page, skipped)
+    read = task.reader.read(page, skipped)
     assert read is not None
     example, tiles = read
     assert len(example.images) == 1
@@ -512,7 +507,7 @@ def test_a_truncated_shard_is_counted(tmp_path: Path, when: str) -> None:
     task = task_of(tmp_path)
     cut()
     epoch_rows = sum(1 for _ in itertools.takewhile(lambda r: r[1].epoch == 0, task.loader.plan.rows()))
-    loader = Loader(task.loader.plan, task.load, rows=2, workers=2, errors=task.errors)
+    loader = Loader(task.loader.plan, task.reader, rows=2, workers=2, errors=task.errors)
     ids: set[str] = set()
     for step in range(-(-epoch_rows // 2)):
         ids |= {id for batch in loader.micro_batches(step) for row in batch.ids for id in row.split()}
@@ -546,10 +541,7 @@ def test_rows_are_full(tmp_path: Path) -> None:
         write(tmp_path / "long", pages(60, longest=60)),
         write(tmp_path / "short", pages(200, seed=4, longest=5)),
     ]
-    sources = [
-        CorpusSource(Corpus(folder), processor, max_tokens=512, errors=ErrorCounter(), name=folder.name)
-        for folder in corpora
-    ]
+    sources = [source_of(folder, processor, 512) for folder in corpora]
     plan = Plan(sources, row_length=512)
     tokens, rows = 0, 0
     for row, _ in itertools.takewhile(lambda r: r[1].epoch == 0, plan.rows()):

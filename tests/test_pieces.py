@@ -1,36 +1,27 @@
 """Documents cut to rows: nothing lost, nothing twice, no image apart, and as few rows as that allows."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import make_picture, make_tiny, make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mm_gpt.datasets.loading.index import Measure
 from mm_gpt.datasets.loading.pieces import (
-    COLUMNS,
     Piece,
     cut,
-    fingerprint,
-    load_table,
-    make_table,
     piece_document,
-    row_piece,
     sample_pieces,
-    save_table,
     training_segments,
 )
-from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record
+from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import MMGPTError
 from mm_gpt.images import to_file
 from mm_gpt.processor import Processor, ProcessorConfig
-from mm_gpt.templates.chat_template import ChatTemplate
 from mm_gpt.templates.image_text import ImageTextConfig
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.tiling import TilingConfig
@@ -232,58 +223,16 @@ def test_what_cannot_be_trained_on() -> None:
     cases = [
         (PROCESSOR, Conversation("a", (long,)), "longer than the context"),
         (PROCESSOR, Conversation("a", ({"role": "nobody", "content": "x"},)), "cannot be written"),
-        (PROCESSOR, Record("a", PICTURES[0], ("a caption",)), "no pieces"),
         (alone, Document((picture,)), "cannot be written"),
     ]
-    errors = ErrorCounter()
-    for number, (processor, sample, reason) in enumerate(cases):
+    for processor, sample, reason in cases:
         with pytest.raises(BadRecordError, match=reason):
             sample_pieces(sample, processor, 64)
-        samples = [(0, Document((Text("a"),))), (number, sample), (9, Document((Text("b"),)))]
-        table = make_table(samples, processor, 64, errors, "a.tar")
-        assert table[:, 0].tolist() == [0, 9]
-        assert errors.total == number + 1
-
-
-# ---- tables ----
-
-
-def test_tables_come_back(tmp_path: Path) -> None:
-    pages = [Document((Text("A red circle. " * n), Image(PICTURES[0]), Text("Behind.")), id=str(n)) for n in range(30)]
-    table = make_table(enumerate(pages), PROCESSOR, 64, ErrorCounter(), "a.tar")
-    assert table.dtype == np.int32
-    assert table.shape[1] == len(COLUMNS)
-    save_table(tmp_path / "folder/a.npy", table)
-    read = load_table(tmp_path / "folder/a.npy")
-    assert read is not None
-    assert np.array_equal(read, table)
-    assert os.listdir(tmp_path / "folder") == ["a.npy"]
-    for row in read:
-        page = pages[row[0]]
-        document = piece_document(page, row_piece(row), PROCESSOR)
-        assert len(PROCESSOR(document)) == row[5]
-        assert len(document.images) == row[6]
-        assert document.id == page.id
-    empty = make_table([], PROCESSOR, 64, ErrorCounter(), "a.tar")
-    save_table(tmp_path / "empty.npy", empty)
-    again = load_table(tmp_path / "empty.npy")
-    assert again is not None
-    assert again.shape == (0, len(COLUMNS))
-
-
-def test_broken_tables_are_made_anew(tmp_path: Path) -> None:
-    """Stops: a file that a full disk cut off, which would end every run from then on."""
-    path = tmp_path / "a.npy"
-    good = np.ones((3, 7), dtype=np.int32)
-    save_table(path, good)
-    data = path.read_bytes()
-    for broken in (b"", data[:20], data[:-4], b"PK\x03\x04", b"\x00" * 200):
-        path.write_bytes(broken)
-        assert load_table(path) is None
-    for other in (good.astype(np.int64), good[:, :6], good[0], -good, good * [1, 1, 1, 1, 1, 0, 1]):
-        np.save(path, other)
-        assert load_table(path) is None
-    assert load_table(tmp_path / "none.npy") is None
+        errors = ErrorCounter()
+        samples = [(0, Document((Text("a"),))), (1, sample), (9, Document((Text("b"),)))]
+        table = Measure(processor, 64).table(samples, "a", errors)
+        assert table.pieces[:, 0].tolist() == [0, 9]
+        assert errors.total == 1
 
 
 def test_pieces_of_other_documents_are_refused() -> None:
@@ -291,26 +240,3 @@ def test_pieces_of_other_documents_are_refused() -> None:
         Piece((0, 0), (9, 0)).of([Text("a")])
     with pytest.raises(MMGPTError, match="not of this document"):
         Piece((1, 0), (0, 3)).of([Text("a")])
-
-
-def test_the_fingerprint_names_all_that_decides_pieces() -> None:
-    """Stops: pieces found for one tokenizer, image size or template used with another."""
-    config = PROCESSOR.config
-    assert config.image is not None
-    other = Tokenizer.train(["other text", "than that"] * 4, 300)
-
-    def changed(**values: object) -> Processor:
-        return Processor(PROCESSOR.tokenizer, dataclasses.replace(config, **values), vocab_size=PROCESSOR.vocab_size)
-
-    template = ChatTemplate("{{ messages[0].content }}", special={}, where="a test")
-    processors = [
-        PROCESSOR,
-        changed(tokens_per_image=9),
-        changed(max_length=100),
-        changed(image=dataclasses.replace(config.image, size=64)),
-        Processor(other, config, vocab_size=PROCESSOR.vocab_size),
-        Processor(PROCESSOR.tokenizer, config, vocab_size=PROCESSOR.vocab_size, template=template),
-    ]
-    names = [fingerprint(processor, 64) for processor in processors]
-    assert len({*names, fingerprint(PROCESSOR, 65)}) == len(names) + 1
-    assert names[0] == fingerprint(make_tiny()[1], 64)

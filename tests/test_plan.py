@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_gpt.datasets.loading.plan import Cursor, Plan, Row, Share, language_shares, shuffled
+from mm_gpt.datasets.loading.plan import Cursor, Plan, Row, SourceWeight, language_shares, shuffled
 from mm_gpt.errors import ConfigError, MMGPTError
 
 Unit = tuple[int, ...]
@@ -72,7 +72,7 @@ def test_each_unit_once_an_epoch(lengths: list[list[list[int]]], seed: int, wind
     if not any(any(unit) for source in lengths for unit in source):
         return
     sources = [Numbers(source, f"s{n}") for n, source in enumerate(lengths)]
-    shares = [Share(weight=1.0 + n) if weighted else Share() for n in range(len(sources))]
+    shares = [SourceWeight(weight=1.0 + n) if weighted else SourceWeight() for n in range(len(sources))]
     plan = Plan(sources, shares, row_length=20, seed=seed, window_rows=window_rows)
     for rows in epochs(plan, 3):
         for number, source in enumerate(lengths):
@@ -85,7 +85,7 @@ def test_each_unit_once_an_epoch(lengths: list[list[list[int]]], seed: int, wind
 def test_fractions_of_an_epoch() -> None:
     """`repeat` 0.3: nothing comes again before everything has come; 2.5: two or three times."""
     sources = [singles(10, 5, "a"), singles(4, 5, "b")]
-    plan = Plan(sources, [Share(repeat=0.3), Share(repeat=2.5)], row_length=20)
+    plan = Plan(sources, [SourceWeight(repeat=0.3), SourceWeight(repeat=2.5)], row_length=20)
     per_epoch = epochs(plan, 10)
     assert [units_of(rows, 0).total() for rows in per_epoch] == [3] * 10
     assert [units_of(rows, 1).total() for rows in per_epoch] == [10] * 10
@@ -97,13 +97,13 @@ def test_fractions_of_an_epoch() -> None:
 
 def test_a_share_so_small_that_epochs_go_by() -> None:
     """Stops: `repeat` 0.1 of three samples taken for a source of nothing."""
-    plan = Plan([singles(3, 5)], [Share(repeat=0.1)], row_length=20)
+    plan = Plan([singles(3, 5)], [SourceWeight(repeat=0.1)], row_length=20)
     rows = [row for row, _ in itertools.islice(plan.rows(), 6)]
     assert units_of(rows, 0) == Counter({(n, 0): 2 for n in range(3)})
 
 
 def test_repeat_zero_leaves_a_source_out() -> None:
-    plan = Plan([singles(3, 5, "a"), singles(3, 5, "b")], [Share(repeat=0), Share()], row_length=20)
+    plan = Plan([singles(3, 5, "a"), singles(3, 5, "b")], [SourceWeight(repeat=0), SourceWeight()], row_length=20)
     assert not units_of([row for rows in epochs(plan, 2) for row in rows], 0)
 
 
@@ -112,7 +112,7 @@ def test_sources_of_nothing() -> None:
     with pytest.raises(MMGPTError, match="nothing to train on"):
         Plan([Numbers([])], row_length=20)
     with pytest.raises(MMGPTError, match="nothing to train on"):
-        Plan([singles(3, 5)], [Share(repeat=0)], row_length=20)
+        Plan([singles(3, 5)], [SourceWeight(repeat=0)], row_length=20)
     for wait in (True, False):
         with pytest.raises(MMGPTError, match="nothing to train on"):
             next(Plan([Numbers([[], [], []])], row_length=20, wait=wait).rows())
@@ -120,22 +120,27 @@ def test_sources_of_nothing() -> None:
         assert next(plan.rows())
 
 
-@pytest.mark.parametrize("share", [Share(repeat=-1), Share(repeat=float("nan")), Share(repeat=float("inf")),
-                                   Share(weight=0), Share(weight=-1), Share(weight=float("nan"))])  # fmt: skip
-def test_impossible_shares(share: Share) -> None:
+@pytest.mark.parametrize(
+    "share",
+    [
+        *(SourceWeight(repeat=value) for value in (-1, float("nan"), float("inf"))),
+        *(SourceWeight(weight=value) for value in (0, -1, float("nan"))),
+    ],
+)
+def test_impossible_shares(share: SourceWeight) -> None:
     with pytest.raises(ConfigError, match=r"numbers: (repeat|weight) must be"):
         Plan([singles(3, 5)], [share], row_length=20)
 
 
 def test_weights_or_an_exponent() -> None:
     with pytest.raises(ConfigError, match="not both"):
-        Plan([singles(3, 5)], [Share(weight=1)], row_length=20, exponent=0.7)
+        Plan([singles(3, 5)], [SourceWeight(weight=1)], row_length=20, exponent=0.7)
 
 
 def test_shares_of_tokens_hold_while_sources_last() -> None:
     """Whatever the lengths of documents: 3 to 1 in tokens, not in documents, in the first part of an epoch."""
     long, short = singles(300, 20, "long"), singles(3000, 2, "short")
-    plan = Plan([long, short], [Share(weight=3), Share(weight=1)], row_length=40, window_rows=10)
+    plan = Plan([long, short], [SourceWeight(weight=3), SourceWeight(weight=1)], row_length=40, window_rows=10)
     rows = [row for row, _ in itertools.islice(plan.rows(), 100)]
     assert share_of(rows, 0) == pytest.approx(0.75, abs=0.01)
     for start in range(0, 100, 10):  # all along, not one source after the other
@@ -170,7 +175,7 @@ def test_without_waiting_shares_hold_to_the_end() -> None:
     """A small source begins again while the large one still has news; each of its passes shows everything once."""
     plan = Plan(
         [singles(1000, 5, "large"), singles(10, 5, "small")],
-        [Share(weight=1), Share(weight=1)],
+        [SourceWeight(weight=1), SourceWeight(weight=1)],
         row_length=25,
         window_rows=10,
         wait=False,
@@ -190,7 +195,7 @@ def test_a_cursor_continues_with_the_next_row() -> None:
 
     def plan() -> Plan:
         sources = [Numbers(source, f"s{n}") for n, source in enumerate(lengths)]
-        return Plan(sources, [Share(), Share(repeat=1.5)], row_length=20, seed=3, window_rows=4)
+        return Plan(sources, [SourceWeight(), SourceWeight(repeat=1.5)], row_length=20, seed=3, window_rows=4)
 
     rows = list(itertools.islice(plan().rows(), 120))
     assert rows[-1][1].epoch > 2

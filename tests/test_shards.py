@@ -34,6 +34,8 @@ from mm_gpt.datasets.building.shards import (
     read_corpus,
     write_corpus_file,
 )
+from mm_gpt.datasets.loading import store
+from mm_gpt.datasets.loading.store import cache_of
 from mm_gpt.datasets.samples import (
     BadRecordError,
     Conversation,
@@ -666,8 +668,8 @@ def test_a_corpus_at_a_url(served: tuple[Path, str, list[str]], tmp_path: Path) 
     assert list(corpus.samples(errors)) == pages
     assert errors.total == 0
     assert any(path.endswith(".index.npy") for path in seen)
-    assert not (folder / ".pieces").exists()
-    assert tmp_path / "cache" in corpus.cache_folder().parents
+    assert not (folder / ".index").exists()
+    assert tmp_path / "cache" in cache_of(corpus).parents
     (folder / corpus.shards[1].name).unlink()
     shutil.rmtree(tmp_path / "cache")
     index_path(folder / corpus.shards[2].name).unlink()  # made from the tar then
@@ -678,10 +680,10 @@ def test_a_corpus_at_a_url(served: tuple[Path, str, list[str]], tmp_path: Path) 
 
 def test_tables_are_kept_elsewhere_for_other_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MM_GPT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(shards.os, "access", lambda *_: False)
+    monkeypatch.setattr(store.os, "access", lambda *_: False)
     one, other = (Corpus(write(tmp_path / name, [page(0)])) for name in ("one", "other"))
-    assert one.cache_folder() != other.cache_folder()
-    assert (tmp_path / "cache") in one.cache_folder().parents
+    assert cache_of(one) != cache_of(other)
+    assert (tmp_path / "cache") in cache_of(one).parents
 
 
 def test_shard_names_stay_as_written() -> None:

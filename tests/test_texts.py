@@ -11,15 +11,20 @@ from tokenizers import processors
 
 from mm_gpt.config import override
 from mm_gpt.datasets.formats.texts import is_text_source, read_texts
+from mm_gpt.datasets.loading.pieces import piece_document, sample_pieces
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.document import Document, Text
 from mm_gpt.processor import IGNORE_INDEX, Processor, ProcessorConfig
 from mm_gpt.tokenizer import Tokenizer
-from mm_gpt.training.data import cut_documents
 from mm_gpt.training.language import LanguageTask
 from mm_gpt.training.recipes import recipe
 
 TOKENIZER = make_tokenizer()
+
+
+def pieces_of(text: str, processor: Processor, room: int) -> list[Document]:
+    page = Document((Text(text),), id="x")
+    return [piece_document(page, piece, processor) for piece, _, _ in sample_pieces(page, processor, room)]
 
 
 def processor_of(tokenizer: Tokenizer, *, begin_of_text: bool = False) -> Processor:
@@ -81,15 +86,14 @@ def test_nothing_is_lost_and_no_piece_is_too_long(words: list[str], room: int, b
     """Special tokens that stand in a text are many tokens there: a piece of them must not grow beyond its row."""
     text = "".join(words)
     processor = processor_of(beginning_tokenizer() if begins else TOKENIZER, begin_of_text=begins)
-    samples = cut_documents([Document((Text(text),), id="x")], processor, room, ErrorCounter())
-    documents = [sample for sample in samples if isinstance(sample, Document)]
+    documents = pieces_of(text, processor, room)
     written = [[s for s in document.segments if isinstance(s, Text)] for document in documents]
     assert "".join(s.text for segments in written for s in segments if not s.is_control) == text
     for number, (document, segments) in enumerate(zip(documents, written, strict=True), start=1):
         ends = [s.text for s in segments if s.is_control]
         assert ends == (["<|endoftext|>"] if number == len(documents) else [])
         assert len(segments) > len(ends) or not text  # the end is learned behind a text, not alone
-        assert document.id == (f"x:{number}" if len(documents) > 1 else "x")
+        assert document.id == "x"
         found = processor(document)
         assert len(found) <= room
         assert found.labels[:-1].tolist() == found.input_ids[1:].tolist()  # every token is learned
@@ -98,8 +102,7 @@ def test_nothing_is_lost_and_no_piece_is_too_long(words: list[str], room: int, b
 
 def test_rows_are_filled() -> None:
     processor = processor_of(TOKENIZER)
-    pieces = cut_documents([Document((Text("A red circle. " * 500),))], processor, 64, ErrorCounter())
-    lengths = [len(processor(piece)) for piece in pieces if isinstance(piece, Document)]
+    lengths = [len(processor(piece)) for piece in pieces_of("A red circle. " * 500, processor, 64)]
     assert min(lengths[:-2]) >= 62
 
 

@@ -22,7 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from toy_stage import Pairs, ToyStage, losses, one_step, toy_config
 
-from mm_gpt.datasets.samples import Conversation, ErrorCounter, Record
+from mm_gpt.datasets.loading.draws import RecordSampling, draw_documents
+from mm_gpt.datasets.loading.sources import SourceConfig
+from mm_gpt.datasets.samples import Record
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import CheckpointError, ConfigError, MMGPTError
 from mm_gpt.hub import checkpoint as hub_checkpoint
@@ -31,7 +33,6 @@ from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Batch, collate
 from mm_gpt.training import checkpoint, language
-from mm_gpt.training.data import SourceConfig, check_chats, read_source, record_image
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import TrainConfig, learning_rate, make_optimizer, train
 from mm_gpt.training.stage import ParameterGroup
@@ -583,15 +584,17 @@ def test_an_epoch_shows_everything_once(data: Path) -> None:
 
 def test_mirror_images_only_where_no_text_tells_sides_apart() -> None:
     """Stops: "the man on the left" learned from the mirror image, and one that is never or always mirrored."""
-    record, rng = Record("0", Path("photo.jpg")), random.Random(0)
+    processor = make_tiny()[1]
 
-    def share(texts: list[str], *, augment: bool = True) -> float:
-        return sum(record_image(record, texts, rng, augment).mirrored for _ in range(200)) / 200
+    def share(texts: tuple[str, ...], *, augment: bool = True) -> float:
+        record, how = Record("0", Path("photo.jpg"), texts), RecordSampling(augment=augment)
+        draws = [draw_documents(record, random.Random(n), 0, processor, how) for n in range(200)]
+        return sum(draw[0].images[0].mirrored for draw in draws) / 200
 
-    assert 0.35 < share(["A dog leaps over a wall.", "Two dogs."]) < 0.65
-    assert share(["A dog leaps over a wall."], augment=False) == 0
+    assert 0.35 < share(("A dog leaps over a wall.", "Two dogs.")) < 0.65
+    assert share(("A dog leaps over a wall.",), augment=False) == 0
     for sided in ("What is left of the bed?", "A dog on the Right.", "A sign reads stop.", "A man says hello."):
-        assert share(["Two dogs.", sided]) == 0
+        assert share(("Two dogs.", sided)) == 0
 
 
 def test_half_an_epoch_each_time(data: Path) -> None:
@@ -634,52 +637,51 @@ def test_a_document_longer_than_a_row_has_one_of_its_own(data: Path) -> None:
     assert max(batch.input_ids.shape[1] for batch in batches) > 64
 
 
-def test_a_broken_image_is_counted_not_fatal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_image_is_counted_not_fatal(tmp_path: Path) -> None:
+    """Known when it is read: the others are trained on."""
     write_data(tmp_path)
     (tmp_path / "pictures" / "2.png").write_bytes(b"not a picture")
     task = tiny_task(tiny_recipe(tmp_path))
-    assert len(task.sources[0]) == 4
-    assert "1 record skipped: 1 broken image (pictures:2" in caplog.text
-
-
-def chats(path: Path) -> list[Document]:
-    processor = make_tiny()[1]
-    samples = read_source(SourceConfig(path=path.name), path.parent, ErrorCounter())
-    assert samples is not None
-    check_chats(samples, processor, path)
-    return [processor.chat(s.messages, answer_starts=False) for s in samples if isinstance(s, Conversation)]
+    ids = [id for batch in shown(task, 0, epoch_rows(task)) for row in batch.ids for id in row.split()]
+    assert {id for id in ids if not id.startswith("chats")} == {"0", "1", "3", "4"}
+    assert task.errors.counts == {"broken image": 1}
+    assert "2.png" in task.errors.summary()
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    "line",
     [
-        ("{", "not an object with a list of 'messages'"),
-        ("[]", "not an object with a list of 'messages'"),
-        ('{"messages": 3}', "not an object with a list of 'messages'"),
-        ('{"messages": "text"}', "not an object with a list of 'messages'"),
-        ('{"messages": ["text"]}', "message 0 is not a dict"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}', "message 0 has role 'tool'"),
+        "{",
+        "[]",
+        '{"messages": 3}',
+        '{"messages": "text"}',
+        '{"messages": ["text"]}',
+        '{"messages": [{"role": "tool", "content": "x"}]}',
+        '{"messages": [{"role": "user", "content": "half \\ud800"}]}',
     ],
 )
-def test_chats_name_file_and_line(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "chats.jsonl"
-    path.write_text('{"messages": [{"role": "user", "content": "x"}]}\n\n' + line + "\n")
-    with pytest.raises(MMGPTError, match=rf"chats\.jsonl:3: {message}"):
-        chats(path)
+def test_a_malformed_chat_is_counted_with_file_and_line(tmp_path: Path, line: str) -> None:
+    """Stops: a run that one bad line of a thousand ends, and one that skips it without a word."""
+    write_data(tmp_path)
+    good = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}'
+    (tmp_path / "chats.jsonl").write_text(f"{good}\n\n{line}\n{good}\n")
+    for _ in range(2):  # also when the index is there
+        task = tiny_task(tiny_recipe(tmp_path, sources=(SourceConfig(path="chats.jsonl"),)))
+        assert len(task.sources[0]) == 2
+        assert task.errors.total == 1
+        assert "chats.jsonl:3" in task.errors.summary()
 
 
 def test_chats_with_line_separators_inside(tmp_path: Path) -> None:
     """U+2028 and U+0085 are ends of lines for str.splitlines, not for JSON."""
-    path = tmp_path / "chats.jsonl"
+    write_data(tmp_path)
     chat = {"messages": [{"role": "user", "content": "one\u2028two\u0085three"}]}
-    path.write_text(json.dumps(chat, ensure_ascii=False), encoding="utf-8")
-    (document,) = chats(path)
+    (tmp_path / "chats.jsonl").write_text(json.dumps(chat, ensure_ascii=False), encoding="utf-8")
+    source = tiny_task(tiny_recipe(tmp_path, sources=(SourceConfig(path="chats.jsonl"),))).sources[0]
+    document = source.document(source.some(1)[0])
     assert any(isinstance(s, Text) and s.text == "one\u2028two\u0085three" for s in document.segments)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(MMGPTError, match=r"chats\.jsonl: not UTF-8"):
-        chats(path)
-    with pytest.raises(MMGPTError, match=r"gone\.jsonl: No such file"):
-        chats(tmp_path / "gone.jsonl")
+    with pytest.raises(MMGPTError, match=r"gone\.jsonl: no such file"):
+        tiny_task(tiny_recipe(tmp_path, sources=(SourceConfig(path="gone.jsonl"),)))
 
 
 # ---- what is trained ----
@@ -811,7 +813,7 @@ def test_a_model_of_text_alone(tmp_path: Path, data: Path) -> None:
     assert task.validate()["loss"] > 0
     assert task.samples() == []
     assert load_model(tmp_path / "best")[0].tokens_per_image == 0
-    with pytest.raises(MMGPTError, match=r"\d\.png: this model reads text alone"):
+    with pytest.raises(MMGPTError, match="pictures:0 is an image, and this model reads text alone"):
         tiny_task(dataclasses.replace(recipe, sources=(SourceConfig(path="pictures"),)))
 
 

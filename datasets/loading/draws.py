@@ -25,10 +25,11 @@ DERIVED_SETS = 4
 class RecordSampling:
     """How documents are drawn from records: see the fields of LanguageRecipe."""
 
-    max_captions: int
-    max_questions: int
-    augment: bool
-    separate: bool
+    max_captions: int = 5
+    max_questions: int = 8
+    augment: bool = False
+    """The mirror image half the time."""
+    separate: bool = False
     """Each caption and answer a document of its own, not a branch of one that they share."""
     derived_share: float = 0.0
     """The share of captioned images that also come with questions derived from their captions."""

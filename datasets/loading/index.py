@@ -12,6 +12,7 @@ import json
 import logging
 import multiprocessing
 import os
+import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -68,8 +69,14 @@ class Table:
         return len(self.pieces) + len(self.records)
 
     def only(self, keep: np.ndarray) -> "Table":
-        """The units whose sample's number is True in `keep` (samples of the shard,)."""
-        return Table(self.pieces[keep[self.pieces[:, 0]]], self.records[keep[self.records[:, 0]]], self.texts)
+        """The units (units,) that are True in `keep`."""
+        count = len(self.pieces)
+        return Table(self.pieces[keep[:count]], self.records[keep[count:]], self.texts)
+
+    @property
+    def samples(self) -> np.ndarray:
+        """The number of each unit's sample: (units,)."""
+        return np.concatenate([self.pieces[:, 0], self.records[:, 0]])
 
     def pack(self) -> np.ndarray:
         sizes = [VERSION, len(self.pieces), len(self.records), len(self.texts)]
@@ -387,6 +394,6 @@ def _load_table(path: Path) -> Table | None:
     try:
         size = path.stat().st_size
         array = np.load(path, mmap_mode="r" if size > MAPPED_BYTES else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
     return Table.unpack(array) if isinstance(array, np.ndarray) else None

@@ -111,10 +111,16 @@ class IndexedSource:
         return sum(map(len, self.tables))
 
     def split(self, share: float) -> "tuple[IndexedSource, IndexedSource]":
-        """What is trained on, and the held-out `share` of the samples, whose images are not augmented."""
+        """What is trained on, and the held-out `share` of the samples, whose images are not augmented.
+
+        Of a source with few samples, such as a book, it is that share of the units.
+        """
         parts: list[list[Table]] = [[], []]
-        for start, end, table in zip(self._starts, self._starts[1:], self.tables, strict=False):
-            held = held_out(np.arange(start, end), share)
+        few = self._starts[-1] * min(share, 1 - share) < 1
+        first = 0
+        for start, table in zip(self._starts, self.tables, strict=False):
+            held = held_out(np.arange(first, first + len(table)) if few else start + table.samples, share)
+            first += len(table)
             parts[0].append(table.only(~held))
             parts[1].append(table.only(held))
         return self._of(parts[0], self.sampling), self._of(parts[1], self.sampling).plain()
@@ -269,9 +275,9 @@ def open_sources(
     configs: Sequence[SourceConfig],
     stores: Sequence[ShardFolder],
     measure: Measure,
-    sampling: RecordSampling,
+    sampling: RecordSampling = RecordSampling(),  # noqa: B008 (frozen)
     *,
-    seed: int,
+    seed: int = 0,
     errors: ErrorCounter,
 ) -> list[IndexedSource]:
     """The sources of a mixture, indexed. Raises MMGPTError when an index cannot be made or kept."""
