@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,6 +92,19 @@ class Batch:
     image_sizes: Tensor  # (M, 2) height and width of each image; 0 where nothing depends on it
     pixel_values: Tensor  # (N, 3, H, W)
     ids: list[str] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Between processes, ids travel as arrays: a handle of shared memory for each would take longer."""
+        small = {
+            k: v.numpy()
+            for k, v in vars(self).items()
+            if isinstance(v, Tensor) and v.is_cpu and not v.is_floating_point()
+        }
+        return vars(self) | small
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
     @property
     def image_tiles(self) -> Tensor:

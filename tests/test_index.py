@@ -269,7 +269,7 @@ def test_a_shard_of_strangers_names_no_files(tmp_path: Path) -> None:
     with TarWriter(str(tar)) as writer:
         writer.write({"__key__": "a", "json": json.dumps(value).encode(), "txt": "x"})
     errors = ErrorCounter()
-    assert len(source_of(tar, errors=errors)) == 0
+    assert len(source_of(tar, errors=errors, format="captioned")) == 0
     assert errors.counts == {"no image": 1}
 
 
@@ -295,12 +295,14 @@ def test_derived_questions_come_from_sets_that_are_planned(tmp_path: Path) -> No
     """Each pass has the next set; planned and read lengths agree."""
     (tmp_path / "0.jpg").write_bytes(PICTURES[0])
     (tmp_path / "0.txt").write_text("A brown dog runs on the grass.\nA dog with a red ball runs.")
-    source = source_of(tmp_path, derived_share=1.0)
+    config = dataclasses.replace(PROCESSOR.config, max_length=4000)
+    processor = Processor(PROCESSOR.tokenizer, config, vocab_size=PROCESSOR.vocab_size)
+    source = source_of(tmp_path, processor, derived_share=1.0)
     texts = []
     for number in range(DERIVED_SETS + 1):
         for unit, tokens in units_of(source, number):
             document = source.document(unit)
-            assert len(PROCESSOR(document)) <= tokens
+            assert len(processor(document)) <= tokens
             if unit[2] == 1:
                 texts.append([s.text for branch in document.branches for s in branch if isinstance(s, Text)])
     assert len(texts) == DERIVED_SETS + 1
@@ -312,13 +314,8 @@ def test_derived_questions_come_from_sets_that_are_planned(tmp_path: Path) -> No
 
 def collect(tmp_path: Path, workers: int, start_method: str | None) -> list[Batch]:
     write_tar(tmp_path / "tars/a.tar", 12)
-    (tmp_path / "chats.jsonl").write_text(
-        "".join(
-            json.dumps({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": f"{n}"}]})
-            + "\n"
-            for n in range(6)
-        )
-    )
+    turns = [[{"role": "user", "content": "x"}, {"role": "assistant", "content": word}] for word in "abcdef"]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
     sources = [source_of(tmp_path / "tars"), source_of(tmp_path / "chats.jsonl")]
     plan = Plan(sources, row_length=64, window_rows=4)
     loader = Loader(plan, Reader(sources, PROCESSOR, True, 0), rows=2, workers=workers, start_method=start_method)

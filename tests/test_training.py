@@ -619,10 +619,10 @@ def test_documents_too_long_are_left_out(data: Path, caplog: pytest.LogCaptureFi
     task = tiny_task(recipe)
     batches = shown(task, 0, epoch_rows(task))
     assert sum(len(row.split()) for batch in batches for row in batch.ids) == NUM_CHATS
-    assert "skipped long.jsonl:long.jsonl:1: longer than the context" in caplog.text
+    assert "skipped long.jsonl:1: longer than the context" in caplog.text
     assert task.validate()["loss"] == 0.0
-    with pytest.raises(MMGPTError, match="nothing to train on"):
-        shown(tiny_task(dataclasses.replace(recipe, sources=(source,))), 0, 1)
+    with pytest.raises(MMGPTError, match=r"no usable record: .* longer than the context \(long\.jsonl:1"):
+        tiny_task(dataclasses.replace(recipe, sources=(source,)))
 
 
 def test_a_document_longer_than_a_row_has_one_of_its_own(data: Path) -> None:
@@ -675,7 +675,8 @@ def test_a_malformed_chat_is_counted_with_file_and_line(tmp_path: Path, line: st
 def test_chats_with_line_separators_inside(tmp_path: Path) -> None:
     """U+2028 and U+0085 are ends of lines for str.splitlines, not for JSON."""
     write_data(tmp_path)
-    chat = {"messages": [{"role": "user", "content": "one\u2028two\u0085three"}]}
+    turns = [{"role": "user", "content": "one\u2028two\u0085three"}, {"role": "assistant", "content": "yes"}]
+    chat = {"messages": turns}
     (tmp_path / "chats.jsonl").write_text(json.dumps(chat, ensure_ascii=False), encoding="utf-8")
     source = tiny_task(tiny_recipe(tmp_path, sources=(SourceConfig(path="chats.jsonl"),))).sources[0]
     document = source.document(source.some(1)[0])

@@ -140,7 +140,7 @@ class PairMeasure:
                 records.append((number, 0, len(texts), len(sample.captions), 0, *[0] * DERIVED_SETS))
                 texts += [len(self.tokenizer.encode(clean_caption(text))) for text in sample.captions]
             else:
-                errors.add("no captions", f"{name}:{sample_name(sample)}")
+                errors.add("no captions", _full_name(name, sample, number))
         return table_of([], records, texts)
 
 
@@ -240,7 +240,7 @@ class Measure:
                     found = sample_pieces(sample, self.processor, self.max_tokens)
                     pieces += [(number, *piece.start, *piece.end, tokens, images) for piece, tokens, images in found]
             except BadRecordError as error:
-                errors.add(str(error), f"{name}:{sample_name(sample) or number}")
+                errors.add(str(error), _full_name(name, sample, number))
         return table_of(pieces, records, texts)
 
     def _record(self, record: Record) -> tuple[list[int], list[int]]:
@@ -269,6 +269,12 @@ def table_of(pieces: list[tuple[int, ...]], records: list[tuple[int, ...]], text
 
 def sample_name(sample: Sample) -> str:
     return sample.id if isinstance(sample, Document) else sample.key
+
+
+def _full_name(source: str, sample: Sample, number: int) -> str:
+    """Some samples are called by their file and line already."""
+    own = sample_name(sample) or str(number)
+    return own if own.startswith(f"{Path(source).name}:") else f"{source}:{own}"
 
 
 def index_tables(store: ShardFolder, measure: Measured, name: str, errors: ErrorCounter) -> list[Table]:
