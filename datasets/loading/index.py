@@ -50,7 +50,7 @@ RECORD = (
     *(f"derived_{n}" for n in range(DERIVED_SETS)),
 )
 """Columns of a record. Its texts, from `first_text` on, are its captions, its questions, and each derived set."""
-CHUNK = 2048
+CHUNK = 512
 """Samples that a process indexes at a time."""
 MAPPED_BYTES = 2**20
 """A smaller table is read into memory: maps are few."""
