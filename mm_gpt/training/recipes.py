@@ -232,8 +232,8 @@ DENSE_ROW = 2048
 def of_preset(name: str, data: str) -> LanguageRecipe | SemiCausalRecipe:
     """A published model from random weights, with its paper's hyperparameters, on plain text or captioned images.
 
-    The paper's learning rate belongs to its batch: see `peak_rate`. Its warm-up takes a tenth of the steps at most, since
-    these are few.
+    The paper's learning rate belongs to its batch: see `peak_rate`. Its warm-up takes a tenth of the steps at most,
+    since these are few.
     """
     chosen = preset(name)
     config = chosen.config
