@@ -54,7 +54,7 @@ def classification(tiny_model_folder: Path, tmp_path: Path) -> ClassificationRec
 
 
 def test_classification_on_two_ranks_is_that_of_one(classification: ClassificationRecipe, tmp_path: Path) -> None:
-    """Each rank its own rows: they all learned from the same ones. The last batch of 17 has a row for one rank alone."""
+    """Each rank its own rows: they all learned from the same ones. The last batch of 17 is one row, for one rank."""
 
     def run(rank: int) -> None:
         train(ClassificationTask(classification), classification.train, tmp_path / "two", progress=False)

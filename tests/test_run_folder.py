@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_ranks import Run, rows, write_corpus
 from torch import Tensor
 from toy_stage import ToyStage, losses, toy_config
 
@@ -187,34 +188,24 @@ def test_folders_that_are_called_like_steps(tmp_path: Path) -> None:
     assert (checkpoint.latest(tmp_path) or Path()).name == "step-000002"
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from toy_stage import ToyStage, toy_config
-from mm_gpt.training.loop import train
-train(ToyStage(), toy_config(steps=10**6, save_every=10**6, validate_every=10**6), Path(sys.argv[1]), progress=False)
-"""
-
-
-def test_sigterm_to_a_process_saves_and_ends(tmp_path: Path) -> None:
-    """As a scheduler ends a job; then the run goes on."""
-    out = tmp_path / "run"
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parent.parent}"}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(out)], env=environment, stderr=subprocess.PIPE)
+def test_sigterm_to_one_rank_stops_all_and_leaves_no_worker(tmp_path: Path) -> None:
+    """Two ranks with two workers each: both stop after the same step, and no process of theirs is left."""
+    write_corpus(tmp_path / "corpus")
+    run = Run(tmp_path, "stopped", steps=10_000)
     try:
-        deadline = time.monotonic() + 100
-        while not ((out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) > 2):
-            assert process.poll() is None
+        deadline = time.monotonic() + 200
+        while not any(row["step"] >= 2 for row in rows(run.out / "log.jsonl")):
+            assert all(process.poll() is None for process in run.processes)
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=100)
+        run.processes[1].send_signal(signal.SIGTERM)
+        messages = [process.communicate(timeout=100)[1] for process in run.processes]
+        for process in run.processes:
+            with pytest.raises(ProcessLookupError):
+                os.killpg(process.pid, 0)
     finally:
-        process.kill()
-    assert b"KeyboardInterrupt: stopped after step" in errors
-    last = max(losses(out))
-    assert (checkpoint.latest(out) or Path()).name == f"step-{last:06d}"
-    stage = ToyStage()
-    train(stage, toy_config(steps=last + 1), out, resume=True, progress=False)
-    assert max(losses(out)) == last + 1
-    assert all(torch.isfinite(parameter).all() for parameter in stage.model.parameters())
+        for process in run.processes:
+            process.kill()
+    last = max(losses(run.out))
+    assert all(f"KeyboardInterrupt: stopped after step {last}" in message for message in messages), messages
+    assert (checkpoint.latest(run.out) or Path()).name == f"step-{last:06d}"
