@@ -149,6 +149,7 @@ def test_the_rate_of_a_preset_belongs_to_its_batch(
     assert peak_rate(override(found, ["train.accumulate=62"])) == 6e-4
     assert peak_rate(override(found, ["train.accumulate=1000"])) == 6e-4  # never above the paper's
     assert peak_rate(override(found, ["train.batch_tokens=none"])) == 6e-4
+    assert peak_rate(override(found, ["row_length=8192"])) == peak_rate(found)  # no row is longer than the context
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert peak_rate(found) == pytest.approx(2 * 6e-4 * math.sqrt(8192 / 500_000))
     monkeypatch.delenv("WORLD_SIZE")

@@ -5,13 +5,11 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from test_ranks import Run, rows, write_corpus
 from torch import Tensor
