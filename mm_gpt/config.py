@@ -73,13 +73,13 @@ def check_numbers(
 ) -> None:
     """Raise ConfigError for the first of these fields whose number is out of bounds, infinite or NaN. None passes."""
     bounds = [("at least", at_least), ("above", above), ("at most", at_most), ("below", below)]
-    wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
+    wanted = " and ".join(f"{words} {bound:,}" for words, bound in bounds if bound is not None)
     for name in names:
         value = getattr(config, name)
         if value is None:
             continue
         fits = (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))  # an int may be too large for a float
             and (at_least is None or value >= at_least)
             and (above is None or value > above)
             and (at_most is None or value <= at_most)

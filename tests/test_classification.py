@@ -474,6 +474,14 @@ def test_papers_hyperparameters(tmp_path: Path) -> None:
     assert classify(str(tmp_path / "nowhere")).train.steps == 1
 
 
+@pytest.mark.parametrize(("share", "held"), [(0.4, 8), (0.25, 5), (0.7, 14)])
+def test_a_share_of_the_rows_is_held_out(start: Path, tmp_path: Path, share: float, held: int) -> None:
+    write(tmp_path / "train.jsonl", labelled(20))
+    task = ClassificationTask(make_recipe(tmp_path, start, holdout=share))
+    assert (len(task.held), len(task.rows)) == (held, 20 - held)
+    assert not {str(row.sequences) for row in task.held} & {str(row.sequences) for row in task.rows}
+
+
 def test_impossible_recipes(start: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holdout"):
         make_recipe(tmp_path, start, validation="v.jsonl")

@@ -1,6 +1,7 @@
 """Configurations from JSON and from the command line: what is wrong is named, what is right survives a round trip."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from conftest import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm_gpt.config import from_dict, override, to_dict
+from mm_gpt.config import check_numbers, from_dict, override, to_dict
 from mm_gpt.errors import ConfigError
 from mm_gpt.hub.checkpoint import TokenizerConfig
 from mm_gpt.inference.engine import GenerationConfig
@@ -153,8 +154,9 @@ def test_later_overrides_win_and_the_original_stays() -> None:
         (TrainConfig, {"steps": 0, "lr": 1e-3}),
         (TrainConfig, {"steps": 1, "lr": 0.0}),
         (TrainConfig, {"steps": 1, "lr": 1e-3, "accumulate": 0}),
-        (TrainConfig, {"steps": 1, "lr": float("nan")}),
         (LoRAConfig, {"rank": 0, "alpha": 1.0}),
+        (LoRAConfig, {"rank": 1, "alpha": 0.0}),
+        (LoRAConfig, {"rank": 1, "alpha": 1.0, "dropout": 1.0}),
         (GenerationConfig, {"max_new_tokens": 0}),
         (GenerationConfig, {"temperature": -1.0}),
         (GenerationConfig, {"temperature": float("nan")}),
@@ -169,6 +171,43 @@ def test_later_overrides_win_and_the_original_stays() -> None:
 def test_impossible_values(cls: type, values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         from_dict(cls, values)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("steps", 0, "at least 1"),
+        ("accumulate", -1, "at least 1"),
+        ("batch_tokens", 0, "at least 1"),
+        ("log_every", 0, "at least 1"),
+        ("lr", float("nan"), "above 0"),
+        ("lr", float("inf"), "above 0"),
+        ("lr", -1e-3, "above 0"),
+        ("clip", 0.0, "above 0"),
+        ("eps", 0.0, "above 0"),
+        ("warmup_steps", -1, "at least 0"),
+        ("weight_decay", -0.1, "at least 0"),
+        ("final_lr", 1.5, "at least 0 and at most 1"),
+        ("beta1", 1.0, "at least 0 and below 1"),
+        ("beta2", -0.1, "at least 0 and below 1"),
+        ("seed", -1, "at least 0 and below 4,294,967,296"),
+        ("seed", 10**400, "at least 0 and below 4,294,967,296"),
+        ("seed", 2**32, "at least 0 and below 4,294,967,296"),
+    ],
+)
+def test_every_setting_of_training_has_bounds(name: str, value: float, message: str) -> None:
+    """A beta of 1 divides by zero in the first step, a huge seed in the middle of a run."""
+    with pytest.raises(ConfigError, match=rf"^{name} must be {re.escape(message)}, not"):
+        TrainConfig(**{"steps": 1, "lr": 1e-3, name: value})  # type: ignore[arg-type]
+
+
+def test_bounds_of_numbers() -> None:
+    check_numbers(Inner(size=2, rate=0.5), "size", "rate", at_least=0.5, at_most=2)
+    check_numbers(Outer(name="x", limit=None), "limit", at_least=1)
+    with pytest.raises(ConfigError, match="rate must be above 1, not 1"):
+        check_numbers(Inner(rate=1.0), "rate", above=1)
+    with pytest.raises(ConfigError, match="rate must be a finite number, not nan"):
+        check_numbers(Inner(rate=float("nan")), "rate")
 
 
 def test_impossible_decoders() -> None:

@@ -23,6 +23,8 @@ CONTRACTS = {
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
+    "locks": {"errors"},
+    "stopping": set(),
     "images": {"errors"},
     "document": {"errors", "images"},
     "tokenizer": {"errors"},
@@ -33,7 +35,7 @@ MAY_IMPORT = {
     "model": CONTRACTS | {"vision"},
     "hub": CONTRACTS | {"vision", "model"},
     "inference": CONTRACTS | {"vision", "model", "hub"},
-    "training": CONTRACTS | {"vision", "model", "hub", "datasets", "inference"},
+    "training": CONTRACTS | {"locks", "stopping", "vision", "model", "hub", "datasets", "inference"},
     "eval": CONTRACTS | {"vision", "model", "hub", "datasets", "inference"},
 }
 HEAVY = ("torch", "open_clip", "timm", "transformers", "torchvision", "matplotlib", "gradio", "tokenizers", "numpy")

@@ -39,8 +39,8 @@ torch.set_num_threads(1)
 options = json.loads(sys.argv[1])
 tokenizer = make_tokenizer()
 recipe = LanguageRecipe(
-    train=TrainConfig(steps={steps}, lr=3e-3, precision="fp32", device="cpu", log_every=1, validate_every=100,
-                      save_every=2, accumulate=options["accumulate"]),
+    train=TrainConfig(steps=options.get("steps", {steps}), lr=3e-3, precision="fp32", device="cpu", log_every=1,
+                      validate_every=100, save_every=2, accumulate=options["accumulate"]),
     model=tiny_config(tokenizer.vocab_size),
     image=ImageTransformConfig(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
     sources=(SourceConfig(path=options.get("source", "corpus")),),

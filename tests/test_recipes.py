@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -17,10 +18,10 @@ from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.document import Document, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.model.decoder_config import DecoderConfig
-from mm_gpt.model.presets import preset
+from mm_gpt.model.presets import PRESETS, preset
 from mm_gpt.processor import collate
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
-from mm_gpt.training.recipes import RECIPES, recipe, run_recipe, tiny
+from mm_gpt.training.recipes import RECIPES, peak_rate, recipe, run_recipe, tiny
 from mm_gpt.training.semicausal import load_semicausal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,6 +133,70 @@ def test_a_preset_is_a_recipe(name: str, more: list[str], texts: Path, tmp_path:
     model = mm_gpt.load(tmp_path / "run/best", device="cpu")
     assert model.model.decoder.config.positions == preset_decoder(name).positions
     assert model.complete("The cat", max_new_tokens=3).completion_tokens >= 1
+
+
+def test_the_rate_of_a_preset_belongs_to_its_batch(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """GPT-3's 6e-4 is for half a million tokens a step; it was taken for the 8,192 of a small run."""
+    found = recipe("gpt3-125m", str(texts))
+    assert isinstance(found, LanguageRecipe)
+    assert (found.rows * found.row_length, found.train.batch_tokens, found.train.lr) == (8192, 500_000, 6e-4)
+    with caplog.at_level("INFO", logger="mm_gpt"):
+        assert peak_rate(found) == pytest.approx(6e-4 * math.sqrt(8192 / 500_000))
+    assert "up to 8,192 tokens, the learning rate of 0.0006 is meant for 500,000: the peak is 7.68e-05" in caplog.text
+    assert "train.accumulate=62 makes up the batch" in caplog.text
+    assert peak_rate(override(found, ["train.accumulate=62"])) == 6e-4
+    assert peak_rate(override(found, ["train.accumulate=1000"])) == 6e-4  # never above the paper's
+    assert peak_rate(override(found, ["train.batch_tokens=none"])) == 6e-4
+    assert peak_rate(override(found, ["row_length=8192"])) == peak_rate(found)  # no row is longer than the context
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert peak_rate(found) == pytest.approx(2 * 6e-4 * math.sqrt(8192 / 500_000))
+    monkeypatch.delenv("WORLD_SIZE")
+    small = override(found, [*SMALL, *RUN, "model.decoder.window=16", "train.warmup_steps=0", "train.log_every=1"])
+    run_recipe(small, tmp_path / "run", progress=False)
+    first = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[0])
+    assert first["lr"] == pytest.approx(6e-4 * math.sqrt(2 * 64 / 500_000))
+    assert json.loads((tmp_path / "run/recipe.json").read_text())["train"]["lr"] == 6e-4  # what was asked for
+
+
+def test_every_preset_reaches_its_rate() -> None:
+    """A warm-up of 2,000 steps was the whole run; a rate that nobody published is GPT's, with GPT's batch."""
+    for name in PRESETS:
+        found = recipe(name, ".")
+        assert found.train.warmup_steps <= found.train.steps / 10
+        assert 0 < peak_rate(found) <= found.train.lr
+    assert recipe("gpt2-small", ".").train.batch_tokens == recipe("gpt1", ".").train.batch_tokens == 64 * 512
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("default_vision", ["batch_size=1"], "batch_size must be at least 2, not 1"),
+        ("default_vision", ["vision_lr=nan"], "vision_lr must be at least 0, not nan"),
+        ("default_vision", ["vision_blocks=-1"], "vision_blocks must be at least 0"),
+        ("default_vision", ["validation_images=0"], "validation_images must be at least 1"),
+        ("default_vision", ["model.text=none", "model.text_width=8"], "needs a text tower"),
+        ("default_vision", ["train.batch_tokens=8"], "batch_tokens is for rows of tokens"),
+        ("default_vision", ["validation="], "give sources, and validation sources"),
+        ("metalm", ["rows=0"], "rows must be at least 1"),
+        ("metalm", ["row_length=1"], "row_length must be at least 2"),
+        ("metalm", ["holdout=1"], "holdout must be above 0 and below 1, not 1"),
+        ("metalm", ["share=1"], "share must be at least 0 and below 1"),
+        ("metalm", ["shortest=0"], "shortest must be at least 1"),
+        ("metalm", ["shortest=9", "longest=8"], "longest must be at least shortest, 9, not 8"),
+        ("metalm", ["train_last=-1"], "train_last must be at least 0"),
+        ("classify", ["dropout=1"], "dropout must be at least 0 and below 1"),
+        ("classify", ["holdout=1"], "holdout must be at least 0 and below 1"),
+        ("classify", ["holdout=nan"], "holdout must be at least 0 and below 1"),
+        ("classify", ["auxiliary=-1"], "auxiliary must be at least 0"),
+        ("classify", ["train.batch_tokens=8"], "batch_tokens is for rows of tokens"),
+    ],
+)
+def test_every_setting_of_a_recipe_has_bounds(name: str, values: list[str], message: str) -> None:
+    """They hung, divided by zero, or failed after the data had been read."""
+    with pytest.raises(ConfigError, match=message):
+        override(recipe(name, "."), values)
 
 
 def preset_decoder(name: str) -> DecoderConfig:

@@ -20,7 +20,7 @@ from conftest import make_picture, make_tiny, make_tokenizer, tiny_config
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from toy_stage import Pairs, ToyStage, losses, one_step, toy_config
+from toy_stage import Pairs, ToyStage, logged, losses, one_step, toy_config
 
 from mm_gpt.datasets.loading.draws import RecordSampling, draw_documents
 from mm_gpt.datasets.loading.sources import SourceConfig
@@ -50,6 +50,45 @@ def test_learning_rate_golden() -> None:
     assert rates[10] == pytest.approx(0.1)
     assert learning_rate(toy_config(steps=1, lr=1.0), 0) == 1.0
     assert learning_rate(toy_config(steps=3, lr=1.0, warmup_steps=9), 2) == pytest.approx(1 / 3)
+
+
+def test_more_steps_do_not_make_the_learning_rate_jump(tmp_path: Path) -> None:
+    """Continued with more steps: the cosine was stretched, and the rate leapt up. What was planned stays, and a second
+    cycle follows, which warms up from the final rate; stopped and continued anywhere, it is the same one."""
+    config = toy_config(steps=20, warmup_steps=4, final_lr=0.1)
+    longer = dataclasses.replace(config, steps=60)
+    train(ToyStage(), config, tmp_path / "whole", progress=False)
+    train(ToyStage(), longer, tmp_path / "whole", resume=True, progress=False)
+    rates = logged(tmp_path / "whole", "lr")
+    assert [rates[step + 1] for step in range(20)] == [learning_rate(config, step) for step in range(20)]
+    rises = [rates[step + 1] - rates[step] for step in range(20, 60)]
+    assert max(rises) == pytest.approx(0.9 * config.lr / 4)  # a tenth of 40 steps
+    assert rates[21] == pytest.approx(0.1 * config.lr)
+    assert max(rates[step] for step in range(21, 61)) == config.lr
+    assert rates[60] < 0.11 * config.lr
+    stopped = ToyStage()
+    stop_at(stopped, 7)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, config, tmp_path / "parts", progress=False)
+    for at in (5, 30):
+        stopped = ToyStage()
+        stop_at(stopped, at)
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped, longer, tmp_path / "parts", resume=True, progress=False)
+    train(ToyStage(), longer, tmp_path / "parts", resume=True, progress=False)
+    assert logged(tmp_path / "parts", "lr") == rates
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_fewer_steps_end_a_run_on_its_schedule(tmp_path: Path) -> None:
+    train(ToyStage(), toy_config(steps=10), tmp_path / "whole", progress=False)
+    stage = ToyStage()
+    stop_at(stage, 4)
+    with pytest.raises(KeyboardInterrupt):
+        train(stage, toy_config(steps=10), tmp_path / "short", progress=False)
+    train(ToyStage(), toy_config(steps=7), tmp_path / "short", resume=True, progress=False)
+    whole = logged(tmp_path / "whole", "lr")
+    assert logged(tmp_path / "short", "lr") == {step: whole[step] for step in range(1, 8)}
 
 
 def test_micro_batches_weigh_by_their_targets() -> None:

@@ -72,9 +72,13 @@ def toy_config(**changes: Any) -> TrainConfig:
     return TrainConfig(**(values | changes))
 
 
-def losses(out: Path) -> dict[int, float]:
+def logged(out: Path, key: str) -> dict[int, float]:
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+def losses(out: Path) -> dict[int, float]:
+    return logged(out, "loss")
 
 
 def one_step(task: Stage, optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> dict[str, float]:

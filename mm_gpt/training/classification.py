@@ -33,6 +33,7 @@ from mm_gpt.model.lora import merge_lora
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
 from mm_gpt.training.distributed import ranks
+from mm_gpt.training.epochs import epoch_order
 from mm_gpt.training.loop import TrainConfig
 from mm_gpt.training.stage import ParameterGroup
 
@@ -134,8 +135,7 @@ class ClassificationTask:
         per_epoch = -(-len(self.rows) // size)
         for index in range(step * count, (step + 1) * count):
             epoch, place = divmod(index, per_epoch)
-            order = list(range(len(self.rows)))
-            random.Random(f"{self.recipe.train.seed}/{epoch}").shuffle(order)
+            order = epoch_order(len(self.rows), self.recipe.train.seed, epoch)
             whole = order[place * size : (place + 1) * size]
             # An epoch's last batch may be too small for every rank to have a row of it.
             if mine := whole[rank * len(whole) // world : (rank + 1) * len(whole) // world]:

@@ -1,6 +1,7 @@
 """Compiled blocks for training."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from mm_gpt.model.cache import Pass
 from mm_gpt.model.decoder import Block, Decoder
 
 
-def compile_blocks(decoder: Decoder, *, backend: str = "inductor") -> None:
+def compile_blocks(decoder: Decoder, *, backend: str | Callable[..., Any] = "inductor") -> None:
     """Run each block compiled while it trains; evaluation, with its many shapes, stays as it is.
 
     All blocks of a class share one compiled function, so that a deep decoder takes no longer to compile than a shallow

@@ -19,6 +19,7 @@ from mm_gpt.document import Image
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_decoder
 from mm_gpt.training.distributed import ranks
+from mm_gpt.training.epochs import epoch_order
 from mm_gpt.training.language import load_vision
 from mm_gpt.training.loop import TrainConfig
 from mm_gpt.training.stage import ParameterGroup
@@ -110,8 +111,7 @@ class ContrastiveTask:
         per_epoch = len(self.records) // (size * self.world)
         for index in range(step * count, (step + 1) * count):
             epoch, place = divmod(index, per_epoch)
-            order = list(range(len(self.records)))
-            random.Random(f"{self.recipe.train.seed}/{epoch}").shuffle(order)
+            order = epoch_order(len(self.records), self.recipe.train.seed, epoch)
             start = (place * self.world + self.rank) * size
             chosen = [self.records[i] for i in order[start : start + size]]
             # A record's caption and crop are its own, so that they do not depend on the number of ranks.

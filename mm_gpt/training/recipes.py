@@ -232,8 +232,8 @@ DENSE_ROW = 2048
 def of_preset(name: str, data: str) -> LanguageRecipe | SemiCausalRecipe:
     """A published model from random weights, with its paper's hyperparameters, on plain text or captioned images.
 
-    The paper's learning rate belongs to its batch: see `peak_rate`. Its warm-up takes a tenth of the steps at most:
-    they are few.
+    The paper's learning rate belongs to its batch: see `peak_rate`. Its warm-up takes a tenth of the steps at most,
+    since these are few.
     """
     chosen = preset(name)
     config = chosen.config
@@ -301,7 +301,11 @@ def peak_rate(recipe: Recipe) -> float:
     config = recipe.train
     if config.batch_tokens is None or not isinstance(recipe, LanguageRecipe | SemiCausalRecipe):
         return config.lr
-    tokens = recipe.rows * recipe.row_length * config.accumulate * ranks()[1]
+    decoder = None if recipe.model is None else recipe.model.decoder
+    length = recipe.row_length
+    if isinstance(decoder, DecoderConfig) and not decoder.memory_length:  # with a memory, a row is longer than that
+        length = min(length, decoder.max_length)
+    tokens = recipe.rows * length * config.accumulate * ranks()[1]
     if tokens >= config.batch_tokens:
         return config.lr
     rate = config.lr * math.sqrt(tokens / config.batch_tokens)

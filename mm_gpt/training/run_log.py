@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mm_gpt.errors import MMGPTError
 from mm_gpt.training import plot
 from mm_gpt.training.writing import naming, write_text
 
@@ -50,8 +51,12 @@ class RunLog:
 
 
 def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a log, up to one that a killed process left half written."""
-    for line in path.read_text().splitlines():
+    """The rows of a log, up to one that a killed process left half written. Raises MMGPTError when it is no text."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MMGPTError(f"{path}: cannot be read ({error})") from None
+    for line in lines:
         try:
             yield json.loads(line)
         except json.JSONDecodeError:

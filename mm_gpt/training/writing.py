@@ -28,10 +28,12 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise MMGPTError(f"{error.filename or path}: cannot be written ({error.strerror or error})") from None
+        where = str(error.filename or path).replace("/.tmp-", "/")  # the name that it would have had
+        raise MMGPTError(f"{where}: cannot be written ({error.strerror or error})") from None
     except SafetensorError as error:
         reason = " ".join(str(error).split()).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
-        raise MMGPTError(f"{path}: cannot be written ({reason})") from None
+        where = str(path).replace("/.tmp-", "/")
+        raise MMGPTError(f"{where}: cannot be written ({reason})") from None
 
 
 def write_text(path: Path, text: str) -> None:
