@@ -14,6 +14,7 @@ CONTRACTS = {
     "errors",
     "config",
     "document",
+    "image_headers",
     "images",
     "templates",
     "tokenizer",
@@ -23,7 +24,8 @@ CONTRACTS = {
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
-    "images": {"errors"},
+    "image_headers": {"errors"},
+    "images": {"errors", "image_headers"},
     "document": {"errors", "images"},
     "tokenizer": {"errors"},
     "vision": {"errors", "images"},
