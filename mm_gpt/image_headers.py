@@ -98,6 +98,8 @@ OTHER_KINDS = (
     OtherKind("PNM", ("ppm", "pgm", "pbm", "pnm"), "Pillow's Image.open opens it", rb"P[1-7]\s"),
 )  # fmt: skip
 
+OTHER_SUFFIXES = tuple(suffix for kind in OTHER_KINDS for suffix in kind.suffixes)
+
 # What a file may ask for. Ordinary files stay far below.
 _MAX_JPEG_SCANS = 100  # encoders write about 10; each one costs a pass over the whole image
 _MAX_JPEG_SEGMENTS = 600  # Pillow joins EXIF segments one by one: time grows with their square
@@ -261,8 +263,9 @@ class _Directory:
         entry = self.entries.get(tag)
         if entry is None or entry.type not in (1, 3, 4, 13):
             return []
-        size, end = _TYPE_BYTES[entry.type], min(len(self.data), entry.start + _TYPE_BYTES[entry.type] * entry.count)
-        return [int.from_bytes(self.data[at : at + size], self.order) for at in range(entry.start, end - size + 1, size)]
+        size = _TYPE_BYTES[entry.type]
+        values = self.data[entry.start : entry.start + size * entry.count]
+        return [int.from_bytes(values[at : at + size], self.order) for at in range(0, len(values) - size + 1, size)]
 
 
 def _directory(data: bytes, *, offset: int | None = None, strict: bool) -> _Directory:
