@@ -233,7 +233,7 @@ def _check_tiff(data: bytes) -> None:
         raise ImageError(f"a TIFF in {num_pieces:,} strips or tiles; at most {_MAX_TIFF_PIECES:,} are read")
     if number(322, 0) * number(323, 0) > _MAX_TIFF_TILE:
         raise ImageError(f"a TIFF with tiles of {number(322, 0)} x {number(323, 0)} pixels")
-    if sum(directory.numbers(279)) + sum(directory.numbers(325)) > 2 * len(data):
+    if sum(min(size, len(data)) for tag in (279, 325) for size in directory.numbers(tag)) > 2 * len(data):
         raise ImageError("a TIFF whose strips or tiles lie over each other")
     for tag in (34665, 34853, 40965):  # EXIF, GPS, interoperability: read after the pixels
         for offset in directory.numbers(tag)[:1]:

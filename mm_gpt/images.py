@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
-from urllib.parse import SplitResult, quote, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from PIL import BmpImagePlugin, GifImagePlugin, ImageFile, PngImagePlugin, TiffImagePlugin
 from PIL import Image as PILImage
@@ -399,13 +399,15 @@ def _from_array(array: "np.ndarray", name: str, limits: ImageLimits) -> PILImage
 
 
 def _data_url_bytes(url: str, limits: ImageLimits) -> bytes:
+    """White space, as `base64` and MIME break lines with, and percent signs are allowed, as browsers do."""
     header, comma, payload = url.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
+    if not comma or not header.lower().replace(" ", "").endswith(";base64"):
         raise URLError(f"{source_name(url)}: not of the form data:image/...;base64,...")
+    payload = "".join(unquote(payload).split())
     if len(payload) // 4 * 3 > limits.max_bytes + 3:
         raise URLError(f"{source_name(url)}: larger than the limit of {limits.max_bytes:,} bytes")
     try:
-        return base64.b64decode(payload, validate=True)
+        return base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise URLError(f"{source_name(url)}: {_one_line(error)}") from error
 

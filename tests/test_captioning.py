@@ -1,14 +1,18 @@
 """Batch captioning: finding images, and an output file that holds every image exactly once whatever happens."""
 
 import csv
+import errno
 import io
 import json
 import multiprocessing
 import os
+import resource
 import signal
+import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +21,15 @@ from conftest import make_picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mm_gpt.captioning import caption_images, caption_lines
+from mm_gpt import captioning
+from mm_gpt.captioning import Summary, caption_images, caption_lines
 from mm_gpt.captioning.inputs import ImageItem, TarSlice, find_images, identity, natural_key
 from mm_gpt.captioning.output import FORMATS, CaptionFile, CaptionLine
+from mm_gpt.document import Image
 from mm_gpt.errors import MMGPTError
+from mm_gpt.images import BYTES_PER_PIXEL
 from mm_gpt.inference.assistant import Assistant, load
+from mm_gpt.processor import TiledImage
 from mm_gpt.templates.prompts import CAPTION_PROMPT
 
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
@@ -145,6 +153,46 @@ def test_member_named_to_escape_its_tar_stays_in_it() -> None:
     """`../img.png` inside a tar must not count as the file beside the tar."""
     assert identity("s/a.tar/../img.png") != identity("s/img.png")
     assert identity("../x/a.png") == identity(os.path.join(os.path.dirname(os.getcwd()), "x/a.png"))
+
+
+def left_out(*inputs: str | Path) -> tuple[list[str], dict[str, int]]:
+    counts: Counter[str] = Counter()
+    items = find_images(inputs, counts)
+    return [item.name for item in items], dict(counts)
+
+
+def test_what_is_no_image_is_counted(photos: Path) -> None:
+    """In folders, globs and tars alike; hidden files are not there. Every kind that is read is found."""
+    for number in range(4, 11):
+        (photos / f"img{number}.png").unlink()
+    for name in ("a.JFIF", "b.tif", "c.avif", "d.heic", "e.HEIC", "f.txt", "README", ".hidden.txt", "._img1.png"):
+        (photos / name).write_bytes(png())
+    images = ["photos/a.JFIF", "photos/b.tif", "photos/c.avif", *(f"photos/img{n}.png" for n in (1, 2, 3))]
+    others = {".heic": 2, ".txt": 1, "": 1}
+    assert left_out("photos") == left_out("photos/*") == (images, others)
+    write_tar(photos / "a.tar", {"1.gif": png(1), "1.json": b"{}", "2.gif": png(2), "2.json": b"{}"})
+    assert left_out("photos/a.tar") == (["photos/a.tar/1.gif", "photos/a.tar/2.gif"], {".json": 2})
+
+
+def test_side_files_that_a_shell_names_are_left_out(photos: Path) -> None:
+    """`caption photos/*` names each file. Stops: an error for each text that stands beside a photo."""
+    for name, content in (("img1.json", b"{}"), ("img1.txt", b"a dog"), ("scan", png(3)), ("photo.heic", b"x")):
+        (photos / name).write_bytes(content)
+    named = sorted(str(path.relative_to(photos.parent)) for path in photos.iterdir())
+    names, others = left_out(*named)
+    assert others == {".json": 1, ".txt": 1}
+    # An image by its content is one; a kind that is not read says so in its line.
+    assert set(named) - set(names) == {"photos/img1.json", "photos/img1.txt"}
+    with pytest.raises(MMGPTError, match=r"photos/img1.txt: holds no image \(.jpg, .jpeg,"):
+        find_images(["photos/img1.json", "photos/img1.txt"])
+
+
+def test_summary_is_one_line() -> None:
+    kinds = {".txt": 12, ".heic": 3, "": 1, ".a": 1, ".b": 1, ".c": 1, ".d": 1}
+    assert str(Summary(9, 4, 5, 1, False, kinds)) == (
+        "done 9 of 9 (4 from before), errors 1; left out: 12 .txt, 3 .heic, 1, 1 .a, 1 .b, 2 more"
+    )
+    assert str(Summary(9, 0, 5, 0, True)) == "done 5 of 9, errors 0"
 
 
 def test_huge_member_is_not_read() -> None:
@@ -381,3 +429,107 @@ def test_loaded_model_captions_a_tar_over_the_library(photos: Path, tiny_model_f
     summary = caption_images(lambda: load(tiny_model_folder), ["s.tar"], Path("out.csv"))
     assert (summary.written, summary.errors) == (2, 1)
     assert [line.image for line in read_lines(Path("out.csv"))] == ["s.tar/k/1.png", "s.tar/k/2.png"]
+
+
+# ---- Limits of the machine ----
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_full_disk_keeps_what_is_there(photos: Path, tiny_assistant: Assistant, suffix: str) -> None:
+    """One line that names the file; the next run goes on. Stops: a second error, with a traceback, as it is closed."""
+    out, said = Path(f"out{suffix}"), Path("said.txt")
+    run(tiny_assistant, ["photos"], Path(f"fresh{suffix}"), batch_size=2)
+    size = Path(f"fresh{suffix}").stat().st_size
+
+    def work() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 20, size - 20))
+        try:
+            run(tiny_assistant, ["photos"], out, batch_size=2)
+        except MMGPTError as error:
+            said.write_text(str(error))
+            return 7
+        return 0
+
+    process = in_child(work)
+    process.join()
+    assert process.exitcode == 7
+    assert said.read_text() == f"{out}: cannot be written (File too large)"
+    assert [line.image for line in read_lines(out)] == [f"photos/img{n}.png" for n in range(1, 9)]
+    assert run(tiny_assistant, ["photos"], out, batch_size=2) == (10, 8, 2, 0)
+    assert out.read_bytes() == Path(f"fresh{suffix}").read_bytes()
+
+
+def test_full_disk_while_errors_are_taken_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.jsonl"
+    output = CaptionFile(path)
+    output.write([CaptionLine("a.jpg", error="broken"), CaptionLine("b.jpg", caption="B")])
+    output.close()
+    before = path.read_bytes()
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mm_gpt.captioning.output.os.fsync", full)
+        with pytest.raises(MMGPTError, match=r"out\.jsonl: cannot be written \(No space left on device\)"):
+            CaptionFile(path, retry=[identity("a.jpg")])
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_behind_a_stream(photos: Path, tiny_assistant: Assistant) -> None:
+    stream = open("/dev/full", "wb")  # noqa: SIM115 (closed below, where nothing may be left to write)
+    with pytest.raises(MMGPTError, match=r"/dev/full: cannot be written \(No space left on device\)"):
+        caption_images(lambda: tiny_assistant, ["photos"], stream, options={"max_new_tokens": 1, "num_beams": 1})
+    stream.close()
+
+
+def test_images_are_decoded_within_a_budget(
+    photos: Path, tiny_assistant: Assistant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stops: memory that grows with the batch and the threads. Pixels of files are gone before the model runs."""
+    pixels = make_picture(1).width * make_picture(1).height
+    monkeypatch.setattr(captioning, "DECODING_BYTES", 2 * pixels * BYTES_PER_PIXEL)
+    inside: list[int] = []
+    most, shown = [], []
+    tiled, caption = tiny_assistant.processor.tiled, tiny_assistant.caption
+
+    def spied(image: Image) -> TiledImage:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.002)
+        result = tiled(image)
+        inside.pop()
+        return result
+
+    def spied_caption(images: list[TiledImage], **options: object) -> object:
+        shown.extend(images)
+        return caption(images, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tiny_assistant.processor, "tiled", spied)
+    monkeypatch.setattr(tiny_assistant, "caption", spied_caption)
+    items = find_images(["photos"])
+    lines = [line for batch in caption_lines(tiny_assistant, items, batch_size=10) for line in batch]
+    assert len(lines) == 10
+    assert max(most) == 2
+    assert all(isinstance(image, TiledImage) and isinstance(image.source, str) for image in shown)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_sleep(given: str | None, expected: str) -> None:
+    """The policy is read when torch is imported. Spinning threads made captions slower by seven on busy cores."""
+    code = """
+import os, sys
+class Watch:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            sys.exit("policy " + os.environ.get("OMP_WAIT_POLICY", "none"))
+sys.meta_path.insert(0, Watch())
+from mm_gpt.commands.cli import main
+main(["caption", "picture.png"])
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stderr.strip() == f"policy {expected}"
