@@ -2,19 +2,19 @@
 
 import errno
 import fcntl
+import io
 import os
 from pathlib import Path
-from typing import BinaryIO
 
 from mm_gpt.errors import MMGPTError
 
 
-def open_locked(path: Path, name: Path) -> BinaryIO:
-    """`path` for reading and appending, with a lock that ends with the process, however it ends.
+def open_locked(path: Path, name: Path) -> io.FileIO:
+    """`path` for reading and appending without a buffer, with a lock that ends with the process, however it ends.
 
     Raises MMGPTError that names `name` when another process holds the lock, OSError when the file cannot be opened.
     """
-    file = open(path, "a+b")  # noqa: SIM115 (the caller closes it)
+    file = open(path, "a+b", buffering=0)  # noqa: SIM115 (the caller closes it)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Between our open and our lock another process may have put a new file in the place of this one.

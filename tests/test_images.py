@@ -3,6 +3,7 @@ import http.server
 import io
 import os
 import random
+import re
 import shutil
 import socket
 import ssl
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 import zlib
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -49,7 +51,7 @@ def png(width: int, height: int, depth: int, color: int, rows: bytes, extra: byt
 # --- formats and modes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
 def test_every_format_from_every_source(format, tmp_path):
     data = encode(photo(), format)
     path = tmp_path / "photo.bin"
@@ -227,7 +229,7 @@ def refusal(source, **limits) -> str:
     return message
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_truncated_files(format, share):
     data = encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)), format)
@@ -237,8 +239,8 @@ def test_truncated_files(format, share):
 def test_broken_files(tmp_path):
     for name, content, message in (
         ("empty.jpg", b"", "empty"),
-        ("text.png", b"<html>404 not found</html>", "not a JPEG, PNG, WEBP, GIF or BMP image"),
-        ("vector.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a JPEG"),
+        ("text.png", b"<html>404 not found</html>", "not a JPEG, PNG, WEBP, GIF, BMP, TIFF or AVIF image"),
+        ("vector.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG is not read"),
         ("page.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a JPEG"),  # EPS would start Ghostscript
         ("only magic.png", b"\x89PNG\r\n\x1a\n", "broken image"),
     ):
@@ -255,8 +257,8 @@ def test_broken_files(tmp_path):
 
 
 def test_formats_that_pil_knows_but_we_refuse():
-    for format in ("TIFF", "PPM", "ICO", "TGA", "PCX", "EPS", "PDF"):
-        assert "not a JPEG" in refusal(encode(photo(), format))
+    for format in ("PPM", "ICO", "TGA", "PCX", "EPS", "PDF"):
+        assert re.search("not a JPEG|is not read, only JPEG", refusal(encode(photo(), format)))
 
 
 @pytest.mark.skipif(os.name == "nt" or not hasattr(os, "mkfifo"), reason="needs a named pipe")
@@ -292,7 +294,7 @@ def test_huge_png_header_is_refused_before_decoding(monkeypatch):
     assert "10000 x 10000" in refusal(png(10_000, 10_000, 8, 2, b""))
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
 def test_decompression_bombs_of_every_format(format):
     # Stops: a decoder that allocates or decodes when the file is merely opened.
     bomb = encode(Image.new("L" if format in ("PNG", "GIF") else "RGB", (3000, 2000)), format)
@@ -380,6 +382,13 @@ def test_names():
 def test_bad_data_urls(url):
     with pytest.raises(URLError):
         load_image(url)
+
+
+def test_data_urls_with_line_breaks_and_percent_signs():
+    data = encode(photo(), "PNG")
+    code = base64.b64encode(data).decode()
+    for payload in (base64.encodebytes(data).decode(), quote(code, safe=""), code.rstrip("="), f" {code}\r\n"):
+        assert load_image(f"data:image/png;base64,{payload}").tobytes() == photo().tobytes()
 
 
 def test_import_is_light():

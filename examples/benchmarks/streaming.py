@@ -25,9 +25,25 @@ from pathlib import Path
 from tqdm import tqdm
 
 PER_TAR = 10_000
-THINGS = "dog man woman child horse ball boat tree street car bird table bicycle wall river".split()
-WORDS = "red small old wooden happy wet large blue young green".split()
-PLACES = "on the grass,in the snow,by the sea,near a fence,under a bridge,at night,in a park".split(",")
+THINGS = [
+    "dog",
+    "man",
+    "woman",
+    "child",
+    "horse",
+    "ball",
+    "boat",
+    "tree",
+    "street",
+    "car",
+    "bird",
+    "table",
+    "bicycle",
+    "wall",
+    "river",
+]
+WORDS = ["red", "small", "old", "wooden", "happy", "wet", "large", "blue", "young", "green"]
+PLACES = ["on the grass", "in the snow", "by the sea", "near a fence", "under a bridge", "at night", "in a park"]
 
 
 def make(folder: Path, count: int) -> Path:
