@@ -27,7 +27,7 @@ import numpy as np
 from mm_gpt.datasets.building.members import from_members, to_members
 from mm_gpt.datasets.formats.captioned import MAX_MEMBER_BYTES
 from mm_gpt.datasets.reading import files
-from mm_gpt.datasets.samples import IMAGE_SUFFIXES, BadRecordError, ErrorCounter, Sample, split_name
+from mm_gpt.datasets.samples import STORED_IMAGE_SUFFIXES, BadRecordError, ErrorCounter, Sample, split_name
 from mm_gpt.errors import MMGPTError
 
 CORPUS_FILE = "corpus.json"
@@ -36,7 +36,7 @@ BLOCK = 512
 MAX_SAMPLE_BYTES = 512 * 2**20
 MAX_HEADER_BYTES = 2**20
 """Of one member of a tar, pax records and long names included."""
-SAFE_SUFFIXES = (*IMAGE_SUFFIXES, "json", "txt")
+SAFE_SUFFIXES = (*STORED_IMAGE_SUFFIXES, "json", "txt")
 
 
 # ---- Reading ----
