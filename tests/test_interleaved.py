@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
+from mm_gpt.datasets.formats.grit import grit_record, read_grit
 from mm_gpt.datasets.formats.interleaved import (
     NEW_DOCUMENT,
     mmc4_document,
@@ -24,9 +25,10 @@ from mm_gpt.datasets.formats.interleaved import (
     read_mmc4,
     read_obelics,
 )
+from mm_gpt.datasets.formats.texts import read_text
 from mm_gpt.datasets.reading import archives
-from mm_gpt.datasets.row_samples import from_hf_dataset, grit_record, kind_of_row, read_grit, read_hf, read_text
-from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record
+from mm_gpt.datasets.row_samples import from_hf_dataset, kind_of_row, read_hf
+from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, checked
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 
@@ -40,7 +42,7 @@ def outline(document: Document) -> list[Any]:
 
 def read(reader: Any, location: Path | str, **options: Any) -> tuple[list[Any], ErrorCounter]:
     errors = ErrorCounter()
-    return list(reader(str(location), errors, **options)), errors
+    return list(checked(reader(str(location), errors, **options), errors)), errors
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], *, mode: str = "w") -> Path:

@@ -1,40 +1,52 @@
-"""Rows of JSON lists, JSON lines and parquet files as a stream, and the images that rows name.
+"""Rows of JSON lists, JSON lines, CSV and parquet files as a stream, and the images that rows name.
 
 A COCO or LLaVA file is one JSON value of several hundred megabytes. It is parsed item by item from a sliding window, so
 that no more than one item and the window are in memory.
 """
 
 import codecs
+import csv
 import itertools
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mm_gpt.datasets.reading.files import base_name, is_remote, open_file, resolve, suffix_of
 from mm_gpt.datasets.reading.unpacked import open_unpacked, read_lines
-from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, optional_import
+from mm_gpt.datasets.samples import IMAGE_SUFFIXES, BadRecordError, ErrorCounter, optional_import
 from mm_gpt.errors import MMGPTError
 from mm_gpt.images import source_name
 
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
+IMAGE_COLUMNS = ("image", "file_name", *IMAGE_SUFFIXES, "img")
+URL_COLUMNS = ("url", "image_url", "URL")
+"""Of an image, where a row has no other: elsewhere they are only told in `metadata`."""
 MAX_ITEM_CHARS = 64 * 2**20
 """Of one value inside a JSON file; a longer one is refused."""
 WINDOW_BYTES = 2**18
 PARQUET_ROWS = 32
 """Are decoded at a time: rows with images are megabytes each."""
+MAX_CELL_LINES = 1000
+"""Of one cell of a CSV file: a quote that is never closed must not take the whole file."""
 
 
 def read_rows(location: str, errors: ErrorCounter) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, row) of a JSON list of objects, of JSON lines (whatever the file is called) or of a `.parquet`.
+    """(number from 1, row) of a `.parquet`, `.csv` or `.tsv`, of a JSON list of objects or of JSON lines (any name).
 
-    What is not an object is counted and skipped, as is a broken line. Raises MMGPTError when the file cannot be opened,
-    or is a JSON list with an error in it: what would follow is unknown.
+    The number of a line or cell is its line's. What is not an object is counted and skipped, as is a broken line.
+    Raises MMGPTError when the file cannot be opened, or is a JSON list with an error in it: what follows is unknown.
     """
-    if suffix_of(location) == ".parquet":
-        yield from read_parquet(location, errors)
-        return
+    match suffix_of(location):
+        case ".parquet":
+            yield from read_parquet(location, errors)
+            return
+        case ".csv" | ".tsv":
+            yield from read_csv(location, errors)
+            return
     values = enumerate((value for _, value in read_json(location)), start=1) if _is_list(location) else None
     for number, value in values or _json_lines(location, errors):
         if isinstance(value, dict):
@@ -62,6 +74,72 @@ def read_json(location: str) -> Iterator[tuple[str, Any]]:
             raise parser.error("more than one JSON value")
 
 
+def read_csv(
+    location: str, errors: ErrorCounter, *, columns: Collection[str] = ()
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line of its start, row) of a CSV file (RFC 4180) whose first line names the columns; `.tsv` has tabs for commas.
+
+    Nothing is guessed: a row with a stray quote, with more or fewer cells than columns, with a cell over 131,072
+    characters, or in another encoding than UTF-8 is counted, and reading goes on in the line after its first. Empty
+    cells are None. Raises MMGPTError when it cannot be opened, and for a first line that is broken or lacks `columns`.
+    """
+    _head(location)
+    name = base_name(location)
+    delimiter = "\t" if suffix_of(location) == ".tsv" else ","
+    lines = read_lines(location, errors)
+    number, first = next(lines, (1, b""))
+    try:
+        cells = next(csv.reader([decode_text(first)], delimiter=delimiter, strict=True), [])
+    except (BadRecordError, csv.Error) as error:
+        raise MMGPTError(f"{source_name(location)}:{number}: {error}") from None
+    header = [cell.strip() for cell in cells]
+    if missing := sorted(set(columns) - set(header)):
+        raise MMGPTError(f"{source_name(location)}: no column {' or '.join(missing)} in the first line")
+    if twice := [cell for at, cell in enumerate(header) if cell and cell in header[:at]]:
+        raise MMGPTError(f"{source_name(location)}: two columns {twice[0]!r}")
+    for number, cells in _csv_cells(lines, name, delimiter, errors):
+        if len(cells) == len(header):
+            yield number, {column: cell or None for column, cell in zip(header, cells, strict=True)}
+        else:
+            more = len(cells) > len(header)
+            errors.add(f"{'more' if more else 'fewer'} cells than columns", f"{name}:{number}")
+
+
+def _csv_cells(
+    lines: Iterator[tuple[int, bytes]], name: str, delimiter: str, errors: ErrorCounter
+) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of each row. After a broken row the lines that it seemed to take are read once more as rows."""
+    again: deque[tuple[int, bytes]] = deque()
+    taken: list[tuple[int, bytes]] = []
+
+    def of_one_row() -> Iterator[str]:
+        while len(taken) <= MAX_CELL_LINES:
+            line = again.popleft() if again else next(lines, None)
+            if line is None:
+                return
+            blank = line[0] - taken[-1][0] - 1 if taken else 0
+            taken.append(line)
+            yield from ["\n"] * blank  # `read_lines` leaves them out; they stand inside a cell
+            try:
+                yield decode_text(line[1]) + "\n"
+            except BadRecordError:
+                if len(taken) == 1:
+                    raise
+                return
+
+    while True:
+        taken.clear()
+        try:
+            cells = next(csv.reader(of_one_row(), delimiter=delimiter, strict=True), None)
+            if cells is None:
+                return
+            yield taken[0][0], cells
+        except (BadRecordError, csv.Error) as error:
+            reason = str(error) if isinstance(error, BadRecordError) else f"bad CSV ({error})"
+            errors.add(reason, f"{name}:{taken[0][0]}")
+            again.extendleft(reversed(taken[1:]))
+
+
 def read_parquet(location: str, errors: ErrorCounter) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number from 1, row) of a parquet file. Raises MMGPTError when it cannot be opened or is none."""
     parquet, arrow = optional_import("pyarrow.parquet"), optional_import("pyarrow")
@@ -72,10 +150,59 @@ def read_parquet(location: str, errors: ErrorCounter) -> Iterator[tuple[int, dic
         except (arrow.ArrowException, OSError) as error:
             raise MMGPTError(f"{source_name(location)}: not a readable parquet file ({_line(error)})") from None
         try:
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
-                yield from zip(numbers, batch.to_pylist(), strict=False)
-        except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            for batch in file.iter_batches(PARQUET_ROWS, columns=_plain_columns(file), use_threads=False):
+                yield from _rows_of_batch(batch, numbers, base_name(location), errors)
+        except (arrow.ArrowException, OSError) as error:
             errors.add("broken parquet, rest of it unread", f"{base_name(location)} ({_line(error)})")
+
+
+def _plain_columns(file: Any) -> list[str]:
+    """The paths of the columns, nested ones as well, that hold text, bytes, numbers or truth values.
+
+    Nothing else is used of rows, and Python cannot hold all dates, times and durations that a parquet file can.
+    """
+    types = optional_import("pyarrow").types
+
+    def leaves(type: Any) -> Iterator[Any]:  # in the order in which parquet has them
+        if types.is_struct(type):
+            for number in range(type.num_fields):
+                yield from leaves(type.field(number).type)
+        elif types.is_map(type):
+            yield from (*leaves(type.key_type), *leaves(type.item_type))
+        elif hasattr(type, "storage_type") or types.is_dictionary(type):
+            yield from leaves(type.value_type if types.is_dictionary(type) else type.storage_type)
+        elif hasattr(type, "value_type"):
+            yield from leaves(type.value_type)
+        else:
+            yield type
+
+    def is_plain(type: Any) -> bool:
+        texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+        views = (types.is_string_view, types.is_binary_view, types.is_fixed_size_binary)
+        numbers = (types.is_integer, types.is_floating, types.is_boolean, types.is_null)
+        return any(test(type) for test in (*texts, *views, *numbers))
+
+    found = [leaf for column in file.schema_arrow for leaf in leaves(column.type)]
+    return [file.schema.column(at).path for at, leaf in enumerate(found) if is_plain(leaf)]
+
+
+def _rows_of_batch(
+    batch: Any, numbers: Iterator[int], name: str, errors: ErrorCounter
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    arrow = optional_import("pyarrow")
+    unreadable = (arrow.ArrowException, ValueError, OverflowError, TypeError, LookupError)
+    try:
+        rows = batch.to_pylist()
+    except unreadable:
+        for at, number in enumerate(itertools.islice(numbers, batch.num_rows)):
+            try:
+                (row,) = batch.slice(at, 1).to_pylist()
+            except unreadable as error:
+                errors.add("row with a value that is none", f"{name}:{number} ({_line(error)})")
+            else:
+                yield number, row
+    else:
+        yield from zip(itertools.islice(numbers, len(rows)), rows, strict=True)
 
 
 def find_image(folder: str, names: Sequence[str]) -> Path | str | None:
@@ -96,19 +223,42 @@ def find_image(folder: str, names: Sequence[str]) -> Path | str | None:
     return None
 
 
+def first_value(row: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """The first of these values that is not empty, else None."""
+    return next((row[name] for name in names if not is_empty(row.get(name))), None)
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell of a row holds nothing; `{"bytes": None, "path": None}` is how parquet has a missing image."""
+    if isinstance(value, Mapping):
+        return all(item is None for item in value.values())
+    return value is None or (isinstance(value, str | bytes | list) and not value)
+
+
 def plain_text(value: Any) -> str:
-    """`value` stripped. Raises BadRecordError when it is no text, or has half characters that no file can hold."""
-    if not is_text(value):
-        raise BadRecordError("text is not Unicode" if isinstance(value, str) else "text is not a string")
-    return str(value).strip()
+    """`value` stripped. Raises BadRecordError when it is no text."""
+    if not isinstance(value, str):
+        raise BadRecordError("text is not a string")
+    return value.strip()
 
 
-def is_text(value: Any) -> bool:
-    """Whether `value` is a string that can be written: JSON may spell half a character (`"\\ud83d"`)."""
+def decode_text(data: bytes) -> str:
+    """The text of a file, a line or a member. Raises BadRecordError for what is no UTF-8, or no text at all."""
     try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadRecordError("text is not UTF-8") from None
+    if "\0" in text:  # as in UTF-16, and in files that are no text
+        raise BadRecordError("text with zero bytes")
+    return text
+
+
+def parse_json(data: bytes) -> Any:
+    """The JSON value in a line or a member. Raises BadRecordError."""
+    try:
+        return json.loads(decode_text(data))
+    except (ValueError, RecursionError):
+        raise BadRecordError("bad JSON") from None
 
 
 def plain_values(row: Mapping[str, Any], *, without: Collection[str]) -> dict[str, Any]:
@@ -116,23 +266,28 @@ def plain_values(row: Mapping[str, Any], *, without: Collection[str]) -> dict[st
     return {
         name: value
         for name, value in row.items()
-        if name not in without
-        and is_text(name)
-        and (is_text(value) or (isinstance(value, int | float) and isfinite(value)))
+        if name not in without and (isinstance(value, str | int) or (isinstance(value, float) and isfinite(value)))
     }
 
 
 def _is_list(location: str) -> bool:
+    return _head(location).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _head(location: str) -> bytes:
     with open_unpacked(location) as stream:
-        return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+        head = stream.read(4096)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise MMGPTError(f"{source_name(location)}: UTF-16; save it as UTF-8")
+    return head
 
 
 def _json_lines(location: str, errors: ErrorCounter) -> Iterator[tuple[int, Any]]:
     for number, line in read_lines(location, errors):
         try:
-            yield number, json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError):
-            errors.add("bad JSON", f"{base_name(location)}:{number}")
+            yield number, parse_json(line)
+        except BadRecordError as error:
+            errors.add(str(error), f"{base_name(location)}:{number}")
 
 
 class _Parser:
