@@ -24,6 +24,7 @@ from mm_gpt.datasets.formats.interleaved import (
 )
 from mm_gpt.datasets.formats.texts import TEXT_COLUMNS, text_document
 from mm_gpt.datasets.reading.files import base_name, folder_of, offline, scheme_of
+from mm_gpt.datasets.reading.parquet import rows_of_table
 from mm_gpt.datasets.reading.rows import (
     IMAGE_COLUMNS,
     URL_COLUMNS,
@@ -244,7 +245,7 @@ def from_hf_dataset(
     `columns` renames: `{"their name": "ours"}`, as in `{"txt": "caption"}`. `kind` is one of `kind_of_row`; by default
     each row tells by itself. Image columns stay undecoded. Files that rows name must lie in the folder `images`.
     Raises MMGPTError when the first `HEAD_ROWS` are of no known kind, when the data set has no splits chosen, and where
-    a stream fails. A row that cannot be read otherwise is counted.
+    reading it fails. A row that holds what Python cannot is counted.
     """
     return checked(_samples_of(dataset, errors, columns=columns, kind=kind, name=name, images=images), errors)
 
@@ -262,7 +263,7 @@ def _samples_of(
     if isinstance(dataset, Mapping):
         raise MMGPTError(f"{name}: choose one of the splits {', '.join(map(str, dataset))}")
     known, row = kind is not None, None
-    for number, row in _dataset_rows(_undecoded(dataset), name, errors):
+    for number, row in _dataset_rows(dataset, name, errors):
         row = {(columns or {}).get(key, key): value for key, value in row.items()}
         own = kind or kind_of_row(row)
         known = known or own is not None
@@ -279,50 +280,22 @@ def _samples_of(
 
 
 def _dataset_rows(dataset: Any, name: str, errors: ErrorCounter) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, row). What a row that is in memory raises is counted; a stream ends with it."""
-    rows, number = iter(dataset), 0
+    """(number from 1, row). Pictures stay file bytes: decoding is left to checked code, and to when they are needed.
+
+    Raises MMGPTError where reading fails: what would follow is unknown.
+    """
+    # As Arrow tables nothing is decoded, and columns that Python cannot hold are left before it has to.
+    is_table = hasattr(dataset, "with_format") and getattr(dataset, "features", None) is not None
+    rows = iter(dataset.with_format("arrow") if is_table else dataset)
+    numbers = itertools.count(1)
     while True:
-        number += 1
         try:
             row = next(rows, None)
         except Exception as error:  # of pyarrow, fsspec, aiohttp, or the hub
-            reason = " ".join(str(error).split())[:300]
-            if not hasattr(dataset, "select"):
-                raise MMGPTError(f"{name}:{number}: {reason}") from None
-            errors.add("row with a value that is none", f"{name}:{number} ({reason})")
-            rows = iter(dataset.select(range(number, len(dataset))))
-            continue
+            raise MMGPTError(f"{name}:{next(numbers)}: {' '.join(str(error).split())[:300]}") from None
         if row is None:
             return
-        yield number, row
-
-
-def _undecoded(dataset: Any) -> Any:
-    """The data set with its pictures as bytes: decoding is left to checked code, and to when they are needed. Columns
-    of dates and times go: nothing uses them, and Python cannot hold them all.
-    """
-    hf = optional_import("datasets")
-    features = getattr(dataset, "features", None)
-    if features is None:
-        return dataset
-
-    def plain(feature: Any) -> Any:
-        if isinstance(feature, hf.Image):
-            return hf.Image(decode=False)
-        if isinstance(feature, Mapping):
-            return {key: plain(value) for key, value in feature.items()}
-        if isinstance(feature, list):
-            return [plain(value) for value in feature]
-        inner = getattr(feature, "feature", None)
-        return type(feature)(plain(inner)) if inner is not None and getattr(feature, "length", -1) == -1 else feature
-
-    times = ("timestamp", "date", "time", "duration", "decimal")
-    unused = [key for key, feature in features.items() if str(getattr(feature, "dtype", "")).startswith(times)]
-    if unused:
-        dataset = dataset.remove_columns(unused)
-        features = dataset.features
-    changed = hf.Features({key: plain(feature) for key, feature in features.items()})
-    return dataset if changed == features else dataset.cast(changed)
+        yield from rows_of_table(row, numbers, name, errors) if is_table else [(next(numbers), row)]
 
 
 def _below(row: dict[str, Any], images: str | None) -> dict[str, Any]:

@@ -18,14 +18,17 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "av
 STORED_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 """Of images in the shards of a corpus; others are written anew as one of these."""
 # fmt: off
-UNREAD_SUFFIXES = (
+UNREAD_PICTURES = (
     ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".jxl", ".svg", ".svgz", ".ico", ".psd",
     ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2",
     ".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp",
+)
+UNREAD_SUFFIXES = (
+    *UNREAD_PICTURES,
     ".mp3", ".wav", ".flac", ".ogg", ".m4a", ".aac", ".opus", ".pdf", ".doc", ".docx", ".odt", ".rtf", ".pptx", ".epub",
 )
 # fmt: on
-"""Pictures, films, sounds and documents that no reader takes: a folder that holds some is told so."""
+"""Pictures and films, sounds and documents that no reader takes: a folder that holds some is told so."""
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,18 @@ from mm_gpt.datasets.formats.captioned import CAPTION_LISTS, NO_CAPTIONS
 from mm_gpt.datasets.formats.interleaved import each_of
 from mm_gpt.datasets.reading.archives import ARCHIVE_SUFFIXES, read_archive
 from mm_gpt.datasets.reading.files import exists, is_folder, list_files, open_file, scheme_of, suffix_of
-from mm_gpt.datasets.reading.rows import ROW_SUFFIXES, read_json, read_rows
-from mm_gpt.datasets.reading.unpacked import open_unpacked
+from mm_gpt.datasets.reading.rows import ROW_SUFFIXES, parse_json, read_json, read_rows
+from mm_gpt.datasets.reading.unpacked import MAX_LINE_BYTES, lines_of, open_unpacked
 from mm_gpt.datasets.row_samples import HEAD_ROWS, kind_of_row
-from mm_gpt.datasets.samples import IMAGE_SUFFIXES, UNREAD_SUFFIXES, ErrorCounter, Sample, checked
+from mm_gpt.datasets.samples import (
+    IMAGE_SUFFIXES,
+    UNREAD_PICTURES,
+    UNREAD_SUFFIXES,
+    BadRecordError,
+    ErrorCounter,
+    Sample,
+    checked,
+)
 from mm_gpt.errors import MMGPTError, unknown_name
 from mm_gpt.images import source_name
 
@@ -30,7 +38,7 @@ HEAD_FILES = 8
 HEAD_BYTES = 2**20
 """A first line within these is looked at as one of JSON lines."""
 _IMAGES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
-_PICTURES = (*_IMAGES, *UNREAD_SUFFIXES)
+_PICTURES = (*_IMAGES, *UNREAD_PICTURES)
 _HUB = re.compile(r"hf://datasets/[^/?]+/[^/?]+/?(?:\?.*)?")
 _PLACED = re.compile(r".+\.(?:metadata\.txt|\d+\.(?:text\.txt|image\.\w+))")
 
@@ -358,13 +366,25 @@ def _is_one_object(file: str) -> bool:
 
 
 def _archived_row(archive: str) -> dict[str, Any]:
-    members = read_archive(archive, ErrorCounter(max_examples=0))
-    for name, _, stream in itertools.islice(members, 64):
-        if name.endswith((".json", ".jsonl")):
+    """The first row of a known kind in the JSON members, else the first row."""
+    errors, first = ErrorCounter(max_examples=0), dict[str, Any]()
+    for name, size, stream in itertools.islice(read_archive(archive, errors), 64):
+        if name.endswith(".jsonl"):
+            lines = itertools.islice(lines_of(stream, name, errors), HEAD_ROWS)
+        elif name.endswith(".json") and size <= MAX_LINE_BYTES:
             try:
-                row = json.loads(stream.readline() if name.endswith(".jsonl") else stream.read())
-            except (ValueError, RecursionError, MMGPTError):
+                lines = iter([(1, stream.read())])
+            except MMGPTError:
+                continue
+        else:
+            continue
+        for _, line in lines:
+            try:
+                row = parse_json(line)
+            except BadRecordError:
                 continue
             if isinstance(row, dict):
-                return row
-    return {}
+                first = first or row
+                if kind_of_row(row):
+                    return row
+    return first

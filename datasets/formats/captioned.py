@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from mm_gpt.datasets.reading.files import base_name, is_hidden, is_remote, list_files, local_path, open_file, suffix_of
+from mm_gpt.datasets.reading.parquet import read_parquet
 from mm_gpt.datasets.reading.rows import (
     decode_text,
     find_image,
     parse_json,
     plain_values,
     read_csv,
-    read_parquet,
     read_rows,
 )
 from mm_gpt.datasets.samples import (

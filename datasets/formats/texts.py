@@ -8,7 +8,7 @@ from mm_gpt.datasets.formats.interleaved import document_id, each_file, paragrap
 from mm_gpt.datasets.reading.files import base_name, suffix_of
 from mm_gpt.datasets.reading.rows import ROW_SUFFIXES, decode_text, first_value, plain_text, read_rows
 from mm_gpt.datasets.reading.unpacked import open_unpacked
-from mm_gpt.datasets.samples import IMAGE_SUFFIXES, UNREAD_SUFFIXES, BadRecordError, ErrorCounter
+from mm_gpt.datasets.samples import IMAGE_SUFFIXES, UNREAD_PICTURES, BadRecordError, ErrorCounter
 from mm_gpt.document import Document, Text
 
 MAX_TEXT_BYTES = 64 * 2**20
@@ -67,7 +67,7 @@ def is_text_source(path: Path) -> bool:
     if not path.is_dir():
         return False
     suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
-    return ".txt" in suffixes and not suffixes & {*(f".{s}" for s in IMAGE_SUFFIXES), *UNREAD_SUFFIXES, ".tar"}
+    return ".txt" in suffixes and not suffixes & {*(f".{s}" for s in IMAGE_SUFFIXES), *UNREAD_PICTURES, ".tar"}
 
 
 def read_texts(path: Path, errors: ErrorCounter) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Rows of JSON lists, JSON lines, CSV and parquet files as a stream, and the images that rows name.
+"""Rows of JSON lists, JSON lines and CSV files as a stream, and the images that rows name.
 
 A COCO or LLaVA file is one JSON value of several hundred megabytes. It is parsed item by item from a sliding window, so
 that no more than one item and the window are in memory.
@@ -6,7 +6,6 @@ that no more than one item and the window are in memory.
 
 import codecs
 import csv
-import itertools
 import json
 import os
 from collections import deque
@@ -15,9 +14,10 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mm_gpt.datasets.reading.files import base_name, is_remote, open_file, resolve, suffix_of
+from mm_gpt.datasets.reading.files import base_name, is_remote, resolve, suffix_of
+from mm_gpt.datasets.reading.parquet import read_parquet
 from mm_gpt.datasets.reading.unpacked import open_unpacked, read_lines
-from mm_gpt.datasets.samples import IMAGE_SUFFIXES, BadRecordError, ErrorCounter, optional_import
+from mm_gpt.datasets.samples import IMAGE_SUFFIXES, BadRecordError, ErrorCounter
 from mm_gpt.errors import MMGPTError
 from mm_gpt.images import source_name
 
@@ -28,8 +28,6 @@ URL_COLUMNS = ("url", "image_url", "URL")
 MAX_ITEM_CHARS = 64 * 2**20
 """Of one value inside a JSON file; a longer one is refused."""
 WINDOW_BYTES = 2**18
-PARQUET_ROWS = 32
-"""Are decoded at a time: rows with images are megabytes each."""
 MAX_CELL_LINES = 1000
 """Of one cell of a CSV file: a quote that is never closed must not take the whole file."""
 
@@ -91,7 +89,7 @@ def read_csv(
     try:
         cells = next(csv.reader([decode_text(first)], delimiter=delimiter, strict=True), [])
     except (BadRecordError, csv.Error) as error:
-        raise MMGPTError(f"{source_name(location)}:{number}: {error}") from None
+        raise MMGPTError(f"{source_name(location)}:{number}: {_reason(error)}") from None
     header = [cell.strip() for cell in cells]
     if missing := sorted(set(columns) - set(header)):
         raise MMGPTError(f"{source_name(location)}: no column {' or '.join(missing)} in the first line")
@@ -135,74 +133,21 @@ def _csv_cells(
                 return
             yield taken[0][0], cells
         except (BadRecordError, csv.Error) as error:
-            reason = str(error) if isinstance(error, BadRecordError) else f"bad CSV ({error})"
-            errors.add(reason, f"{name}:{taken[0][0]}")
+            errors.add(_reason(error), f"{name}:{taken[0][0]}")
             again.extendleft(reversed(taken[1:]))
 
 
-def read_parquet(location: str, errors: ErrorCounter) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, row) of a parquet file. Raises MMGPTError when it cannot be opened or is none."""
-    parquet, arrow = optional_import("pyarrow.parquet"), optional_import("pyarrow")
-    with open_file(location, seekable=True) as stream:
-        numbers = itertools.count(1)
-        try:
-            file = parquet.ParquetFile(stream)
-        except (arrow.ArrowException, OSError) as error:
-            raise MMGPTError(f"{source_name(location)}: not a readable parquet file ({_line(error)})") from None
-        try:
-            for batch in file.iter_batches(PARQUET_ROWS, columns=_plain_columns(file), use_threads=False):
-                yield from _rows_of_batch(batch, numbers, base_name(location), errors)
-        except (arrow.ArrowException, OSError) as error:
-            errors.add("broken parquet, rest of it unread", f"{base_name(location)} ({_line(error)})")
+_CSV_ERRORS = {
+    "expected after": "a stray quote",
+    "unexpected end of data": "a quote that is not closed",
+    "field larger than": "a cell that is too long",
+}
 
 
-def _plain_columns(file: Any) -> list[str]:
-    """The paths of the columns, nested ones as well, that hold text, bytes, numbers or truth values.
-
-    Nothing else is used of rows, and Python cannot hold all dates, times and durations that a parquet file can.
-    """
-    types = optional_import("pyarrow").types
-
-    def leaves(type: Any) -> Iterator[Any]:  # in the order in which parquet has them
-        if types.is_struct(type):
-            for number in range(type.num_fields):
-                yield from leaves(type.field(number).type)
-        elif types.is_map(type):
-            yield from (*leaves(type.key_type), *leaves(type.item_type))
-        elif hasattr(type, "storage_type") or types.is_dictionary(type):
-            yield from leaves(type.value_type if types.is_dictionary(type) else type.storage_type)
-        elif hasattr(type, "value_type"):
-            yield from leaves(type.value_type)
-        else:
-            yield type
-
-    def is_plain(type: Any) -> bool:
-        texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-        views = (types.is_string_view, types.is_binary_view, types.is_fixed_size_binary)
-        numbers = (types.is_integer, types.is_floating, types.is_boolean, types.is_null)
-        return any(test(type) for test in (*texts, *views, *numbers))
-
-    found = [leaf for column in file.schema_arrow for leaf in leaves(column.type)]
-    return [file.schema.column(at).path for at, leaf in enumerate(found) if is_plain(leaf)]
-
-
-def _rows_of_batch(
-    batch: Any, numbers: Iterator[int], name: str, errors: ErrorCounter
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    arrow = optional_import("pyarrow")
-    unreadable = (arrow.ArrowException, ValueError, OverflowError, TypeError, LookupError)
-    try:
-        rows = batch.to_pylist()
-    except unreadable:
-        for at, number in enumerate(itertools.islice(numbers, batch.num_rows)):
-            try:
-                (row,) = batch.slice(at, 1).to_pylist()
-            except unreadable as error:
-                errors.add("row with a value that is none", f"{name}:{number} ({_line(error)})")
-            else:
-                yield number, row
-    else:
-        yield from zip(itertools.islice(numbers, len(rows)), rows, strict=True)
+def _reason(error: BadRecordError | csv.Error) -> str:
+    if isinstance(error, BadRecordError):
+        return str(error)
+    return f"bad CSV: {next((ours for theirs, ours in _CSV_ERRORS.items() if theirs in str(error)), error)}"
 
 
 def find_image(folder: str, names: Sequence[str]) -> Path | str | None:
@@ -383,7 +328,3 @@ class _Parser:
     def _take(self, char: str) -> None:
         if not self._skip(char):
             raise self.error("not JSON" if self.peek() else "cut off")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
