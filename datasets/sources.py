@@ -369,6 +369,7 @@ def _archived_row(archive: str) -> dict[str, Any]:
     """The first row of a known kind in the JSON members, else the first row."""
     errors, first = ErrorCounter(max_examples=0), dict[str, Any]()
     for name, size, stream in itertools.islice(read_archive(archive, errors), 64):
+        lines: Iterator[tuple[int, bytes]]
         if name.endswith(".jsonl"):
             lines = itertools.islice(lines_of(stream, name, errors), HEAD_ROWS)
         elif name.endswith(".json") and size <= MAX_LINE_BYTES:

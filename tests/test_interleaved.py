@@ -583,6 +583,44 @@ def test_streamed_paths_stay_in_their_folder(tmp_path: Path) -> None:
         stream(Dataset.from_list([{"a": 1}]))
 
 
+def test_streamed_rows_of_several_kinds() -> None:
+    """Stops: a data set whose first row has no image read as text to its end; its order must not matter."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as HFImage
+
+    features = Features({"image": HFImage(), "text": Value("string")})
+    some = {"bytes": png(), "path": None}
+    for order in ([None, some, some], [some, some, None]):
+        rows = [{"image": one, "text": "words"} for one in order]
+        for dataset in (Dataset.from_list(rows, features=features), rows):
+            found, errors = stream(dataset)
+            assert [type(sample) for sample in found] == [Document if one is None else Record for one in order]
+            assert errors.total == 0
+    found, errors = stream([{"a": 1}, {"text": "b"}, {"a": 2}, {"text": "half \ud83d"}])
+    assert [outline(d) for d in found] == [["b"]]
+    assert errors.counts == {"row of no known kind": 2, "text is not Unicode": 1}
+    assert stream([]) == ([], ErrorCounter())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_streamed_columns_that_python_cannot_hold(tmp_path: Path, streaming: bool) -> None:
+    """Dates that nobody asked for stop nothing; one inside of what is asked for costs its row."""
+    from datasets import load_dataset
+
+    far = 253_402_300_800_000_000  # the year 10000, in microseconds
+    turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("at", pa.timestamp("us"))])
+    turns = [[{"role": role, "content": "a", "at": at} for role in ("user", "assistant")] for at in (far, 0)]
+    columns = {"messages": pa.array(turns, type=pa.list_(turn)), "at": pa.array([far, far], type=pa.timestamp("us"))}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    files = {"train": str(tmp_path / "a.parquet")}
+    dataset = load_dataset(
+        "parquet", data_files=files, split="train", streaming=streaming, cache_dir=str(tmp_path / "hf")
+    )
+    found, errors = stream(dataset)
+    assert [type(sample) for sample in found] == [Conversation]
+    assert errors.counts == {"unreadable row": 1}
+
+
 def test_hub_locations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MM_GPT_OFFLINE", "1")
     with pytest.raises(MMGPTError, match="MM_GPT_OFFLINE"):

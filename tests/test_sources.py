@@ -395,7 +395,7 @@ def test_images_of_one_row_stand_in_a_document(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
 @pytest.mark.parametrize("column", ["text", "caption"])
 def test_image_folders_with_metadata(tmp_path: Path, name: str, column: str) -> None:
-    """The layout of Hugging Face's `datasets`: `file_name` is relative to the metadata, of which each split may have one.
+    """The layout of Hugging Face's `datasets`: `file_name` counts from the metadata, of which each split may have one.
 
     Stops: captions learned without their photos.
     """
