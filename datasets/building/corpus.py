@@ -46,7 +46,7 @@ from mm_gpt.datasets.filters.published_filters import Filters
 from mm_gpt.datasets.formats.interleaved import each_of
 from mm_gpt.datasets.reading import files
 from mm_gpt.datasets.samples import (
-    IMAGE_SUFFIXES,
+    STORED_IMAGE_SUFFIXES,
     BadRecordError,
     Conversation,
     ErrorCounter,
@@ -358,7 +358,7 @@ def _stored(source: ImageSource, side: int | None) -> bytes:
     image = load_image(source)
     large = side is not None and max(image.size) > side
     suffix = image_format(source) if isinstance(source, bytes) else ""
-    if isinstance(source, bytes) and not large and suffix in IMAGE_SUFFIXES:
+    if isinstance(source, bytes) and not large and suffix in STORED_IMAGE_SUFFIXES:
         return source
     if large:
         assert side is not None

@@ -13,6 +13,7 @@ from typing import Any
 from mm_gpt.datasets.formats.captioned import MAX_MEMBER_BYTES, make_record
 from mm_gpt.datasets.samples import (
     IMAGE_SUFFIXES,
+    STORED_IMAGE_SUFFIXES,
     BadRecordError,
     Conversation,
     QuestionAnswer,
@@ -45,7 +46,7 @@ def to_members(sample: Sample, *, refer: bool = False) -> dict[str, bytes]:
         if not isinstance(data, bytes):
             raise BadRecordError("an image that is not fetched yet")
         suffix = image_format(data)
-        if suffix not in IMAGE_SUFFIXES:
+        if suffix not in (IMAGE_SUFFIXES if refer else STORED_IMAGE_SUFFIXES):
             raise BadRecordError(f"an image of format {suffix or 'unknown'}")
         name = f"{len(members)}.{suffix}"
         members[name] = data

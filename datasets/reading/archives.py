@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, BinaryIO
 
-from mm_gpt.datasets.reading.files import base_name, open_file, suffix_of
+from mm_gpt.datasets.reading.files import base_name, is_hidden, open_file, suffix_of
 from mm_gpt.datasets.reading.http_files import ReadError
 from mm_gpt.datasets.reading.unpacked import open_unpacked
 from mm_gpt.datasets.samples import ErrorCounter
@@ -21,7 +21,7 @@ FREE_BYTES = 64 * 2**20
 
 
 def read_archive(location: str, errors: ErrorCounter) -> Iterator[tuple[str, int, BinaryIO]]:
-    """(name, size, file) of each regular member of a .tar (.gz, .bz2, .zst) or .zip, in the archive's order.
+    """(name, size, file) of each regular member of a .tar (.gz, .bz2, .zst) or .zip, in order, hidden ones left out.
 
     Read the file before the next one is asked for; its `read` raises ReadError where the archive breaks, and nothing
     comes after it. A break between two members is counted. Raises MMGPTError when it cannot be opened or is no archive.
@@ -42,7 +42,7 @@ def _read_tar(location: str, errors: ErrorCounter) -> Iterator[tuple[str, int, B
                     if member is None:
                         return
                     tar.members = []  # type: ignore[attr-defined]  # or a long tar keeps every header in memory
-                    if not member.isreg():
+                    if not member.isreg() or is_hidden(member.name):
                         continue
                     if member.issparse():  # small on disk, huge in memory
                         errors.add("sparse member", f"{base_name(location)}:{member.name}")
@@ -66,7 +66,7 @@ def _read_zip(location: str, errors: ErrorCounter) -> Iterator[tuple[str, int, B
             raise MMGPTError(f"{source_name(location)}: not a zip ({_line(error)})") from None
         for info in archive.infolist():
             name = f"{base_name(location)}:{info.filename}"
-            if info.is_dir():
+            if info.is_dir() or is_hidden(info.filename):
                 continue
             if info.file_size > FREE_BYTES + MAX_RATIO * info.compress_size:
                 errors.add("archive member unfolds too far", name)
