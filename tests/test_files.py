@@ -24,7 +24,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm_gpt import images
 from mm_gpt.datasets.reading import files, http_files, unpacked
 from mm_gpt.datasets.reading.files import is_remote, list_files, local_copy, open_file, resolve
 from mm_gpt.datasets.reading.http_files import HttpLimits, ReadError
@@ -32,6 +31,7 @@ from mm_gpt.datasets.reading.unpacked import open_unpacked, read_lines
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.datasets.sources import read_samples
 from mm_gpt.errors import ConfigError, MMGPTError, URLError
+from mm_gpt.network import client
 
 DATA = bytes(range(256)) * 12_000  # 3 MB, so that a break can come in its middle
 LOCAL = HttpLimits(allow_private_addresses=True, retry_delay_s=0.01, stall_s=2, connect_s=2)
@@ -231,9 +231,9 @@ def test_private_addresses_are_refused(url: str, server: Any, monkeypatch: pytes
 
 def test_a_redirect_to_a_private_address(url: str, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stops: a check of the first address only."""
-    connect = images._connect
-    monkeypatch.setattr(images, "_resolve", lambda host, port: ["93.184.215.14" if "test" in host else host])
-    monkeypatch.setattr(images, "_connect", lambda a, p, timeout_s: connect("127.0.0.1", server.server_port, timeout_s))
+    connect = client._connect
+    monkeypatch.setattr(client, "_resolve", lambda host, port: ["93.184.215.14" if "test" in host else host])
+    monkeypatch.setattr(client, "_connect", lambda a, p, timeout_s: connect("127.0.0.1", server.server_port, timeout_s))
     with pytest.raises(URLError, match=r"redirected to http://169.*not a public address"):
         open_file("http://shards.test/away")
     with open_file("http://shards.test/data.bin") as file:

@@ -12,6 +12,7 @@ import mm_gpt
 ROOT = Path(mm_gpt.__file__).parent
 CONTRACTS = {
     "errors",
+    "network",
     "config",
     "document",
     "images",
@@ -23,7 +24,8 @@ CONTRACTS = {
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
-    "images": {"errors"},
+    "network": {"errors"},
+    "images": {"errors", "network"},
     "document": {"errors", "images"},
     "tokenizer": {"errors"},
     "vision": {"errors", "images"},
