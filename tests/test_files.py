@@ -487,6 +487,47 @@ def test_cut_off_files_keep_what_came_before(tmp_path: Path, suffix: str) -> Non
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
+def test_what_stands_behind_a_packed_file_is_counted_and_all_before_it_read(tmp_path: Path, suffix: str) -> None:
+    """Stops: rows lost, the last one without a line end first, because of some bytes that a transfer added."""
+    lines = [os.urandom(300).hex().encode() for _ in range(2000)]
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(
+        PACKERS[suffix](b"\n".join(lines[:900]) + b"\n") + PACKERS[suffix](b"\n".join(lines[900:])) + b"garbage!"
+    )
+    errors = ErrorCounter()
+    assert [line for _, line in read_lines(str(path), errors)] == lines
+    assert errors.counts == {"broken file, rest of it unread": 1}
+    with open_unpacked(str(path)) as file:
+        assert file.read() == b"\n".join(lines)
+
+
+def test_zeros_behind_a_packed_file_are_padding(tmp_path: Path) -> None:
+    path, errors = tmp_path / "a.txt.gz", ErrorCounter()
+    path.write_bytes(
+        gzip.compress(b"one\n") + bytes(1000) + gzip.compress(b"") + gzip.compress(b"two") + bytes(100_000)
+    )
+    assert [line for _, line in read_lines(str(path), errors)] == [b"one", b"two"]
+    assert errors.total == 0
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_of_a_damaged_packed_file_comes_all_that_can_be_decoded(tmp_path: Path, suffix: str) -> None:
+    """Stops: a decoder whose error throws away what it decoded in the same call."""
+    data = os.urandom(1_300_000)
+    parts = [PACKERS[suffix](data[at : at + 100_000]) for at in range(0, len(data), 100_000)]
+    damaged = bytearray(parts[7])
+    damaged[9:40] = b"\xff" * 31
+    path, got = tmp_path / f"a{suffix}", bytearray()
+    path.write_bytes(b"".join([*parts[:7], damaged, *parts[8:]]))
+    with open_unpacked(str(path)) as file, pytest.raises(ReadError, match="broken after"):  # noqa: PT012
+        while piece := file.read1(1 << 20):  # type: ignore[attr-defined]
+            got += piece
+        file.read1(1)  # type: ignore[attr-defined]
+    assert len(got) >= 700_000
+    assert data.startswith(got[:700_000])
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
 def test_bombs(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpacked, "_FREE_BYTES", 2**20)
     path = tmp_path / f"a{suffix}"
