@@ -10,10 +10,9 @@ from typing import Any, TypeAlias
 
 from mm_gpt.document import Document, Message
 from mm_gpt.errors import MMGPTError
+from mm_gpt.images import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 
 logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)

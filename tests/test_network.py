@@ -1,5 +1,6 @@
 """The HTTP client and its guard, against a local server with bad habits and a pretend internet."""
 
+import base64
 import http.server
 import io
 import shutil
@@ -8,6 +9,7 @@ import ssl
 import subprocess
 import threading
 import time
+import urllib.parse
 
 import pytest
 from hypothesis import given
@@ -18,6 +20,7 @@ from mm_gpt.errors import URLError
 from mm_gpt.images import ImageLimits, image_bytes, load_image
 from mm_gpt.network import client
 from mm_gpt.network.addresses import is_public_address
+from mm_gpt.network.urls import data_url_bytes
 
 LOCAL = ImageLimits(timeout_s=5, allow_private_addresses=True)
 
@@ -376,3 +379,43 @@ def test_tls_is_checked_by_name_though_connected_by_address(tmp_path, monkeypatc
         load_image("https://other.test/photo")
     server.shutdown()
     server.server_close()
+
+
+# ---- Data URLs ----
+
+
+@pytest.mark.parametrize("size", [998, 999, 1000])
+def test_data_urls_as_programs_write_them(size):
+    """Stops: an image refused for line ends, percent signs, the alphabet for URLs, or missing padding."""
+    data = bytes(range(251)) * 4
+    data = data[:size]
+    plain = base64.b64encode(data).decode()
+    for payload in (
+        plain,
+        base64.encodebytes(data).decode(),
+        f" {plain[:50]}\r\n\t{plain[50:]} ",
+        urllib.parse.quote(plain, safe=""),
+        base64.urlsafe_b64encode(data).decode(),
+        plain.rstrip("="),
+    ):
+        assert data_url_bytes(f"data:image/png;base64,{payload}", 1000) == data
+        assert data_url_bytes(f"DATA:image/png;charset=utf-8; BASE64,{payload}", 1000) == data
+    assert data_url_bytes(f"data:image/png,{urllib.parse.quote(data)}", 1000) == data
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("data:image/png;base64,@@@", "base64"),
+        ("data:image/png;base64,AAAAA", "base64"),
+        ("data:image/png;base64,AAAAé", "base64"),
+        ("data:image/png;base64", "form"),
+        ("http://a/,b", "form"),
+        ("data:image/png;base64," + "AAAA" * 34, "limit of 100 bytes"),
+        ("data:image/png," + "A" * 101, "limit of 100 bytes"),
+        ("data:image/png," + "A" * 100_000, "limit of 100 bytes"),
+    ],
+)
+def test_bad_data_urls(url, reason):
+    with pytest.raises(ValueError, match=reason):
+        data_url_bytes(url, 100)
