@@ -2,31 +2,21 @@
 
 A picture from the web may be broken, mislabelled or made to do harm. So: only a few decoders ever run, sizes are read
 from the header and refused before a pixel is decoded (`image_headers`), and a URL is fetched only from a public
-address, the very one that was checked. What comes out is always an upright RGB image; everything else is an
-`ImageError` of one line.
+address (`network`). What comes out is always an upright RGB image; everything else is an `ImageError` of one line.
 
 Memory: while an image is decoded it takes at most `BYTES_PER_PIXEL` for each of its pixels, then 4. Work that may meet
 many large images at once asks a `ByteBudget` first.
 """
 
-import base64
-import binascii
-import http.client
 import io
-import ipaddress
 import os
-import re
-import socket
-import ssl
 import stat
 import sys
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
-from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from PIL import BmpImagePlugin, GifImagePlugin, ImageFile, PngImagePlugin, TiffImagePlugin
 from PIL import Image as PILImage
@@ -35,6 +25,9 @@ from mm_gpt.errors import ImageError, URLError
 from mm_gpt.image_headers import IMAGE_FORMATS as IMAGE_FORMATS
 from mm_gpt.image_headers import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from mm_gpt.image_headers import check_file, exif_orientation, find_format, not_read, png_transparency
+from mm_gpt.network.client import fetch_bytes
+from mm_gpt.network.urls import data_url_bytes, short_name
+from mm_gpt.network.urls import one_line as _one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +44,7 @@ class ImageLimits:
     """Width x height. 64 megapixels hold any ordinary camera's photo and decode into 256 MB."""
     max_bytes: int = 64 * 2**20
     timeout_s: float = 15.0
-    """For a whole download: connecting, TLS, headers, redirects and body together (a slow DNS server comes on top)."""
+    """For a whole download: connecting, TLS, headers, redirects and body together."""
     max_redirects: int = 5
     allow_private_addresses: bool = False
     """True: also fetch from localhost and the local network. Never for URLs that strangers write."""
@@ -92,13 +85,10 @@ def source_name(source: ImageSource) -> str:
     if isinstance(source, str) and is_url(source):
         if source[:5].lower() == "data:":
             return f"<data URL, {len(source)} long>"
-        name = re.sub(r"//[^/?#]*@", "//***@", source)
-    elif isinstance(source, str | os.PathLike):
-        name = os.fsdecode(source) or "<empty path>"
-    else:
-        return f"<{type(source).__name__}>"
-    name = _one_line(name)
-    return name if len(name) <= 300 else f"{name[:200]}...{name[-60:]}"
+        return short_name(source)
+    if isinstance(source, str | os.PathLike):
+        return short_name(os.fsdecode(source) or "<empty path>")
+    return f"<{type(source).__name__}>"
 
 
 def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> PILImage.Image:
@@ -182,8 +172,16 @@ def image_bytes(source: "str | os.PathLike[str] | bytes", *, limits: ImageLimits
     if isinstance(source, bytes | bytearray):
         return bytes(source)
     if isinstance(source, str) and is_url(source):
-        is_data = source[:5].lower() == "data:"
-        return _data_url_bytes(source, limits) if is_data else fetch_image_bytes(source, limits)
+        if source[:5].lower() == "data:":
+            return _data_url_bytes(source, limits)
+        return fetch_bytes(
+            source,
+            max_bytes=limits.max_bytes,
+            timeout_s=limits.timeout_s,
+            max_redirects=limits.max_redirects,
+            allow_private_addresses=limits.allow_private_addresses,
+            headers={"Accept": "image/*,*/*;q=0.5"},
+        )
     return _read_file(source, source_name(source), limits)
 
 
@@ -195,10 +193,6 @@ def to_file(image: PILImage.Image, suffix: str = "png") -> bytes:
     else:
         image.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}[suffix], quality=90)
     return buffer.getvalue()
-
-
-def _one_line(text: object) -> str:
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
 
 def _read_file(path: str | os.PathLike[str], name: str, limits: ImageLimits) -> bytes:
@@ -399,244 +393,7 @@ def _from_array(array: "np.ndarray", name: str, limits: ImageLimits) -> PILImage
 
 
 def _data_url_bytes(url: str, limits: ImageLimits) -> bytes:
-    """White space, as `base64` and MIME break lines with, and percent signs are allowed, as browsers do."""
-    header, comma, payload = url.partition(",")
-    if not comma or not header.lower().replace(" ", "").endswith(";base64"):
-        raise URLError(f"{source_name(url)}: not of the form data:image/...;base64,...")
-    payload = "".join(unquote(payload).split())
-    if len(payload) // 4 * 3 > limits.max_bytes + 3:
-        raise URLError(f"{source_name(url)}: larger than the limit of {limits.max_bytes:,} bytes")
     try:
-        return base64.b64decode(payload + "=" * (-len(payload) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise URLError(f"{source_name(url)}: {_one_line(error)}") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fetching. A URL from a document or a chat must not reach into the network that the program runs in (SSRF): cloud
-# metadata at 169.254.169.254, databases, the router. Checking the URL's text is not enough, since any name can resolve
-# to any address, and to another one a second later.
-
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_IPV6_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-# What `is_global` of Python 3.11 still lets through. Tunnels (2001::/23 has Teredo, 2002::/16 is 6to4) lead to an IPv4
-# address inside; no public website resolves to one.
-_NOT_PUBLIC_V6 = [ipaddress.IPv6Network(n) for n in ("2001::/23", "2002::/16", "2001:db8::/32", "3fff::/20")]
-_NOT_PUBLIC_V4 = [
-    ipaddress.IPv4Network(n)
-    for n in (
-        "192.0.0.0/24",  # protocol assignments; Oracle's metadata service
-        "192.88.99.0/24",  # 6to4 relays
-        "168.63.129.16/32",  # Azure's metadata service, on an address that looks public
-    )
-]
-
-
-def is_public_address(address: str) -> bool:
-    """Whether an IP address belongs to the public internet.
-
-    Not public: private, loopback, link-local, carrier-grade NAT, multicast, reserved and unspecified addresses, IPv6
-    spellings of IPv4 (mapped, compatible), 6to4 and Teredo. NAT64 (64:ff9b::/96) is how IPv6-only networks reach IPv4
-    sites, so there the address inside is judged.
-    """
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip in _NAT64:
-            return is_public_address(str(ipaddress.IPv4Address(ip.packed[-4:])))
-        return ip in _IPV6_GLOBAL_UNICAST and ip.is_global and not any(ip in network for network in _NOT_PUBLIC_V6)
-    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_PUBLIC_V4)
-
-
-def fetch_image_bytes(url: str, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """The body behind an http(s) URL, from public addresses only (see `open_url`). Raises URLError naming `url`."""
-    deadline = Deadline(limits.timeout_s)
-    response = open_url(
-        url,
-        deadline,
-        max_redirects=limits.max_redirects,
-        allow_private_addresses=limits.allow_private_addresses,
-        headers={"Accept": "image/*,*/*;q=0.5"},
-    )
-    try:
-        return _read_response(response, limits)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _url_error(url, response.url, error, deadline) from error
-    finally:
-        response.close()
-
-
-class Deadline:
-    """Until when a download may take; `extend` gives it more time, for a body that arrives in pieces."""
-
-    def __init__(self, seconds: float) -> None:
-        self.extend(seconds)
-
-    def extend(self, seconds: float) -> None:
-        """`seconds` from now, whatever was left."""
-        self.seconds, self._at = seconds, time.monotonic() + seconds
-
-    def remaining(self) -> float:
-        """Seconds, more than 0. Raises TimeoutError when there are none."""
-        seconds = self._at - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError
-        return seconds
-
-
-def open_url(
-    url: str,
-    deadline: Deadline,
-    *,
-    max_redirects: int = 5,
-    allow_private_addresses: bool = False,
-    headers: Mapping[str, str] | None = None,
-) -> http.client.HTTPResponse:
-    """The answer to a GET of an http(s) URL, whatever its status, from public addresses only. Close it.
-
-    Each host is resolved once; if any of its addresses is not public the URL is refused, otherwise the connection goes
-    to a checked address itself, so that a second DNS answer cannot change the goal. Redirects start over. Proxies set
-    in the environment are not used: a proxy would resolve the name again, where no check reaches.
-    `deadline` holds for connecting, TLS and headers, and goes on for the body. `response.url` is where redirects led.
-    Raises URLError naming `url`; its cause is an OSError or HTTPException where another attempt may succeed.
-    """
-    target = url
-    try:
-        for _ in range(max_redirects + 1):
-            response = _get(target, deadline, allow_private_addresses, headers or {})
-            location = response.headers.get("Location")
-            if response.status not in (301, 302, 303, 307, 308) or not location:
-                response.url = target
-                return response
-            response.close()
-            target = urljoin(target, location.encode("latin-1", "replace").decode("utf-8", "replace"))
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _url_error(url, target, error, deadline) from (error.__cause__ if isinstance(error, URLError) else error)
-    raise URLError(f"{source_name(url)}: more than {max_redirects} redirects")
-
-
-def _url_error(url: str, target: str, error: Exception, deadline: Deadline) -> URLError:
-    """`error` with the URL's name. A URLError raised inside holds the reason only."""
-    name = source_name(url)
-    if isinstance(error, TimeoutError):
-        return URLError(f"{name}: no complete answer within {deadline.seconds:g} s")
-    via = f" (redirected to {source_name(target)})" if isinstance(error, URLError) and target != url else ""
-    return URLError(f"{name}{via}: {_one_line(error) or type(error).__name__}")
-
-
-def _get(
-    url: str, deadline: Deadline, allow_private_addresses: bool, headers: Mapping[str, str]
-) -> http.client.HTTPResponse:
-    """One GET. URLError here holds the reason only."""
-    parts = urlsplit(url)
-    host, port = _checked_host(parts)
-    addresses = _resolve(host, port)
-    if not allow_private_addresses:
-        for address in addresses:
-            if not is_public_address(address):
-                raise URLError(f"{host} is at {address}, which is not a public address")
-    sock = _connect_any(addresses, port, deadline)
-    try:
-        if parts.scheme == "https":
-            # the certificate is checked for the name in the URL, although the connection went to an address
-            sock.settimeout(deadline.remaining())
-            sock = _tls_context().wrap_socket(sock, server_hostname=host)
-        connection = http.client.HTTPConnection(host, port)
-        connection.sock = _DeadlineSocket(sock, deadline)
-        path = quote(parts.path or "/", safe="/%:=&~+!$,;'@()*[]")
-        query = f"?{quote(parts.query, safe='/%:=&~+!$,;@()*[]?')}" if parts.query else ""
-        netloc = f"[{host}]" if ":" in host else host
-        fixed = {"Host": netloc if parts.port is None else f"{netloc}:{port}"}
-        fixed |= {"User-Agent": "mm-gpt", "Connection": "close"}
-        connection.request("GET", path + query, headers={**headers, **fixed})
-        return connection.getresponse()
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _read_response(response: http.client.HTTPResponse, limits: ImageLimits) -> bytes:
-    if not 200 <= response.status < 300:
-        raise URLError(f"the server answered {response.status} {_one_line(response.reason)}".rstrip())
-    expected = response.length
-    too_large = URLError(f"larger than the limit of {limits.max_bytes:,} bytes")
-    if expected is not None and expected > limits.max_bytes:
-        raise too_large
-    body = response.read(limits.max_bytes + 1)
-    if len(body) > limits.max_bytes:
-        raise too_large
-    if expected is not None and len(body) < expected:
-        raise URLError(f"the connection closed after {len(body):,} of {expected:,} bytes")
-    return body
-
-
-def _checked_host(parts: SplitResult) -> tuple[str, int]:
-    if parts.scheme not in ("http", "https"):
-        raise URLError(f"only http and https are fetched, not {parts.scheme or 'a URL without scheme'}")
-    if "@" in parts.netloc:
-        raise URLError("user names and passwords in a URL are refused")
-    host = parts.hostname or ""
-    if ":" in host:
-        ipaddress.IPv6Address(host)  # ValueError if it is none
-        if "%" in host:
-            raise URLError("an address with a zone is refused")
-    else:
-        host = host.encode("idna").decode("ascii")
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", host):
-            raise URLError("the host name is malformed")
-    return host, parts.port or (443 if parts.scheme == "https" else 80)
-
-
-def _resolve(host: str, port: int) -> list[str]:
-    """All addresses of `host`. The resolver also turns odd spellings (2130706433, 0x7f.1) into what they mean."""
-    answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in answers))
-
-
-def _connect_any(addresses: list[str], port: int, deadline: Deadline) -> socket.socket:
-    for address in addresses[:-1]:  # half of what is left, so that one dead address does not use up the time
-        try:
-            return _connect(address, port, deadline.remaining() / 2)
-        except OSError:
-            continue
-    return _connect(addresses[-1], port, deadline.remaining())
-
-
-def _connect(address: str, port: int, timeout_s: float) -> socket.socket:
-    return socket.create_connection((address, port), timeout=timeout_s)
-
-
-def _tls_context() -> ssl.SSLContext:
-    return ssl.create_default_context()
-
-
-class _DeadlineSocket(io.RawIOBase):
-    """What http.client needs of a socket, with one deadline for everything.
-
-    A socket's own timeout starts again with every byte, so a server that sends one now and then would never end.
-    """
-
-    def __init__(self, sock: socket.socket, deadline: Deadline, *, closes: bool = False) -> None:
-        self._sock, self._deadline, self._closes = sock, deadline, closes
-
-    def sendall(self, data: bytes) -> None:
-        self._sock.settimeout(self._deadline.remaining())
-        self._sock.sendall(data)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        # http.client closes self before the body is read; the response's own file ends the connection
-        return io.BufferedReader(_DeadlineSocket(self._sock, self._deadline, closes=True))
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        self._sock.settimeout(self._deadline.remaining())
-        return self._sock.recv_into(buffer)
-
-    def close(self) -> None:
-        if self._closes:
-            self._sock.close()
-        super().close()
+        return data_url_bytes(url, limits.max_bytes)
+    except ValueError as error:
+        raise URLError(f"{source_name(url)}: {error}") from None

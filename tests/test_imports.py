@@ -12,6 +12,7 @@ import mm_gpt
 ROOT = Path(mm_gpt.__file__).parent
 CONTRACTS = {
     "errors",
+    "network",
     "config",
     "document",
     "image_headers",
@@ -26,8 +27,9 @@ MAY_IMPORT = {
     "config": {"errors"},
     "locks": {"errors"},
     "stopping": set(),
+    "network": {"errors"},
     "image_headers": {"errors"},
-    "images": {"errors", "image_headers"},
+    "images": {"errors", "network", "image_headers"},
     "document": {"errors", "images"},
     "tokenizer": {"errors"},
     "vision": {"errors", "images"},

@@ -4,7 +4,6 @@ import glob
 import os
 import re
 import stat
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image as PILImage
 
+from mm_gpt.datasets.reading.archives import TAR_ERRORS, Tar
 from mm_gpt.errors import ImageError, MMGPTError
 from mm_gpt.image_headers import OTHER_SUFFIXES, find_format
 from mm_gpt.images import DEFAULT_LIMITS, IMAGE_SUFFIXES, image_bytes, is_url, load_image, source_name
@@ -171,9 +171,8 @@ def _file(path: str, left_out: Counter[str]) -> Iterator[ImageItem]:
 def _tar(path: str, left_out: Counter[str]) -> Iterator[ImageItem]:
     name = os.path.normpath(path)
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb") as file, Tar(file, jumps=True) as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # or a long shard keeps every header in memory
                 if not member.isreg() or os.path.basename(member.name).startswith("."):
                     continue
                 if _suffix(member.name) not in IMAGE_SUFFIXES:
@@ -182,7 +181,7 @@ def _tar(path: str, left_out: Counter[str]) -> Iterator[ImageItem]:
                 piece = TarSlice(path, member.offset_data, member.size)
                 sparse = ImageError("a sparse tar member")  # small on disk, huge in memory
                 yield ImageItem(f"{name}/{member.name}", sparse if member.issparse() else piece)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except TAR_ERRORS as error:
         reason = " ".join(str(error).split())
         yield ImageItem(name, ImageError(f"not an uncompressed tar, or cut off; the rest is unread ({reason})"))
 
