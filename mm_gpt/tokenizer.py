@@ -273,7 +273,10 @@ class Tokenizer:
     ) -> "Tokenizer":
         """From a `tokenizer.json`. Raises CheckpointError naming the file."""
         backend = _read_backend(path)
-        return cls(backend, end_of_text=end_of_text, end_of_turn=end_of_turn, more_ends=more_ends, names=names)
+        with _library_errors(f"{path}: the tokenizer does not work"):
+            tokenizer = cls(backend, end_of_text=end_of_text, end_of_turn=end_of_turn, more_ends=more_ends, names=names)
+            tokenizer.affixes  # noqa: B018 (the first text through all of its parts)
+        return tokenizer
 
     @classmethod
     def from_hf_folder(cls, folder: Path) -> "Tokenizer":
@@ -409,8 +412,10 @@ def _library_errors(what: str) -> Iterator[None]:
     """The Rust library raises bare Exception, and BaseException where it fails itself."""
     try:
         yield
-    except (MMGPTError, KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit):
         raise
+    except MMGPTError as error:
+        raise CheckpointError(f"{what.partition(': ')[0]}: {error}") from None
     except BaseException as error:
         raise CheckpointError(f"{what} ({error})") from None
 

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mm_gpt.errors import CheckpointError, ConfigError
+from mm_gpt.vision.transforms import MAX_SIZE
 from mm_gpt.vision.vit import ViT, ViTConfig
 
 TIMM_PREFIX = "timm/"
@@ -52,8 +53,8 @@ class VisionConfig:
     the batch and pretrained statistics survive; on is for training a convolutional trunk from scratch."""
 
     def __post_init__(self) -> None:
-        if self.image_size <= 0:
-            raise ConfigError(f"image_size must be positive, got {self.image_size}")
+        if not 1 <= self.image_size <= MAX_SIZE:
+            raise ConfigError(f"image_size must be 1 to {MAX_SIZE}, not {self.image_size}")
         if isinstance(self.model, ViTConfig):
             if self.model.image_size != self.image_size:
                 raise ConfigError(f"image_size is {self.image_size}, but that of model is {self.model.image_size}")

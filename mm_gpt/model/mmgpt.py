@@ -14,7 +14,7 @@ from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.model.cache import KVCache
 from mm_gpt.model.decoder import Decoder, init_weights
 from mm_gpt.model.decoder_config import DecoderConfig
-from mm_gpt.model.lora import LoRAConfig, add_lora
+from mm_gpt.model.lora import LoRAConfig, add_lora, merge_lora
 from mm_gpt.model.loss import next_token_loss
 from mm_gpt.processor import IGNORE_INDEX, Batch
 from mm_gpt.vision.connectors import ConnectorConfig, build_connector
@@ -80,6 +80,12 @@ class MMGPT(nn.Module):
         self.config = dataclasses.replace(self.config, lora=config)
         self.decoder.requires_grad_(False)
         add_lora(self.decoder.blocks, config)
+
+    def merge_lora(self) -> None:
+        """Fold the low-rank updates into the decoder's weights, which then are the model's own to store."""
+        merge_lora(self.decoder)
+        if self.config.lora is not None:
+            self.config = dataclasses.replace(self.config, lora=None, decoder=self.decoder.config)
 
     @property
     def tokens_per_image(self) -> int:
