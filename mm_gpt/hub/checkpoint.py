@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from mm_gpt import config as configs
 from mm_gpt.errors import CheckpointError, MMGPTError, unknown_name
-from mm_gpt.hub.families import check_foreign, is_foreign, load_foreign, naming
+from mm_gpt.hub.families import check_foreign, is_foreign, load_foreign
 from mm_gpt.hub.fetching import download, registry
 from mm_gpt.hub.fetching.repository import fetch_repository, is_repository_name
 from mm_gpt.hub.gguf import reader as gguf
 from mm_gpt.hub.weights import (
+    naming,
     open_safetensors,
     read_header,
     read_json,
@@ -126,7 +127,7 @@ def load_decoder(name: str) -> tuple[Decoder, Tokenizer]:
     if path is None:
         raise MMGPTError(f"{name!r} is in the registry, but is not a decoder")
     decoder, fields = gguf.load_gguf(path)
-    return decoder, Tokenizer.from_gguf_fields(fields, str(path))
+    return decoder, gguf.read_tokenizer(fields)
 
 
 def _folder_decoder(folder: Path, *, above: tuple[Path, ...] = ()) -> tuple[Decoder, Tokenizer]:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mm_gpt.errors import CheckpointError
+from mm_gpt.errors import CheckpointError, MMGPTError
 
 CHUNK_BYTES = 256 << 10
 """Read at a time where the type changes: little enough to stay in a core's cache."""
@@ -55,6 +55,23 @@ class _NothingDrawn(TorchFunctionMode):
         if func in (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
+
+
+_BROKEN = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Whatever is wrong with a model's configuration becomes one CheckpointError that names the file."""
+    try:
+        yield
+    except MMGPTError as error:
+        if str(Path(where).parent) in str(error):
+            raise
+        raise CheckpointError(f"{where}: {error}") from None
+    except _BROKEN as error:  # a value of a type or a size that nobody asked about
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"{where}: no configuration of this model type ({what})") from error
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -5,18 +5,17 @@ and images are written. Everything else (loading, checking, saving, training, an
 """
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mm_gpt.errors import CheckpointError, MMGPTError, unknown_name
+from mm_gpt.errors import CheckpointError, unknown_name
 from mm_gpt.hub.decoders import DEFAULTS as DECODERS
 from mm_gpt.hub.image_processors import read_image_processor
-from mm_gpt.hub.weights import Checkpoint, Table, read_json, unfilled
+from mm_gpt.hub.weights import Checkpoint, Table, naming, read_json, unfilled
 from mm_gpt.model.decoder_config import MAX_LAYERS
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
@@ -110,23 +109,6 @@ def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) ->
             checkpoint.load(module, table, dtype=dtype, skip=plan.skip.get(part, ()))
     checkpoint.finish(plan.left_over)
     return model.eval(), Processor(tokenizer, plan.processor, vocab_size=vocab_size, template=plan.template)
-
-
-_BROKEN = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
-
-
-@contextmanager
-def naming(where: str) -> Iterator[None]:
-    """Whatever is wrong with a model's configuration becomes one CheckpointError that names the file."""
-    try:
-        yield
-    except MMGPTError as error:
-        if str(Path(where).parent) in str(error):
-            raise
-        raise CheckpointError(f"{where}: {error}") from None
-    except _BROKEN as error:  # a value of a type or a size that nobody asked about
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise CheckpointError(f"{where}: no configuration of this model type ({what})") from error
 
 
 def _family(folder: Path, values: dict[str, Any]) -> Any:
