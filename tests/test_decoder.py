@@ -277,9 +277,7 @@ def test_gguf_errors(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     model = hf_llama()
     write_gguf(path, model, architecture="falcon")
-    with pytest.raises(
-        CheckpointError, match=r"a\.gguf: unknown general\.architecture 'falcon' \(known: gpt2, llama\"
-    ):
+    with pytest.raises(CheckpointError, match=r"a\.gguf: unknown general\.architecture 'falcon' \(known: gpt2"):
         gguf.load_gguf(path)
     write_gguf(path, model, leave_out="blk.1.ffn_up.weight")
     with pytest.raises(CheckpointError, match=r"lacks 1 tensor \(blk\.1\.ffn_up\.weight\)"):

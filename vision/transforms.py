@@ -6,8 +6,10 @@ and so of open_clip. "torchvision" resizes uint8 tensors: the numbers, bit for b
 levels in one percent of the values. H and W are a height and a width in pixels.
 """
 
+import logging
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 from mm_gpt.errors import ConfigError, ImageError, unknown_name
 
+logger = logging.getLogger(__name__)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -292,10 +295,18 @@ def resize_pixels(pixels: torch.Tensor, height: int, width: int, config: ImageTr
     from torchvision.transforms.v2 import functional as tv
 
     if config.interpolation == "lanczos" and tuple(map(int, torchvision.__version__.split(".")[:2])) < (0, 27):
-        raise ConfigError(
-            f"lanczos on tensors needs torchvision 0.27, not {torchvision.__version__}; backend 'pil' has it as well"
-        )
+        _warn_of_lanczos(torchvision.__version__)
+        return to_pixels(from_pixels(pixels).resize((width, height), _FILTERS["lanczos"]))
     return tv.resize(pixels, [height, width], InterpolationMode(config.interpolation), antialias=True)
+
+
+@cache
+def _warn_of_lanczos(version: str) -> None:
+    logger.warning(
+        "torchvision %s has no Lanczos filter for tensors, as 0.27 has: PIL's is used, and one value in a hundred "
+        "differs by a grey level or two",
+        version,
+    )
 
 
 def normalise(pixels: torch.Tensor, config: ImageTransformConfig) -> torch.Tensor:

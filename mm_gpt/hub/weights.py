@@ -54,6 +54,8 @@ class _NothingDrawn(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        if func is torch.linspace:  # older versions of timm ask it for drop rates, as numbers
+            kwargs.setdefault("device", "cpu")
         return func(*args, **kwargs)
 
 

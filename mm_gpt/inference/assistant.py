@@ -64,10 +64,12 @@ class Assistant:
         """The decoder before its low-rank updates, if it has a name."""
         model.merge_lora()
         model.eval().requires_grad_(False)
-        if device.type == "cuda":
-            model.to(device, torch.bfloat16)
-        else:
+        if model.vision is not None:
+            model.vision.fold_batch_norm()
+        if device.type == "cpu":
             transpose_for_cpu(model.decoder)
+        else:
+            model.to(device, torch.bfloat16)
         self.model, self.processor = model, processor
         self.engine = Engine(model, processor)
 
