@@ -398,13 +398,13 @@ class Perplexity(Task):
         }
 
     def check_control(self, control: str) -> None:
-        if not isinstance(self.assistant.model.config.decoder, str):
+        if not isinstance(self.assistant.base_decoder, str):
             raise MMGPTError("the model has a decoder of its own: there is nothing 'before' to compare it with")
 
     def _untouched(self) -> Decoder:
         """The decoder that the model's configuration names, as it was before training, with the same precision."""
         if self._before is None:
-            name = self.assistant.model.config.decoder
+            name = self.assistant.base_decoder
             assert isinstance(name, str)
             weight = self.assistant.model.decoder.embedding.weight
             self._before = load_decoder(name)[0].to(weight.device, weight.dtype).eval().requires_grad_(False)

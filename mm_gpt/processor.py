@@ -5,6 +5,7 @@ tokens per tile.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,8 @@ class Example:
     images: list[Image]
     grids: list[tuple[int, int]] = field(default_factory=list)
     """Rows and columns of tiles that each image is cut into, besides the one of the whole; (0, 0): not cut."""
+    whole: bool = True
+    """An image that is cut has the tile of the whole as well."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
     """(height, width) of each image; (0, 0) where nothing depends on it."""
     image_starts: list[int] = field(default_factory=list)
@@ -276,6 +279,7 @@ class Processor:
             as_tensor(branches),
             images=[image for _, _, image, _, _ in images],
             grids=[grid for *_, grid, _ in images],
+            whole=self.config.tiling is None or self.config.tiling.whole,
             sizes=[size for *_, size in images],
             image_starts=starts,
             image_tokens=image_tokens,
@@ -421,9 +425,16 @@ def collate(
             padding = torch.full((pad,), value, dtype=torch.long)
             columns[name].append(torch.cat([padding, *tensors] if pad_left else [*tensors, padding]))
     examples = [(n, example) for n, row in enumerate(rows) for example in row]
-    image_rows = [n for n, example in examples for _ in example.images]
-    grids = [grid for _, example in examples for grid in example.grids]
-    sizes = [size for _, example in examples for size in example.sizes]
+    image_rows: list[int] = []
+    grids: list[Size] = []
+    sizes: list[Size] = []
+    for n, example in examples:
+        for grid, size in zip(example.grids, example.sizes, strict=True):
+            # Tiles without one of the whole are images of one tile each: their tokens follow each other in any case.
+            parts_of_it = [grid] if example.whole else [(0, 0)] * max(1, math.prod(grid))
+            image_rows += [n] * len(parts_of_it)
+            grids += parts_of_it
+            sizes += [size] * len(parts_of_it)
     return Batch(
         input_ids=torch.stack(columns["input"]),
         labels=torch.stack(columns["label"]),

@@ -273,7 +273,10 @@ class Tokenizer:
     ) -> "Tokenizer":
         """From a `tokenizer.json`. Raises CheckpointError naming the file."""
         backend = _read_backend(path)
-        return cls(backend, end_of_text=end_of_text, end_of_turn=end_of_turn, more_ends=more_ends, names=names)
+        with _library_errors(f"{path}: the tokenizer does not work"):
+            tokenizer = cls(backend, end_of_text=end_of_text, end_of_turn=end_of_turn, more_ends=more_ends, names=names)
+            tokenizer.affixes  # noqa: B018 (the first text through all of its parts)
+        return tokenizer
 
     @classmethod
     def from_hf_folder(cls, folder: Path) -> "Tokenizer":
@@ -335,23 +338,25 @@ class Tokenizer:
         return cls(backend, end_of_text=end, end_of_turn=end, names=_GPT2_NAMES["GPT2Tokenizer"])
 
     @classmethod
-    def from_gguf_fields(cls, fields: dict[str, Any], where: str) -> "Tokenizer":
-        """From the metadata of a GGUF file with byte-level BPE. Raises CheckpointError naming `where`."""
-        pre = fields.get("tokenizer.ggml.pre", "gpt-2")
-        if fields.get("tokenizer.ggml.model") != "gpt2" or pre not in GGUF_PRE_TOKENIZERS:
-            raise CheckpointError(f"{where}: tokenizer {fields.get('tokenizer.ggml.model')!r}/{pre!r} is not supported")
-        try:
-            tokens = fields["tokenizer.ggml.tokens"]
-            merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-            kinds, end_of_turn = fields["tokenizer.ggml.token_type"], tokens[fields["tokenizer.ggml.eos_token_id"]]
-        except (KeyError, IndexError) as error:
-            raise CheckpointError(f"{where}: the tokenizer's metadata is not complete ({error})") from None
-        backend = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-        backend.pre_tokenizer = GGUF_PRE_TOKENIZERS[pre]()
-        backend.decoder = decoders.ByteLevel()
-        control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == GGUF_CONTROL]
-        backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-        return cls(backend, end_of_text="<|endoftext|>", end_of_turn=end_of_turn)
+    def from_bpe(
+        cls,
+        vocabulary: dict[str, int],
+        merges: list[tuple[str, str]],
+        *,
+        pre_tokenizer: pre_tokenizers.PreTokenizer,
+        special: Sequence[str],
+        end_of_turn: str,
+        where: str,
+    ) -> "Tokenizer":
+        """A byte-level BPE from its parts, with GPT-2's end of a text. Raises CheckpointError naming `where`."""
+        with _library_errors(f"{where}: the tokenizer does not work"):
+            backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+            backend.pre_tokenizer = pre_tokenizer
+            backend.decoder = decoders.ByteLevel()
+            backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+            tokenizer = cls(backend, end_of_text="<|endoftext|>", end_of_turn=end_of_turn)
+            tokenizer.affixes  # noqa: B018 (the first text through all of its parts)
+        return tokenizer
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, split: str | None = None) -> "Tokenizer":
@@ -409,8 +414,10 @@ def _library_errors(what: str) -> Iterator[None]:
     """The Rust library raises bare Exception, and BaseException where it fails itself."""
     try:
         yield
-    except (MMGPTError, KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit):
         raise
+    except MMGPTError as error:
+        raise CheckpointError(f"{what.partition(': ')[0]}: {error}") from None
     except BaseException as error:
         raise CheckpointError(f"{what} ({error})") from None
 

@@ -1,5 +1,6 @@
 """The Python API."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,14 @@ from conftest import make_picture, make_tiny
 import mm_gpt
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTError
+from mm_gpt.hub.checkpoint import load_model, save_model
 from mm_gpt.inference.assistant import Assistant, generation_config
 from mm_gpt.inference.engine import Answer
 from mm_gpt.model.lora import LoRAConfig as Config
 from mm_gpt.model.lora import LoRALinear, add_lora
+from mm_gpt.model.mmgpt import MMGPT, pick_device
+from mm_gpt.processor import Processor
+from mm_gpt.vision.encoder import VisionConfig
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +170,45 @@ def test_preparing_for_speed_changes_no_number() -> None:
     assert not any(isinstance(m, LoRALinear) for m in model.model.modules())
     assert not any(p.requires_grad for p in model.model.parameters())
     torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+
+
+def test_an_assistant_folds_batch_norm_and_can_be_saved(tmp_path: Path) -> None:
+    """A quarter of an image's time; what is saved is the model as it was trained."""
+    tiny, processor = make_tiny()
+    config = dataclasses.replace(tiny.config, vision=VisionConfig(model="timm/tf_efficientnet_lite0", image_size=32))
+    torch.manual_seed(0)
+    model = MMGPT(config).eval()
+    assert model.vision is not None
+    for norm in model.vision.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_(std=0.1)
+            norm.running_var.uniform_(0.5, 1.5)
+    pixels = torch.randn(2, 3, 32, 32)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        before = model.vision(pixels)
+        assistant = Assistant(model, processor)
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
+        torch.testing.assert_close(assistant.model.vision(pixels), before, rtol=1e-3, atol=1e-4)
+    image = dataclasses.replace(processor.config, tokens_per_image=model.tokens_per_image)
+    save_model(model, Processor(processor.tokenizer, image, vocab_size=processor.vocab_size), tmp_path)
+    again, _ = load_model(tmp_path)
+    for name, tensor in again.state_dict().items():
+        whole = tensor.dim() < 2 or not tensor.is_floating_point()
+        assert torch.equal(tensor, state[name] if whole else state[name].half().float()), name
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta", "mps:0"])
+def test_devices_that_are_not_supported(name: str) -> None:
+    """Stops: a device that is accepted, and a model that stays on the CPU all the same."""
+    with pytest.raises(ConfigError, match=rf"device '{name}' is not supported; use auto, cpu or cuda"):
+        pick_device(name)
+
+
+def test_a_model_is_moved_to_its_device() -> None:
+    model, processor = make_tiny()
+    assistant = Assistant(model, processor, device=torch.device("meta"))  # stands for all that is no CPU
+    assert {p.device.type for p in assistant.model.parameters()} == {"meta"}
 
 
 def test_a_space_before_the_continuation_belongs_to_it(tiny_assistant: Assistant) -> None:

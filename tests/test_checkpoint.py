@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import resource
 import runpy
 import shutil
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import CheckpointError, MMGPTError
 from mm_gpt.hub import checkpoint
-from mm_gpt.hub.checkpoint import load_decoder, load_model, save_model
+from mm_gpt.hub.checkpoint import load_decoder, load_model, model_folder, save_model
+from mm_gpt.inference.assistant import Assistant
 from mm_gpt.model.decoder import Decoder, DecoderConfig
 from mm_gpt.model.lora import LoRAConfig, merge_lora
 from mm_gpt.model.mmgpt import MMGPT
@@ -67,11 +69,59 @@ def test_a_saved_model_is_the_same_model(tmp_path: Path) -> None:
 
 
 def test_values_that_half_precision_cannot_hold(tmp_path: Path) -> None:
+    """A run of days must not end in its first save: such a matrix is stored as it is, the others in half precision."""
     model, processor = make_tiny()
     with torch.no_grad():
         model.connector.fc1.weight[0, 0] = 1e6
-    with pytest.raises(CheckpointError, match=r"connector\.fc1\.weight holds values that half precision cannot store"):
+    model.connector.fc2.weight.data = model.connector.fc2.weight.data.to(torch.bfloat16) * 1e6
+    save_model(model, processor, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["connector.fc1.weight"].dtype == torch.float32
+    assert stored["connector.fc2.weight"].dtype == torch.bfloat16
+    assert stored["decoder.embedding.weight"].dtype == torch.float16
+    again, _ = load_model(tmp_path)
+    for name in ("connector.fc1.weight", "connector.fc2.weight"):
+        assert torch.equal(again.get_parameter(name), model.get_parameter(name).float())
+
+
+def test_values_that_are_no_numbers(tmp_path: Path) -> None:
+    model, processor = make_tiny()
+    with torch.no_grad():
+        model.connector.fc1.weight[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"connector\.fc1\.weight holds values that are no finite numbers"):
         save_model(model, processor, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_frozen_weights_are_saved_as_they_were(tmp_path: Path) -> None:
+    """Training rounds frozen weights to bfloat16; what is stored must not be the rounded ones."""
+    model, processor = make_tiny()
+    save_model(model, processor, tmp_path)
+    expected = load_file(tmp_path / "model.safetensors")
+    frozen = {f"decoder.{name}": parameter.data.clone() for name, parameter in model.decoder.named_parameters()}
+    model.decoder.to(torch.bfloat16)
+    save_model(model, processor, tmp_path, frozen=frozen)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(CheckpointError, match=r"the frozen decoder\.norm\.weight has shape \(1,\), not \(48,\)"):
+        save_model(model, processor, tmp_path, frozen={"decoder.norm.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(("name", "limit"), [("model.safetensors", 20_000), ("tokenizer_config.json", 5_000_000)])
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, name: str, limit: int) -> None:
+    """A limit on the size of files stands for the disk: the weights do not fit, or the tokenizer's names do not."""
+    model, processor = make_tiny()
+    processor.tokenizer.names["bos_token"] = "x" * 6_000_000
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(CheckpointError, match=rf"{name}: cannot be written \(.*[Ff]ile too large") as error:
+            save_model(model, processor, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / name).exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 # ---- decoders that are named, not stored ----
@@ -304,3 +354,117 @@ def test_a_folder_that_is_its_own_decoder(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(values | {"decoder": str(folder)}))
     with pytest.raises(CheckpointError, match=r"config\.json: the folder names itself as its decoder"):
         load_model(folder)
+
+
+def test_folders_that_are_each_others_decoder(folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    for one, its in ((folder, other), (other, folder)):
+        values = json.loads((one / "config.json").read_text())
+        (one / "config.json").write_text(json.dumps(values | {"decoder": str(its)}))
+    with pytest.raises(CheckpointError, match=r"config\.json: the folder names itself as its decoder"):
+        load_model(folder)
+
+
+def test_a_folder_called_like_a_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bare names are those of models first; a folder of such a name is given with a slash, or as a Path."""
+    shutil.copytree(folder, tmp_path / "shipped/default")
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.chdir(tmp_path)
+    for name in ("default", "smollm2-135m-instruct", "mine"):
+        shutil.copytree(folder, name)
+    assert model_folder("default") == tmp_path / "shipped/default"
+    assert model_folder("./default") == model_folder(Path("default")) == Path("default")
+    assert model_folder("mine") == Path("mine")
+    monkeypatch.setattr(checkpoint.download, "fetch", lambda name: {"asked": Path(f"{name}.gguf")})
+    monkeypatch.setattr(checkpoint.gguf, "load_gguf", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load_decoder("smollm2-135m-instruct")
+    with pytest.raises(ZeroDivisionError):
+        load_model("smollm2-135m-instruct")
+    assert load_decoder("./smollm2-135m-instruct")[0].config.width == 48
+    assert load_model("./smollm2-135m-instruct")[0].config.vision is not None
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_merged_model_is_saved_whole(tmp_path: Path, named: Decoder, stored: bool) -> None:
+    """An Assistant merges low-rank updates; what it then saves has them in its weights, and loads."""
+    tiny, processor = make_tiny()
+    decoder = tiny.config.decoder if stored else "smollm2-135m-instruct"
+    model = MMGPT(dataclasses.replace(tiny.config, decoder=decoder, lora=LoRAConfig(rank=2, alpha=4)), named)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_b" in name:
+                parameter.normal_(std=0.1)
+    expected = hidden(model, processor)
+    assistant = Assistant(model, processor)
+    save_model(assistant.model, processor, tmp_path)
+    again, again_processor = load_model(tmp_path)
+    torch.testing.assert_close(hidden(again, again_processor), expected, rtol=0, atol=0.05)
+    assert again.config.lora is None
+    assert isinstance(again.config.decoder, DecoderConfig)
+    half_merged, _ = make_tiny()
+    half_merged.add_lora(LoRAConfig(rank=2, alpha=4))
+    merge_lora(half_merged.decoder)
+    with pytest.raises(CheckpointError, match=r"MMGPT\.merge_lora"):
+        save_model(half_merged, processor, tmp_path)
+
+
+SIZES: dict[str, tuple[str, tuple[str, ...], object, str]] = {
+    "depth": ("config.json", ("decoder", "num_layers"), 10_000, "num_layers 10000 is more than 1000"),
+    "width": ("config.json", ("decoder", "width"), 1 << 40, "has shape|no configuration"),
+    "vocabulary": ("config.json", ("decoder", "vocab_size"), 1 << 40, r"embedding\.weight has shape"),
+    "MLP": ("config.json", ("decoder", "mlp_width"), 1 << 40, r"mlp\.\S+ has shape"),
+    "positions": ("config.json", ("decoder", "max_length"), 1 << 60, None),
+    "tower": ("config.json", ("vision", "model"), "timm/vit_giant_patch14_224", "unknown tensor|lacks the tensor"),
+    "image": ("config.json", ("vision", "image_size"), 1 << 20, "image_size must be 1 to 4096, not 1048576"),
+    "connector": ("config.json", ("connector", "kind"), "resampler", "unknown tensor|lacks the tensor"),
+    "latents": ("config.json", ("connector",), {"kind": "resampler", "depth": 10**9}, "depth must be at most 1000"),
+    "pixels": ("processor.json", ("image", "size"), 1 << 20, "size must be 1 to 4096 pixels, not 1048576"),
+    "other pixels": ("processor.json", ("image", "size"), 48, "images of 48 pixels .* a model that sees 32"),
+    "short side": ("processor.json", ("image", "short_side"), 1 << 30, "short_side"),
+    "image tokens": ("processor.json", ("tokens_per_image",), 10**9, "tokens_per_image is 1000000000, .* makes 4"),
+    "context": ("processor.json", ("max_length",), -1, "max_length must be at least 1"),
+    "tiles": (
+        "processor.json",
+        ("tiling",),
+        {"kind": "idefics3", "longest_edge": 4096},
+        r"processor\.json",
+    ),
+    "ends": ("tokenizer_config.json", ("more_ends",), [1 << 70], r"tokenizer_config\.json: more_ends"),
+    "negative ends": ("tokenizer_config.json", ("more_ends",), [-1], r"tokenizer_config\.json: more_ends"),
+}
+
+
+@pytest.mark.parametrize("what", SIZES)
+def test_sizes_are_checked_before_anything_is_built(folder: Path, what: str) -> None:
+    """A folder of a few kilobytes asks for days and terabytes: refused in one line that names its file."""
+    file, keys, value, message = SIZES[what]
+    values = json.loads((folder / file).read_text())
+    inner = values
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    (folder / file).write_text(json.dumps(values))
+    if message is None:
+        load_model(folder)
+        return
+    with pytest.raises(MMGPTError, match=message) as error:
+        load_model(folder)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_tokenizers_of_our_folders_are_checked(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    state = json.loads(path.read_text())
+    empty = state["model"] | {"vocab": {}, "merges": []}
+    for content, message in (
+        (state | {"model": empty, "added_tokens": []}, r"tokenizer\.json: the tokenizer has no special token"),
+        (state | {"model": {"type": "Unigram", "vocab": [], "unk_id": 5}}, "tokenizer"),
+        (state | {"decoder": {"type": "ByteLevel"}}, r"tokenizer\.json: not a readable tokenizer"),
+        (state | {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}}}, "not a readable tokenizer"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=message) as error:
+            load_model(folder)
+        assert str(folder) in str(error.value)

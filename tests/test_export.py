@@ -23,14 +23,14 @@ from mm_gpt.hub.export import folder as export_folder
 from mm_gpt.hub.export.decoders import CLASSES, decoder_values
 from mm_gpt.hub.export.export import export_model
 from mm_gpt.hub.gguf import mmproj
-from mm_gpt.hub.gguf.reader import load_gguf, open_gguf
+from mm_gpt.hub.gguf.file import read_gguf
+from mm_gpt.hub.gguf.reader import load_gguf, read_tokenizer
 from mm_gpt.hub.gguf.writer import pre_tokenizer_name
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.model.positions import RopeScaling, rotary_frequencies
 from mm_gpt.processor import Processor, ProcessorConfig
-from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.encoder import VisionConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
@@ -332,7 +332,7 @@ def test_gguf_is_read_back(name: str, tmp_path: Path) -> None:
         other = theirs(out, gguf_file=path.name)
         with torch.no_grad():
             torch.testing.assert_close(other(ids).logits, expected, **CLOSE)
-    again = Tokenizer.from_gguf_fields(fields, str(path))
+    again = read_tokenizer(fields)
     for text in ("<|im_start|>user\nA red circle 12?<|im_end|>", "é\n\n x"):
         assert again.encode(text, allow_special=True) == processor.tokenizer.encode(text, allow_special=True)
     assert fields["tokenizer.ggml.tokens"][-1] == f"[PAD{model.decoder.config.vocab_size - 1}]"
@@ -347,7 +347,7 @@ def test_gguf_of_llama_3_has_its_frequencies(tmp_path: Path) -> None:
     """The file has no key for this scaling, but a factor for each pair."""
     pair = make_text(DECODERS["llama 3"][1])
     export_model(saved(tmp_path / "ours", pair), tmp_path / "out", format="gguf")
-    (factors,) = [t for t in open_gguf(tmp_path / "out/model-float16.gguf").tensors if t.name == "rope_freqs.weight"]
+    factors = read_gguf(tmp_path / "out/model-float16.gguf").tensors["rope_freqs.weight"]
     here = (torch.float32, torch.device("cpu"))
     plain, stretched = (rotary_frequencies(8, 5e5, scaling, *here) for scaling in (None, LLAMA3))
     assert 1 < factors.data.max() <= 4
@@ -357,7 +357,8 @@ def test_gguf_of_llama_3_has_its_frequencies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "q8_0"])
 def test_gguf_types(dtype: str, llama: Path, tmp_path: Path) -> None:
     export_model(llama, tmp_path / "out", format="gguf", dtype=dtype)
-    stored = {t.name: t.tensor_type.name for t in open_gguf(tmp_path / f"out/model-{dtype}.gguf").tensors}
+    tensors = read_gguf(tmp_path / f"out/model-{dtype}.gguf").tensors
+    stored = {name: tensor.kind.name for name, tensor in tensors.items()}
     kind = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]
     assert {stored["token_embd.weight"], stored["blk.1.ffn_down.weight"]} == {kind}
     assert stored["blk.1.attn_norm.weight"] == "F32"
@@ -601,8 +602,8 @@ def test_mmproj(kind: str, tmp_path: Path) -> None:
     else:
         export_model(tmp_path / "public", tmp_path / "out", format="gguf", dtype="float32")
         assert {path.name for path in (tmp_path / "out").iterdir()} == {"model-float32.gguf", "mmproj-float32.gguf"}
-    reader = open_gguf(tmp_path / "out/mmproj-float32.gguf")
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    reader = read_gguf(tmp_path / "out/mmproj-float32.gguf")
+    fields = reader.fields
     assert model.config.vision is not None
     tower = model.config.vision.model
     assert isinstance(tower, ViTConfig)
@@ -650,7 +651,7 @@ def test_mmproj(kind: str, tmp_path: Path) -> None:
         shapes |= {"mm.0.weight": (32, width), "mm.0.bias": (32,), "mm.2.weight": (32, 32), "mm.2.bias": (32,)}
     else:
         shapes |= {"v.patch_embd.bias": (width,), "mm.model.fc.weight": (32, 4 * width)}
-    tensors = {t.name: t.data for t in reader.tensors}
+    tensors = {name: tensor.data for name, tensor in reader.tensors.items()}
     assert {name: data.shape for name, data in tensors.items()} == shapes
     state = model.vision.state_dict()  # type: ignore[union-attr]
     q, _, v = state["tower.blocks.1.attention.qkv.weight"].chunk(3)

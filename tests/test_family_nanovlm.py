@@ -1,4 +1,4 @@
-"""nanoVLM's three generations against SigLIP and Llama of transformers glued together: logits, pixels, prompt ids."""
+"""nanoVLM's four generations against SigLIP and Llama of transformers glued together: logits, pixels, prompt ids."""
 
 import json
 import shutil
@@ -22,6 +22,7 @@ from mm_gpt.processor import IGNORE_INDEX
 
 # Tiles of 24 pixels, an image enlarged to 48: grids of 2 x 2, 1 x 2 and 2 x 1; and one tile of 4 x 4 patches.
 A, B, C = make_picture(0, (40, 30)), make_picture(1, (60, 21)), make_picture(2, (13, 57))
+D = make_picture(3, (20, 24))  # one tile where nothing is enlarged
 QUESTION = "What is this?"
 CHATML = (
     "{% for message in messages %}"
@@ -64,6 +65,12 @@ GENERATIONS: dict[str, dict[str, Any]] = {
     "first": {"lm_eos_token_id": 0},
     # As nanoVLM-450M: an image token, one tile.
     "second": {"mp_image_token_length": 4, "vlm_extra_tokens": {"image_token": "<|image|>"}},
+    "tiles": {
+        "lm_chat_template": CHATML,
+        "mp_image_token_length": 4,
+        "max_img_size": 48,
+        "vlm_extra_tokens": {"image_token": "<|image|>", **MARKS},
+    },
     "third": {
         "lm_chat_template": CHATML,
         "mp_image_token_length": 4,
@@ -76,6 +83,7 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 CHATS: dict[str, list[tuple[list[PILImage.Image], str]]] = {
     "first": [([A], "What is this?"), ([B], "Is it red, é?"), ([], "What?")],
     "second": [([A], "What is this?"), ([B, C], "Is it red, é?"), ([], "What?")],
+    "tiles": [([A], "What is this?"), ([D], "Which?"), ([B, D, C], "Is it red, é?"), ([], "What?"), ([D, D], "Hm.")],
     "third": [([A], "What is this?"), ([B, C], "Is it red, é?"), ([], "What?"), ([C, A, B], "\n\nWhich?")],
 }
 
@@ -98,15 +106,17 @@ class Theirs(NamedTuple):
 
         found = []
         for image in images:
-            if self.name != "third":
+            if self.name in ("first", "second"):
                 found.append((to_tensor(resize(image, [24, 24]))[None], (1, 1)))
                 continue
             long, short = max(image.size), min(image.size)
-            side = -(-short * 48 // (long * 24))  # tiles along the short side
-            rows, cols = (side, 2) if image.width >= image.height else (2, side)
+            most = 1 if self.name == "tiles" and long <= 24 else 2
+            side = -(-short * most // long)  # tiles along the short side
+            rows, cols = (side, most) if image.width >= image.height else (most, side)
             whole = to_tensor(resize(image, [rows * 24, cols * 24], InterpolationMode.BICUBIC))
             tiles = [tile for row in whole.split(24, dim=1) for tile in row.split(24, dim=2)]
-            found.append((torch.stack([resize(whole[None], [24, 24])[0], *tiles]), (rows, cols)))
+            small = [resize(whole[None], [24, 24])[0]] if self.name == "third" else []
+            found.append((torch.stack([*small, *tiles]), (rows, cols)))
         return found
 
     def ids(self, images: list[PILImage.Image], text: str) -> list[int]:
@@ -118,7 +128,7 @@ class Theirs(NamedTuple):
         written = ""
         for number, (_, (rows, cols)) in enumerate(self.pixels(images)):
             written += f"<image: {number}>" if len(images) > 1 else ""
-            written += "<|global_image|>" + "<|image|>" * 4
+            written += "<|global_image|>" + "<|image|>" * 4 if self.name == "third" else ""
             for row in range(1, rows + 1):
                 written += "".join(f"<row_{row}_col_{col}>" + "<|image|>" * 4 for col in range(1, cols + 1))
         message = {"role": "user", "content": written + text}
@@ -316,11 +326,13 @@ def test_training_labels(theirs: Theirs) -> None:
     learned = example.labels[example.labels != IGNORE_INDEX].tolist()
     assert processor.tokenizer.decode(learned, keep_special=True) == "A red ball.<|im_end|>"
     text = processor.tokenizer.decode(example.input_ids.tolist())
-    written = "user\n" + QUESTION + "\nassistant\n" if theirs.name == "third" else f"Question: {QUESTION} Answer:"
+    written = (
+        "user\n" + QUESTION + "\nassistant\n" if theirs.name in ("tiles", "third") else f"Question: {QUESTION} Answer:"
+    )
     assert written + "A red ball." in text
 
 
-@pytest.mark.parametrize("name", ["first", "third"])
+@pytest.mark.parametrize("name", ["first", "tiles", "third"])
 def test_finetuning(generations: dict[str, Theirs], tmp_path: Path, name: str) -> None:
     chats = [[user(*images, text)] for images, text in CHATS[name]]
     changes = {"decoder": "full", "vision_blocks": 1} if name == "first" else {}

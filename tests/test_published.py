@@ -5,6 +5,7 @@ device, and of the files there are only those that a family looks into.
 """
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mm_gpt.hub.export.folder import tensors_of
 from mm_gpt.hub.families import FAMILIES, idefics3, is_foreign, kosmos2, llava, nanovlm, paligemma, text
+from mm_gpt.hub.image_processors import read_image_processor
 from mm_gpt.hub.weights import unfilled
 from mm_gpt.model.mmgpt import MMGPT
 
@@ -726,3 +729,192 @@ def test_number_of_parameters(name: str, tmp_path: Path, caplog: pytest.LogCaptu
     found = sum(parameter.numel() for parameter in model.parameters())
     assert found == published if isinstance(published, int) else found == pytest.approx(published, rel=1e-3)
     assert caplog.records == []
+
+
+# ---- the names of real index files ----
+
+
+def layers(prefix: str, count: int, *names: str) -> list[str]:
+    return [f"{prefix}{layer}.{name}" for layer in range(count) for name in names]
+
+
+def both(*names: str) -> list[str]:
+    return [f"{name}.{part}" for name in names for part in ("weight", "bias")]
+
+
+def llama_names(prefix: str, count: int) -> list[str]:
+    """Of Llama and Gemma: nine tensors a layer."""
+    projections = [f"self_attn.{part}_proj.weight" for part in "qkvo"] + [
+        f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")
+    ]
+    norms = ("input_layernorm.weight", "post_attention_layernorm.weight")
+    return [
+        f"{prefix}embed_tokens.weight",
+        f"{prefix}norm.weight",
+        *layers(f"{prefix}layers.", count, *projections, *norms),
+    ]
+
+
+def clip_names(prefix: str, count: int) -> list[str]:
+    blocks = both(
+        *(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")),
+        "layer_norm1",
+        "layer_norm2",
+        "mlp.fc1",
+        "mlp.fc2",
+    )
+    embeddings = ("class_embedding", "patch_embedding.weight", "position_embedding.weight")
+    return [
+        *(f"{prefix}embeddings.{name}" for name in embeddings),
+        *both(f"{prefix}pre_layrnorm", f"{prefix}post_layernorm"),
+        *layers(f"{prefix}encoder.layers.", count, *blocks),
+    ]
+
+
+LLAVA_NAMES = [
+    *llama_names("language_model.model.", 32),
+    "language_model.lm_head.weight",
+    *both("multi_modal_projector.linear_1", "multi_modal_projector.linear_2"),
+    *clip_names("vision_tower.vision_model.", 24),
+]
+GEMMA_CONFIG = GEMMA_2B | {
+    "architectures": ["GemmaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "head_dim": 256,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 8192,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "transformers_version": "4.38.0.dev0",
+    "vocab_size": 256_000,
+}
+# repository -> config.json, names of its index, bytes of its tensors (all of two bytes a value), further names that
+# other versions have written and that are not needed
+INDEXES: dict[str, tuple[dict[str, Any], list[str], int, list[str]]] = {
+    "llava-hf/llava-1.5-7b-hf": (
+        PUBLISHED["llava-hf/llava-1.5-7b-hf"][0],
+        LLAVA_NAMES,
+        14_126_854_144,
+        [
+            "vision_tower.vision_model.embeddings.position_ids",  # a buffer until transformers 4.31
+            *layers("language_model.model.layers.", 32, "self_attn.rotary_emb.inv_freq"),
+        ],
+    ),
+    "google/gemma-2b-it": (GEMMA_CONFIG, llama_names("model.", 18), 5_012_344_832, ["lm_head.weight"]),
+}
+RENAMED = {
+    "as published": lambda name: name,
+    # transformers 4.52 renames in memory; what it does not rename back on writing looks like this
+    "as in memory": lambda name: (
+        name.replace("language_model.model.", "model.language_model.")
+        .replace("language_model.lm_head", "lm_head")
+        .replace("vision_tower.", "model.vision_tower.")
+        .replace("multi_modal", "model.multi_modal")
+    ),
+}
+
+
+@pytest.mark.parametrize("written_as", RENAMED)
+@pytest.mark.parametrize("name", INDEXES)
+def test_all_names_of_an_index_are_wanted_and_no_others(name: str, written_as: str, tmp_path: Path) -> None:
+    """686 of LLaVA-1.5, 164 of Gemma 2B, and the bytes that the index says."""
+    config, names, num_bytes, unneeded = INDEXES[name]
+    assert len(names) == {"llava-hf/llava-1.5-7b-hf": 686, "google/gemma-2b-it": 164}[name]
+    rename = RENAMED[written_as] if name.startswith("llava") else RENAMED["as published"]
+    names, unneeded = [*map(rename, names)], [*map(rename, unneeded)]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(LLAVA_IMAGES))
+    save_file({tensor: torch.zeros(1) for tensor in [*names, *unneeded]}, tmp_path / "model.safetensors")
+    kind = FAMILIES[config["model_type"]]
+    tokenizer: Any = SimpleNamespace(
+        special={"<image>": 32_000},
+        names={},
+        end_tokens=("</s>",),
+        chat_template="{{ messages }}",
+        chat_templates={"default": "{{ messages }}"},
+    )
+    plan = READERS[kind].read(tmp_path, config, tokenizer)
+    with unfilled():
+        model = MMGPT(plan.model)
+    wanted = dict(tensors_of(model, plan.tables))
+    assert sorted(wanted) == sorted(names)
+    assert 2 * sum(tensor.numel() for tensor in wanted.values()) == num_bytes
+    patterns = [re.compile(pattern) for pattern in plan.left_over]
+    assert all(any(p.fullmatch(other) for p in patterns) for other in unneeded)
+
+
+def test_configurations_and_processors_as_other_versions_wrote_them(tmp_path: Path) -> None:
+    """transformers 4.36 to 5 say the same about LLaVA-1.5 in other words: each gives the same model and processor."""
+    config, images, tensors, special, _ = PUBLISHED["llava-hf/llava-1.5-7b-hf"]
+    text = config["text_config"]
+    full_text = text | {
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "hidden_act": "silu",
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+    old_rope, new_rope = (
+        {"rope_theta": 10_000.0, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}},
+    )
+    without_index = {key: value for key, value in config.items() if key != "image_token_index"}
+    lists = {"_valid_processor_keys": ["images", "do_resize"], "size": 336, "crop_size": 336}
+    feature_extractor = {key: value for key, value in images.items() if key != "image_processor_type"}
+    own = {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": 14,
+        "num_additional_image_tokens": 1,
+    }
+    versions: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]] = {
+        "4.36": (config, images, None),
+        "4.41": (config | {"text_config": text | old_rope}, images | lists, None),
+        "4.46": (config | {"image_seq_length": 576}, images, own | {"vision_feature_select_strategy": "default"}),
+        "4.53": (
+            without_index | {"image_token_id": 32_000, "text_config": full_text | old_rope},
+            images | {"image_processor_type": "CLIPImageProcessorFast"},
+            own,
+        ),
+        "5": (
+            without_index | {"image_token_id": 32_000, "text_config": full_text | new_rope},
+            {},
+            own | {"image_processor": images},
+        ),
+        "files of 2022": (config, feature_extractor | {"feature_extractor_type": "CLIPFeatureExtractor"}, None),
+        "null": (config | {"vision_feature_layer": -2}, images | {"do_pad": None}, None),
+    }
+    tokenizer: Any = SimpleNamespace(
+        special=special,
+        names={},
+        end_tokens=("</s>",),
+        chat_template="{{ messages }}",
+        chat_templates={"default": "{{ messages }}"},
+    )
+    found = {}
+    for version, (values, preprocessor, processor) in versions.items():
+        folder = tmp_path / version
+        folder.mkdir()
+        if preprocessor:
+            (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+        if processor is not None:
+            (folder / "processor_config.json").write_text(json.dumps(processor))
+        save_file({tensor: torch.zeros(1) for tensor in tensors}, folder / "model.safetensors")
+        plan = llava.read(folder, values, tokenizer)
+        found[version] = (plan.model, plan.processor, sorted(plan.tables), plan.left_over)
+    assert all(plan == found["4.36"] for plan in found.values())
+
+
+def test_the_first_image_files_of_kosmos_2() -> None:
+    """`Kosmos2ImageProcessor` is CLIP's under another name."""
+    values = {**LLAVA_IMAGES, "crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 224}}
+    first = read_image_processor(values | {"image_processor_type": "Kosmos2ImageProcessor"}, "preprocessor_config.json")
+    assert first == read_image_processor(values, "preprocessor_config.json")

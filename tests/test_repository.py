@@ -22,6 +22,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mm_gpt.errors import CheckpointError, DownloadError, MMGPTError
+from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.hub.fetching import repository
 from mm_gpt.hub.fetching.repository import fetch_repository, is_repository_name
 
@@ -224,6 +225,58 @@ def test_second_call_downloads_nothing(hub: Hub, cache: Path) -> None:
     hub.requests.clear()
     assert fetch_repository(NAME) == folder
     assert [path.partition("?")[0] for _, path, _ in hub.requests] == [f"/api/models/{NAME}/revision/main"]
+
+
+GPTQ = {"bits": 4, "group_size": 128, "quant_method": "gptq"}
+UNSUPPORTED: dict[str, tuple[dict[str, object], str, str]] = {
+    # config.json, another small file, the message
+    "model type": ({"model_type": "bert"}, "", "unknown model type 'bert'"),
+    "InternVL as it was": ({"model_type": "internvl_chat"}, "", "only the repositories ending in -hf"),
+    "LLaVA as it was": ({"model_type": "llava_llama"}, "", "only the layout of llava-hf"),
+    "GPTQ": ({"model_type": "llama", "quantization_config": GPTQ}, "", r"quantised weights \(quant\S+: gptq\)"),
+    "AWQ": ({"model_type": "qwen2", "quantization_config": {"quant_method": "awq"}}, "", "awq"),
+    "bitsandbytes": (
+        {"model_type": "llama", "quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}},
+        "",
+        "bitsandbytes",
+    ),
+    "FP8 of a part": (
+        {"model_type": "llava", "text_config": {"quantization_config": {"quant_method": "fp8"}}},
+        "",
+        "fp8",
+    ),
+    "compressed tensors": (
+        {"model_type": "llama", "compression_config": {"format": "dense"}},
+        "",
+        "compression_config",
+    ),
+    "GPTQ of 2023": ({"model_type": "llama"}, "quantize_config.json", "quantize_config.json: quantised weights"),
+    "text half": (
+        {"model_type": "llava", "text_config": {"model_type": "phi"}},
+        "",
+        "text_config: unknown model type 'phi'",
+    ),
+    "no tokenizer": ({"model_type": "llama"}, "", "tokenizer.json: not a readable tokenizer"),
+    "depth": ({"model_type": "llama", "num_hidden_layers": 10**9}, "", "num_hidden_layers 1000000000 is more than"),
+    "ours, misspelt": ({"decoder": "smollm2-135m-instruct", "visoin": None}, "", "unknown key 'visoin'"),
+}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("what", UNSUPPORTED)
+def test_what_is_not_supported_is_refused_before_its_weights(hub: Hub, cache: Path, what: str, sharded: bool) -> None:
+    """Gigabytes must not be fetched to say that the model is of another kind."""
+    config, extra, message = UNSUPPORTED[what]
+    if sharded:
+        shard(hub)
+    hub.files["config.json"] = json.dumps(config).encode()
+    if extra:
+        hub.files[extra] = b"{}"
+    with pytest.raises(MMGPTError, match=message) as error:
+        load_model(NAME)
+    assert "\n" not in str(error.value)
+    assert not [name for name in hub.fetched if name.endswith(".safetensors")]
+    assert not (cache / "refs").exists()  # offline calls must not take it for complete
 
 
 def test_shards_of_the_index_and_no_others(hub: Hub, cache: Path) -> None:

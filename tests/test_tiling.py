@@ -339,8 +339,8 @@ def test_unsupported_settings_are_refused(family, change, message):
 
 
 def test_nanovlm_refusals():
-    with pytest.raises(CheckpointError, match=r"^config.json: vlm_extra_tokens"):
-        read_nanovlm({"vit_img_size": 24, "max_img_size": 96}, "config.json")
+    with pytest.raises(ConfigError, match="whole must be true"):
+        TilingConfig(kind="idefics3", longest_edge=48, whole=False)
     values = {"vit_img_size": 24, "max_img_size": 100, "vlm_extra_tokens": {"global_image_token": "x"}}
     with pytest.raises(CheckpointError, match=r"^config.json: .*100 pixels are not whole tiles"):
         read_nanovlm(values, "config.json")

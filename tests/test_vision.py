@@ -13,6 +13,7 @@ from mm_gpt.config import from_dict, to_dict
 from mm_gpt.errors import CheckpointError, ConfigError
 from mm_gpt.hub.fetching.download import cache_folder
 from mm_gpt.hub.fetching.registry import lookup
+from mm_gpt.hub.weights import unfilled
 from mm_gpt.vision.connectors import ConnectorConfig, PixelShuffleConnector, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder, load_efficientnet_lite, rename_efficientnet_lite
 
@@ -157,11 +158,39 @@ def test_folding_batch_norm_keeps_the_tokens(model: str) -> None:
     with torch.inference_mode():
         expected = vision(pixels)
     assert expected.std() > 0.01
-    vision.fold_batch_norm()
-    with torch.inference_mode():
-        torch.testing.assert_close(vision(pixels), expected, atol=1e-4, rtol=1e-3)
+    before = {name: tensor.clone() for name, tensor in vision.state_dict().items()}
+    for _ in range(2):  # once more changes nothing
+        vision.fold_batch_norm()
+        with torch.inference_mode():
+            torch.testing.assert_close(vision(pixels), expected, atol=1e-4, rtol=1e-3)
     if model == LITE:
         assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in vision.modules())
+    after = torch.nn.ModuleDict({"vision": vision}).state_dict()
+    assert {f"vision.{name}" for name in before} == set(after)
+    assert all(torch.equal(after[f"vision.{name}"], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "has_class_token"),
+    [
+        ("vit_little_patch16_reg1_gap_256", False),
+        ("vit_medium_patch16_reg4_gap_256", False),
+        ("vit_small_patch14_reg4_dinov2", True),
+        ("test_vit", True),
+        ("vit_base_patch16_siglip_224", False),
+        ("tf_efficientnet_lite2", False),
+    ],
+)
+def test_registers_are_no_class_token(name: str, has_class_token: bool) -> None:
+    """Stops: registers put before the patches where somebody asked for a class token, in trunks that have none."""
+    with unfilled():
+        plain = VisionEncoder(VisionConfig(model=f"timm/{name}", image_size=224))
+        if has_class_token:
+            whole = VisionEncoder(VisionConfig(model=f"timm/{name}", image_size=224, include_class_token=True))
+            assert whole.num_patches > plain.num_patches
+        else:
+            with pytest.raises(ConfigError, match="has no class token"):
+                VisionEncoder(VisionConfig(model=f"timm/{name}", image_size=224, include_class_token=True))
 
 
 # EfficientNet-Lite weights

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 from mm_gpt.errors import ConfigError
 
+MAX_DEPTH = 1000
+"""Each layer takes memory and time, even without its weights."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectorConfig:
@@ -39,6 +42,8 @@ class ConnectorConfig:
         for name in ("scale", "num_latents", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.depth > MAX_DEPTH:
+            raise ConfigError(f"depth must be at most {MAX_DEPTH}, got {self.depth}")
 
 
 def build_connector(config: ConnectorConfig, in_width: int, out_width: int, num_patches: int) -> nn.Module:

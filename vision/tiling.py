@@ -11,7 +11,8 @@ into tiles of that size and add the whole image, squashed, as one more tile:
   scaled down. Of several images in one conversation each is a single tile, padded to a square.
 - `internvl` (InternVL 1.5; arXiv:2404.16821): squashed into the grid of `min_tiles` to `max_tiles` tiles whose shape is
   closest to the image's; the global tile comes last, and has the text of any other.
-- `nanovlm` (huggingface/nanoVLM): sides rounded up to whole tiles; the global tile, made of float pixels, comes first.
+- `nanovlm` (huggingface/nanoVLM): sides rounded up to whole tiles; the global tile, made of float pixels, comes first,
+  or, in the first models, not at all.
 
 With the transform's backend "torchvision" (nanovlm: "pil") pixels equal those of the models' own processors. Token
 counts are a function of the image's size alone, and the functions here are the only place that rounds: the prompt and
@@ -61,6 +62,8 @@ class TilingConfig:
     """idefics3: False gives the global tile alone."""
     enlarge: bool = True
     """nanovlm: False leaves the long side of a small image at the next whole number of tiles."""
+    whole: bool = True
+    """There is a global tile besides the others; False, for nanovlm alone: the tiles are all there is."""
     pinpoints: tuple[tuple[int, int], ...] = ()
     """anyres, anyres_max: the resolutions (height, width) to choose from."""
     max_tiles: int = 0
@@ -77,6 +80,8 @@ class TilingConfig:
             raise ConfigError(f"longest_edge {allowed} for tiling {self.kind!r}, got {self.longest_edge!r}")
         if anyres != bool(self.pinpoints):
             raise ConfigError(f"tiling {self.kind!r} {'needs' if anyres else 'has no'} pinpoints")
+        if not self.whole and self.kind != "nanovlm":
+            raise ConfigError(f"tiling {self.kind!r} has a global tile: whole must be true")
         if any(len(pair) != 2 or min(pair) < 1 for pair in self.pinpoints):
             raise ConfigError(f"pinpoints must be pairs (height, width), not {self.pinpoints!r}")
         if self.max_tiles < 0 or (self.kind in ("anyres_max", "internvl")) != bool(self.max_tiles):
@@ -188,6 +193,9 @@ class Tiler:
         values = normalise(resize_pixels(pixels, *self._canvas(height, width), self.image), self.image)
         if not split:
             return values[None]
+        assert self.tiling is not None
+        if not self.tiling.whole:
+            return _cut(values, tile)
         whole = F.interpolate(values[None], (tile, tile), mode="bilinear", align_corners=False, antialias=True)
         return torch.cat([whole, _cut(values, tile)])
 
@@ -219,7 +227,8 @@ def num_image_tokens(tiling: TilingConfig | None, *, size: Size, grid: Size, sid
     rows, cols = grid
     per_tile = side * side
     if tiling is None or not tiling.pinpoints:
-        return (rows * cols + 1) * per_tile
+        whole = tiling is None or tiling.whole or not rows * cols
+        return (rows * cols + whole) * per_tile
     if not rows * cols:
         return per_tile + 1
     kept_rows, kept_cols = _kept_features(tiling, size, grid, side)

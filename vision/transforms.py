@@ -6,8 +6,10 @@ and so of open_clip. "torchvision" resizes uint8 tensors: the numbers, bit for b
 levels in one percent of the values. H and W are a height and a width in pixels.
 """
 
+import logging
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 from mm_gpt.errors import ConfigError, ImageError, unknown_name
 from mm_gpt.images import pixel_array
 
+logger = logging.getLogger(__name__)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -30,6 +33,8 @@ _FILTERS = {
 }
 _GREY = torch.tensor([[0.299, 0.587, 0.114]] * 3, dtype=torch.float64)
 """Every channel becomes the pixel's grey (Rec. 601)."""
+MAX_SIZE = 4096
+"""Pixels of a side that a model may be given; the released ones see 1024 at most."""
 _MAX_INTERMEDIATE = 2**27
 """Pixels of what is resized or padded before the crop (400 MB): a 1 x 100,000 sliver would take 15 GB."""
 
@@ -52,16 +57,17 @@ class ImageTransformConfig:
     """Mode "crop": what the short side is resized to before the cut; None for `size`."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
-            raise ConfigError(f"size must be a whole number of pixels above 0, not {self.size!r}")
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or not 1 <= self.size <= MAX_SIZE:
+            raise ConfigError(f"size must be 1 to {MAX_SIZE} pixels, not {self.size!r}")
         if self.mode not in _MODES:
             raise ConfigError(unknown_name("mode", str(self.mode), _MODES))
         if self.interpolation not in _FILTERS:
             raise ConfigError(unknown_name("interpolation", str(self.interpolation), _FILTERS))
         if self.backend not in _BACKENDS:
             raise ConfigError(unknown_name("backend", str(self.backend), _BACKENDS))
-        if self.short_side is not None and (self.mode != "crop" or self.short_side < self.size):
-            raise ConfigError(f"short_side is for mode 'crop' and at least size ({self.size}), not {self.short_side!r}")
+        if self.short_side is not None and (self.mode != "crop" or not self.size <= self.short_side <= MAX_SIZE):
+            allowed = f"size ({self.size}) to {MAX_SIZE}"
+            raise ConfigError(f"short_side is for mode 'crop' and {allowed}, not {self.short_side!r}")
         for key, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3 or not all(math.isfinite(v) for v in values):
                 raise ConfigError(f"{key} must be three numbers (R, G, B), not {values!r}")
@@ -290,10 +296,18 @@ def resize_pixels(pixels: torch.Tensor, height: int, width: int, config: ImageTr
     from torchvision.transforms.v2 import functional as tv
 
     if config.interpolation == "lanczos" and tuple(map(int, torchvision.__version__.split(".")[:2])) < (0, 27):
-        raise ConfigError(
-            f"lanczos on tensors needs torchvision 0.27, not {torchvision.__version__}; backend 'pil' has it as well"
-        )
+        _warn_of_lanczos(torchvision.__version__)
+        return to_pixels(from_pixels(pixels).resize((width, height), _FILTERS["lanczos"]))
     return tv.resize(pixels, [height, width], InterpolationMode(config.interpolation), antialias=True)
+
+
+@cache
+def _warn_of_lanczos(version: str) -> None:
+    logger.warning(
+        "torchvision %s has no Lanczos filter for tensors, as 0.27 has: PIL's is used, and one value in a hundred "
+        "differs by a grey level or two",
+        version,
+    )
 
 
 def normalise(pixels: torch.Tensor, config: ImageTransformConfig) -> torch.Tensor:

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from mm_gpt.errors import ConfigError
 
+MAX_LAYERS = 1000
+"""Each takes memory and time, even without its weights."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
@@ -59,6 +62,8 @@ class ViTConfig:
         for name in ("image_size", "patch_size", "width", "num_layers", "num_heads", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.num_layers > MAX_LAYERS:
+            raise ConfigError(f"num_layers {self.num_layers} is more than {MAX_LAYERS}")
         if self.width % self.num_heads:
             raise ConfigError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.patch_size > self.image_size:

@@ -5,9 +5,10 @@ A decoder that comes from the registry is not stored again: the folder names it 
 and repositories of the hub by name.
 """
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,13 +16,22 @@ from torch import Tensor, nn
 
 from mm_gpt import config as configs
 from mm_gpt.errors import CheckpointError, MMGPTError, unknown_name
-from mm_gpt.hub.families import is_foreign, load_foreign
+from mm_gpt.hub.families import check_foreign, is_foreign, load_foreign
 from mm_gpt.hub.fetching import download, registry
 from mm_gpt.hub.fetching.repository import fetch_repository, is_repository_name
 from mm_gpt.hub.gguf import reader as gguf
-from mm_gpt.hub.weights import open_safetensors, read_json, write_json
+from mm_gpt.hub.weights import (
+    naming,
+    open_safetensors,
+    read_header,
+    read_json,
+    read_text,
+    unfilled,
+    whole_file,
+    write_json,
+    write_text,
+)
 from mm_gpt.model.decoder import Decoder
-from mm_gpt.model.lora import merge_lora
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
 from mm_gpt.templates.chat_template import ChatTemplate
@@ -43,6 +53,10 @@ SHIPPED = Path(__file__).resolve().parent.parent / "weights"
 TEMPLATE = "chat_template.jinja"
 
 
+def _nothing(name: str) -> bool:
+    return False
+
+
 def shipped_models() -> list[str]:
     """Names of the models inside the package."""
     return sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
@@ -53,17 +67,36 @@ def model_folder(name: str | Path) -> Path:
 
     Raises MMGPTError for an unknown name, DownloadError when a repository is out of reach.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    if (folder := _local_folder(name)) is not None:
+        return folder
     if str(name) in shipped_models():
         return SHIPPED / str(name)
     if is_repository_name(str(name)):
-        return fetch_repository(str(name))
-    if Path(name).name != str(name):
+        return fetch_repository(str(name), check=check_small_files)
+    if isinstance(name, Path) or Path(name).name != name:
         raise CheckpointError(f"{name}: no such model folder")
     known = [*shipped_models(), *decoder_names()]
-    unknown = unknown_name("model", str(name), known)
+    unknown = unknown_name("model", name, known)
     raise MMGPTError(f"{unknown}; or give the folder of a model, or OWNER/NAME on the Hugging Face hub")
+
+
+def _local_folder(name: str | Path) -> Path | None:
+    """The folder that is meant, if one is. A bare word that names a model means the model, whatever lies here; a Path,
+    or text with a slash, means a folder."""
+    if isinstance(name, str) and (name in shipped_models() or name in decoder_names()):
+        return None
+    return Path(name) if Path(name).is_dir() else None
+
+
+def check_small_files(folder: Path) -> None:
+    """Before the weights are fetched: whether what came first is a model that can be loaded.
+
+    Raises CheckpointError or ConfigError naming the file."""
+    values = read_json(folder / "config.json")
+    if is_foreign(values):
+        check_foreign(folder, values)
+    else:
+        read_configs(folder)
 
 
 def decoder_names() -> list[str]:
@@ -82,34 +115,61 @@ def read_configs(folder: Path) -> tuple[ModelConfig, ProcessorConfig]:
 
 
 def load_decoder(name: str) -> tuple[Decoder, Tokenizer]:
-    """A decoder and its tokenizer by registry name (downloaded on first use) or from a Hugging Face folder.
+    """A decoder and its tokenizer by registry name (downloaded on first use) or from a folder.
 
     Raises MMGPTError for an unknown name, DownloadError or CheckpointError when its files are out of reach or broken.
     """
-    if Path(name).is_dir():
-        model, processor = load_model(Path(name))
-        merge_lora(model.decoder)
-        return model.decoder, processor.tokenizer
+    if (folder := _local_folder(name)) is not None:
+        return _folder_decoder(folder)
     registry.lookup(name)
     paths = download.fetch(name)
     path = next((p for p in paths.values() if p.suffix == ".gguf"), None)
     if path is None:
         raise MMGPTError(f"{name!r} is in the registry, but is not a decoder")
     decoder, fields = gguf.load_gguf(path)
-    return decoder, Tokenizer.from_gguf_fields(fields, str(path))
+    return decoder, gguf.read_tokenizer(fields)
 
 
-def save_model(model: MMGPT, processor: Processor, folder: Path, *, card: str | None = None) -> None:
-    """Write a model into an existing folder. Matrices are stored in half precision, vectors in float32."""
+def _folder_decoder(folder: Path, *, above: tuple[Path, ...] = ()) -> tuple[Decoder, Tokenizer]:
+    model, processor = _load_folder(folder, dtype=torch.float32, above=above)
+    model.merge_lora()
+    return model.decoder, processor.tokenizer
+
+
+def save_model(
+    model: MMGPT,
+    processor: Processor,
+    folder: Path,
+    *,
+    card: str | None = None,
+    frozen: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model into an existing folder.
+
+    Matrices are stored in half precision, except those whose values are beyond it, which stay as they are; vectors stay
+    in float32. `frozen` has weights, by their names in the model, that are stored in place of the model's own: those
+    that training does not change, as they were before it rounded them to bfloat16. Each file gets its name when it is
+    whole. Raises CheckpointError naming the weight that is no finite number, or the file that cannot be written.
+    """
     base_stored = not isinstance(model.config.decoder, str)
-    state = {k: _compact(v, k) for k, v in model.state_dict().items() if base_stored or not _is_base(k)}
-    save_file(state, folder / "model.safetensors")
-    (folder / "model.safetensors").chmod(0o644)  # the library writes for the owner alone; a model is to be shared
+    state = {k: v for k, v in model.state_dict().items() if base_stored or not _is_base(k)}
+    if (model.config.lora is not None) != any(".lora_" in name for name in state):
+        raise CheckpointError("low-rank updates that were merged without a word to the configuration: MMGPT.merge_lora")
+    for name, tensor in (frozen or {}).items():
+        if name in state:
+            if tensor.shape != state[name].shape:
+                shapes = f"{tuple(tensor.shape)}, not {tuple(state[name].shape)}"
+                raise CheckpointError(f"the frozen {name} has shape {shapes}")
+            state[name] = tensor
+    state = {name: _compact(tensor, name) for name, tensor in state.items()}
+    with whole_file(folder / "model.safetensors") as partial:
+        save_file(state, partial)
+        partial.chmod(0o644)  # the library writes for the owner alone; a model is to be shared
     write_json(folder / "config.json", configs.to_dict(model.config))
     write_json(folder / "processor.json", configs.to_dict(processor.config))
     if base_stored:
         tokenizer = processor.tokenizer
-        tokenizer.save(folder / "tokenizer.json")
+        write_text(folder / "tokenizer.json", tokenizer.backend.to_str(pretty=True))
         ends = TokenizerConfig(
             end_of_text=tokenizer.end_of_text,
             end_of_turn=tokenizer.end_of_turn,
@@ -118,41 +178,57 @@ def save_model(model: MMGPT, processor: Processor, folder: Path, *, card: str | 
         )
         write_json(folder / "tokenizer_config.json", configs.to_dict(ends))
     if processor.template is not None:
-        (folder / TEMPLATE).write_text(processor.template.source, encoding="utf-8")
+        write_text(folder / TEMPLATE, processor.template.source)
     if card is not None:
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_text(folder / "README.md", card)
 
 
 def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[MMGPT, Processor]:
     """A model by name or folder, on the CPU. Raises CheckpointError naming what is missing or left over.
 
-    Names: those of the package, decoders of the registry, `owner/name` on the Hugging Face hub.
+    Names: those of the package, decoders of the registry, `owner/name` on the Hugging Face hub. They come first: a
+    folder that is called like one of the first two is given as `./name`, or as a Path.
     """
-    if not Path(name).is_dir() and str(name) in decoder_names():
-        decoder, tokenizer = load_decoder(str(name))
+    if isinstance(name, str) and name in decoder_names():
+        decoder, tokenizer = load_decoder(name)
         text = ProcessorConfig(max_length=decoder.config.max_length)
         processor = Processor(tokenizer, text, vocab_size=decoder.config.vocab_size)
-        return MMGPT(ModelConfig(decoder=str(name)), decoder).eval(), processor
-    folder = model_folder(name)
+        return MMGPT(ModelConfig(decoder=name), decoder).eval(), processor
+    return _load_folder(model_folder(name), dtype=dtype)
+
+
+def _load_folder(folder: Path, *, dtype: torch.dtype, above: tuple[Path, ...] = ()) -> tuple[MMGPT, Processor]:
+    """`above`: the folders that name this one as their decoder, each the one before it."""
+    if folder.resolve() in above:
+        raise CheckpointError(f"{folder}/config.json: the folder names itself as its decoder")
     values = read_json(folder / "config.json")
     if is_foreign(values):
         return load_foreign(folder, values, dtype=dtype)
     config, processor_config = read_configs(folder)
     if isinstance(config.decoder, str):
-        if Path(config.decoder).is_dir() and Path(config.decoder).samefile(folder):
-            raise CheckpointError(f"{folder}/config.json: the folder names itself as its decoder")
-        decoder, tokenizer = load_decoder(config.decoder)
+        below, skip = _local_folder(config.decoder), _is_base
+        if below is None:
+            decoder, tokenizer = load_decoder(config.decoder)
+        else:
+            decoder, tokenizer = _folder_decoder(below, above=(*above, folder.resolve()))
+        decoder_config = decoder.config
     else:
-        decoder = Decoder(config.decoder)
-        tokenizer = _load_tokenizer(folder)
-    model = MMGPT(config, decoder)
-    vocab_size = decoder.config.vocab_size
-    if tokenizer.vocab_size > vocab_size:
-        raise CheckpointError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the decoder {vocab_size}")
-    fill(model, folder / "model.safetensors", skip=_is_base if isinstance(config.decoder, str) else lambda _: False)
+        decoder, tokenizer, decoder_config, skip = None, _load_tokenizer(folder), config.decoder, _nothing
+    if tokenizer.vocab_size > decoder_config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the decoder {decoder_config.vocab_size}"
+        )
+    weights = folder / "model.safetensors"
+    with naming(f"{folder}/config.json"), unfilled():
+        plan = MMGPT(dataclasses.replace(config, decoder=decoder_config))
+        check_shapes(plan, weights, skip=skip)
+    _check_images(plan, processor_config, f"{folder}/processor.json")
+    with naming(f"{folder}/config.json"), unfilled("cpu"):
+        model = MMGPT(config, decoder or Decoder(decoder_config))
+    fill(model, weights, skip=skip)
     template = None
     if (folder / TEMPLATE).exists():
-        source = (folder / TEMPLATE).read_text(encoding="utf-8")
+        source = read_text(folder / TEMPLATE)
         template = ChatTemplate(
             source,
             special=tokenizer.names,
@@ -160,12 +236,28 @@ def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple
             end_tokens=tokenizer.end_tokens,
             guarded=tokenizer.special,
         )
-    return model.eval(), Processor(tokenizer, processor_config, vocab_size=vocab_size, template=template)
+    with naming(f"{folder}/processor.json"):
+        processor = Processor(tokenizer, processor_config, vocab_size=decoder_config.vocab_size, template=template)
+    return model.eval(), processor
+
+
+def _check_images(model: MMGPT, config: ProcessorConfig, where: str) -> None:
+    """The processor's images against the model's: where they differ, memory has no bound, and no answer is right."""
+    size = None if model.config.vision is None else model.config.vision.image_size
+    given = None if config.image is None else config.image.size
+    if size != given:
+        raise CheckpointError(f"{where}: images of {given} pixels are prepared for a model that sees {size}")
+    if config.tokens_per_image != model.tokens_per_image:
+        raise CheckpointError(
+            f"{where}: tokens_per_image is {config.tokens_per_image}, but the model makes {model.tokens_per_image}"
+        )
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer_config.json"
     values = configs.from_dict(TokenizerConfig, read_json(path), where=str(path))
+    if not all(0 <= id < 1 << 31 for id in values.more_ends):
+        raise CheckpointError(f"{path}: more_ends {list(values.more_ends)} are no ids")
     return Tokenizer.from_file(
         folder / "tokenizer.json",
         end_of_text=values.end_of_text,
@@ -175,25 +267,31 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
-def fill(module: nn.Module, path: Path, *, prefix: str = "", skip: Any = lambda _: False) -> None:
-    """Copy the tensors of a safetensors file into `module`, every one of them and nothing else.
+def check_shapes(module: nn.Module, path: Path, *, prefix: str = "", skip: Callable[[str], bool] = _nothing) -> None:
+    """Whether a safetensors file has the tensors of `module`, which may be on the meta device, and none else.
 
     With `prefix`, only the tensors under it are looked at. Raises CheckpointError naming the first that does not fit.
     """
-    wanted = {prefix + name: tensor for name, tensor in module.state_dict().items() if not skip(name)}
-    with open_safetensors(path) as file:
-        stored = {name for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118 (not a dict)
-        if stored != set(wanted):
-            wrong = sorted(stored ^ set(wanted))[0]
-            what = "has an unknown tensor" if wrong in stored else "lacks the tensor"
-            raise CheckpointError(f"{path}: {what} {wrong} ({len(stored ^ set(wanted))} do not match)")
-        for name, target in wanted.items():
-            tensor = file.get_tensor(name)
-            if tensor.shape != target.shape:
-                shapes = f"{tuple(tensor.shape)}, not {tuple(target.shape)}"
-                raise CheckpointError(f"{path}: {name} has shape {shapes}")
-            with torch.no_grad():
-                target.copy_(tensor)
+    wanted = {prefix + name: tensor.shape for name, tensor in module.state_dict().items() if not skip(name)}
+    stored = {name: entry for name, entry in read_header(path).items() if name.startswith(prefix)}
+    if wrong := sorted(stored.keys() ^ wanted.keys()):
+        what = "has an unknown tensor" if wrong[0] in stored else "lacks the tensor"
+        raise CheckpointError(f"{path}: {what} {wrong[0]} ({len(wrong)} do not match)")
+    for name, shape in wanted.items():
+        if stored[name].shape != tuple(shape):
+            raise CheckpointError(f"{path}: {name} has shape {stored[name].shape}, not {tuple(shape)}")
+
+
+def fill(module: nn.Module, path: Path, *, prefix: str = "", skip: Callable[[str], bool] = _nothing) -> None:
+    """Copy the tensors of a safetensors file into `module`, every one of them and nothing else.
+
+    With `prefix`, only the tensors under it are looked at. Raises what `check_shapes` does.
+    """
+    check_shapes(module, path, prefix=prefix, skip=skip)
+    with open_safetensors(path) as file, torch.no_grad():
+        for name, target in module.state_dict().items():
+            if not skip(name):
+                target.copy_(file.get_tensor(prefix + name))
 
 
 def _is_base(name: str) -> bool:
@@ -201,9 +299,13 @@ def _is_base(name: str) -> bool:
 
 
 def _compact(tensor: Tensor, name: str) -> Tensor:
+    """How a tensor is stored."""
+    tensor = tensor.detach()
     if tensor.dim() < 2 or not tensor.is_floating_point():
-        return tensor.detach().contiguous()
-    half = tensor.detach().to(torch.float16)
-    if not half.isfinite().all():
-        raise CheckpointError(f"{name} holds values that half precision cannot store")
-    return half.contiguous()
+        return tensor.contiguous()
+    half = tensor.to(torch.float16)
+    if half.isfinite().all():
+        return half.contiguous()
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{name} holds values that are no finite numbers")
+    return tensor.contiguous()

@@ -65,6 +65,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "SmolVLMImageProcessor": _IDEFICS3,
 }
 """What each class of transformers takes where the file is silent."""
+_OTHER_NAMES = {"Kosmos2ImageProcessor": "CLIPImageProcessor"}
+"""Of the code that came with the first files of KOSMOS-2."""
 _FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers of the filters, which is what the files hold."""
 
@@ -82,6 +84,7 @@ def read_image_processor(values: dict[str, Any], where: str) -> tuple[ImageTrans
     if not name:
         raise CheckpointError(f"{where}: no image_processor_type")
     name = name.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    name = _OTHER_NAMES.get(name, name)
     if name not in DEFAULTS:
         raise CheckpointError(f"{where}: image_processor_type: {unknown_name('image processor', name, DEFAULTS)}")
     given = {key: value for key, value in {**values, **own}.items() if value is not None}
@@ -103,20 +106,20 @@ def read_image_processor(values: dict[str, Any], where: str) -> tuple[ImageTrans
 
 
 def read_nanovlm(values: dict[str, Any], where: str) -> tuple[ImageTransformConfig, TilingConfig | None]:
-    """nanoVLM's `config.json`. Early models squash the image and have no tiles; none normalises."""
+    """nanoVLM's `config.json`. Early models squash the image and have no tiles, then come tiles alone, then tiles and
+    the whole image; none normalises."""
     settings = _Settings(values, where)
     size = settings.integer("vit_img_size", values.get("vit_img_size"))
     unchanged: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     if "max_img_size" not in values:
         return ImageTransformConfig(size, interpolation="bilinear", **unchanged), None
-    if "global_image_token" not in (values.get("vlm_extra_tokens") or {}):
-        raise settings.error("vlm_extra_tokens", "tiles without a global_image_token are not supported")
     image = ImageTransformConfig(size, interpolation="bicubic", **unchanged)
     try:
         tiling = TilingConfig(
             kind="nanovlm",
             longest_edge=settings.integer("max_img_size", values["max_img_size"]),
             enlarge=values.get("resize_to_max_side_len") is True,
+            whole="global_image_token" in (values.get("vlm_extra_tokens") or {}),
         )
         Tiler(image, tiling)
     except ConfigError as error:

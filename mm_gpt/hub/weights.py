@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from itertools import pairwise
@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mm_gpt.errors import CheckpointError
+from mm_gpt.errors import CheckpointError, MMGPTError
 
 CHUNK_BYTES = 256 << 10
 """Read at a time where the type changes: little enough to stay in a core's cache."""
@@ -40,12 +40,12 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 @contextmanager
-def unfilled() -> Iterator[None]:
-    """Modules are built on the meta device, and nothing is drawn for them.
+def unfilled(device: str = "meta") -> Iterator[None]:
+    """Modules are built, on the meta device where nothing else is said, and no random weights are drawn for them.
 
     Without this, `nn.Embedding` on the meta device imports torch's compiler to draw nothing: seconds, and 80 MB.
     """
-    with torch.device("meta"), _NothingDrawn():
+    with torch.device(device), _NothingDrawn():
         yield
 
 
@@ -54,7 +54,26 @@ class _NothingDrawn(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        if func is torch.linspace:  # older versions of timm ask it for drop rates, as numbers
+            kwargs.setdefault("device", "cpu")
         return func(*args, **kwargs)
+
+
+_BROKEN = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Whatever is wrong with a model's configuration becomes one CheckpointError that names the file."""
+    try:
+        yield
+    except MMGPTError as error:
+        if str(Path(where).parent) in str(error):
+            raise
+        raise CheckpointError(f"{where}: {error}") from None
+    except _BROKEN as error:  # a value of a type or a size that nobody asked about
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"{where}: no configuration of this model type ({what})") from error
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -418,6 +437,38 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_text(path: Path) -> str:
+    """Raises CheckpointError naming the file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as text ({error})") from None
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write what is to be called `path`: it gets that name when all of it is written.
+
+    Raises CheckpointError naming the file when it cannot be written, on a full disk, say; nothing of it is left then.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CheckpointError(f"{path}: cannot be written ({reason})") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Raises what `whole_file` does."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """An object as a JSON file that people can read."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -17,7 +17,6 @@ from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.images import ImageSource
 from mm_gpt.inference.conversation import Conversation
 from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream
-from mm_gpt.model.lora import merge_lora
 from mm_gpt.model.mmgpt import MMGPT, pick_device
 from mm_gpt.processor import IGNORE_INDEX, Processor, collate
 from mm_gpt.templates.prompts import CAPTION_PROMPT
@@ -61,12 +60,16 @@ class Assistant:
     def __init__(self, model: MMGPT, processor: Processor, *, device: torch.device | None = None):
         """Takes `model` over: its low-rank updates are merged and its layout is changed for speed."""
         device = device or torch.device("cpu")
-        merge_lora(model.decoder)
+        self.base_decoder = model.config.decoder
+        """The decoder before its low-rank updates, if it has a name."""
+        model.merge_lora()
         model.eval().requires_grad_(False)
-        if device.type == "cuda":
-            model.to(device, torch.bfloat16)
-        else:
+        if model.vision is not None:
+            model.vision.fold_batch_norm()
+        if device.type == "cpu":
             transpose_for_cpu(model.decoder)
+        else:
+            model.to(device, torch.bfloat16)
         self.model, self.processor = model, processor
         self.engine = Engine(model, processor)
 

@@ -181,6 +181,7 @@ def _from(example: Example, start: int) -> Example:
         example.branch_ids[start:],
         images=example.images[first:],
         grids=example.grids[first:],
+        whole=example.whole,
         sizes=example.sizes[first:],
         id=example.id,
     )

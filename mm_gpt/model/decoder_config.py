@@ -8,6 +8,8 @@ from mm_gpt.model.attention import Pattern
 from mm_gpt.model.positions import RopeScaling
 
 MAX_XPOS_LENGTH = 65_536
+MAX_LAYERS = 1000
+"""DeepNet's. Each layer takes memory and time, even without its weights."""
 PatternName = Literal[
     "dense",
     "local",
@@ -89,6 +91,8 @@ class DecoderConfig:
         for name in (*sizes, "max_length", "norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:  # written so that NaN is refused
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.num_layers > MAX_LAYERS:
+            raise ConfigError(f"num_layers {self.num_layers} is more than {MAX_LAYERS}")
         for name in ("position_offset", "memory_length"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} cannot be below 0: {getattr(self, name)}")

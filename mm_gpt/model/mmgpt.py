@@ -14,7 +14,7 @@ from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.model.cache import KVCache
 from mm_gpt.model.decoder import Decoder, init_weights
 from mm_gpt.model.decoder_config import DecoderConfig
-from mm_gpt.model.lora import LoRAConfig, add_lora
+from mm_gpt.model.lora import LoRAConfig, add_lora, merge_lora
 from mm_gpt.model.loss import next_token_loss
 from mm_gpt.processor import IGNORE_INDEX, Batch
 from mm_gpt.vision.connectors import ConnectorConfig, build_connector
@@ -80,6 +80,12 @@ class MMGPT(nn.Module):
         self.config = dataclasses.replace(self.config, lora=config)
         self.decoder.requires_grad_(False)
         add_lora(self.decoder.blocks, config)
+
+    def merge_lora(self) -> None:
+        """Fold the low-rank updates into the decoder's weights, which then are the model's own to store."""
+        merge_lora(self.decoder)
+        if self.config.lora is not None:
+            self.config = dataclasses.replace(self.config, lora=None, decoder=self.decoder.config)
 
     @property
     def tokens_per_image(self) -> int:
@@ -215,13 +221,15 @@ def _before_targets(batch: Batch) -> Tensor:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA when there is one, else the CPU."""
+    """`auto` is CUDA when there is one, else the CPU. Raises ConfigError for other kinds: none of them is tested."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"unknown device {name!r}; use auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use auto, cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"there is no device {name!r} here ({torch.cuda.device_count()} CUDA devices); use auto or cpu"

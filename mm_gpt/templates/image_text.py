@@ -21,7 +21,8 @@ class ImageTextConfig:
     after: str = ""
     mark: str = "<fake_token_around_image>"
     whole: str = "<global-img>"
-    """idefics3: what stands before and after each tile, and before the whole image; nanovlm has the latter only."""
+    """idefics3: what stands before and after each tile, and before the whole image. nanovlm has the latter only; where
+    it is empty there are the tiles alone."""
 
     def __post_init__(self) -> None:
         if not self.token:
@@ -48,10 +49,12 @@ def image_text(
         return config.before + tile * (rows * columns + 1) + config.after
     if config.kind == "rows":
         return config.token * num_image_tokens(tiling, size=size, grid=grid, side=math.isqrt(tokens_per_tile))
+    if not config.whole:
+        rows, columns = max(1, rows), max(1, columns)
     marked = [[f"<row_{row + 1}_col_{column + 1}>{tile}" for column in range(columns)] for row in range(rows)]
     if config.kind == "nanovlm":
         name = f"<image: {number}>" if count > 1 else ""
-        return name + config.whole + tile + "".join(itertools.chain(*marked))
+        return name + (config.whole + tile if config.whole else "") + "".join(itertools.chain(*marked))
     lines = ["".join(config.mark + part for part in row) + "\n" for row in marked]
     gap = "\n" if rows else ""
     return "".join(lines) + gap + config.mark + config.whole + tile + config.mark

@@ -16,7 +16,6 @@ from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.hub.export.folder import write_folder
 from mm_gpt.hub.fetching.repository import CONFIG_FILE
 from mm_gpt.hub.gguf.writer import GGUF_TYPES, write_gguf
-from mm_gpt.model.lora import merge_lora
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = {"hf": tuple(DTYPES), "gguf": tuple(GGUF_TYPES)}
@@ -45,7 +44,7 @@ def export_model(
         raise MMGPTError(f"format {format}: {unknown_name('dtype', dtype, FORMATS[format])}")
     _check_place(Path(name), out, overwrite=overwrite)
     model, processor = load_model(name)
-    merge_lora(model.decoder.blocks)
+    model.merge_lora()
     place = out.resolve()  # a link to a folder stays, and what it leads to is replaced
     temporary = place.with_name(f".tmp-{place.name}")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from mm_gpt.errors import CheckpointError, MMGPTError, unknown_name
+from mm_gpt.errors import CheckpointError, unknown_name
+from mm_gpt.hub.decoders import DEFAULTS as DECODERS
 from mm_gpt.hub.image_processors import read_image_processor
-from mm_gpt.hub.weights import Checkpoint, Table, read_json, unfilled
+from mm_gpt.hub.weights import Checkpoint, Table, naming, read_json, unfilled
+from mm_gpt.model.decoder_config import MAX_LAYERS
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
 from mm_gpt.templates.chat_template import ChatTemplate
@@ -50,6 +52,15 @@ FAMILIES = {
     "nanovlm": "nanovlm",
 }
 """`model_type` of a Hugging Face configuration -> the module here that reads it."""
+_LLAVA = "of LLaVA, only the layout of llava-hf on the hub is read, not that of the original code"
+OTHER_LAYOUTS = {
+    "internvl_chat": "the original layout of InternVL is not read, only the repositories ending in -hf",
+    **dict.fromkeys(("llava_llama", "llava_mistral", "llava_mpt", "llava_qwen"), _LLAVA),
+}
+"""Model types that have the weights of a family, but other names and files."""
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Of GPTQ, AWQ and ModelOpt, where `config.json` says nothing."""
 
 
 def is_foreign(values: dict[str, Any]) -> bool:
@@ -62,36 +73,26 @@ def _is_nanovlm(values: dict[str, Any]) -> bool:
     return "vit_hidden_dim" in values and "lm_hidden_dim" in values
 
 
+def check_foreign(folder: Path, values: dict[str, Any]) -> None:
+    """Whether a Hugging Face folder, whose weights need not be there yet, is of a kind that is read here.
+
+    Raises CheckpointError naming the file, for a model type, quantisation or tokenizer that is not."""
+    _read_tokenizer(folder, values, _family(folder, values))
+
+
 def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) -> tuple[MMGPT, Processor]:
     """The model in a Hugging Face folder, on the CPU.
 
     Raises CheckpointError naming the file for an unknown architecture, missing or left-over tensors, or a tokenizer
     that does not fit.
     """
-    kind = "nanovlm" if _is_nanovlm(values) else str(values.get("model_type"))
-    if kind not in FAMILIES:
-        problem = unknown_name("model type", kind, FAMILIES) if "model_type" in values else "has no model_type"
-        raise CheckpointError(f"{folder}/config.json: {problem}")
-    if values.get("quantization_config") is not None:
-        raise CheckpointError(f"{folder}/config.json: quantized weights (quantization_config) are not supported")
-    family = importlib.import_module(f"mm_gpt.hub.families.{FAMILIES[kind]}")
-    if hasattr(family, "read_tokenizer"):  # for a family whose folders have none of the usual files
-        tokenizer: Tokenizer = family.read_tokenizer(folder, values)
-    else:
-        tokenizer = Tokenizer.from_hf_folder(folder)
+    family = _family(folder, values)
+    tokenizer = _read_tokenizer(folder, values, family)
     read: Reader = family.read
-    try:
-        _check_layers(values)
+    with naming(f"{folder}/config.json"):
         plan = read(folder, values, tokenizer)
         with unfilled():
             model = MMGPT(plan.model)
-    except MMGPTError as error:
-        if str(folder) in str(error):
-            raise
-        raise CheckpointError(f"{folder}/config.json: {error}") from None
-    except _BROKEN as error:  # a value of a type or a size that nobody asked about
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise CheckpointError(f"{folder}/config.json: no configuration of this model type ({what})") from error
     vocab_size = model.decoder.config.vocab_size
     if tokenizer.vocab_size > vocab_size and (plan.model.image_token_id or 0) < vocab_size:
         tokenizer = tokenizer.without_ids_from(vocab_size)
@@ -110,8 +111,42 @@ def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) ->
     return model.eval(), Processor(tokenizer, plan.processor, vocab_size=vocab_size, template=plan.template)
 
 
-_BROKEN = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
-MAX_LAYERS = 1000
+def _family(folder: Path, values: dict[str, Any]) -> Any:
+    """The module that reads a folder. Raises CheckpointError for what none of them reads."""
+    where = f"{folder}/config.json"
+    kind = "nanovlm" if _is_nanovlm(values) else str(values.get("model_type"))
+    if kind not in FAMILIES:
+        problem = unknown_name("model type", kind, FAMILIES) if "model_type" in values else "has no model_type"
+        raise CheckpointError(f"{where}: {OTHER_LAYOUTS.get(kind, problem)}")
+    parts = {"": values, **{f"{key}: ": part for key, part in values.items() if isinstance(part, dict)}}
+    for name, part in parts.items():
+        for key in QUANTISATION_KEYS:
+            if part.get(key) is not None:
+                method = _method(part[key])
+                raise CheckpointError(f"{where}: {name}quantised weights ({key}{method}) are not supported")
+    for file in QUANTISATION_FILES:
+        if (folder / file).exists():
+            raise CheckpointError(f"{folder / file}: quantised weights are not supported")
+    text = values.get("text_config")
+    if isinstance(text, dict) and kind != "kosmos-2" and text.get("model_type", "llama") not in DECODERS:
+        raise CheckpointError(f"{where}: text_config: {unknown_name('model type', str(text['model_type']), DECODERS)}")
+    with naming(where):
+        _check_layers(values)
+    return importlib.import_module(f"mm_gpt.hub.families.{FAMILIES[kind]}")
+
+
+def _method(settings: Any) -> str:
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    return f": {method}" if isinstance(method, str) else ""
+
+
+def _read_tokenizer(folder: Path, values: dict[str, Any], family: Any) -> Tokenizer:
+    if hasattr(family, "read_tokenizer"):  # for a family whose folders have none of the usual files
+        tokenizer: Tokenizer = family.read_tokenizer(folder, values)
+        return tokenizer
+    return Tokenizer.from_hf_folder(folder)
+
+
 _LAYERS = ("num_hidden_layers", "n_layer", "layers", "lm_n_blocks", "vit_n_blocks")
 
 

@@ -1,11 +1,12 @@
 """nanoVLM (github.com/huggingface/nanoVLM): SigLIP, pixel shuffle, SmolLM2, in a format of its own.
 
 A repository holds `config.json` and `model.safetensors` alone: the tokenizer is that of another repository, which
-`lm_tokenizer` names, with the tokens of `vlm_extra_tokens` behind it. There are three generations:
+`lm_tokenizer` names, with the tokens of `vlm_extra_tokens` behind it. There are four generations:
 
 - 222M has no image token and no chat template: the image stands before "Question: ... Answer:".
 - 450M has an image token, and soon a chat template in its configuration.
-- later models cut the image into tiles and say row and column of each.
+- those of July and August 2025 cut the image into tiles and say row and column of each, also of a single one.
+- later models have the whole image, small, before the tiles, or alone.
 """
 
 from pathlib import Path
@@ -91,7 +92,7 @@ def read(folder: Path, values: dict[str, Any], tokenizer: Tokenizer) -> Import:
         text = ImageTextConfig(token=token)
     else:
         _check_marks(extra, tiling.longest_edge // image.size, where)
-        text = ImageTextConfig(token=token, kind="nanovlm", whole=extra["global_image_token"])
+        text = ImageTextConfig(token=token, kind="nanovlm", whole=extra.get("global_image_token", ""))
     template = tokenizer.chat_template
     return Import(
         model=ModelConfig(

@@ -24,7 +24,7 @@ import shutil
 import sys
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,9 @@ SMALL_FILES = (
     "merges.txt",
     "chat_template.json",
     "chat_template.jinja",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
     "README.md",
 )
 """Taken where the repository has them, before the weights: complete weights in the cache mean a complete model."""
@@ -120,10 +123,17 @@ def is_repository_name(text: str) -> bool:
     return _parse(text) is not None and not os.path.exists(text)
 
 
-def fetch_repository(name: str, *, progress: bool | None = None, weights: bool = True) -> Path:
+def fetch_repository(
+    name: str,
+    *,
+    progress: bool | None = None,
+    weights: bool = True,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
     """The local folder of the hub repository "owner/name" or "owner/name@revision"; downloads what is missing.
 
-    `weights` False leaves the weights out, for a repository whose tokenizer alone is wanted.
+    `weights` False leaves the weights out, for a repository whose tokenizer alone is wanted. `check` is called with the
+    folder when the small files are there, before any weights are fetched; what it raises ends the call.
     `progress`: True shows a bar on stderr, False does not, None shows it when stderr is a terminal. When the hub is out
     of reach, a complete copy in the cache is used. Raises MMGPTError for a name that cannot be one, DownloadError when
     files cannot be had, and CheckpointError when the repository is no model that can be read safely.
@@ -148,7 +158,7 @@ def fetch_repository(name: str, *, progress: bool | None = None, weights: bool =
             raise DownloadError(f"cannot fetch {repository}: {error}; {_by_hand(repository)}") from None
         logger.warning("%s; using the copy of %s in the cache", error, repository)
         return cached
-    return _fetch_files(hub, commit, files, progress, weights)
+    return _fetch_files(hub, commit, files, progress, weights, check)
 
 
 def _parse(text: str) -> tuple[str, str] | None:
@@ -342,8 +352,15 @@ def _site(endpoint: str) -> str:
     raise DownloadError("HF_ENDPOINT is not an http(s) address")
 
 
-def _fetch_files(hub: _Hub, commit: str, listing: dict[str, Any], progress: bool | None, weights: bool) -> Path:
-    repository = hub.repository
+def _fetch_files(
+    hub: _Hub,
+    commit: str,
+    listing: dict[str, Any],
+    progress: bool | None,
+    weights: bool,
+    check: Callable[[Path], None] | None,
+) -> Path:
+    repository, folder = hub.repository, hub.repository.snapshot(commit)
     if weights and CONFIG_FILE not in listing:
         raise CheckpointError(f"{repository} has no {CONFIG_FILE}: it is no model that can be loaded")
     small = [_listed(repository, listing, name) for name in SMALL_FILES if name in listing]
@@ -354,7 +371,7 @@ def _fetch_files(hub: _Hub, commit: str, listing: dict[str, Any], progress: bool
     elif INDEX_FILE in listing:
         index = _listed(repository, listing, INDEX_FILE)
         _store(hub, commit, [index], progress=False)
-        shards = _shards(repository.snapshot(commit) / INDEX_FILE)
+        shards = _shards(folder / INDEX_FILE)
         large = [_listed(repository, listing, name) for name in shards]
     else:
         found = [name for name in listing if name.endswith(_OTHER_WEIGHTS)]
@@ -363,6 +380,9 @@ def _fetch_files(hub: _Hub, commit: str, listing: dict[str, Any], progress: bool
             f"{repository} has neither {WEIGHTS_FILE} nor {INDEX_FILE} (found: {named}); pickles (.bin, .pt, .pkl) are "
             "never read, because they can run any code"
         )
+    if large and check is not None and not all(_is_stored(file, folder / file.name) for file in large):
+        _store(hub, commit, small, progress=False)
+        check(folder)
     _store(hub, commit, [*small, *large], progress)
     reference = repository.folder / "refs" / repository.revision
     # Without the weights, offline calls must not be led away from an earlier commit that has them.
@@ -371,7 +391,7 @@ def _fetch_files(hub: _Hub, commit: str, listing: dict[str, Any], progress: bool
         with suppress(OSError):
             reference.parent.mkdir(parents=True, exist_ok=True)
             reference.write_text(commit, encoding="utf-8")
-    return repository.snapshot(commit)
+    return folder
 
 
 def _listed(repository: _Repository, listing: dict[str, Any], name: str) -> _File:

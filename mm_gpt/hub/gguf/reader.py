@@ -1,21 +1,23 @@
-"""Decoder weights from GGUF files: quantised tensors are expanded to float32. `gguf_writer` is the way back.
+"""Decoders and their tokenizers from GGUF files: quantised tensors are expanded to float32.
 
 Query, key and value (and gate and up) are separate matrices in the files of the Llama family; the decoder stores each
 group as one.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mm_gpt.errors import CheckpointError
-from mm_gpt.hub.weights import Account, Table, same, unfilled
+from mm_gpt.hub.gguf.file import Fields, read_gguf
+from mm_gpt.hub.weights import Account, Table, naming, same, unfilled
 from mm_gpt.model.decoder import Decoder
-from mm_gpt.model.decoder_config import DecoderConfig
+from mm_gpt.model.decoder_config import MAX_LAYERS, DecoderConfig
 from mm_gpt.model.positions import RopeScaling
+from mm_gpt.tokenizer import GGUF_CONTROL, GGUF_PRE_TOKENIZERS, Tokenizer
 
 GGUF_TABLE: Table = {
     "embedding.weight": same("token_embd.weight"),
@@ -50,40 +52,32 @@ _GPT2_TABLE: Table = {
 ARCHITECTURES = {"llama": GGUF_TABLE, "qwen2": GGUF_TABLE, "qwen3": GGUF_TABLE, "gpt2": _GPT2_TABLE}
 
 
-def load_gguf(path: Path) -> tuple[Decoder, dict[str, Any]]:
-    """A float32 decoder from a GGUF file (quantised tensors are expanded) and the file's metadata fields.
+def load_gguf(path: Path) -> tuple[Decoder, Fields]:
+    """A float32 decoder from a GGUF file (quantised tensors are expanded) and the file's metadata.
 
     Raises CheckpointError naming the file when it is corrupt, of another architecture, or its tensors don't fit.
     """
-    reader = open_gguf(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    kind = fields.get("general.architecture")
-    if kind not in ARCHITECTURES:
-        raise CheckpointError(f"{path}: architecture {kind!r} is not one of {', '.join(ARCHITECTURES)}")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    own = {name.removeprefix(f"{kind}."): value for name, value in fields.items() if name.startswith(f"{kind}.")}
-    try:
-        vocab_size = len(fields["tokenizer.ggml.tokens"])
-        config = (_gpt2_config if kind == "gpt2" else _llama_config)(kind, own, tensors, vocab_size)
-    except KeyError as error:
-        raise CheckpointError(f"{path}: the metadata lacks {error}") from None
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    file = read_gguf(path)
+    fields, tensors = file.fields, file.tensors
+    kind = fields.text("general.architecture", ARCHITECTURES)
+    with naming(str(path)):
+        config = (_gpt2_config if kind == "gpt2" else _llama_config)(kind, fields, tensors)
 
     def read(name: str) -> Tensor:
         from gguf import dequantize
 
         tensor = tensors[name]
         try:
-            weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+            weight = torch.from_numpy(dequantize(tensor.data, tensor.kind).copy())
         except NotImplementedError:
-            quantisation = tensor.tensor_type.name
-            raise CheckpointError(f"{path}: tensor {name} has the unsupported quantisation {quantisation}") from None
+            raise CheckpointError(
+                f"{path}: tensor {name} has the unsupported quantisation {tensor.kind.name}"
+            ) from None
         if kind == "llama" and name.endswith(("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")):
-            weight = rotary_halves(weight, config.head_size)
+            weight = rotary_halves(weight, config.head_size, name, str(path))
         return weight
 
-    with unfilled():
+    with naming(str(path)), unfilled():
         decoder = Decoder(config)
     account = Account(str(path), tensors)
     account.fill(decoder, ARCHITECTURES[kind], read)
@@ -91,78 +85,99 @@ def load_gguf(path: Path) -> tuple[Decoder, dict[str, Any]]:
     return decoder, fields
 
 
-def _llama_config(kind: str, own: dict[str, Any], tensors: dict[str, Any], vocab_size: int) -> DecoderConfig:
-    heads = own["attention.head_count"]
-    default = own.get("rope.dimension_count", own["embedding_length"] // heads)
-    scaling = own.get("rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise CheckpointError(f"{kind}.rope.scaling.type {scaling!r} is not supported, only none and linear")
+SIZE = 1 << 24
+"""More than any width, length or number of heads."""
+
+
+def _sizes(kind: str, fields: Fields, tensors: Collection[str]) -> dict[str, Any]:
+    """What all architectures say."""
+    layers = fields.integer(f"{kind}.block_count", 1, MAX_LAYERS)
+    # Each layer takes time, even without its weights
+    stored = len({name.split(".")[1] for name in tensors if name.startswith("blk.")})
+    if layers > stored:
+        raise CheckpointError(f"{fields.where}: {kind}.block_count is {layers}, but there are tensors of {stored}")
+    return {
+        "vocab_size": len(fields.texts("tokenizer.ggml.tokens")),
+        "width": fields.integer(f"{kind}.embedding_length", 1, SIZE),
+        "num_layers": layers,
+        "num_heads": fields.integer(f"{kind}.attention.head_count", 1, SIZE),
+        "mlp_width": fields.integer(f"{kind}.feed_forward_length", 1, SIZE),
+        "max_length": fields.integer(f"{kind}.context_length", 1, SIZE),
+        "tie_embeddings": "output.weight" not in tensors,
+    }
+
+
+def _llama_config(kind: str, fields: Fields, tensors: Collection[str]) -> DecoderConfig:
+    sizes = _sizes(kind, fields, tensors)
+    width, heads = sizes["width"], sizes["num_heads"]
+    scaling = fields.text(f"{kind}.rope.scaling.type", ("none", "linear"), "none")
+    rotated = fields.integer(f"{kind}.rope.dimension_count", 1, SIZE, max(1, width // heads))
+    head_size = fields.integer(f"{kind}.attention.key_length", 1, SIZE, rotated)
+    for name in ("rope.dimension_count", "attention.value_length"):
+        if fields.integer(f"{kind}.{name}", 1, SIZE, head_size) != head_size:
+            raise fields.error(f"{kind}.{name}", f"the size of a head, {head_size}")
+    factor = fields.number(f"{kind}.rope.scaling.factor", 1e6) if scaling == "linear" else None
     return DecoderConfig(
-        vocab_size=vocab_size,
-        width=own["embedding_length"],
-        num_layers=own["block_count"],
-        num_heads=heads,
-        num_kv_heads=own.get("attention.head_count_kv", heads),
-        head_size=own.get("attention.key_length", default),
-        mlp_width=own["feed_forward_length"],
-        max_length=own["context_length"],
-        norm_eps=_short(own["attention.layer_norm_rms_epsilon"]),
+        **sizes,
+        num_kv_heads=fields.integer(f"{kind}.attention.head_count_kv", 1, SIZE, heads),
+        head_size=head_size,
+        norm_eps=fields.number(f"{kind}.attention.layer_norm_rms_epsilon", 1),
         qk_norm=kind == "qwen3",
-        rope_theta=own.get("rope.freq_base", 10_000.0),
-        rope_scaling=RopeScaling(kind="linear", factor=own["rope.scaling.factor"]) if scaling == "linear" else None,
-        tie_embeddings="output.weight" not in tensors,
+        rope_theta=fields.number(f"{kind}.rope.freq_base", 1e12, 10_000.0),
+        rope_scaling=None if factor is None else RopeScaling(kind="linear", factor=factor),
         qkv_bias="blk.0.attn_q.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
     )
 
 
-def _gpt2_config(kind: str, own: dict[str, Any], tensors: dict[str, Any], vocab_size: int) -> DecoderConfig:
-    heads = own["attention.head_count"]
+def _gpt2_config(kind: str, fields: Fields, tensors: Collection[str]) -> DecoderConfig:
+    sizes = _sizes(kind, fields, tensors)
     return DecoderConfig(
-        vocab_size=vocab_size,
-        width=own["embedding_length"],
-        num_layers=own["block_count"],
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_size=own["embedding_length"] // heads,
-        mlp_width=own["feed_forward_length"],
-        max_length=own["context_length"],
+        **sizes,
+        num_kv_heads=sizes["num_heads"],
+        head_size=sizes["width"] // sizes["num_heads"],
         norm="layer",
-        norm_eps=_short(own["attention.layer_norm_epsilon"]),
+        norm_eps=fields.number(f"{kind}.attention.layer_norm_epsilon", 1),
         activation="gelu_tanh",
         gated_mlp=False,
         mlp_bias=True,
         qkv_bias=True,
         output_bias=True,
         positions="learned",
-        tie_embeddings="output.weight" not in tensors,
     )
 
 
-def open_gguf(path: Path) -> Any:
-    """A `gguf.GGUFReader`; anything that it cannot parse becomes one CheckpointError."""
-    from gguf import GGUFReader
+def read_tokenizer(fields: Fields) -> Tokenizer:
+    """The tokenizer in the metadata, if it is byte-level BPE. Raises CheckpointError naming the file."""
+    fields.text("tokenizer.ggml.model", ("gpt2",))
+    pre = fields.text("tokenizer.ggml.pre", GGUF_PRE_TOKENIZERS, "gpt-2")
+    tokens = fields.texts("tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.texts("tokenizer.ggml.merges")]
+    kinds = fields.integers("tokenizer.ggml.token_type", len(tokens))
+    end_of_turn = tokens[fields.integer("tokenizer.ggml.eos_token_id", 0, len(tokens) - 1)]
+    if len(set(tokens)) != len(tokens):
+        raise CheckpointError(f"{fields.where}: tokenizer.ggml.tokens has a token twice")
+    if wrong := [pair for pair in merges if len(pair) != 2]:
+        raise CheckpointError(f"{fields.where}: tokenizer.ggml.merges: {wrong[0][0][:40]!r} is not a pair of tokens")
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == GGUF_CONTROL]
+    return Tokenizer.from_bpe(
+        {token: id for id, token in enumerate(tokens)},
+        merges,
+        pre_tokenizer=GGUF_PRE_TOKENIZERS[pre](),
+        special=control,
+        end_of_turn=end_of_turn,
+        where=fields.where,
+    )
 
-    class Reader(GGUFReader):
-        """numpy's memmap runs Python at each of the 800,000 slices that a vocabulary takes; a plain view does not."""
 
-        @property
-        def data(self) -> Any:
-            return self._data
+def rotary_halves(weight: Tensor, head_size: int, name: str = "", where: str = "") -> Tensor:
+    """GGUF's llama interleaves each head's rotary pairs (i, i+1); the decoder pairs (i, i + C/2).
 
-        @data.setter
-        def data(self, mapped: Any) -> None:
-            self._data = mapped.view(np.ndarray)
-
-    try:
-        return Reader(path)
-    except (ValueError, OSError, IndexError, KeyError, UnicodeDecodeError, OverflowError, AssertionError) as error:
-        raise CheckpointError(f"{path}: not a readable GGUF file ({error})") from None
-
-
-def rotary_halves(weight: Tensor, head_size: int) -> Tensor:
-    """GGUF's llama interleaves each head's rotary pairs (i, i+1); the decoder pairs (i, i + C/2)."""
+    Raises CheckpointError, with the tensor's `name` and file, where its rows are no whole heads.
+    """
     heads = weight.shape[0] // head_size
+    if heads * head_size != weight.shape[0]:
+        raise CheckpointError(f"{where}: {name} has {weight.shape[0]} rows, which are no heads of {head_size}")
     return weight.view(heads, head_size // 2, 2, -1).transpose(1, 2).reshape(weight.shape).contiguous()
 
 
@@ -170,8 +185,3 @@ def rotary_pairs(weight: Tensor, head_size: int) -> Tensor:
     """The way back of `rotary_halves`."""
     heads = weight.shape[0] // head_size
     return weight.reshape(heads, 2, head_size // 2, -1).transpose(1, 2).reshape(weight.shape).contiguous()
-
-
-def _short(value: float) -> float:
-    """The decimal that a float32 was written from: 9.999999747378752e-06 is 1e-05."""
-    return float(f"{value:.6g}")
