@@ -1,8 +1,12 @@
 """Configuration is plain dataclasses. This module turns them into JSON and back, and refuses what it does not know."""
 
+import ast
 import dataclasses
+import inspect
+import textwrap
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from mm_gpt.errors import ConfigError, unknown_name
@@ -13,6 +17,19 @@ T = TypeVar("T")
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as a JSON-ready dict, nested dataclasses included."""
     return dataclasses.asdict(config)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """What stands in the source under each field of a dataclass, on one line; its own fields, not inherited ones."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for field, below in zip(definition.body, definition.body[1:], strict=False):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
+            docs[field.target.id] = " ".join(below.value.value.split())
+    return docs
 
 
 def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "") -> T:
@@ -62,12 +79,23 @@ def override(config: T, assignments: list[str]) -> T:
     return _override_all(config, tree, "")
 
 
+def _paths(config: Any, where: str = "") -> Iterator[str]:
+    """Every key that may be assigned, as it is written."""
+    for field in dataclasses.fields(config):
+        yield f"{where}{field.name}"
+        if dataclasses.is_dataclass(value := getattr(config, field.name)):
+            yield from _paths(value, f"{where}{field.name}.")
+
+
 def _override_all(config: Any, tree: dict[str, Any], where: str) -> Any:
     names = [f.name for f in dataclasses.fields(config)]
     changes = {}
     for key, value in tree.items():
         path = f"{where}{key}"
         if key not in names:
+            inside = next((each for each in _paths(config, where) if each.endswith(f".{key}")), None)
+            if inside is not None:
+                raise ConfigError(f"{_first_leaf(path, value)}: unknown key {key!r}; did you mean {inside!r}?")
             raise ConfigError(f"{_first_leaf(path, value)}: {unknown_name('key', key, names)}")
         if isinstance(value, dict):
             child = getattr(config, key)
