@@ -116,6 +116,7 @@ def _first_leaf(path: str, value: Any) -> str:
 
 
 def _parse(hint: Any, text: str, where: str) -> Any:
+    _check_text(text, where)
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     if type(None) in options and text.lower() in ("none", "null"):
         return None
@@ -173,11 +174,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {key: _convert(item, v, f"{where}.{key}") for key, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where=where)  # type: ignore[arg-type]
+    if isinstance(value, str):
+        _check_text(value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise ConfigError(f"{where}: expected {_name(hint)}, got {value!r}")
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: half a character (a lone surrogate) in {text!a}") from None
 
 
 def _is_union(hint: Any) -> bool:

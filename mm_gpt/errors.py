@@ -44,15 +44,20 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}{hint} (known: {', '.join(options)})"
 
 
+def not_installed(package: str, extra: str) -> str:
+    """One line that tells how to install what an extra brings. From the checkout: no package index has this name."""
+    return f'{package} is not installed; in the folder of the checkout: pip install -e ".[{extra}]"'
+
+
 CLOSE = 0.66
 """Two of three letters alike, in order: `aks` is close to `ask`, `serve` is not close to `eval`."""
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` was meant to be, if one is close: misspelt, in capitals, with _ for -, or cut short."""
+    """The known name that `name` was meant to be, if one is close: misspelt, in capitals, with _ for -, cut short."""
 
     def plain(text: str) -> str:
-        return text.casefold().replace("_", "-")
+        return text.casefold().replace("_", "-").lstrip("-")
 
     options = {plain(option): option for option in known}
     close = difflib.get_close_matches(plain(name), options, n=1, cutoff=CLOSE)
