@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from mm_gpt.document import Document, Image, Message, Text
-from mm_gpt.errors import MMGPTError
+from mm_gpt.errors import MMGPTError, not_installed
 from mm_gpt.image_headers import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from mm_gpt.image_headers import OTHER_SUFFIXES
 
@@ -76,7 +76,7 @@ def optional_import(name: str, *, extra: str = "corpus") -> Any:
         return importlib.import_module(name)
     except ImportError:
         package = name.partition(".")[0]
-        raise MMGPTError(f'{package} is not installed: pip install "mm-gpt[{extra}]"') from None
+        raise MMGPTError(not_installed(package, extra)) from None
 
 
 @dataclass

@@ -99,11 +99,20 @@ def is_text(value: Any) -> bool:
         return False
 
 
-def check_text(value: str, what: str) -> str:
-    """`value` itself. Raises MMGPTError that begins with `what` when half a character stands in it."""
-    if not is_text(value):
-        raise MMGPTError(f"{what}: no Unicode text, half a character (a lone surrogate) stands in it")
-    return value
+def check_text(text: str, where: str) -> None:
+    """Raises MMGPTError naming `where` for half a character: a lone surrogate, which no UTF-8 text holds."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise MMGPTError(f"{where}: half a character ({half}, a lone surrogate) at position {error.start}") from None
+
+
+def check_document(document: Document, where: str = "the prompt") -> None:
+    """`check_text` of every text in it."""
+    for segment in (*document.segments, *(s for branch in document.branches for s in branch)):
+        if isinstance(segment, Text):
+            check_text(segment.text, where)
 
 
 def interleave(parts: str | Iterable[Any], *, is_target: bool = False) -> list[Segment]:
