@@ -6,10 +6,8 @@ GPT-2, GPT-3 and GPT-4 reports, and two for images: see `evaluation_index`. `mm-
 by the report.
 """
 
-import multiprocessing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -31,6 +29,7 @@ from mm_gpt.datasets.samples import Conversation, Record, Sample
 from mm_gpt.document import Image, Segment, Text
 from mm_gpt.errors import ImageError
 from mm_gpt.images import ImageSource, load_image
+from mm_gpt.processes import process_pool
 
 METHODS = ("n-gram", "13-gram", "substring", "image", "same file")
 COMMON_DOCUMENTS = 10
@@ -212,8 +211,7 @@ def scan_parallel(samples: Iterable[Sample], index: EvaluationIndex, *, workers:
     if workers <= 1:
         return scan(samples, index)
     result = Scan(index)
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(workers, context, initializer=_set_index, initargs=(index,)) as pool:
+    with process_pool(workers, _set_index, (index,)) as pool:
         pending: list[Any] = []
         for batch in _batches(samples):
             pending.append(pool.submit(_scan_batch, batch))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Never
 from mm_gpt import __version__
 from mm_gpt.commands import corpus as corpus_commands
 from mm_gpt.errors import MMGPTError, unknown_name
+from mm_gpt.processes import EXIT_TERMINATED, Terminated, sigterm_raises
 from mm_gpt.templates.prompts import CAPTION_PROMPT
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Command:
     usage: str | None = None
 
 
+@sigterm_raises()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Raises SystemExit for --help, --version and wrong usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -79,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"mm-gpt: {str(error) or 'stopped'}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Terminated:
+        print("mm-gpt: stopped", file=sys.stderr)
+        return EXIT_TERMINATED
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
