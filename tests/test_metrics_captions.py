@@ -105,6 +105,9 @@ JAVA_TOKENS = [
     ("a man in a #23 jersey ; another in # 4", "a man in a # 23 jersey another in # 4"),
     ('D.J. plays "la la" on TV.', "d.j. plays la la on tv"),
     ("p.s. I love you... NOT!!!", "p.s. i love you not !!!"),
+    ("एक कुत्ता पानी में खेल रहा है।", "एक कुत्ता पानी में खेल रहा है ।"),
+    ("ป่า ป้า பால் দিন כِתָב", "ป่า ป้า பால் দিন כِתָב"),
+    ("a cafe\u0301 don't ভালো", "a cafe\u0301 do n't ভালো"),
 ]
 
 

@@ -134,6 +134,7 @@ def test_measures_by_hand() -> None:
     assert special_characters("") == 0
     assert punctuation("Yes, no.") == (2 / 4, 4)
     assert punctuation("") == (0, 0)
+    assert punctuation("दिन में खेल।") == (1 / 4, 4), "vowel signs do not break words"
 
 
 @given(st.text(alphabet="ab ", max_size=40), st.integers(1, 4))

@@ -33,7 +33,6 @@ _EMOJI_PATTERN = re.compile(
 _HASHTAG = re.compile(r"(?<![\w&/#])[#＃](?=\w{0,99}[^\W\d_])\w+")
 _URL = re.compile(r"(?:https?://|www\.)\S+", re.IGNORECASE)
 _MARKS = ".,;:!?…¿¡。、，．！？；：؟،؛।॥"
-_MARK_OR_WORD = re.compile(rf"[\w'’]+|[{_MARKS}]")
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？।॥])\s*")
 
 
@@ -88,7 +87,7 @@ def special_characters(text: str) -> float:
 
 def punctuation(text: str) -> tuple[float, int]:
     """(share of punctuation marks among words and marks, number of both)."""
-    tokens = _MARK_OR_WORD.findall(text)
+    tokens = _mark_or_word().findall(text)
     return sum(token in _MARKS for token in tokens) / max(1, len(tokens)), len(tokens)
 
 
@@ -333,8 +332,17 @@ def _document_text(document: Document) -> str:
 
 
 @cache
+def _signs() -> str:
+    """Vowel signs of Hindi or Thai are no letters for `re`: without them words would lose their ends, or break."""
+    return re.escape("".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M"))
+
+
+@cache
+def _mark_or_word() -> re.Pattern[str]:
+    return re.compile(rf"[\w'’{_signs()}]+|[{_MARKS}]")
+
+
+@cache
 def _word_pattern() -> re.Pattern[str]:
-    # Vowel signs of Hindi or Thai are marks, not letters, for `re`: without them words would lose their ends.
-    marks = "".join(char for char in map(chr, range(0x300, 0x20000)) if unicodedata.category(char)[0] == "M")
     letter = rf"(?:(?![{_IDEOGRAPHS}])[^\W\d_])"
-    return re.compile(rf"[{_IDEOGRAPHS}]|{letter}(?:[^\s{_IDEOGRAPHS}]*{letter})?[{re.escape(marks)}]*")
+    return re.compile(rf"[{_IDEOGRAPHS}]|{letter}(?:[^\s{_IDEOGRAPHS}]*{letter})?[{_signs()}]*")
