@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from mm_gpt.document import Document, Message
-from mm_gpt.errors import MMGPTError
+from mm_gpt.errors import MMGPTError, not_installed
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def optional_import(name: str, *, extra: str = "corpus") -> Any:
         return importlib.import_module(name)
     except ImportError:
         package = name.partition(".")[0]
-        raise MMGPTError(f'{package} is not installed: pip install "mm-gpt[{extra}]"') from None
+        raise MMGPTError(not_installed(package, extra)) from None
 
 
 @dataclass

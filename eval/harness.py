@@ -62,6 +62,8 @@ class EvalConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be from 0 to 2**63 - 1, not {self.seed}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="PATH", help="tars or folders of records; text files for perplexity"
     )
-    parser.add_argument("--model", default="default", help="a model's name or folder (default: %(default)s)")
+    parser.add_argument("-m", "--model", default="default", help="a model's name or folder (default: %(default)s)")
     parser.add_argument(
         "--control",
         action="append",
@@ -84,14 +86,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-beams", type=int, metavar="N", help="default: 3 for captions, 1 for answers")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 40 for captions, 32 for answers")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffled control and the bootstrap")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument(
         "--contamination",
         metavar="REPORT",
         help="a contamination.json of this data: also score the items that the training corpus holds, and the others",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("results.json"), metavar="FILE", help="default: %(default)s"
+        "-o",
+        "--out",
+        "--output",
+        dest="output",
+        type=Path,
+        default=Path("results.json"),
+        metavar="FILE",
+        help="default: %(default)s",
     )
     parser.add_argument("--restart", action="store_true", help="replace the results of an earlier run in the same file")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
@@ -277,6 +286,7 @@ def _header(config: EvalConfig, task: Task) -> dict[str, Any]:
     """What is known before the first prediction; with it an interrupted run is recognised."""
     import mm_gpt
 
+    generation = task.generation()
     return {
         "finished": False,
         "task": task.name,
@@ -286,6 +296,7 @@ def _header(config: EvalConfig, task: Task) -> dict[str, Any]:
         "git_commit": git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": {**dataclasses.asdict(config), "data": list(config.data), "controls": list(config.controls or ())},
+        "generation": None if generation is None else dataclasses.asdict(generation),
         "counts": {
             task.unit: task.num_groups,
             "items": len(task.items),
@@ -379,6 +390,7 @@ def _check_same(earlier: dict[str, Any], now: dict[str, Any], output: Path) -> N
             "data sha256": data["sha256"],
             "mm-gpt version": results["mm_gpt_version"],
             **{name: config[name] for name in ("num_beams", "max_new_tokens", "seed")},
+            "no_repeat_ngram_size": (results["generation"] or {}).get("no_repeat_ngram_size"),
         }
 
     try:

@@ -31,7 +31,7 @@ from mm_gpt.eval.metrics.vqa import exact_match, vqa_accuracy
 from mm_gpt.eval.perplexity import WINDOW, read_text, window_nats, windows
 from mm_gpt.hub.checkpoint import load_decoder
 from mm_gpt.images import image_bytes
-from mm_gpt.inference.assistant import CAPTION_NO_REPEAT, CHAT_NO_REPEAT, Assistant, load
+from mm_gpt.inference.assistant import Assistant, GenerationOptions, load
 from mm_gpt.inference.engine import GenerationConfig
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.templates.prompts import CAPTION_PROMPT, question_prompt
@@ -114,7 +114,6 @@ class Task(ABC):
     default_controls: ClassVar[tuple[str, ...]] = ()
     num_beams: ClassVar[int | None] = None
     max_new_tokens: ClassVar[int | None] = None
-    no_repeat_ngram_size: ClassVar[int] = 0
     unit: ClassVar[str]
     """What the bootstrap draws: images or windows."""
     scale: ClassVar[float]
@@ -145,6 +144,10 @@ class Task(ABC):
     @abstractmethod
     def predict(self, items: Sequence[Item], control: str) -> list[dict[str, Any]]:
         """For each item the fields that the prediction adds to its row."""
+
+    def generation(self) -> GenerationConfig | None:
+        """How answers are generated; None where nothing is."""
+        return None
 
     @abstractmethod
     def scores(self, rows: Sequence[dict[str, Any]]) -> dict[str, Score]:
@@ -246,15 +249,19 @@ class ImageTask(Task):
 
     def predict(self, items: Sequence[Item], control: str) -> list[dict[str, Any]]:
         documents = [self._document(self.prompts[item.id], self._image(item.group, control)) for item in items]
+        return [{"prediction": str(answer)} for answer in self.assistant.engine.generate(documents, self.generation())]
+
+    @abstractmethod
+    def generation(self) -> GenerationConfig: ...
+
+    def _options(self) -> GenerationOptions:
         assert self.config.num_beams is not None  # the harness has filled them in
         assert self.config.max_new_tokens is not None
-        generation = GenerationConfig(
-            num_beams=self.config.num_beams,
-            max_new_tokens=self.config.max_new_tokens,
-            seed=self.config.seed,
-            no_repeat_ngram_size=self.no_repeat_ngram_size,
-        )
-        return [{"prediction": str(answer)} for answer in self.assistant.engine.generate(documents, generation)]
+        return {
+            "num_beams": self.config.num_beams,
+            "max_new_tokens": self.config.max_new_tokens,
+            "seed": self.config.seed,
+        }
 
     def _image(self, group: int, control: str) -> Image | None:
         if control == "no-image":
@@ -280,7 +287,9 @@ class Captioning(ImageTask):
     name = "captioning"
     num_beams = 3
     max_new_tokens = 40
-    no_repeat_ngram_size = CAPTION_NO_REPEAT
+
+    def generation(self) -> GenerationConfig:
+        return self.assistant.caption_config(self._options())
 
     @classmethod
     def _asked(cls, record: Record) -> list[tuple[str, str, dict[str, Any]]]:
@@ -305,7 +314,9 @@ class VQA(ImageTask):
     name = "vqa"
     num_beams = 1
     max_new_tokens = 32
-    no_repeat_ngram_size = CHAT_NO_REPEAT
+
+    def generation(self) -> GenerationConfig:
+        return self.assistant.chat_config(self._options())
 
     @classmethod
     def _asked(cls, record: Record) -> list[tuple[str, str, dict[str, Any]]]:

@@ -1,6 +1,6 @@
 """Corpora from Debian's documentation: pages with screenshots in many languages, and eight thousand captioned drawings.
 
-    pip install "mm-gpt[corpus]" resvg-py
+    pip install -e ".[corpus]" resvg-py
     python examples/debian_corpora.py debian --languages en,de,fr,es,it,ja,ko,ru,el
 
 GIMP's manual (one package a language), GNOME's help (49 languages in one package), scikit-learn's documentation and the

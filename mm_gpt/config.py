@@ -1,8 +1,12 @@
 """Configuration is plain dataclasses. This module turns them into JSON and back, and refuses what it does not know."""
 
+import ast
 import dataclasses
+import inspect
+import textwrap
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from mm_gpt.errors import ConfigError, unknown_name
@@ -13,6 +17,19 @@ T = TypeVar("T")
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as a JSON-ready dict, nested dataclasses included."""
     return dataclasses.asdict(config)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """What stands in the source under each field of a dataclass, on one line; its own fields, not inherited ones."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for field, below in zip(definition.body, definition.body[1:], strict=False):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
+            docs[field.target.id] = " ".join(below.value.value.split())
+    return docs
 
 
 def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "") -> T:
@@ -62,12 +79,23 @@ def override(config: T, assignments: list[str]) -> T:
     return _override_all(config, tree, "")
 
 
+def _paths(config: Any, where: str = "") -> Iterator[str]:
+    """Every key that may be assigned, as it is written."""
+    for field in dataclasses.fields(config):
+        yield f"{where}{field.name}"
+        if dataclasses.is_dataclass(value := getattr(config, field.name)):
+            yield from _paths(value, f"{where}{field.name}.")
+
+
 def _override_all(config: Any, tree: dict[str, Any], where: str) -> Any:
     names = [f.name for f in dataclasses.fields(config)]
     changes = {}
     for key, value in tree.items():
         path = f"{where}{key}"
         if key not in names:
+            inside = next((each for each in _paths(config, where) if each.endswith(f".{key}")), None)
+            if inside is not None:
+                raise ConfigError(f"{_first_leaf(path, value)}: unknown key {key!r}; did you mean {inside!r}?")
             raise ConfigError(f"{_first_leaf(path, value)}: {unknown_name('key', key, names)}")
         if isinstance(value, dict):
             child = getattr(config, key)
@@ -88,6 +116,7 @@ def _first_leaf(path: str, value: Any) -> str:
 
 
 def _parse(hint: Any, text: str, where: str) -> Any:
+    _check_text(text, where)
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     if type(None) in options and text.lower() in ("none", "null"):
         return None
@@ -145,11 +174,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {key: _convert(item, v, f"{where}.{key}") for key, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where=where)  # type: ignore[arg-type]
+    if isinstance(value, str):
+        _check_text(value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise ConfigError(f"{where}: expected {_name(hint)}, got {value!r}")
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: half a character (a lone surrogate) in {text!a}") from None
 
 
 def _is_union(hint: Any) -> bool:

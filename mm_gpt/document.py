@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image as PILImage
 from PIL import ImageOps
 
+from mm_gpt.errors import MMGPTError
 from mm_gpt.images import ImageSource, image_size, load_image, load_pixels, source_name
 
 if TYPE_CHECKING:
@@ -88,6 +89,22 @@ Message = dict[str, Any]
 """`{"role": "system" | "user" | "assistant", "content": str | [part, ...]}`; a part is
 `{"type": "text", "text": ...}` or `{"type": "image", "image": source}` (also `url`, `path` or `image_url`).
 An assistant turn with `"complete": False` was cut off: its end is not learned."""
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises MMGPTError naming `where` for half a character: a lone surrogate, which no UTF-8 text holds."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise MMGPTError(f"{where}: half a character ({half}, a lone surrogate) at position {error.start}") from None
+
+
+def check_document(document: Document, where: str = "the prompt") -> None:
+    """`check_text` of every text in it."""
+    for segment in (*document.segments, *(s for branch in document.branches for s in branch)):
+        if isinstance(segment, Text):
+            check_text(segment.text, where)
 
 
 def interleave(parts: str | Iterable[Any], *, is_target: bool = False) -> list[Segment]:

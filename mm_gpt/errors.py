@@ -37,8 +37,30 @@ class ContextOverflowError(MMGPTError):
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """One line that names what is unknown, the closest right name, and what exists."""
+    """One line that names what is unknown, the right name if one is close, and what exists."""
     options = sorted(known)
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    close = closest(name, options)
+    hint = f"; did you mean {close!r}?" if close else ""
     return f"unknown {kind} {name!r}{hint} (known: {', '.join(options)})"
+
+
+def not_installed(package: str, extra: str) -> str:
+    """One line that tells how to install what an extra brings. From the checkout: no package index has this name."""
+    return f'{package} is not installed; in the folder of the checkout: pip install -e ".[{extra}]"'
+
+
+CLOSE = 0.66
+"""Two of three letters alike, in order: `aks` is close to `ask`, `serve` is not close to `eval`."""
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` was meant to be, if one is close: misspelt, in capitals, with _ for -, cut short."""
+
+    def plain(text: str) -> str:
+        return text.casefold().replace("_", "-").lstrip("-")
+
+    options = {plain(option): option for option in known}
+    close = difflib.get_close_matches(plain(name), options, n=1, cutoff=CLOSE)
+    begun = [option for option in options if len(name) > 2 and option.startswith(plain(name))]
+    found = close or (begun if len(begun) == 1 else [])
+    return options[found[0]] if found else None

@@ -42,7 +42,7 @@ from mm_gpt.eval.contamination import evaluation_items
 from mm_gpt.eval.harness import EvalConfig, add_arguments, evaluate, table
 from mm_gpt.eval.harness import run as run_command
 from mm_gpt.inference.assistant import Assistant
-from mm_gpt.inference.engine import Answer
+from mm_gpt.inference.engine import Answer, GenerationConfig
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in ("lt", "m", "nd", "p", "rk", "s")]
 
@@ -483,7 +483,15 @@ def test_counts_of_the_corpus_are_asked_for(tmp_path: Path) -> None:
 
 
 def answer(text: str) -> Answer:
-    return Answer(text, prompt_tokens=1, image_tokens=0, completion_tokens=1, finish_reason="stop", logprobs=None)
+    return Answer(
+        text,
+        prompt_tokens=1,
+        image_tokens=0,
+        completion_tokens=1,
+        finish_reason="stop",
+        generation=GenerationConfig(),
+        logprobs=None,
+    )
 
 
 class Memoriser:

@@ -21,7 +21,7 @@ from torch import Tensor
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError
 from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream, _certain, _length_penalty
-from mm_gpt.inference.sampling import choose, completes_repeat, next_token_probabilities
+from mm_gpt.inference.sampling import Repeats, choose, next_token_probabilities
 from mm_gpt.model.decoder import DecoderConfig
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Processor, ProcessorConfig, collate
@@ -345,8 +345,15 @@ def test_exactly_what_would_repeat_a_run_is_named(ids: list[int], size: int) -> 
         return [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
 
     expected = {token for token in range(4) if runs([*ids, token])[-1:] and runs([*ids, token])[-1] in runs(ids)}
-    assert set(completes_repeat(ids, size)) == expected
-    assert completes_repeat(ids, 0) == []
+
+    def completed(size: int) -> set[int]:
+        repeats = Repeats(size)
+        for end in range(1, len(ids) + 1):
+            repeats.add(ids[:end])
+        return set(repeats.copy().completed_by(ids))
+
+    assert completed(size) == expected
+    assert completed(0) == set()
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 0.2}])
@@ -517,7 +524,14 @@ def test_beams_cannot_stream_or_sample(engine: Engine) -> None:
 
 
 def test_an_answer_is_a_string() -> None:
-    answer = Answer("A dog", prompt_tokens=3, image_tokens=2, completion_tokens=4, finish_reason="stop")
+    answer = Answer(
+        "A dog",
+        prompt_tokens=3,
+        image_tokens=2,
+        completion_tokens=4,
+        finish_reason="stop",
+        generation=GenerationConfig(),
+    )
     assert answer == "A dog"
     assert str(answer) == f"{answer}" == answer.text == "A dog"
     assert answer.upper() == "A DOG"

@@ -79,7 +79,15 @@ class ScriptedEngine:
             image = document.images[0].source if document.images else None
             text = self.say(prompt, image if isinstance(image, bytes) else None)
             answers.append(
-                Answer(text, prompt_tokens=1, image_tokens=0, completion_tokens=1, finish_reason="stop", logprobs=None)
+                Answer(
+                    text,
+                    prompt_tokens=1,
+                    image_tokens=0,
+                    completion_tokens=1,
+                    finish_reason="stop",
+                    generation=GenerationConfig(),
+                    logprobs=None,
+                )
             )
         return answers
 

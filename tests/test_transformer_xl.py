@@ -24,7 +24,7 @@ from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError
 from mm_gpt.inference import engine as engine_module
 from mm_gpt.inference.assistant import Assistant
-from mm_gpt.inference.conversation import Conversation
+from mm_gpt.inference.chat_session import ChatSession
 from mm_gpt.inference.engine import Answer, Engine, GenerationConfig
 from mm_gpt.model.cache import KVCache, Pass
 from mm_gpt.model.decoder import Decoder, init_weights
@@ -297,7 +297,7 @@ TURNS: list[Any] = [
 ]
 
 
-def same_answers(assistant: Assistant, talk: Conversation, turns: Sequence[Any], **options: Any) -> None:
+def same_answers(assistant: Assistant, talk: ChatSession, turns: Sequence[Any], **options: Any) -> None:
     """Each turn's answer is that of the whole history."""
     for turn in turns:
         history = [*talk.messages, {"role": "user", "content": turn}]
@@ -352,7 +352,7 @@ def test_conversations_of_other_decoders(changes: dict[str, Any]) -> None:
                 parameter.mul_(5)
     other = Assistant(model, processor)
     options = {"max_new_tokens": 6, "no_repeat_ngram_size": 0}
-    same_answers(other, Conversation(other.engine, GenerationConfig(logprobs=True, **options)), TURNS[:4], **options)
+    same_answers(other, ChatSession(other.engine, GenerationConfig(logprobs=True, **options)), TURNS[:4], **options)
 
 
 def test_prefixes_are_read_anew(assistant: Assistant) -> None:
@@ -437,14 +437,14 @@ def test_what_a_conversation_refuses(assistant: Assistant) -> None:
     template = ChatTemplate(FORGETTING, special={}, where="test")
     processor = Processor(processor.tokenizer, processor.config, vocab_size=processor.vocab_size, template=template)
     with pytest.raises(ConfigError, match="ChatML"):
-        Conversation(Engine(model, processor), GenerationConfig())
+        ChatSession(Engine(model, processor), GenerationConfig())
 
 
 # ---- Conversations with memory ----
 
 
-def talk_of(model: MMGPT, processor: Processor, **options: Any) -> Conversation:
-    return Conversation(Engine(model, processor), GenerationConfig(logprobs=True, **options))
+def talk_of(model: MMGPT, processor: Processor, **options: Any) -> ChatSession:
+    return ChatSession(Engine(model, processor), GenerationConfig(logprobs=True, **options))
 
 
 def asked(number: int) -> str:
@@ -528,7 +528,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return script
 
 
-def answered(talk: Conversation, turns: Sequence[str]) -> list[list[float]]:
+def answered(talk: ChatSession, turns: Sequence[str]) -> list[list[float]]:
     return [[token.logprob for token in answer.logprobs or ()] for answer in map(talk.say, turns)]
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from mm_gpt.document import Image, Message
 from mm_gpt.inference.assistant import transpose_for_cpu
-from mm_gpt.inference.conversation import Conversation
+from mm_gpt.inference.chat_session import ChatSession
 from mm_gpt.inference.engine import Engine, GenerationConfig
 from mm_gpt.model.decoder import DecoderConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
@@ -89,7 +89,7 @@ def pictures(count: int) -> list[Image]:
 def converse(way: str, engine: Engine, args: argparse.Namespace) -> tuple[list[float], list[int]]:
     """Seconds and tokens read of each turn."""
     config = GenerationConfig(max_new_tokens=args.answer_tokens)
-    talk = Again(engine, config) if way == "again" else Conversation(engine, config)
+    talk = Again(engine, config) if way == "again" else ChatSession(engine, config)
     seconds, tokens = [], []
     for picture in pictures(args.turns):
         start = time.thread_time()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mm_gpt.commands.command import Command, check_folder, check_inputs, positive
 from mm_gpt.errors import MMGPTError, unknown_name
 
 
@@ -20,10 +21,10 @@ def add_build(parser: argparse.ArgumentParser) -> None:
         "words", nargs="+", metavar="SOURCE|KEY=VALUE", help="files, folders, quoted globs or URLs; settings (below)"
     )
     parser.epilog = f"{parser.epilog}\n\nsettings:\n{_settings()}"
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the corpus")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the corpus")
     parser.add_argument("--format", default="auto", metavar="NAME", help="see `mm-gpt corpus formats` (default: auto)")
     parser.add_argument("--images", metavar="FOLDER", help="that image names in the records are relative to")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes (default: one for each core)")
     parser.add_argument(
         "--ray",
         nargs="?",
@@ -43,6 +44,8 @@ def run_build(args: argparse.Namespace) -> int:
     if not sources:
         raise MMGPTError("name at least one source")
     config = override(CorpusConfig(), settings)
+    check_inputs(sources)
+    check_folder(args.out)
     progress = sys.stderr.isatty()
     runner = Runner(args.workers, progress=progress)
     if args.ray is not None:
@@ -62,19 +65,28 @@ def run_build(args: argparse.Namespace) -> int:
 
 
 def _settings() -> str:
-    """The fields of CorpusConfig with their defaults."""
+    """The fields of CorpusConfig: name and default, what may be written, and what the field's docstring says."""
     import dataclasses
+    import textwrap
 
+    from mm_gpt.config import field_docs
     from mm_gpt.datasets.building.corpus_config import CorpusConfig
 
-    hints = typing.get_type_hints(CorpusConfig)
-    rows = []
+    hints, docs = typing.get_type_hints(CorpusConfig), field_docs(CorpusConfig)
+    lines = []
     for field in dataclasses.fields(CorpusConfig):
-        options = typing.get_args(hints[field.name])
-        kind = ", ".join(str(getattr(option, "__name__", option)) for option in options if option is not Ellipsis)
-        rows.append((f"{field.name}={field.default}", kind or hints[field.name].__name__))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:{width}}  {kind}" for name, kind in rows)
+        options = [option for option in typing.get_args(hints[field.name]) if option is not Ellipsis]
+        kinds = [_kind(option) for option in options or [hints[field.name]]]
+        default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        many = ", ..." if typing.get_origin(hints[field.name]) is tuple else ""
+        lines.append(f"  {field.name}={default}  ({', '.join(kinds)}{many})")
+        lines += textwrap.wrap(docs.get(field.name, ""), 108, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _kind(option: typing.Any) -> str:
+    names = {type(None): "none", bool: "true or false", int: "whole number", float: "number", str: "text"}
+    return names.get(option, str(option))
 
 
 def _is_setting(word: str) -> bool:
@@ -159,8 +171,8 @@ def add_contamination(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval", action="append", required=True, metavar="TASK=DATA", help="like vqa=daquar/val.tar; repeatable"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the report and the index")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER", help="for the report and the index")
+    parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes (default: %(default)s)")
 
 
 def run_contamination(args: argparse.Namespace) -> int:
@@ -174,6 +186,8 @@ def run_contamination(args: argparse.Namespace) -> int:
     from mm_gpt.eval.harness import EvalConfig
     from mm_gpt.eval.tasks import TASKS
 
+    check_inputs(args.corpus)
+    check_folder(args.out)
     sets = {}
     for word in args.eval:
         task, equals, data = word.partition("=")
@@ -214,7 +228,7 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
         "get a share of the vocabulary; `mm-gpt train RECIPE tokenizer=OUT` uses it."
     )
     parser.add_argument("corpus", nargs="+", metavar="CORPUS", help="corpus folders, or sources of any format")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for tokenizer.json")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER", help="for tokenizer.json")
     parser.add_argument("--vocab-size", type=int, default=32_000, metavar="N", help="default: %(default)s")
     parser.add_argument("--alpha", type=float, default=0.5, help="1: languages by size, 0: all alike (default: 0.5)")
     parser.add_argument("--characters", type=int, default=50_000_000, metavar="N", help="to learn from, at most")
@@ -231,6 +245,8 @@ def run_tokenizer(args: argparse.Namespace) -> int:
         raise MMGPTError(f"--vocab-size must be at least {MIN_VOCABULARY}, for each byte and three special tokens")
     if args.characters < 1:
         raise MMGPTError(f"--characters must be at least 1, not {args.characters}")
+    check_inputs(args.corpus)
+    check_folder(args.out)
     # Twice over the corpus, so that it is never in memory: to count, and to learn.
     errors = ErrorCounter()
     sizes: Counter[str] = Counter()
@@ -269,7 +285,7 @@ def add_quality(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("good", nargs="+", metavar="GOOD", help="sources of good documents")
     parser.add_argument("--raw", action="append", required=True, metavar="SOURCE", help="raw documents; repeatable")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the classifier")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER", help="for the classifier")
 
 
 def run_quality(args: argparse.Namespace) -> int:
@@ -280,6 +296,8 @@ def run_quality(args: argparse.Namespace) -> int:
     from mm_gpt.datasets.samples import ErrorCounter
     from mm_gpt.datasets.sources import read_samples
 
+    check_inputs([*args.good, *args.raw])
+    check_folder(args.out)
     errors = ErrorCounter()
 
     def documents(locations: list[str]) -> Iterator[Any]:
@@ -291,3 +309,49 @@ def run_quality(args: argparse.Namespace) -> int:
     if errors.total:
         print(f"mm-gpt: {errors.summary()}", file=sys.stderr)
     return 0
+
+
+COMMANDS = {
+    "corpus build": Command(
+        "Make a corpus of web pages, WARC files, public datasets, captioned images or text.",
+        (
+            "mm-gpt corpus build pages/ --out corpus",
+            "mm-gpt corpus build 'crawl/*.warc.gz' --out corpus filters=obelics languages=en",
+            "mm-gpt corpus build llava_v1_5_mix665k.json --images images/ --out corpus",
+            "mm-gpt corpus build s3://bucket/pages/ --out /shared/corpus --ray",
+        ),
+        add_build,
+        run_build,
+        usage="mm-gpt corpus build [options] SOURCE [SOURCE ...] [KEY=VALUE ...] --out FOLDER",
+    ),
+    "corpus show": Command(
+        "Show what is in a corpus or source.",
+        ("mm-gpt corpus show corpus", "mm-gpt corpus show obelics.parquet -n 1"),
+        add_show,
+        run_show,
+    ),
+    "corpus formats": Command(
+        "List the formats of sources.",
+        ("mm-gpt corpus formats",),
+        add_formats,
+        run_formats,
+    ),
+    "corpus contamination": Command(
+        "Look for evaluation sets in a corpus.",
+        ("mm-gpt corpus contamination corpus --eval vqa=daquar/val-000000.tar --out contamination",),
+        add_contamination,
+        run_contamination,
+    ),
+    "corpus quality": Command(
+        "Train a classifier that tells good documents from raw ones.",
+        ("mm-gpt corpus quality books/ encyclopedia/ --raw crawl.warc.gz --out quality",),
+        add_quality,
+        run_quality,
+    ),
+    "corpus tokenizer": Command(
+        "Learn a tokenizer from corpora.",
+        ("mm-gpt corpus tokenizer corpus --out tokenizer --vocab-size 8000",),
+        add_tokenizer,
+        run_tokenizer,
+    ),
+}

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from mm_gpt.config import from_dict
-from mm_gpt.document import Document, Image, Message, Text, interleave
+from mm_gpt.document import Document, Image, Message, Text, check_document, interleave
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.images import ImageSource
-from mm_gpt.inference.conversation import Conversation
+from mm_gpt.inference.chat_session import ChatSession
 from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream
 from mm_gpt.model.lora import merge_lora
 from mm_gpt.model.mmgpt import MMGPT, pick_device
@@ -23,7 +23,9 @@ from mm_gpt.processor import IGNORE_INDEX, Processor, collate
 from mm_gpt.templates.prompts import CAPTION_PROMPT
 
 CAPTION_NO_REPEAT, CHAT_NO_REPEAT = 3, 8
-"""Default `no_repeat_ngram_size` of captions, which are one sentence, and of answers, which may hold lists and code."""
+"""Default `no_repeat_ngram_size` of captions, which are one sentence, and of answers, which may hold lists and code.
+For models that were trained here: they are small, and may never leave a loop by themselves. Public ones decode freely.
+"""
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -63,12 +65,15 @@ class Assistant:
         device = device or torch.device("cpu")
         merge_lora(model.decoder)
         model.eval().requires_grad_(False)
-        if device.type == "cuda":
-            model.to(device, torch.bfloat16)
+        if device.type != "cpu":
+            model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         else:
             transpose_for_cpu(model.decoder)
         self.model, self.processor = model, processor
         self.engine = Engine(model, processor)
+        config = processor.config
+        self.is_public = config.image is None or config.image_text is not None
+        """Whether images stand in the prompt by tokens of the vocabulary, as in published models, or not at all."""
 
     def ask(
         self,
@@ -118,19 +123,14 @@ class Assistant:
     ) -> Answer | list[Answer]:
         """One sentence about each image: an Answer for one image, a list in the same order for several.
 
-        `prompt` asks something else about each of them. Beam search with 3 beams is used unless `num_beams` or
-        `temperature` says otherwise, and no three tokens come twice unless `no_repeat_ngram_size` does.
+        `prompt` asks something else about each of them. `caption_config` says what is used where no option is given.
         Raises ImageError naming the first image that cannot be read.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
         single = not isinstance(images, list | tuple) and not _is_iterable_of_images(images)
         sources = [images] if single else list(images)
-        if "temperature" not in options:
-            options.setdefault("num_beams", 3)
-        options.setdefault("max_new_tokens", 40)
-        options.setdefault("no_repeat_ngram_size", CAPTION_NO_REPEAT)
-        config = generation_config(options)
+        config = self.caption_config(options)
         answers: list[Answer] = []
         for start in range(0, len(sources), batch_size):
             batch = [self.processor.chat([_user([s], prompt)]) for s in sources[start : start + batch_size]]
@@ -152,18 +152,33 @@ class Assistant:
 
         messages: `{"role": "user" | "assistant" | "system", "content": text or a list of parts}`; a part is
         `{"type": "text", "text": ...}`, `{"type": "image", "image": source}`, a plain string, or an `Image`.
-        With `stream`, an iterator of pieces of text, whose `answer` is complete at the end. No eight tokens come twice
-        in an answer unless `no_repeat_ngram_size` says otherwise: a small model may never leave a loop by itself.
+        With `stream`, an iterator of pieces of text, whose `answer` is complete at the end. `chat_config` says what is
+        used where an option is not given.
         """
         if not messages:
             raise MMGPTError("chat needs at least one message")
-        options.setdefault("no_repeat_ngram_size", CHAT_NO_REPEAT)
-        return self._run(self.processor.chat(messages), stream, options)
+        return self._run(self.processor.chat(messages), stream, self.chat_config(options))
 
-    def conversation(self, **options: Unpack[GenerationOptions]) -> Conversation:
+    def conversation(self, **options: Unpack[GenerationOptions]) -> ChatSession:
         """A chat that keeps what it has read: `talk.say("...")` or `talk.say([Image(...), "..."])`, turn after turn."""
-        options.setdefault("no_repeat_ngram_size", CHAT_NO_REPEAT)
-        return Conversation(self.engine, generation_config(options))
+        return ChatSession(self.engine, self.chat_config(options))
+
+    def caption_config(self, options: GenerationOptions | None = None) -> GenerationConfig:
+        """How captions are generated: 3 beams unless `num_beams` or `temperature` says otherwise, at most 40 tokens; a
+        model trained here repeats no three tokens. Raises ConfigError for an impossible option."""
+        values: GenerationOptions = {**(options or {})}
+        if "temperature" not in values:
+            values.setdefault("num_beams", 3)
+        values.setdefault("max_new_tokens", 40)
+        values.setdefault("no_repeat_ngram_size", 0 if self.is_public else CAPTION_NO_REPEAT)
+        return generation_config(values)
+
+    def chat_config(self, options: GenerationOptions | None = None) -> GenerationConfig:
+        """How answers are generated: greedily, at most 128 tokens; a model trained here repeats no eight tokens. Raises
+        ConfigError for an impossible option."""
+        values: GenerationOptions = {**(options or {})}
+        values.setdefault("no_repeat_ngram_size", 0 if self.is_public else CHAT_NO_REPEAT)
+        return generation_config(values)
 
     def complete(self, parts: str | Iterable[Any], **options: Unpack[GenerationOptions]) -> Answer:
         """Continue an interleaved prompt as it stands, without a chat template.
@@ -171,7 +186,7 @@ class Assistant:
         `parts`: strings are text; `Image(source)`, PIL images, arrays and bytes are images.
         `model.complete([Image("a.jpg"), "A photo of a cat. ", Image("b.jpg"), "A photo of"])`
         """
-        return cast(Answer, self._run(Document(tuple(interleave(parts))), False, options))
+        return cast(Answer, self._run(Document(tuple(interleave(parts))), False, generation_config(options)))
 
     def logprob(self, parts: str | Iterable[Any], continuation: str) -> float:
         """The summed natural log-probability of `continuation` after an interleaved prompt."""
@@ -187,6 +202,7 @@ class Assistant:
             continuation = last.text[len(bare) :] + continuation
             prompt[-1] = dataclasses.replace(last, text=bare)
         document = Document((*prompt, Text(continuation, is_target=True)))
+        check_document(document)
         example = self.processor(document)
         batch = collate([[example]], self.processor.pixels([example])).to(self.model.device)
         wanted = batch.labels[0] != IGNORE_INDEX
@@ -195,8 +211,7 @@ class Assistant:
         logits = self.model.decoder.logits(self.model(batch)[0, wanted])
         return logits.log_softmax(-1).gather(1, batch.labels[0, wanted][:, None])[:, 0]
 
-    def _run(self, document: Document, stream: bool, options: GenerationOptions) -> Answer | Stream:
-        config = generation_config(options)
+    def _run(self, document: Document, stream: bool, config: GenerationConfig) -> Answer | Stream:
         if stream:
             return self.engine.stream(document, config)
         return self.engine.generate([document], config)[0]

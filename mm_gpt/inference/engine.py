@@ -11,30 +11,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_gpt.document import Document
+from mm_gpt.document import Document, check_document, check_text
 from mm_gpt.errors import ConfigError, ContextOverflowError
-from mm_gpt.inference.sampling import choose, completes_repeat
+from mm_gpt.inference.sampling import Repeats, choose
 from mm_gpt.model.cache import KVCache
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Batch, Example, Processor, collate
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
+"""Logits divided by less do not fit into float32."""
+MAX_LENGTH_PENALTY = 10.0
+MAX_BEAMS = 1000
+MAX_SEED = 2**63 - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
+    """How an answer is generated. Raises ConfigError naming a value that is out of range."""
+
     max_new_tokens: int = 128
     temperature: float = 0.0
-    """0 takes the most likely token each time."""
+    """0 takes the most likely token each time; else from 1e-6 to 1e6."""
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps all."""
     num_beams: int = 1
     length_penalty: float = 0.6
-    """Beam search divides a score by ((5 + length) / 6) ** length_penalty (GNMT, 1609.08144)."""
+    """Beam search divides a score by ((5 + length) / 6) ** length_penalty (GNMT, 1609.08144); from -10 to 10."""
     no_repeat_ngram_size: int = 0
     """No run of so many tokens comes twice in an answer; 0 lets everything repeat."""
     stop: tuple[str, ...] = ()
     """Texts before which the answer ends."""
     seed: int = 0
+    """Of sampling, from 0 to 2**63 - 1."""
     logprobs: bool = False
 
     def __post_init__(self) -> None:
@@ -42,17 +51,20 @@ class GenerationConfig:
             object.__setattr__(self, "stop", (self.stop,))
         checks = {
             "max_new_tokens": self.max_new_tokens >= 1,
-            "temperature": self.temperature >= 0 and math.isfinite(self.temperature),
+            "temperature": self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
             "top_p": 0 < self.top_p <= 1,
             "top_k": self.top_k >= 0,
-            "num_beams": self.num_beams >= 1,
-            "length_penalty": math.isfinite(self.length_penalty),
+            "num_beams": 1 <= self.num_beams <= MAX_BEAMS,
+            "length_penalty": abs(self.length_penalty) <= MAX_LENGTH_PENALTY,
             "no_repeat_ngram_size": self.no_repeat_ngram_size >= 0,
             "stop": all(self.stop),
+            "seed": 0 <= self.seed <= MAX_SEED,
         }
         for name, fine in checks.items():
             if not fine:
                 raise ConfigError(f"{name} cannot be {getattr(self, name)!r}")
+        for text in self.stop:
+            check_text(text, "stop")
         if self.num_beams > 1 and self.temperature > 0:
             raise ConfigError("beam search does not sample: set temperature to 0 or num_beams to 1")
 
@@ -76,6 +88,8 @@ class Answer(str):
     """Tokens generated, the end mark included."""
     finish_reason: str
     """"stop": the model ended, or a stop text came. "length": max_new_tokens or the context was reached."""
+    generation: GenerationConfig
+    """The options that it was generated with, defaults included."""
     logprobs: list[TokenLogprob] | None
 
     def __new__(
@@ -86,13 +100,14 @@ class Answer(str):
         image_tokens: int,
         completion_tokens: int,
         finish_reason: str,
+        generation: GenerationConfig,
         logprobs: list[TokenLogprob] | None = None,
     ) -> "Answer":
         answer = super().__new__(cls, text)
         answer.text = text
         answer.prompt_tokens, answer.image_tokens = prompt_tokens, image_tokens
         answer.completion_tokens, answer.finish_reason = completion_tokens, finish_reason
-        answer.logprobs = logprobs
+        answer.generation, answer.logprobs = generation, logprobs
         return answer
 
     def __str__(self) -> str:
@@ -100,6 +115,10 @@ class Answer(str):
 
     def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, Any]]:
         return (self.text,), {k: v for k, v in self.__dict__.items() if k != "text"}  # for pickle and copy
+
+
+HALF = "\ufffd"
+"""How bytes that are no whole character are decoded."""
 
 
 class _Row:
@@ -112,29 +131,51 @@ class _Row:
         self.image_tokens = example.image_tokens
         self.ids: list[int] = []
         self.logprobs: list[float] = []
+        self.repeats = Repeats(config.no_repeat_ngram_size)
         self.text = ""
+        """What is certain to be part of the answer."""
         self.finish_reason = ""
+        self._settled, self._num_settled, self._window = "", 0, 0
 
     def add(self, id: int, logprob: float | None) -> str:
         """Take the next token; return the text that is now certain to be part of the answer."""
         if self.finish_reason:
             return ""
         self.ids.append(id)
+        self.repeats.add(self.ids)
         if logprob is not None:
             self.logprobs.append(logprob)
         if id in self.tokenizer.end_ids:
             self.finish_reason = "stop"
-        text = self.tokenizer.decode(self.ids)
-        cuts = [at for stop in self.config.stop if (at := text.find(stop)) >= 0]
+        text = self._decoded()
+        is_last = bool(self.finish_reason) or len(self.ids) == self.limit
+        whole = text if is_last else text.rstrip(HALF)  # a stop text of this sign must not match half a character
+        # What is certain holds no stop text and no beginning of one.
+        cuts = [at for stop in self.config.stop if (at := whole.find(stop, len(self.text))) >= 0]
         if cuts:
             text, self.finish_reason = text[: min(cuts)], "stop"
-        if not self.finish_reason:
+        elif is_last:
+            self.finish_reason = self.finish_reason or "length"
+        else:
             text = text[: _certain(text, self.config.stop)]
-            if len(self.ids) == self.limit:
-                text, self.finish_reason = self.tokenizer.decode(self.ids), "length"
         new = text[len(self.text) :]
         self.text += new
         return new
+
+    def _decoded(self) -> str:
+        """The text of all ids, of which only the last few are decoded anew.
+
+        A tokenizer may write a token by what stands before it (SentencePiece drops a space at the very start), so those
+        that are new are decoded behind some that have text, and what those alone give is left away.
+        """
+        decode = self.tokenizer.decode
+        before, now = decode(self.ids[self._window : self._num_settled]), decode(self.ids[self._window :])
+        text = self._settled + now[len(before) :]
+        if not now.endswith(HALF):
+            if decode(self.ids[self._num_settled :]):
+                self._window = self._num_settled
+            self._settled, self._num_settled = text, len(self.ids)
+        return text
 
     def answer(self) -> Answer:
         pieces = zip(self.ids, self.logprobs, strict=True) if self.config.logprobs else ()
@@ -144,6 +185,7 @@ class _Row:
             image_tokens=self.image_tokens,
             completion_tokens=len(self.ids),
             finish_reason=self.finish_reason or "length",
+            generation=self.config,
             logprobs=[TokenLogprob(self.tokenizer.decode([i], keep_special=True), i, p) for i, p in pieces]
             if self.config.logprobs
             else None,
@@ -152,7 +194,7 @@ class _Row:
 
 def _certain(text: str, stops: Sequence[str]) -> int:
     """How much of `text` cannot change any more: not a half character, nor the beginning of a stop text."""
-    end = len(text.rstrip("�")) if text.endswith("�") else len(text)
+    end = len(text.rstrip(HALF))
     for stop in stops:
         for size in range(min(len(stop) - 1, end), 0, -1):
             if text[:end].endswith(stop[:size]):
@@ -171,7 +213,7 @@ class Engine:
         """One answer for each document, all in one batch. Raises ContextOverflowError naming a prompt too long."""
         if not documents:
             return []
-        examples = [self.processor(document) for document in documents]
+        examples = [self._example(document) for document in documents]
         if config.num_beams > 1:
             return self._beam_search(examples, config)
         rows = [self._row(example, config) for example in examples]
@@ -183,7 +225,11 @@ class Engine:
         """Pieces of the answer as they are generated."""
         if config.num_beams > 1:
             raise ConfigError("beam search cannot stream: it knows its answer only at the end")
-        return Stream(self, self.processor(document), config)
+        return Stream(self, self._example(document), config)
+
+    def _example(self, document: Document) -> Example:
+        check_document(document)
+        return self.processor(document)
 
     def _row(self, example: Example, config: GenerationConfig) -> _Row:
         return _Row(example, self.processor, config, self.model.decoder.config.max_length)
@@ -370,7 +416,7 @@ def _without_repeats(logits: Tensor, rows: Sequence[_Row], config: GenerationCon
         return logits
     logits = logits.clone()  # log-probabilities are reported as the model gave them
     for logit, row in zip(logits, rows, strict=True):
-        logit[completes_repeat(row.ids, config.no_repeat_ngram_size)] = -torch.inf
+        logit[list(row.repeats.completed_by(row.ids))] = -torch.inf
     return logits
 
 
@@ -381,5 +427,5 @@ def _length_penalty(length: int, config: GenerationConfig) -> float:
 def _copy(row: _Row) -> _Row:
     new = object.__new__(_Row)
     new.__dict__.update(row.__dict__)
-    new.ids, new.logprobs = list(row.ids), list(row.logprobs)
+    new.ids, new.logprobs, new.repeats = list(row.ids), list(row.logprobs), row.repeats.copy()
     return new

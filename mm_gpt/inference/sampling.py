@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def next_token_probabilities(logits: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """The distribution that is sampled from: (V,) logits -> (V,) probabilities that sum to 1.
+    """The distributions that are sampled from: (..., V) logits -> (..., V) probabilities that sum to 1.
 
     top_k keeps the k most likely tokens (0: all). top_p keeps the smallest set of the most likely whose mass reaches
     p; the most likely token always stays.
@@ -18,21 +18,38 @@ def next_token_probabilities(logits: Tensor, *, temperature: float, top_k: int, 
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
     probabilities = logits.softmax(dim=-1)
     if top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
+        ordered, order = probabilities.sort(dim=-1, descending=True)
         before = ordered.cumsum(dim=-1) - ordered  # the mass of everything more likely
-        ordered = ordered.where((before < top_p) | (torch.arange(len(ordered), device=ordered.device) == 0), 0)
+        is_first = torch.arange(ordered.shape[-1], device=ordered.device) == 0
+        ordered = ordered.where((before < top_p) | is_first, 0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-        probabilities = probabilities / probabilities.sum()
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
     return probabilities
 
 
-def completes_repeat(ids: Sequence[int], size: int) -> list[int]:
-    """The tokens that, put after `ids`, would make a run of `size` tokens that `ids` already holds; none for size 0."""
-    if size == 0:
-        return []
-    starts = range(len(ids) - size + 1)
-    last = ids[len(ids) - size + 1 :]
-    return [ids[start + size - 1] for start in starts if ids[start : start + size - 1] == last]
+class Repeats:
+    """The runs of `size` tokens in a growing answer, so that none comes twice; for size 0 nothing is kept."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._next: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def add(self, ids: Sequence[int]) -> None:
+        """To be called after each token, with all of them."""
+        if 0 < self.size <= len(ids):
+            *start, last = ids[-self.size :]
+            self._next[tuple(start)] = (*self._next.get(tuple(start), ()), last)
+
+    def completed_by(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """The tokens that, put after `ids`, would make a run that is there already."""
+        if not 0 < self.size <= len(ids):
+            return ()
+        return self._next.get(tuple(ids[len(ids) - self.size + 1 :]), ())
+
+    def copy(self) -> "Repeats":
+        new = Repeats(self.size)
+        new._next = dict(self._next)
+        return new
 
 
 def choose(
@@ -42,10 +59,6 @@ def choose(
     if temperature == 0:
         return logits.argmax(dim=-1)
     assert generators is not None
-    rows = [
-        torch.multinomial(
-            next_token_probabilities(row, temperature=temperature, top_k=top_k, top_p=top_p).cpu(), 1, generator=g
-        )
-        for row, g in zip(logits, generators, strict=True)
-    ]
+    probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p).cpu()
+    rows = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
     return torch.cat(rows).to(logits.device)

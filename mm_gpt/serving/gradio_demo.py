@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
+from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError, not_installed
 
 try:  # before torch, which takes seconds
     import gradio as gr
 except ImportError as missing:
-    raise MMGPTError('the demo needs Gradio: pip install "mm-gpt[demo]"') from missing
+    raise MMGPTError(not_installed("Gradio", "demo")) from missing
 
 from mm_gpt.document import Image, Message
 from mm_gpt.images import load_image, source_name

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_gpt.document import Document, Message
+from mm_gpt.document import Document, Message, check_document
 from mm_gpt.errors import ConfigError, ContextOverflowError
 from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, _Row
 from mm_gpt.model.cache import KVCache
 from mm_gpt.processor import Example, Processor, collate
 
 
-class Conversation:
+class ChatSession:
     """Turn after turn with one model. `messages` holds what was said.
 
     Without segment memory the answers are those of `Assistant.chat` on all messages. A model that reads its prompt in
@@ -82,14 +82,15 @@ class Conversation:
         text; and its last token was not read.
         """
         processor = self.engine.processor
+        opened = self.messages[-1:] if self.memory_length else self.messages
+        document = processor.chat([*opened, turn])
+        check_document(document)
         if not self.memory_length:
-            return processor(processor.chat([*self.messages, turn]))
+            return processor(document)
         # However long, it is read in segments; and a text begins once.
         begins = processor.config.begin_of_text and not self.messages
         config = dataclasses.replace(processor.config, max_length=sys.maxsize, begin_of_text=begins)
         processor = Processor(processor.tokenizer, config, vocab_size=processor.vocab_size)
-        opened = self.messages[-1:]
-        document = processor.chat([*opened, turn])
         return processor(Document(document.segments[len(opened) :]))  # the opening of the answer was in the last prompt
 
     def _room(self, example: Example) -> int:

@@ -1,0 +1,97 @@
+"""What the commands share: how one is described, the options of models and answers, exit codes, cheap checks.
+
+Nothing heavy is imported before a command runs. A command is one line about it, examples, a function that adds its
+arguments to a parser, and a function that runs it.
+"""
+
+import argparse
+import glob
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_gpt.errors import MMGPTError
+
+if TYPE_CHECKING:
+    from mm_gpt.inference.assistant import GenerationOptions
+
+EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 3, 130, 141
+
+
+class UsageError(Exception):
+    """The command line itself is wrong, in a way that argparse cannot see."""
+
+
+@dataclass(frozen=True)
+class Command:
+    about: str
+    examples: tuple[str, ...]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    usage: str | None = None
+
+
+def complain(error: Exception) -> None:
+    print(f"mm-gpt: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-m", "--model", default="default", metavar="NAME", help="a model's name or folder (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+
+
+def add_generation(parser: argparse.ArgumentParser, *, beams: int | None, tokens: int) -> None:
+    """`beams` is the default to tell; None where answers are always streamed, which beam search cannot."""
+    group = parser.add_argument_group("generation")
+    group.add_argument(
+        "--max-new-tokens", "--max-tokens", type=int, metavar="N", help=f"longest answer (default: {tokens})"
+    )
+    group.add_argument("--temperature", type=float, metavar="T", help="above 0 samples (default: 0)")
+    group.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens of this total")
+    group.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    if beams is not None:
+        group.add_argument("--num-beams", type=int, metavar="N", help=f"beam search (default: {beams})")
+    group.add_argument(
+        "--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens in a row come twice; 0 lets them"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="of sampling (default: 0)")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before TEXT; repeatable")
+
+
+def generation_options(args: argparse.Namespace) -> "GenerationOptions":
+    """The options that were given, checked before a model is loaded."""
+    from mm_gpt.inference.assistant import generation_config
+
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "no_repeat_ngram_size", "seed", "stop")
+    options: Any = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    generation_config(options)
+    return options
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def check_inputs(locations: Sequence[str]) -> None:
+    """Raises MMGPTError for a path that leads nowhere; URLs and globs are left to who reads them."""
+    for location in locations:
+        if "://" not in location and not glob.has_magic(location) and not os.path.lexists(location):
+            raise MMGPTError(f"{location}: no such file or folder")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises MMGPTError where `folder` cannot be made or written into: before hours of work, not after them."""
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise MMGPTError(f"{folder}: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise MMGPTError(f"{folder}: no permission to write into {place}")
