@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from mm_gpt.datasets.bloom import BloomFilter, covered_fraction
-from mm_gpt.datasets.contamination.check import Scan, find_hits, run, save_scan, scan, scan_parallel
+from mm_gpt.datasets.contamination.check import Scan, find_hits, save_scan, scan, scan_parallel
 from mm_gpt.datasets.contamination.decontaminate import RemoveContamination
 from mm_gpt.datasets.contamination.evaluation_index import EvaluationIndex, EvaluationItem, IndexConfig, ngram_length
 from mm_gpt.datasets.contamination.overlap import (
@@ -34,12 +34,13 @@ from mm_gpt.datasets.contamination.overlap import (
     to_string,
     window_hashes,
 )
-from mm_gpt.datasets.contamination.report import markdown, read_report, report
+from mm_gpt.datasets.contamination.report import markdown, read_report, report, search_contamination
 from mm_gpt.datasets.samples import Conversation, QuestionAnswer, Record
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.eval.config import EvalConfig
 from mm_gpt.eval.contamination import evaluation_items
-from mm_gpt.eval.harness import EvalConfig, add_arguments, evaluate, table
+from mm_gpt.eval.harness import add_arguments, evaluate, table
 from mm_gpt.eval.harness import run as run_command
 from mm_gpt.inference.assistant import Assistant
 from mm_gpt.inference.engine import Answer, GenerationConfig
@@ -343,7 +344,7 @@ def test_mistakes_in_sets_are_named() -> None:
 def test_report_is_one_table_whatever_pages_say(tmp_path: Path) -> None:
     """Stops: text of a page that breaks the table or becomes markup."""
     text = "<img src=x> | a\n\n# b `c` " + prose(1, 20)
-    run([page(text, id="p|1")], {"s|t": [EvaluationItem("i", (text,))]}, tmp_path)
+    search_contamination([page(text, id="p|1")], {"s|t": [EvaluationItem("i", (text,))]}, tmp_path)
     table = (tmp_path / "contamination.md").read_text().splitlines()
     assert sum("dirty" in line or line.startswith("#") for line in table) == 0
     assert "<img" not in "".join(table)
@@ -537,7 +538,7 @@ def test_planted_items_are_found_and_their_score_is_higher(
         copy = encoded(photo(i).resize((120, 90)), "JPEG", quality=80)
         corpus[i] = page(prose(900 + i, 50), copy, id=f"image{i}")
     config = EvalConfig(task="vqa", data=(str(tar),), model=str(tiny_model_folder), device="cpu")
-    values = run(corpus, {"vqa": evaluation_items(config)}, tmp_path / "report")
+    values = search_contamination(corpus, {"vqa": evaluation_items(config)}, tmp_path / "report")
     ids = [f"{key}#0" for key, _, _ in planted]
     assert dirty(values, "any", "vqa") == ids
     assert dirty(values, "n-gram", "vqa") == dirty(values, "substring", "vqa") == ids[:8]
@@ -580,7 +581,8 @@ def test_report_of_other_data_is_refused(tmp_path: Path, tiny_model_folder: Path
     assert [item.id for item in items] == ["a#0", "a#1", "b#0", "b#1"]  # all, whatever the limit
     assert items[0].texts == ("is it red? yes",)
     tiny_assistant.engine = Memoriser({})  # type: ignore[assignment]
-    wrong = run([], {"other": evaluation_items(replace(config, data=(str(other),)))}, tmp_path / "wrong")
+    sets = {"other": evaluation_items(replace(config, data=(str(other),)))}
+    wrong = search_contamination([], sets, tmp_path / "wrong")
     assert wrong["sets"]["other"]["too_short"] == 4
     path = tmp_path / "wrong" / "contamination.json"
     with pytest.raises(MMGPTError, match="none of its sets"):
@@ -588,7 +590,7 @@ def test_report_of_other_data_is_refused(tmp_path: Path, tiny_model_folder: Path
     path.write_text("[]")
     with pytest.raises(MMGPTError, match="not a contamination report"):
         evaluate(replace(config, contamination=str(path)), tmp_path / "r.json", assistant=tiny_assistant)
-    run([], {"one": items}, tmp_path / "right")
+    search_contamination([], {"one": items}, tmp_path / "right")
     path = tmp_path / "right" / "contamination.json"
     results = evaluate(replace(config, contamination=str(path)), tmp_path / "r.json", assistant=tiny_assistant)
     found = results["contamination"]["methods"]["any"]
@@ -605,7 +607,7 @@ def test_captions_and_perplexity_split_as_well(
     tar = write_set(tmp_path / "captions.tar", records)
     config = EvalConfig(task="captioning", data=(str(tar),), model=str(tiny_model_folder), device="cpu")
     corpus = [Record(str(i), b"", captions=(prose(i, 10),)) for i in range(4)]
-    run(corpus, {"captions": evaluation_items(config)}, tmp_path / "report")
+    search_contamination(corpus, {"captions": evaluation_items(config)}, tmp_path / "report")
     config = replace(config, contamination=str(tmp_path / "report" / "contamination.json"))
 
     class Captioner:
@@ -628,7 +630,7 @@ def test_captions_and_perplexity_split_as_well(
     text.write_text(prose(1, 3000))
     config = EvalConfig(task="perplexity", data=(str(text),), model=str(tiny_model_folder), device="cpu", controls=())
     items = evaluation_items(config)
-    run([page(items[0].texts[0])], {"text": items}, tmp_path / "report")
+    search_contamination([page(items[0].texts[0])], {"text": items}, tmp_path / "report")
     config = replace(config, contamination=str(tmp_path / "report" / "contamination.json"))
     results = evaluate(config, tmp_path / "perplexity.json")
     found = results["contamination"]["methods"]["n-gram"]

@@ -32,8 +32,8 @@ from mm_gpt.datasets.building.corpus import (
 )
 from mm_gpt.datasets.building.pipeline import UNKNOWN, Funnel, Step, as_document, language_of
 from mm_gpt.datasets.building.shards import Corpus, ShardWriter, write_corpus_file
-from mm_gpt.datasets.contamination.check import run as search_contamination
 from mm_gpt.datasets.contamination.evaluation_index import EvaluationItem
+from mm_gpt.datasets.contamination.report import search_contamination
 from mm_gpt.datasets.samples import Conversation, ErrorCounter, QuestionAnswer, Record, Sample
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, MMGPTError

@@ -1,7 +1,7 @@
 """Which items of evaluation sets stand in a training corpus: one pass over it answers for every method at once.
 
 `find_hits` (pure; a sample and the index -> small arrays) runs anywhere, `Scan` adds up what it finds, scans of shards
-merge, and `contamination_report` says for each set and method which items are dirty. The methods are those of the
+merge, and `report` says for each set and method which items are dirty. The methods are those of the
 GPT-2, GPT-3 and GPT-4 reports, and two for images: see `evaluation_index`. `mm-gpt eval --contamination` splits scores
 by the report.
 """
@@ -18,8 +18,6 @@ import numpy as np
 
 from mm_gpt.datasets.contamination.evaluation_index import (
     EvaluationIndex,
-    EvaluationItem,
-    IndexConfig,
     file_hash,
     is_fetched,
 )
@@ -242,29 +240,6 @@ def _batches(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
     iterator = iter(samples)
     while batch := list(islice(iterator, _BATCH)):
         yield batch
-
-
-def run(
-    samples: Iterable[Sample],
-    evaluations: Mapping[str, Iterable[EvaluationItem]],
-    out: Path,
-    *,
-    config: IndexConfig | None = None,
-    workers: int = 1,
-) -> dict[str, Any]:
-    """Search `samples` for the items of all sets; write `contamination.json` and `contamination.md` into folder `out`.
-
-    The index and the counts that `decontaminate.RemoveContamination` needs go to `out/index`. Returns what the JSON
-    file holds. Raises MMGPTError for a set without items and a folder that cannot be written.
-    """
-    from mm_gpt.datasets.contamination.report import report, write_report
-
-    index = EvaluationIndex.build(evaluations, config)
-    found = scan_parallel(samples, index, workers=workers)
-    save_scan(out / "index", index, found)
-    values = report(index, found)
-    write_report(out, values)
-    return values
 
 
 def save_scan(folder: Path, index: EvaluationIndex, found: Scan) -> None:
