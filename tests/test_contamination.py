@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from mm_gpt.datasets.bloom import BloomFilter, covered_fraction
 from mm_gpt.datasets.contamination.check import Scan, find_hits, save_scan, scan, scan_parallel
 from mm_gpt.datasets.contamination.decontaminate import RemoveContamination
 from mm_gpt.datasets.contamination.evaluation_index import EvaluationIndex, EvaluationItem, IndexConfig, ngram_length
@@ -30,7 +29,6 @@ from mm_gpt.datasets.contamination.overlap import (
     composed,
     find_words,
     letters_of,
-    ngram_hashes,
     to_string,
     window_hashes,
 )
@@ -120,8 +118,11 @@ def test_window_hashes_tell_windows_apart(values: list[int], length: int) -> Non
 
 
 def test_hashes_never_change() -> None:
-    """Stops: a saved index or Bloom filter that no longer fits after an update, or in another process."""
-    assert ngram_hashes("The quick, brown fox", 3).tolist() == [2380079717903642192, 12330505848291006307]
+    """Stops: a saved index that no longer fits after an update, or in another process."""
+    assert window_hashes(find_words("The quick, brown fox").hashes, 3).tolist() == [
+        2380079717903642192,
+        12330505848291006307,
+    ]
 
 
 @given(st.sets(st.integers(0, 2**64 - 1), max_size=50), st.lists(st.integers(0, 2**64 - 1), max_size=50))
@@ -141,45 +142,8 @@ def test_substrings_equal_python(strings: list[str], text: str) -> None:
     assert found == [number for number, string in enumerate(strings) if string in text]
 
 
-def test_bloom_filter_as_gpt2() -> None:
-    """Stops: a size or number of hashes that misses 1e-8, a forgotten element. Golden: 38.34 bits, k = 27."""
-    bloom = BloomFilter(100_000)
-    assert bloom.num_bits / 100_000 == pytest.approx(38.34, abs=0.01)
-    assert bloom.num_hashes == 27
-    added = np.unique(ngram_hashes(" ".join(f"w{i}" for i in range(100_007)), 8))
-    assert len(added) == 100_000
-    bloom.add(added)
-    assert bloom.contains(added).all()
-    assert bloom.fill == pytest.approx(0.5, abs=0.01)
-    strangers = np.random.default_rng(0).integers(0, 2**64, 1_000_000, dtype=np.uint64)
-    assert not bloom.contains(strangers).any()
-
-
-def test_bloom_false_positives_are_as_asked_for() -> None:
-    """Stops: hashes that are not independent, which 1e-8 would never show."""
-    bloom = BloomFilter(20_000, 0.01)
-    bloom.add(np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64))
-    rate = bloom.contains(np.random.default_rng(1).integers(0, 2**64, 200_000, dtype=np.uint64)).mean()
-    assert 0.008 < rate < 0.012
-
-
-def test_bloom_filters_merge_and_keep(tmp_path: Path) -> None:
-    one, other = BloomFilter(1000), BloomFilter(1000)
-    one.add(ngram_hashes(prose(1, 200), 8))
-    other.add(ngram_hashes(prose(2, 200), 8))
-    one.merge(other)
-    one.save(tmp_path / "bloom.npy")
-    again = BloomFilter.load(tmp_path / "bloom.npy")
-    assert covered_fraction([prose(1, 200), prose(2, 200)], again) == 1.0
-    with pytest.raises(ValueError, match="same size"):
-        one.merge(BloomFilter(999))
-    (tmp_path / "bloom.json").write_text('{"capacity": 5, "false_positives": 0.1}')
-    with pytest.raises(MMGPTError, match="not a Bloom filter"):
-        BloomFilter.load(tmp_path / "bloom.npy")
-
-
 def test_overlap_equals_exact_sets() -> None:
-    """Stops: GPT-2's number differing between the Bloom filter, the index and plain sets of strings."""
+    """Stops: GPT-2's number differing between the index and plain sets of strings."""
     corpus = [prose(seed, 300) for seed in range(5)]
     tests = [changed(" ".join(corpus[0].split()[20:60])), prose(100, 50), corpus[3] + " " + prose(101, 30)]
 
@@ -191,10 +155,6 @@ def test_overlap_equals_exact_sets() -> None:
     asked = [gram for text in tests for gram in grams(text)]
     exact = sum(gram in known for gram in asked) / len(asked)
     assert 0 < exact < 1
-    bloom = BloomFilter(10_000)
-    for text in corpus:
-        bloom.add(ngram_hashes(text, 8))
-    assert covered_fraction(tests, bloom) == exact
     index = index_of(*(EvaluationItem(str(i), (t,)) for i, t in enumerate(tests)))
     values = report(index, scan([page(text) for text in corpus], index))
     assert values["sets"]["test"]["overlap_8grams"] == exact
