@@ -20,7 +20,7 @@ from mm_gpt.errors import MMGPTError, unknown_name
 from mm_gpt.eval.metrics.statistics import bootstrap_statistic
 
 if TYPE_CHECKING:
-    from mm_gpt.eval.harness import EvalConfig
+    from mm_gpt.eval.config import EvalConfig
     from mm_gpt.eval.tasks import Score, Task
     from mm_gpt.inference.assistant import Assistant
 
@@ -63,10 +63,9 @@ def read_dirty_items(path: Path, task: Task) -> DirtyItems:
     Raises MMGPTError when no set of the report, or more than one, holds all of them.
     """
     values = read_report(path)
-    wanted = {item.id for item in task.items}
-    prints = {
-        item.id: item.fingerprint() for item in type(task).sources(task.config, task.assistant) if item.id in wanted
-    }
+    wanted = {instance.id for instance in task.instances}
+    sources = type(task).sources(task.config, task.assistant)
+    prints = {item.id: item.fingerprint() for item in sources if item.id in wanted}
     fitting = [
         name for name, s in values["sets"].items() if all(s["fingerprints"].get(id) == p for id, p in prints.items())
     ]
@@ -78,7 +77,7 @@ def read_dirty_items(path: Path, task: Task) -> DirtyItems:
     flags = {}
     for method, found in s["methods"].items():
         ids = set(found["ids"])
-        flags[method] = np.array([item.id in ids for item in task.items])
+        flags[method] = np.array([instance.id in ids for instance in task.instances])
     if s["look_alikes"] > MANY_LOOK_ALIKES:
         logger.warning("%s: images of %s look alike, so its image hits prove little", path, fitting[0])
     return DirtyItems(str(path), fitting[0], s["look_alikes"], {m: f for m, f in flags.items() if m != CUTTING_RULE})
@@ -86,7 +85,7 @@ def read_dirty_items(path: Path, task: Task) -> DirtyItems:
 
 def split_scores(scores: Mapping[str, Score], dirty: DirtyItems, task: Task) -> dict[str, Any]:
     """Full, clean and dirty scores by method and metric, with n and 95 % intervals. JSON values; None where n is 0."""
-    groups = np.array([item.group for item in task.items])
+    groups = np.array([instance.group for instance in task.instances])
     methods = {}
     for method, is_dirty in dirty.flags.items():
         methods[method] = {

@@ -16,12 +16,12 @@ import logging
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_gpt.errors import ConfigError, MMGPTError, unknown_name
+from mm_gpt.errors import MMGPTError, unknown_name
+from mm_gpt.eval.config import EvalConfig
 
 if TYPE_CHECKING:
     from mm_gpt.eval.contamination import DirtyItems
@@ -35,35 +35,6 @@ INTERVALS = (
     "95 %: Wilson where each image has one right-or-wrong item (and where all items are alike), else percentile "
     "bootstrap over images (windows of text), 1000 resamples, paired for differences; null with fewer than two"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """One evaluation. None means the task's own default."""
-
-    task: str
-    data: tuple[str, ...]
-    """Tars or folders of records; text files for perplexity."""
-    model: str = "default"
-    controls: tuple[str, ...] | None = None
-    limit: int | None = None
-    """Only the first so many images (windows of text)."""
-    batch_size: int = 8
-    num_beams: int | None = None
-    max_new_tokens: int | None = None
-    seed: int = 0
-    """Of the shuffled control and the bootstrap."""
-    device: str = "auto"
-    contamination: str | None = None
-    """A report of what the training corpus holds of the data: scores are split by it."""
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "batch_size", "num_beams", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be from 0 to 2**63 - 1, not {self.seed}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -218,18 +189,18 @@ def _predict(task: Task, conditions: tuple[str, ...], samples: Path, progress: b
     done = _read_samples(samples, task)
     batches = _batches(task)
     # A batch is run whole if any of it is missing: composed differently it could round differently.
-    wanted = [(c, batch) for c in conditions for batch in batches if any((c, item.id) not in done for item in batch)]
+    wanted = [(c, batch) for c in conditions for batch in batches if any((c, each.id) not in done for each in batch)]
     missing = sum(len(batch) for _, batch in wanted)
-    total = len(conditions) * len(task.items)
+    total = len(conditions) * len(task.instances)
     with (
         samples.open("a", encoding="utf-8") as log,
         tqdm(total=total, initial=total - missing, desc=task.name, disable=None if progress else True) as bar,
     ):
         for condition, batch in wanted:
-            for item, prediction in zip(batch, task.predict(batch, condition), strict=True):
-                if (condition, item.id) not in done:
-                    row = {"id": item.id, "control": condition, **item.row, **prediction}
-                    done[condition, item.id] = row
+            for instance, prediction in zip(batch, task.predict(batch, condition), strict=True):
+                if (condition, instance.id) not in done:
+                    row = {"id": instance.id, "control": condition, **instance.row, **prediction}
+                    done[condition, instance.id] = row
                     log.write(_line(row))
             log.flush()
             bar.update(len(batch))
@@ -238,7 +209,7 @@ def _predict(task: Task, conditions: tuple[str, ...], samples: Path, progress: b
 
 def _batches(task: Task) -> list[list[Any]]:
     """Items of similar length together, the longest first: if memory runs out, it does so at once."""
-    order = sorted(task.items, key=lambda item: -item.length)
+    order = sorted(task.instances, key=lambda instance: -instance.length)
     size = task.config.batch_size
     return [order[i : i + size] for i in range(0, len(order), size)]
 
@@ -247,7 +218,7 @@ def _read_samples(samples: Path, task: Task) -> Rows:
     """Rows of an earlier run by (control, id). A line cut off by the interruption is dropped from the file."""
     rows: Rows = {}
     lines = samples.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if samples.exists() else []
-    known = {item.id for item in task.items}
+    known = {instance.id for instance in task.instances}
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -296,10 +267,10 @@ def _header(config: EvalConfig, task: Task) -> dict[str, Any]:
         "git_commit": git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": {**dataclasses.asdict(config), "data": list(config.data), "controls": list(config.controls or ())},
-        "generation": None if generation is None else dataclasses.asdict(generation),
+        "generation": None if generation is None else json.loads(json.dumps(dataclasses.asdict(generation))),
         "counts": {
             task.unit: task.num_groups,
-            "items": len(task.items),
+            "items": len(task.instances),
             "skipped": dict(task.errors.counts),
             "skipped_examples": dict(task.errors.examples),
         },
@@ -316,7 +287,7 @@ def _scored(
     scores = {}
     lines = []
     for condition in conditions:
-        in_order = [rows[condition, item.id] for item in task.items]
+        in_order = [rows[condition, instance.id] for instance in task.instances]
         scores[condition] = task.scores(in_order)
         for i, row in enumerate(in_order):
             lines.append(_line({**row, "scores": {m: float(s.per_item[i]) for m, s in scores[condition].items()}}))
@@ -389,8 +360,8 @@ def _check_same(earlier: dict[str, Any], now: dict[str, Any], output: Path) -> N
             "model sha256": model["sha256"],
             "data sha256": data["sha256"],
             "mm-gpt version": results["mm_gpt_version"],
-            **{name: config[name] for name in ("num_beams", "max_new_tokens", "seed")},
-            "no_repeat_ngram_size": (results["generation"] or {}).get("no_repeat_ngram_size"),
+            "seed": config["seed"],
+            **(results["generation"] or {}),
         }
 
     try:
@@ -398,9 +369,9 @@ def _check_same(earlier: dict[str, Any], now: dict[str, Any], output: Path) -> N
     except (KeyError, TypeError):
         raise MMGPTError(f"{output} exists and is no results file; choose another -o") from None
     for name, value in identity(now).items():
-        if before[name] != value:
+        if before.get(name) != value:
             raise MMGPTError(
-                f"{output} holds another evaluation ({name}: {before[name]}, now {value}); "
+                f"{output} holds another evaluation ({name}: {before.get(name)}, now {value}); "
                 "choose another -o, or replace it with --restart"
             )
 
@@ -467,5 +438,8 @@ def table(results: dict[str, Any]) -> str:
     )
     if scale != 1:
         title += f"; scores × {scale:g}"
+    if (generation := results["generation"]) is not None:
+        names = ("num_beams", "max_new_tokens", "no_repeat_ngram_size")
+        title += "; " + ", ".join(f"{name}={generation[name]}" for name in names)
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([title, *lines])

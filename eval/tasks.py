@@ -24,7 +24,7 @@ from mm_gpt.datasets.samples import ErrorCounter, QuestionAnswer, Record, sample
 from mm_gpt.datasets.sources import read_samples
 from mm_gpt.document import Document, Image
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
-from mm_gpt.eval.harness import EvalConfig
+from mm_gpt.eval.config import EvalConfig
 from mm_gpt.eval.metrics.captions import bleu, cider_d, rouge_l
 from mm_gpt.eval.metrics.statistics import bootstrap_statistic, wilson_interval
 from mm_gpt.eval.metrics.vqa import exact_match, vqa_accuracy
@@ -94,7 +94,7 @@ class RatioScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Item:
+class Instance:
     """One thing to predict."""
 
     id: str
@@ -124,10 +124,10 @@ class Task(ABC):
         self.config, self.assistant = config, assistant
         self.errors = ErrorCounter()
         self._digest = hashlib.sha256()
-        self.items: list[Item] = self._items()
+        self.instances: list[Instance] = self._instances()
 
     @abstractmethod
-    def _items(self) -> list[Item]: ...
+    def _instances(self) -> list[Instance]: ...
 
     @classmethod
     @abstractmethod
@@ -142,7 +142,7 @@ class Task(ABC):
         """Raises MMGPTError when this data or model cannot have the control."""
 
     @abstractmethod
-    def predict(self, items: Sequence[Item], control: str) -> list[dict[str, Any]]:
+    def predict(self, instances: Sequence[Instance], control: str) -> list[dict[str, Any]]:
         """For each item the fields that the prediction adds to its row."""
 
     def generation(self) -> GenerationConfig | None:
@@ -164,11 +164,11 @@ class Task(ABC):
 
     @property
     def num_groups(self) -> int:
-        return self.items[-1].group + 1
+        return self.instances[-1].group + 1
 
     def _ratio(self, totals: Iterable[float]) -> RatioScore:
         values = np.array(list(totals), dtype=np.float64)
-        return RatioScore(values, np.ones(len(values)), np.array([item.group for item in self.items]))
+        return RatioScore(values, np.ones(len(values)), np.array([instance.group for instance in self.instances]))
 
 
 class ImageTask(Task):
@@ -188,22 +188,22 @@ class ImageTask(Task):
     def _texts(cls, record: Record) -> list[tuple[str, ...]]:
         """What people wrote, of each item of `_asked`."""
 
-    def _items(self) -> list[Item]:
+    def _instances(self) -> list[Instance]:
         self.images: list[Image] = []
         self.prompts: dict[str, str] = {}
-        items: list[Item] = []
+        instances: list[Instance] = []
         for key, record in self._records(self.config, self.errors):
-            about = [self._item(key, len(self.images), record, *asked) for asked in self._asked(record)]
-            if fitting := [item for item in about if item is not None]:
-                items += fitting
+            about = [self._instance(key, len(self.images), record, *asked) for asked in self._asked(record)]
+            if fitting := [instance for instance in about if instance is not None]:
+                instances += fitting
                 self.images.append(Image(record.image))
-                self._digest.update(repr([(item.id, item.row) for item in fitting]).encode())
+                self._digest.update(repr([(instance.id, instance.row) for instance in fitting]).encode())
                 self._digest.update(hashlib.sha256(image_bytes(record.image)).digest())
             if len(self.images) == self.config.limit:
                 break
-        if not items:
+        if not instances:
             raise MMGPTError(f"{', '.join(self.config.data)}: nothing to evaluate: {self.errors.summary()}")
-        return items
+        return instances
 
     @classmethod
     def _records(cls, config: EvalConfig, errors: ErrorCounter) -> Iterator[tuple[str, Record]]:
@@ -231,7 +231,9 @@ class ImageTask(Task):
             for (suffix, _, _), texts in zip(cls._asked(record), cls._texts(record), strict=True):
                 yield EvaluationItem(key + suffix, texts, (record.image,))
 
-    def _item(self, key: str, group: int, record: Record, suffix: str, prompt: str, row: dict[str, Any]) -> Item | None:
+    def _instance(
+        self, key: str, group: int, record: Record, suffix: str, prompt: str, row: dict[str, Any]
+    ) -> Instance | None:
         id = key + suffix
         try:
             length = len(self.assistant.processor(self._document(prompt, Image(record.image))))
@@ -241,14 +243,16 @@ class ImageTask(Task):
             self.errors.add("prompt too long", id)
             return None
         self.prompts[id] = prompt
-        return Item(id=id, group=group, length=length, row=row)
+        return Instance(id=id, group=group, length=length, row=row)
 
     def _document(self, prompt: str, image: Image | None) -> Document:
         content = [prompt] if image is None else [image, prompt]
         return self.assistant.processor.chat([{"role": "user", "content": content}])
 
-    def predict(self, items: Sequence[Item], control: str) -> list[dict[str, Any]]:
-        documents = [self._document(self.prompts[item.id], self._image(item.group, control)) for item in items]
+    def predict(self, instances: Sequence[Instance], control: str) -> list[dict[str, Any]]:
+        documents = [
+            self._document(self.prompts[instance.id], self._image(instance.group, control)) for instance in instances
+        ]
         return [{"prediction": str(answer)} for answer in self.assistant.engine.generate(documents, self.generation())]
 
     @abstractmethod
@@ -336,11 +340,11 @@ class VQA(ImageTask):
 
     def baselines(self) -> dict[str, tuple[str, dict[str, Score]]]:
         """Always the commonest answer of the evaluation set itself, which no model can know: a hard baseline."""
-        answer = Counter(item.row["answer"] for item in self.items).most_common(1)[0][0]
-        return {"majority_answer_of_this_set": (answer, self._scores([answer] * len(self.items)))}
+        answer = Counter(instance.row["answer"] for instance in self.instances).most_common(1)[0][0]
+        return {"majority_answer_of_this_set": (answer, self._scores([answer] * len(self.instances)))}
 
     def _scores(self, predictions: list[str]) -> dict[str, Score]:
-        references = [item.row["references"] for item in self.items]
+        references = [instance.row["references"] for instance in self.instances]
         pairs = list(zip(predictions, references, strict=True))
         scores: dict[str, Score] = {}
         enough = [len(answers) >= MIN_ANNOTATORS for answers in references]
@@ -363,17 +367,17 @@ class Perplexity(Task):
     scale = 1.0
     lower_is_better = True
 
-    def _items(self) -> list[Item]:
+    def _instances(self) -> list[Instance]:
         self._before: Decoder | None = None
         self._pieces: dict[str, list[int]] = {}
-        items: list[Item] = []
+        instances: list[Instance] = []
         for id, piece in itertools.islice(self._windows(self.config, self.assistant, self.errors), self.config.limit):
             self._pieces[id] = piece
-            items.append(Item(id=id, group=len(items), length=len(piece), row={"tokens": len(piece) - 1}))
+            instances.append(Instance(id=id, group=len(instances), length=len(piece), row={"tokens": len(piece) - 1}))
             self._digest.update(repr(piece).encode())
-        if not items:
+        if not instances:
             raise MMGPTError(f"{', '.join(self.config.data)}: no text to evaluate")
-        return items
+        return instances
 
     @classmethod
     def _windows(
@@ -395,9 +399,9 @@ class Perplexity(Task):
         for id, piece in cls._windows(config, assistant, ErrorCounter()):
             yield EvaluationItem(id, (assistant.processor.tokenizer.decode(piece),))
 
-    def predict(self, items: Sequence[Item], control: str) -> list[dict[str, Any]]:
+    def predict(self, instances: Sequence[Instance], control: str) -> list[dict[str, Any]]:
         decoder = self._untouched() if control == "before" else self.assistant.model.decoder
-        return [{"nats": nats} for nats in window_nats(decoder, [self._pieces[item.id] for item in items])]
+        return [{"nats": nats} for nats in window_nats(decoder, [self._pieces[instance.id] for instance in instances])]
 
     def scores(self, rows: Sequence[dict[str, Any]]) -> dict[str, Score]:
         nats = np.array([row["nats"] for row in rows])

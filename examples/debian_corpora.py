@@ -34,6 +34,7 @@ from mm_gpt.datasets.web.pages import page_files
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import MMGPTError
 from mm_gpt.hub.checkpoint import load_decoder
+from mm_gpt.processes import watch_parent
 from mm_gpt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,8 @@ def write_clipart(folder: Path, licence: str, out: Path, errors: ErrorCounter, *
     files = list({path.stat().st_ino: path for path in sorted(folder.rglob("*.svg"))}.values())
     temporary, number = out.with_name(f".{out.name}.tmp"), 0
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar, ProcessPoolExecutor(workers) as pool:
+    pool = ProcessPoolExecutor(workers, initializer=watch_parent)
+    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar, pool:
         for path, result in zip(files, pool.map(_clipart, files, chunksize=16), strict=True):
             if isinstance(result, str):
                 errors.add(result, str(path.relative_to(folder)))

@@ -20,8 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from mm_gpt.datasets.bloom import BloomFilter, covered_fraction
-from mm_gpt.datasets.contamination.check import Scan, find_hits, run, save_scan, scan, scan_parallel
+from mm_gpt.datasets.contamination.check import Scan, find_hits, save_scan, scan, scan_parallel
 from mm_gpt.datasets.contamination.decontaminate import RemoveContamination
 from mm_gpt.datasets.contamination.evaluation_index import EvaluationIndex, EvaluationItem, IndexConfig, ngram_length
 from mm_gpt.datasets.contamination.overlap import (
@@ -30,16 +29,16 @@ from mm_gpt.datasets.contamination.overlap import (
     composed,
     find_words,
     letters_of,
-    ngram_hashes,
     to_string,
     window_hashes,
 )
-from mm_gpt.datasets.contamination.report import markdown, read_report, report
+from mm_gpt.datasets.contamination.report import markdown, read_report, report, search_contamination
 from mm_gpt.datasets.samples import Conversation, QuestionAnswer, Record
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.eval.config import EvalConfig
 from mm_gpt.eval.contamination import evaluation_items
-from mm_gpt.eval.harness import EvalConfig, add_arguments, evaluate, table
+from mm_gpt.eval.harness import add_arguments, evaluate, table
 from mm_gpt.eval.harness import run as run_command
 from mm_gpt.inference.assistant import Assistant
 from mm_gpt.inference.engine import Answer, GenerationConfig
@@ -119,8 +118,11 @@ def test_window_hashes_tell_windows_apart(values: list[int], length: int) -> Non
 
 
 def test_hashes_never_change() -> None:
-    """Stops: a saved index or Bloom filter that no longer fits after an update, or in another process."""
-    assert ngram_hashes("The quick, brown fox", 3).tolist() == [2380079717903642192, 12330505848291006307]
+    """Stops: a saved index that no longer fits after an update, or in another process."""
+    assert window_hashes(find_words("The quick, brown fox").hashes, 3).tolist() == [
+        2380079717903642192,
+        12330505848291006307,
+    ]
 
 
 @given(st.sets(st.integers(0, 2**64 - 1), max_size=50), st.lists(st.integers(0, 2**64 - 1), max_size=50))
@@ -140,45 +142,8 @@ def test_substrings_equal_python(strings: list[str], text: str) -> None:
     assert found == [number for number, string in enumerate(strings) if string in text]
 
 
-def test_bloom_filter_as_gpt2() -> None:
-    """Stops: a size or number of hashes that misses 1e-8, a forgotten element. Golden: 38.34 bits, k = 27."""
-    bloom = BloomFilter(100_000)
-    assert bloom.num_bits / 100_000 == pytest.approx(38.34, abs=0.01)
-    assert bloom.num_hashes == 27
-    added = np.unique(ngram_hashes(" ".join(f"w{i}" for i in range(100_007)), 8))
-    assert len(added) == 100_000
-    bloom.add(added)
-    assert bloom.contains(added).all()
-    assert bloom.fill == pytest.approx(0.5, abs=0.01)
-    strangers = np.random.default_rng(0).integers(0, 2**64, 1_000_000, dtype=np.uint64)
-    assert not bloom.contains(strangers).any()
-
-
-def test_bloom_false_positives_are_as_asked_for() -> None:
-    """Stops: hashes that are not independent, which 1e-8 would never show."""
-    bloom = BloomFilter(20_000, 0.01)
-    bloom.add(np.random.default_rng(0).integers(0, 2**64, 20_000, dtype=np.uint64))
-    rate = bloom.contains(np.random.default_rng(1).integers(0, 2**64, 200_000, dtype=np.uint64)).mean()
-    assert 0.008 < rate < 0.012
-
-
-def test_bloom_filters_merge_and_keep(tmp_path: Path) -> None:
-    one, other = BloomFilter(1000), BloomFilter(1000)
-    one.add(ngram_hashes(prose(1, 200), 8))
-    other.add(ngram_hashes(prose(2, 200), 8))
-    one.merge(other)
-    one.save(tmp_path / "bloom.npy")
-    again = BloomFilter.load(tmp_path / "bloom.npy")
-    assert covered_fraction([prose(1, 200), prose(2, 200)], again) == 1.0
-    with pytest.raises(ValueError, match="same size"):
-        one.merge(BloomFilter(999))
-    (tmp_path / "bloom.json").write_text('{"capacity": 5, "false_positives": 0.1}')
-    with pytest.raises(MMGPTError, match="not a Bloom filter"):
-        BloomFilter.load(tmp_path / "bloom.npy")
-
-
 def test_overlap_equals_exact_sets() -> None:
-    """Stops: GPT-2's number differing between the Bloom filter, the index and plain sets of strings."""
+    """Stops: GPT-2's number differing between the index and plain sets of strings."""
     corpus = [prose(seed, 300) for seed in range(5)]
     tests = [changed(" ".join(corpus[0].split()[20:60])), prose(100, 50), corpus[3] + " " + prose(101, 30)]
 
@@ -190,10 +155,6 @@ def test_overlap_equals_exact_sets() -> None:
     asked = [gram for text in tests for gram in grams(text)]
     exact = sum(gram in known for gram in asked) / len(asked)
     assert 0 < exact < 1
-    bloom = BloomFilter(10_000)
-    for text in corpus:
-        bloom.add(ngram_hashes(text, 8))
-    assert covered_fraction(tests, bloom) == exact
     index = index_of(*(EvaluationItem(str(i), (t,)) for i, t in enumerate(tests)))
     values = report(index, scan([page(text) for text in corpus], index))
     assert values["sets"]["test"]["overlap_8grams"] == exact
@@ -343,7 +304,7 @@ def test_mistakes_in_sets_are_named() -> None:
 def test_report_is_one_table_whatever_pages_say(tmp_path: Path) -> None:
     """Stops: text of a page that breaks the table or becomes markup."""
     text = "<img src=x> | a\n\n# b `c` " + prose(1, 20)
-    run([page(text, id="p|1")], {"s|t": [EvaluationItem("i", (text,))]}, tmp_path)
+    search_contamination([page(text, id="p|1")], {"s|t": [EvaluationItem("i", (text,))]}, tmp_path)
     table = (tmp_path / "contamination.md").read_text().splitlines()
     assert sum("dirty" in line or line.startswith("#") for line in table) == 0
     assert "<img" not in "".join(table)
@@ -537,7 +498,7 @@ def test_planted_items_are_found_and_their_score_is_higher(
         copy = encoded(photo(i).resize((120, 90)), "JPEG", quality=80)
         corpus[i] = page(prose(900 + i, 50), copy, id=f"image{i}")
     config = EvalConfig(task="vqa", data=(str(tar),), model=str(tiny_model_folder), device="cpu")
-    values = run(corpus, {"vqa": evaluation_items(config)}, tmp_path / "report")
+    values = search_contamination(corpus, {"vqa": evaluation_items(config)}, tmp_path / "report")
     ids = [f"{key}#0" for key, _, _ in planted]
     assert dirty(values, "any", "vqa") == ids
     assert dirty(values, "n-gram", "vqa") == dirty(values, "substring", "vqa") == ids[:8]
@@ -580,7 +541,8 @@ def test_report_of_other_data_is_refused(tmp_path: Path, tiny_model_folder: Path
     assert [item.id for item in items] == ["a#0", "a#1", "b#0", "b#1"]  # all, whatever the limit
     assert items[0].texts == ("is it red? yes",)
     tiny_assistant.engine = Memoriser({})  # type: ignore[assignment]
-    wrong = run([], {"other": evaluation_items(replace(config, data=(str(other),)))}, tmp_path / "wrong")
+    sets = {"other": evaluation_items(replace(config, data=(str(other),)))}
+    wrong = search_contamination([], sets, tmp_path / "wrong")
     assert wrong["sets"]["other"]["too_short"] == 4
     path = tmp_path / "wrong" / "contamination.json"
     with pytest.raises(MMGPTError, match="none of its sets"):
@@ -588,7 +550,7 @@ def test_report_of_other_data_is_refused(tmp_path: Path, tiny_model_folder: Path
     path.write_text("[]")
     with pytest.raises(MMGPTError, match="not a contamination report"):
         evaluate(replace(config, contamination=str(path)), tmp_path / "r.json", assistant=tiny_assistant)
-    run([], {"one": items}, tmp_path / "right")
+    search_contamination([], {"one": items}, tmp_path / "right")
     path = tmp_path / "right" / "contamination.json"
     results = evaluate(replace(config, contamination=str(path)), tmp_path / "r.json", assistant=tiny_assistant)
     found = results["contamination"]["methods"]["any"]
@@ -605,7 +567,7 @@ def test_captions_and_perplexity_split_as_well(
     tar = write_set(tmp_path / "captions.tar", records)
     config = EvalConfig(task="captioning", data=(str(tar),), model=str(tiny_model_folder), device="cpu")
     corpus = [Record(str(i), b"", captions=(prose(i, 10),)) for i in range(4)]
-    run(corpus, {"captions": evaluation_items(config)}, tmp_path / "report")
+    search_contamination(corpus, {"captions": evaluation_items(config)}, tmp_path / "report")
     config = replace(config, contamination=str(tmp_path / "report" / "contamination.json"))
 
     class Captioner:
@@ -628,7 +590,7 @@ def test_captions_and_perplexity_split_as_well(
     text.write_text(prose(1, 3000))
     config = EvalConfig(task="perplexity", data=(str(text),), model=str(tiny_model_folder), device="cpu", controls=())
     items = evaluation_items(config)
-    run([page(items[0].texts[0])], {"text": items}, tmp_path / "report")
+    search_contamination([page(items[0].texts[0])], {"text": items}, tmp_path / "report")
     config = replace(config, contamination=str(tmp_path / "report" / "contamination.json"))
     results = evaluate(config, tmp_path / "perplexity.json")
     found = results["contamination"]["methods"]["n-gram"]

@@ -32,11 +32,12 @@ from mm_gpt.datasets.building.corpus import (
 )
 from mm_gpt.datasets.building.pipeline import UNKNOWN, Funnel, Step, as_document, language_of
 from mm_gpt.datasets.building.shards import Corpus, ShardWriter, write_corpus_file
-from mm_gpt.datasets.contamination.check import run as search_contamination
 from mm_gpt.datasets.contamination.evaluation_index import EvaluationItem
+from mm_gpt.datasets.contamination.report import search_contamination
 from mm_gpt.datasets.samples import Conversation, ErrorCounter, QuestionAnswer, Record, Sample
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.processes import EXIT_TERMINATED
 
 pytest.importorskip("trafilatura")
 pytest.importorskip("py3langid")
@@ -705,7 +706,7 @@ def test_evaluation_sets_are_cut_out(pages: Path, tmp_path: Path) -> None:
 
 SLOW = """
 import sys, time
-from pathlib import Path
+from mm_gpt.commands.cli import main
 from mm_gpt.datasets.building import corpus
 
 original = getattr(corpus, "{name}")
@@ -718,9 +719,8 @@ def slow(*arguments):
 
 setattr(corpus, "{name}", slow)
 if __name__ == "__main__":
-    out, *sources = sys.argv[1:]
-    config = corpus.CorpusConfig(filters="none", image_side=None, shard_mb=1)
-    corpus.build_corpus(sources, Path(out), config, runner=corpus.Runner({workers}, progress=False))
+    settings = ["filters=none", "image_side=none", "shard_mb=1", "--workers", "{workers}"]
+    sys.exit(main(["corpus", "build", *sys.argv[2:], *settings, "--out", sys.argv[1]]))
 """
 OPTIONS: dict[str, Any] = {"filters": "none", "image_side": None, "shard_mb": 1}
 
@@ -749,9 +749,12 @@ def uninterrupted(tars: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
     return files_of(out)
 
 
-def kill_when(ready: Any, name: str, workers: int, out: Path, sources: list[str], tmp_path: Path) -> None:
-    """Run a slow build and kill all of its processes, with no chance to clean up, as soon as `ready()`."""
-    script = tmp_path / "slow.py"
+def kill_when(ready: Any, name: str, workers: int, out: Path, sources: list[str], how: signal.Signals) -> int:
+    """Run a slow build, send it a signal as soon as `ready()`, and wait for all of its processes; its exit code.
+
+    Killed, it has no chance to clean up; its workers are not told.
+    """
+    script = out.with_name("slow.py")
     script.write_text(SLOW.format(name=name, workers=workers))
     process = subprocess.Popen([sys.executable, str(script), str(out), *sources], start_new_session=True)
     try:
@@ -761,15 +764,31 @@ def kill_when(ready: Any, name: str, workers: int, out: Path, sources: list[str]
             assert time.monotonic() < until
             time.sleep(0.02)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.send_signal(how)
+        code = process.wait()
+    while True:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return code
+        assert time.monotonic() < until, "workers are left"
+        time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("name", "prefix", "workers"), [("_prepared", "split", 2), ("_without_images", "group", 1)])
+@pytest.mark.parametrize(
+    ("name", "prefix", "workers", "how", "code"),
+    [
+        ("_prepared", "split", 2, signal.SIGKILL, -signal.SIGKILL),
+        ("_prepared", "split", 2, signal.SIGTERM, EXIT_TERMINATED),
+        ("_without_images", "group", 1, signal.SIGKILL, -signal.SIGKILL),
+    ],
+)
 def test_a_killed_build_goes_on(
     name: str,
     prefix: str,
     workers: int,
+    how: signal.Signals,
+    code: int,
     tars: list[str],
     uninterrupted: dict[str, str],
     tmp_path: Path,
@@ -778,7 +797,7 @@ def test_a_killed_build_goes_on(
     """In the middle of the first and of the last pass. Byte for byte what it would have been; nothing is made twice."""
     out = tmp_path / "corpus"
     finished = f".build/{prefix}-*/report.json"
-    kill_when(lambda: len(list(out.glob(finished))) >= 2, name, workers, out, tars, tmp_path)
+    assert kill_when(lambda: len(list(out.glob(finished))) >= 2, name, workers, out, tars, how) == code
     assert not (out / "corpus.json").exists()
     before = {path.parent.name for path in out.glob(finished)}
     assert 2 <= len(before) < 6

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from mm_gpt.datasets.loading.draws import training_prompt
 from mm_gpt.datasets.samples import QuestionAnswer
 from mm_gpt.document import Document, Text
 from mm_gpt.errors import ConfigError, MMGPTError
-from mm_gpt.eval.harness import EvalConfig, add_arguments, evaluate, git_commit, model_sha256, run, table
+from mm_gpt.eval.config import EvalConfig
+from mm_gpt.eval.harness import add_arguments, evaluate, git_commit, model_sha256, run, table
 from mm_gpt.eval.metrics.captions import bleu, cider_d, rouge_l
 from mm_gpt.eval.metrics.statistics import wilson_interval
 from mm_gpt.eval.perplexity import windows
@@ -140,6 +142,7 @@ def test_vqa_scores_counts_and_schema(tmp_path: Path, tiny_model_folder: Path, s
         "git_commit",
         "date",
         "config",
+        "generation",
         "counts",
         "intervals",
         "scale_in_table",
@@ -348,6 +351,26 @@ def test_results_of_another_run_are_never_mixed(tmp_path: Path, tiny_model_folde
 
 
 # ---- what goes wrong ----
+
+
+def test_results_state_the_decoding_that_was_used(tmp_path: Path, tiny_model_folder: Path, scripted: Any) -> None:
+    """Stops: scores of captions that could not repeat three tokens, beside others that could, and nothing says so."""
+    tar = write_tar(tmp_path / "t.tar", [("a", png(0), {"captions": ["A circle."], **qa(("is it red?", "yes"))})])
+    for task, beams, tokens, repeats in (("captioning", 3, 40, 3), ("vqa", 1, 32, 8)):
+        for is_public in (False, True):
+            assistant = scripted(lambda p, i: "A circle.")
+            assistant.is_public = is_public
+            output = tmp_path / f"{task}-{is_public}.json"
+            results = evaluate(config(task, tar, tiny_model_folder), output, assistant=assistant)
+            ((_, used),) = assistant.engine.calls
+            assert results["generation"] == json.loads(json.dumps(asdict(used)))
+            expected = (beams, tokens, 0 if is_public else repeats)
+            assert (used.num_beams, used.max_new_tokens, used.no_repeat_ngram_size) == expected
+            line = f"num_beams={beams}, max_new_tokens={tokens}, no_repeat_ngram_size={expected[2]}"
+            assert line in table(results).splitlines()[0]
+        assistant.is_public = False
+        with pytest.raises(MMGPTError, match=f"no_repeat_ngram_size: 0, now {repeats}"):
+            evaluate(config(task, tar, tiny_model_folder), output, assistant=assistant)
 
 
 def test_mistakes_are_named(tmp_path: Path, tiny_model_folder: Path, scripted: Any) -> None:

@@ -17,6 +17,7 @@ CONTRACTS = {
     "document",
     "image_headers",
     "images",
+    "processes",
     "templates",
     "tokenizer",
     "processor",
@@ -30,6 +31,7 @@ MAY_IMPORT = {
     "network": {"errors"},
     "image_headers": {"errors"},
     "images": {"errors", "network", "image_headers"},
+    "processes": set(),
     "document": {"errors", "images"},
     "tokenizer": {"errors"},
     "vision": {"errors", "images"},
@@ -118,3 +120,59 @@ assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 assert not logging.getLogger().handlers and not logging.getLogger("mm_gpt").handlers
 """
     run(code)
+
+
+def module_name(path: Path) -> str:
+    parts = ("mm_gpt", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_files() -> dict[str, set[str]]:
+    """Module -> the modules of mm_gpt that its file imports, wherever in the file; those of types as well.
+
+    `mm_gpt.datasets`, `eval` and `vision` are links: `rglob` does not follow them.
+    """
+    files = [path for folder in (ROOT, *(p for p in ROOT.iterdir() if p.is_symlink())) for path in folder.rglob("*.py")]
+    modules = {module_name(path): path for path in files}
+    found = {}
+    for name, path in modules.items():
+        found[name] = set[str]()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names if alias.name in modules}
+            elif isinstance(node, ast.ImportFrom):
+                inside = {f"{node.module}.{alias.name}" for alias in node.names} & modules.keys()
+                is_name = len(inside) < len(node.names)  # of something that the module itself defines
+                found[name] |= inside | ({str(node.module)} & modules.keys() if is_name else set())
+        found[name].discard(name)
+    return found
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """What can be reached from itself, in groups."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            for name in arrows[waiting.pop()] - seen:
+                seen.add(name)
+                waiting.append(name)
+        return seen
+
+    reach = {name: reached(name) for name in arrows}
+    groups = {tuple(sorted(other for other in reach[name] if name in reach[other])) for name in arrows}
+    return [list(group) for group in sorted(groups) if group]
+
+
+def test_no_circle_of_files() -> None:
+    """Files in a circle are one file in pieces: none can be read, tested or moved without the others."""
+    arrows = imported_files()
+    assert {"mm_gpt.datasets.building.corpus", "mm_gpt.vision.vit", "mm_gpt.eval.tasks"} <= arrows.keys()
+    assert "mm_gpt.errors" in arrows["mm_gpt.datasets.samples"]
+    assert not circles(arrows)
+
+
+def test_circles_are_found() -> None:
+    arrows = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set[str](), "e": {"e"}}
+    assert circles(arrows) == [["b", "c"], ["e"]]

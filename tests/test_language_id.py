@@ -3,6 +3,7 @@
 import pickle
 import time
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -45,6 +46,34 @@ def test_addresses_and_numbers_say_nothing() -> None:
     assert identify("https://www.example.com/the/list/of/all/windows 2023 user@example.com") == ("und", 0.0)
     text = "Siehe https://example.com/this-is-the-list-of-all-the-open-windows-and-how-to-close-them für mehr."
     assert identify(text)[0] == "de"
+
+
+@pytest.mark.parametrize("text", ["OK!", "OK", "Menu", "Login", "Foto", "JPG", "Hello", "x", "да"])
+def test_without_evidence_no_language_is_named(text: str) -> None:
+    """Two letters say nothing, and the first of all equal languages is Serbian."""
+    assert identify(text) == ("und", 0.0)
+
+
+def test_a_script_of_its_own_is_evidence() -> None:
+    assert [identify(word)[0] for word in ("ไทย", "한국", "ქ", "שלום")] == ["th", "ko", "ka", "he"]
+
+
+@pytest.mark.parametrize(("undetermined", "min_score", "stays"), [("drop", 0.0, 0), ("keep", 0.0, 3), ("keep", 0.8, 3)])
+def test_what_does_not_tell_its_language_stays_or_goes_as_asked(
+    undetermined: Any, min_score: float, stays: int
+) -> None:
+    stage = Language(languages=("en",), undetermined=undetermined, min_score=min_score)
+    removed: Counter[str] = Counter()
+    documents = [Document((Text("OK!"),)), Document((Image("a.jpg"),)), Document(())]
+    kept = [out for document in documents if (out := stage(document, removed)) is not None]
+    assert len(kept) == stays
+    assert removed == Counter({"undetermined language": 3 - stays} if stays < 3 else {})
+    assert all(document.metadata == {"language": "und", "language_score": 0.0} for document in kept)
+    assert stage(Document((Text(SENTENCES["de"]),)), removed) is None
+    assert stage(Document((Text(SENTENCES["en"]),)), removed) is not None
+
+
+def test_numbers_are_no_letters() -> None:
     for empty in ("", "   ", "123 !?", "😀"):
         assert identify(empty) == ("und", 0.0)
 
@@ -70,7 +99,7 @@ def test_stage_drops() -> None:
     assert Language(languages=("de",))(english, removed) is None
     assert Language(min_score=0.5)(Document((Text("12"),)), removed) is None
     assert Language(languages=("en",))(Document((Image("a.jpg"),)), removed) is None
-    assert removed == {"other language": 2, "uncertain language": 1}
+    assert removed == {"other language": 1, "undetermined language": 1, "uncertain language": 1}
     control = Document((Text(SENTENCES["de"], is_control=True), Text(SENTENCES["en"])))
     assert Language(languages=("en",))(control, removed) is not None
 
@@ -82,6 +111,8 @@ def test_wrong_languages_are_named() -> None:
         Language(languages="en")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="min_score"):
         Language(min_score=1.5)
+    with pytest.raises(ConfigError, match="did you mean 'keep'"):
+        Language(undetermined="kept")  # type: ignore[arg-type]
 
 
 def test_hostile_text_is_cut() -> None:

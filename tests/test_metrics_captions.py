@@ -16,7 +16,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from mm_gpt.errors import MMGPTError
 from mm_gpt.eval.metrics.captions import bleu, cider_d, rouge_l
-from mm_gpt.eval.metrics.statistics import bootstrap_interval, bootstrap_statistic, wilson_interval
+from mm_gpt.eval.metrics.statistics import bootstrap_statistic, wilson_interval
 from mm_gpt.eval.metrics.tokenize import ptb_tokenize
 
 # What stanford-corenlp-3.4.1.jar printed for each line, less the punctuation that pycocoevalcap removes.
@@ -105,6 +105,9 @@ JAVA_TOKENS = [
     ("a man in a #23 jersey ; another in # 4", "a man in a # 23 jersey another in # 4"),
     ('D.J. plays "la la" on TV.', "d.j. plays la la on tv"),
     ("p.s. I love you... NOT!!!", "p.s. i love you not !!!"),
+    ("एक कुत्ता पानी में खेल रहा है।", "एक कुत्ता पानी में खेल रहा है ।"),
+    ("ป่า ป้า பால் দিন כِתָב", "ป่า ป้า பால் দিন כِתָב"),
+    ("a cafe\u0301 don't ভালো", "a cafe\u0301 do n't ভালো"),
 ]
 
 
@@ -257,20 +260,24 @@ def test_intervals_hold_the_score_and_bleu_resamples_the_corpus_score() -> None:
 
 def test_bootstrap_of_a_normal_sample_matches_theory() -> None:
     values = np.random.default_rng(1).normal(size=2000)
-    low, high = bootstrap_interval(values, resamples=4000)
+    low, high = bootstrap_statistic(lambda indices: values[indices].mean(axis=1), len(values), resamples=4000)
     half_width = 1.96 * values.std() / 2000**0.5
     # The quantiles of 4000 resamples wander by about 3 % of the half-width.
     assert low == pytest.approx(values.mean() - half_width, abs=0.1 * half_width)
     assert high == pytest.approx(values.mean() + half_width, abs=0.1 * half_width)
-    assert bootstrap_interval([0.25] * 7) == (0.25, 0.25)
+    assert bootstrap_statistic(lambda indices: np.full(len(indices), 0.25), 7) == (0.25, 0.25)
 
 
 def test_bootstrap_does_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Resamples lost or repeated at the border of two chunks would narrow the interval."""
     values = np.random.default_rng(2).random(50)
-    whole = bootstrap_interval(values, resamples=101)
+
+    def interval() -> tuple[float, float]:
+        return bootstrap_statistic(lambda indices: values[indices].mean(axis=1), 50, resamples=101)
+
+    whole = interval()
     monkeypatch.setattr("mm_gpt.eval.metrics.statistics._CHUNK", 350)
-    assert bootstrap_interval(values, resamples=101) == whole
+    assert interval() == whole
     calls: list[int] = []
     bootstrap_statistic(lambda indices: calls.append(len(indices)) or indices[:, 0], 50, resamples=10)  # type: ignore
     assert sum(calls) == 10
@@ -292,8 +299,8 @@ def test_wilson_interval() -> None:
 
 def test_statistics_refuse_what_has_no_interval() -> None:
     with pytest.raises(ValueError, match="at least one"):
-        bootstrap_interval([])
+        bootstrap_statistic(lambda indices: indices[:, 0], 0)
     with pytest.raises(ValueError, match="confidence"):
-        bootstrap_interval([1.0], confidence=95)
+        bootstrap_statistic(lambda indices: indices[:, 0], 1, confidence=95)
     with pytest.raises(ValueError, match="no proportion"):
         wilson_interval(3, 2)

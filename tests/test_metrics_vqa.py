@@ -89,9 +89,47 @@ def test_too_few_or_malformed_answers_are_refused() -> None:
         ("the dog", ["dog"], 0.0),
         ("two", ["2"], 0.0),
         ("cat", ["dog", "cat"], 1.0),
-        ("?", ["!"], 0.0),  # nothing said matches nothing
+        ("?", ["!"], 0.0),
         ("", ["dog"], 0.0),
+        ("", [""], 0.0),  # nothing said matches nothing
+        ("**Red**", ["`red`"], 1.0),
+        ("5-10", ["5 - 10"], 1.0),
+        ("2023-01-05", ["2023/01/05"], 1.0),
+        ("STRASSE", ["Straße"], 1.0),
+        ("cafe\u0301", ["café"], 1.0),
+        ("\u22125 °C", ["-5 °c"], 1.0),
+        ("(-5)", ["-5"], 1.0),
     ],
 )
 def test_exact_match(prediction: str, answers: list[str], expected: float) -> None:
     assert exact_match(prediction, answers) == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("दिन", "दान"),  # day, gift
+        ("किला", "कली"),  # fort, bud
+        ("ป่า", "ป้า"),  # forest, aunt
+        ("ขับ", "ขิบ"),
+        ("பால்", "பல்"),  # milk, tooth
+        ("দিন", "দান"),
+        ("résumé", "resume"),
+        ("-5", "5"),
+        (".5", "5"),
+        ("3.5", "3 5"),
+        ("C++", "C"),
+        ("C#", "C"),
+        ("$5", "5"),
+        ("50%", "50"),
+        ("30°", "30"),
+        ("+", "-"),
+        ("×", "+"),
+        ("?", "!"),
+        ("😀", "😢"),
+    ],
+)
+def test_exact_match_keeps_what_tells_answers_apart(first: str, second: str) -> None:
+    """Signs of vowels are no letters for `re`: two Hindi words were equal, and "+" was no answer at all."""
+    assert exact_match(first, [second]) == exact_match(second, [first]) == 0.0
+    assert exact_match(first, [first]) == exact_match(second, [f" {second}"]) == 1.0

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_gpt.datasets.duplicates.minhash import MinHash, agreement, best_bands, gpt3, shingle_hashes, word_hashes
+from mm_gpt.datasets.duplicates.minhash import MinHash, agreement, best_bands, shingle_hashes, word_hashes
 from mm_gpt.errors import ConfigError
 
 
@@ -158,11 +158,6 @@ def test_bands_agree_where_all_their_rows_do() -> None:
     signatures[1, 8:11] = signatures[0, 8:11]
     bands = minhash.band_hashes(signatures)
     assert (bands[0] == bands[1]).tolist() == [True, False, False]
-
-
-def test_gpt3() -> None:
-    minhash = gpt3()
-    assert (minhash.num_hashes, minhash.shape, minhash.shingle_words) == (10, (10, 1), 1)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from mm_gpt.datasets.filters.quality import (
     QualityReport,
     QualityTraining,
     features,
-    keep_probability,
     keeps,
     quality_score,
     train_quality,
@@ -47,7 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, QualityRepo
 
 @pytest.mark.parametrize(("score", "rate"), [(1, 1), (0.9, 0.424), (0.75, 0.134), (0.5, 0.026), (0, 0.00195)])
 def test_keep_rates_of_gpt3(score: float, rate: float) -> None:
-    assert keep_probability(score) == pytest.approx(rate, rel=0.02)
+    assert (2 - score) ** -9 == pytest.approx(rate, rel=0.02), "numpy's pareto is Lomax"
     fractions = (np.arange(100_000) + 0.5) / 100_000
     kept = np.mean([keeps(score, float(fraction)) for fraction in fractions])
     assert kept == pytest.approx(rate, rel=0.02)
@@ -70,7 +69,7 @@ def test_it_learns_to_tell_them_apart(trained: tuple[Path, QualityReport]) -> No
 def test_the_filter_keeps_at_its_rate_and_repeats_itself(trained: tuple[Path, QualityReport]) -> None:
     stage = pickle.loads(pickle.dumps(QualityFilter(path=str(trained[0]))))
     documents = list(pages([*GOOD, *BAD], 600, "mixed"))
-    expected = sum(keep_probability(quality_score(document, trained[0])) for document in documents)
+    expected = sum((2 - quality_score(document, trained[0])) ** -9 for document in documents)
     removed: Counter[str] = Counter()
     kept = {document.id: out for document in documents if (out := stage(document, removed))}
     assert abs(len(kept) - expected) < 5 * math.sqrt(expected) + 1

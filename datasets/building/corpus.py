@@ -15,11 +15,10 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import chain
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -58,6 +57,7 @@ from mm_gpt.datasets.web import pages, warc
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ConfigError, ImageError, MMGPTError, unknown_name
 from mm_gpt.images import DEFAULT_LIMITS, ImageSource, image_bytes, image_format, is_url, load_image, to_file
+from mm_gpt.processes import process_pool
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -533,16 +533,11 @@ class Runner:
         if self.workers == 1 or len(items) < 2:
             yield from map(function, items)
             return
-        with ProcessPoolExecutor(min(self.workers, len(items)), mp_context=get_context("spawn")) as pool:
-            try:
+        try:
+            with process_pool(min(self.workers, len(items))) as pool:
                 yield from pool.map(function, items)
-            except BrokenProcessPool:
-                raise MMGPTError(
-                    "a worker process was killed, for its memory perhaps; what is finished is kept"
-                ) from None
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        except BrokenProcessPool:
+            raise MMGPTError("a worker process was killed, for its memory perhaps; what is finished is kept") from None
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
-from mm_gpt.errors import ConfigError
+from mm_gpt.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from mm_gpt.datasets.building.pipeline import Stage
@@ -19,40 +19,49 @@ class CorpusConfig:
     or broken, those that share anything with an evaluation set, and doubles go."""
 
     filters: Literal["none", "basic", "kosmos", "obelics"] = "basic"
-    """`basic` drops paragraphs of repetitions and symbols, documents without any sentence, and icons; the others are
-    those of the published corpora."""
+    """What goes. `basic`: paragraphs of repetitions and symbols, documents without any sentence, and icons. `kosmos`,
+    `obelics`: by the rules of those corpora."""
     languages: tuple[str, ...] = ()
-    """Keep documents in these languages (ISO 639-1 codes); none: all, or English for `kosmos` and `obelics`."""
+    """Keep documents in these languages, by codes such as `en,de,yue` (ISO 639-1, or 639-3 where that has none); none:
+    all, or English for `kosmos` and `obelics`."""
+    undetermined: Literal["drop", "keep"] = "drop"
+    """Documents that do not tell their language ("OK!", images alone), where `languages` are chosen."""
     alt: Literal["drop", "text"] = "drop"
-    """`text`: what a page says in place of an image stands behind it."""
+    """What pages say in place of an image. `text`: it stands behind the image."""
     captions: Literal["keep", "drop"] = "keep"
-    """Of figures."""
+    """Captions of figures on pages."""
     opt_out: bool = True
     """Leave out pages and images whose owners say so: robots and TDM reservation signals."""
     personal_data: bool = True
     """Replace addresses, phone numbers, account numbers and the like by marks."""
     quality: str | None = None
-    """Folder of a quality classifier; see `mm_gpt.datasets.filters.quality`."""
+    """Folder of a quality classifier, as `mm-gpt corpus quality` writes it: better documents stay more often."""
     fetch: bool = True
-    """Fetch images behind URLs, from public addresses only; False: they are left out."""
+    """Fetch images behind URLs, from public addresses only; false: they are left out."""
     image_side: int | None = 1024
-    """Longest side in pixels: larger images are made smaller. None: files stay as they are."""
+    """Longest side in pixels: larger images are made smaller. none: files stay as they are."""
     max_images: int | None = None
-    """Of a document; the first ones stay."""
+    """Images of a document; the first ones stay. none: all."""
     near_duplicates: float | None = 0.8
-    """Documents whose words agree by more than this are one. None: only equal ones are."""
+    """Documents whose words agree by more than this are one (0 to 1, by MinHash). none: only equal ones are."""
     keep: Literal["first", "longest"] = "first"
-    """Which of the duplicates."""
+    """Which one of duplicates stays."""
     image_documents: int | None = 10
-    """Images that are in more documents are decoration, and go from documents. None: they stay."""
+    """Images that are in more documents are decoration, and go from documents. none: they stay."""
     contamination: str | None = None
     """Folder that `mm-gpt corpus contamination` wrote: what is in its evaluation sets is cut out."""
     shard_mb: int = 256
+    """Size of a shard in MiB."""
     seed: int = 0
+    """Of what is left to chance: documents that `quality` keeps, and `kosmos`'s half of those with one image."""
 
     def __post_init__(self) -> None:
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise ConfigError(f"near_duplicates must be above 0 and at most 1, not {self.near_duplicates}")
+        for name in ("filters", "undetermined", "alt", "captions", "keep"):
+            options = get_args(get_type_hints(CorpusConfig)[name])
+            if getattr(self, name) not in options:
+                raise ConfigError(unknown_name(name, str(getattr(self, name)), options))
         for name in ("image_side", "max_images", "image_documents", "shard_mb"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -75,14 +84,15 @@ class CorpusConfig:
 
         match self.filters:
             case "none":
-                language: tuple[Stage, ...] = (Language(languages=self.languages),) if self.languages else ()
-                filters = Filters(language, ())
+                language = Language(languages=self.languages, undetermined=self.undetermined)
+                filters = Filters((language,) if self.languages else (), ())
             case "basic":
-                filters = basic(languages=self.languages)
+                filters = basic(languages=self.languages, undetermined=self.undetermined)
             case "kosmos":
-                filters = kosmos(languages=self.languages or ("en",), seed=self.seed)
+                languages = self.languages or ("en",)
+                filters = kosmos(languages=languages, undetermined=self.undetermined, seed=self.seed)
             case "obelics":
-                filters = obelics(languages=self.languages or ("en",))
+                filters = obelics(languages=self.languages or ("en",), undetermined=self.undetermined)
         before, after = list(filters.before_fetch), list(filters.after_fetch)
         if self.quality is not None:
             before.append(QualityFilter(path=self.quality, seed=self.seed))

@@ -1,15 +1,13 @@
 """Which items of evaluation sets stand in a training corpus: one pass over it answers for every method at once.
 
 `find_hits` (pure; a sample and the index -> small arrays) runs anywhere, `Scan` adds up what it finds, scans of shards
-merge, and `contamination_report` says for each set and method which items are dirty. The methods are those of the
+merge, and `report` says for each set and method which items are dirty. The methods are those of the
 GPT-2, GPT-3 and GPT-4 reports, and two for images: see `evaluation_index`. `mm-gpt eval --contamination` splits scores
 by the report.
 """
 
-import multiprocessing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -20,8 +18,6 @@ import numpy as np
 
 from mm_gpt.datasets.contamination.evaluation_index import (
     EvaluationIndex,
-    EvaluationItem,
-    IndexConfig,
     file_hash,
     is_fetched,
 )
@@ -31,6 +27,7 @@ from mm_gpt.datasets.samples import Conversation, Record, Sample
 from mm_gpt.document import Image, Segment, Text
 from mm_gpt.errors import ImageError
 from mm_gpt.images import ImageSource, load_image
+from mm_gpt.processes import process_pool
 
 METHODS = ("n-gram", "13-gram", "substring", "image", "same file")
 COMMON_DOCUMENTS = 10
@@ -212,8 +209,7 @@ def scan_parallel(samples: Iterable[Sample], index: EvaluationIndex, *, workers:
     if workers <= 1:
         return scan(samples, index)
     result = Scan(index)
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with ProcessPoolExecutor(workers, context, initializer=_set_index, initargs=(index,)) as pool:
+    with process_pool(workers, _set_index, (index,)) as pool:
         pending: list[Any] = []
         for batch in _batches(samples):
             pending.append(pool.submit(_scan_batch, batch))
@@ -244,29 +240,6 @@ def _batches(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
     iterator = iter(samples)
     while batch := list(islice(iterator, _BATCH)):
         yield batch
-
-
-def run(
-    samples: Iterable[Sample],
-    evaluations: Mapping[str, Iterable[EvaluationItem]],
-    out: Path,
-    *,
-    config: IndexConfig | None = None,
-    workers: int = 1,
-) -> dict[str, Any]:
-    """Search `samples` for the items of all sets; write `contamination.json` and `contamination.md` into folder `out`.
-
-    The index and the counts that `decontaminate.RemoveContamination` needs go to `out/index`. Returns what the JSON
-    file holds. Raises MMGPTError for a set without items and a folder that cannot be written.
-    """
-    from mm_gpt.datasets.contamination.report import report, write_report
-
-    index = EvaluationIndex.build(evaluations, config)
-    found = scan_parallel(samples, index, workers=workers)
-    save_scan(out / "index", index, found)
-    values = report(index, found)
-    write_report(out, values)
-    return values
 
 
 def save_scan(folder: Path, index: EvaluationIndex, found: Scan) -> None:

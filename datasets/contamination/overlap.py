@@ -114,11 +114,6 @@ def mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def ngram_hashes(text: str, n: int) -> np.ndarray:
-    """One hash for each run of `n` words of a text, in order: uint64."""
-    return window_hashes(find_words(composed(text)).hashes, n)
-
-
 class KeyTable:
     """A sorted set of 64-bit keys that looks up whole arrays. Most strangers are turned away by their first bits."""
 
@@ -140,10 +135,6 @@ class KeyTable:
         numbers = np.minimum(np.searchsorted(self.keys, hashes[places]), len(self.keys) - 1)
         hit = self.keys[numbers] == hashes[places]
         return places[hit], numbers[hit]
-
-    def number_of(self, hashes: np.ndarray) -> np.ndarray:
-        """The number of each key. All of them must be in the table."""
-        return np.searchsorted(self.keys, hashes)
 
 
 class SubstringTable:

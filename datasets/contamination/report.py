@@ -1,21 +1,48 @@
 """The contamination report: which items of which evaluation set a corpus holds, as JSON and as a table."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mm_gpt.datasets.contamination.check import COMMON_DOCUMENTS, METHODS, Scan
-from mm_gpt.datasets.contamination.evaluation_index import EvaluationIndex, EvaluationSet
+from mm_gpt.datasets.contamination.check import COMMON_DOCUMENTS, METHODS, Scan, save_scan, scan_parallel
+from mm_gpt.datasets.contamination.evaluation_index import (
+    EvaluationIndex,
+    EvaluationItem,
+    EvaluationSet,
+    IndexConfig,
+)
+from mm_gpt.datasets.samples import Sample
 from mm_gpt.errors import MMGPTError
 
 REPORT_FILES = ("contamination.json", "contamination.md")
 MANY_LOOK_ALIKES = 0.01
 """Above this fraction of a set's images that look like another of its own, its image hits prove little."""
 _VERSION = 1
+
+
+def search_contamination(
+    samples: Iterable[Sample],
+    evaluations: Mapping[str, Iterable[EvaluationItem]],
+    out: Path,
+    *,
+    config: IndexConfig | None = None,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Search `samples` for the items of all sets; write `contamination.json` and `contamination.md` into folder `out`.
+
+    The index and the counts that `decontaminate.RemoveContamination` needs go to `out/index`. Returns what the JSON
+    file holds. Raises MMGPTError for a set without items and a folder that cannot be written.
+    """
+    index = EvaluationIndex.build(evaluations, config)
+    found = scan_parallel(samples, index, workers=workers)
+    save_scan(out / "index", index, found)
+    values = report(index, found)
+    write_report(out, values)
+    return values
 
 
 def report(index: EvaluationIndex, found: Scan) -> dict[str, Any]:

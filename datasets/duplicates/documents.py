@@ -57,7 +57,6 @@ def find_duplicates(
     keep: Keep = "first",
     near: bool = True,
     minhash: MinHash | None = None,
-    reference: Sequence[Path | str] = (),
     window: int = WINDOW,
     memory: int = 1 << 30,
     scratch: Path | str | None = None,
@@ -66,8 +65,7 @@ def find_duplicates(
 
     Of duplicates stays the `first` by id (a string), the `longest` in words, or the `best` by the score that was given
     with the fingerprints; of equal ones the first. `near=False` finds exact duplicates only; `minhash` sets another
-    threshold or other bands than the fingerprints were made with. Whatever is in the `reference` partitions stays, and
-    what is the same as one of their documents goes: GPT-3 so took WebText out of Common Crawl.
+    threshold or other bands than the fingerprints were made with.
 
     Memory is `memory` bytes besides the interpreter's; disk in `scratch` (default: the system's temporary folder) is
     about 8 bytes per document and band and 200 per document. Raises MMGPTError for partitions that are not finished
@@ -79,15 +77,11 @@ def find_duplicates(
         raise ConfigError(f"window is {window}; it must be at least 1")
     if memory < MIN_MEMORY:
         raise ConfigError(f"memory is {memory} bytes; it must be at least {MIN_MEMORY}")
-    prints = Fingerprints([*partitions, *reference], minhash)
-    names = {Path(folder).name for folder in reference}
-    is_reference = np.array([folder.name in names for folder in prints.folders])
-    return _find(prints, is_reference, keep, near, window, memory, scratch)
+    return _find(Fingerprints(partitions, minhash), keep, near, window, memory, scratch)
 
 
 def _find(
     prints: Fingerprints,
-    is_reference: NDArray[np.bool_],
     keep: Keep,
     near: bool,
     window: int,
@@ -101,7 +95,7 @@ def _find(
         if near:
             for band in range(prints.minhash.shape[0]):
                 _link_band(prints, clusters, columns, band, window, folder, memory)
-        yield from _drop(prints, clusters, is_reference, keep, folder, memory)
+        yield from _drop(prints, clusters, keep, folder, memory)
 
 
 def _block_rows(prints: Fingerprints, memory: int) -> int:
@@ -215,7 +209,6 @@ def _signatures(prints: Fingerprints, documents: Index) -> NDArray[np.uint32]:
 def _drop(
     prints: Fingerprints,
     clusters: Clusters,
-    is_reference: NDArray[np.bool_],
     keep: Keep,
     folder: Path,
     memory: int,
@@ -235,14 +228,10 @@ def _drop(
             roots = clusters.roots(rows)
             members = np.flatnonzero(many[roots])
             ranks = _ranks(block[members], keep)
-            if is_reference[prints.partition(start)]:
-                ranks[:] = 0  # before all others
             sorter.add(np.column_stack([roots[members].astype(np.uint64), ranks, rows[members].astype(np.uint64)]))
         for root, row in _choose(prints, sorter.read(), max_rows):
             kept[root] = row
     for start, block in prints.blocks(max_rows):
-        if is_reference[prints.partition(start)]:
-            continue
         rows = np.arange(start, start + len(block))
         roots = clusters.roots(rows)
         dropped = np.flatnonzero(many[roots] & (kept[roots] != rows))
@@ -259,7 +248,7 @@ def _drop(
 
 
 def _ranks(rows: Rows, keep: Keep) -> U64:
-    """Numbers from 1 on of which the least is best."""
+    """Numbers of which the least is best."""
     if keep == "longest":
         return np.uint64(2**32) - rows["num_words"].astype(np.uint64)
     if keep == "best":

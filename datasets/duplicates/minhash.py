@@ -217,14 +217,6 @@ class MinHash:
         return np.stack([hash_rows(columns[:, band]) for band in range(bands)], axis=1)
 
 
-def gpt3(*, threshold: float = 0.5) -> MinHash:
-    """As GPT-3's appendix A describes it: 10 hashes of the words that its quality filter sees (single words).
-
-    Spark's MinHashLSH, which they name, compares the pairs that share any hash. Their threshold is not published.
-    """
-    return MinHash(num_hashes=10, shingle_words=1, threshold=threshold, bands=10, rows=1)
-
-
 def agreement(first: U32, second: U32) -> NDArray[np.float64]:
     """The share of equal numbers of two signatures, (..., num_hashes): an estimate of the Jaccard similarity."""
     return np.count_nonzero(first == second, axis=-1) / first.shape[-1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from mm_gpt.datasets.building.pipeline import Stage
 from mm_gpt.datasets.filters.document_filters import ImageCount, ImageLimit, Interspersed, OneImageSample
@@ -29,6 +30,7 @@ class Filters:
 def obelics(
     *,
     languages: tuple[str, ...] = ("en",),
+    undetermined: Literal["drop", "keep"] = "drop",
     stop_words: frozenset[str] = ENGLISH_STOP_WORDS,
     flagged_words: frozenset[str] = frozenset(),
     common_words: frozenset[str] = frozenset(),
@@ -76,7 +78,7 @@ def obelics(
     )
     return Filters(
         before_fetch=(
-            Language(languages=languages, min_score=0.8),
+            Language(languages=languages, undetermined=undetermined, min_score=0.8),
             URLFilter(),
             paragraphs,
             RepeatedSentences(),
@@ -90,7 +92,9 @@ def obelics(
     )
 
 
-def kosmos(*, languages: tuple[str, ...] = ("en",), seed: int = 0) -> Filters:
+def kosmos(
+    *, languages: tuple[str, ...] = ("en",), undetermined: Literal["drop", "keep"] = "drop", seed: int = 0
+) -> Filters:
     """KOSMOS-1 (Huang et al. 2023, https://arxiv.org/abs/2302.14045), section 3.1 and appendix.
 
     Published: the language, images interspersed in text, no image below 64 x 64 or of a single colour, at most five
@@ -99,7 +103,7 @@ def kosmos(*, languages: tuple[str, ...] = ("en",), seed: int = 0) -> Filters:
     """
     return Filters(
         before_fetch=(
-            Language(languages=languages),
+            Language(languages=languages, undetermined=undetermined),
             ParagraphFilter(max_emoji=0.5, max_hashtags=0.5, max_urls=0.5),
             DocumentFilter(min_words=1, max_emoji=0.1, max_hashtags=0.1, max_urls=0.1),
             Interspersed(),
@@ -113,11 +117,11 @@ def kosmos(*, languages: tuple[str, ...] = ("en",), seed: int = 0) -> Filters:
     )
 
 
-def basic(*, languages: tuple[str, ...] = ()) -> Filters:
+def basic(*, languages: tuple[str, ...] = (), undetermined: Literal["drop", "keep"] = "drop") -> Filters:
     """Mild rules in any language: for documents that somebody chose, not for a crawl."""
     return Filters(
         before_fetch=(
-            Language(languages=languages),
+            Language(languages=languages, undetermined=undetermined),
             URLFilter(),
             ParagraphFilter(max_character_repetition=0.5, max_word_repetition=0.5, max_special_characters=0.6),
             RepeatedSentences(),

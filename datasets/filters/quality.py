@@ -88,11 +88,6 @@ def features(text: str, num_features: int) -> Features:
     return np.fromiter(buckets, dtype=np.int64, count=len(buckets)), values / np.float32(norm)
 
 
-def keep_probability(score: float, alpha: float = 9.0) -> float:
-    """The probability that `keeps` is true: numpy's pareto is Lomax, so P(X > 1 - s) = (2 - s)**-alpha."""
-    return (2.0 - score) ** -alpha
-
-
 def keeps(score: float, fraction: float, alpha: float = 9.0) -> bool:
     """GPT-3's choice, with `fraction`, uniform in (0, 1), turned into numpy's `pareto(alpha)`."""
     return math.expm1(-math.log(fraction) / alpha) > 1.0 - score

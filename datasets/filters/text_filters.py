@@ -9,12 +9,11 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 
 from mm_gpt.datasets.filters.stop_words import ENGLISH_STOP_WORDS
-from mm_gpt.datasets.reading.files import open_file
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError
 
@@ -33,7 +32,6 @@ _EMOJI_PATTERN = re.compile(
 _HASHTAG = re.compile(r"(?<![\w&/#])[#＃](?=\w{0,99}[^\W\d_])\w+")
 _URL = re.compile(r"(?:https?://|www\.)\S+", re.IGNORECASE)
 _MARKS = ".,;:!?…¿¡。、，．！？；：؟،؛।॥"
-_MARK_OR_WORD = re.compile(rf"[\w'’]+|[{_MARKS}]")
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？।॥])\s*")
 
 
@@ -88,29 +86,8 @@ def special_characters(text: str) -> float:
 
 def punctuation(text: str) -> tuple[float, int]:
     """(share of punctuation marks among words and marks, number of both)."""
-    tokens = _MARK_OR_WORD.findall(text)
+    tokens = _mark_or_word().findall(text)
     return sum(token in _MARKS for token in tokens) / max(1, len(tokens)), len(tokens)
-
-
-def read_words(location: str) -> frozenset[str]:
-    """A word list: one word a line, in lower case; empty lines and `#` lines are left out."""
-    with open_file(location) as file:
-        lines = file.read().decode("utf-8-sig").splitlines()
-    return frozenset(line.strip().lower() for line in lines if line.strip() and not line.startswith("#"))
-
-
-def common_words(
-    documents: Iterable[Document], *, min_documents: int = 2, max_words: int = 1_000_000
-) -> frozenset[str]:
-    """The words that occur in at least `min_documents` documents; of more than `max_words` the most frequent.
-
-    For `TextBounds.common_words`, counted over good text of the language. Memory grows with the vocabulary.
-    """
-    counts: Counter[str] = Counter()
-    for document in documents:
-        counts.update(set(Words(_document_text(document)).words))
-    frequent = ((word, count) for word, count in counts.items() if count >= min_documents)
-    return frozenset(word for word, _ in sorted(frequent, key=lambda item: (-item[1], item[0]))[:max_words])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,8 +310,17 @@ def _document_text(document: Document) -> str:
 
 
 @cache
+def _signs() -> str:
+    """Vowel signs of Hindi or Thai are no letters for `re`: without them words would lose their ends, or break."""
+    return re.escape("".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M"))
+
+
+@cache
+def _mark_or_word() -> re.Pattern[str]:
+    return re.compile(rf"[\w'’{_signs()}]+|[{_MARKS}]")
+
+
+@cache
 def _word_pattern() -> re.Pattern[str]:
-    # Vowel signs of Hindi or Thai are marks, not letters, for `re`: without them words would lose their ends.
-    marks = "".join(char for char in map(chr, range(0x300, 0x20000)) if unicodedata.category(char)[0] == "M")
     letter = rf"(?:(?![{_IDEOGRAPHS}])[^\W\d_])"
-    return re.compile(rf"[{_IDEOGRAPHS}]|{letter}(?:[^\s{_IDEOGRAPHS}]*{letter})?[{re.escape(marks)}]*")
+    return re.compile(rf"[{_IDEOGRAPHS}]|{letter}(?:[^\s{_IDEOGRAPHS}]*{letter})?[{_signs()}]*")

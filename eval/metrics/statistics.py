@@ -1,24 +1,11 @@
 """Confidence intervals: percentile bootstrap (Efron 1979) and Wilson's interval for proportions (Wilson 1927)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
 
 _CHUNK = 2_000_000  # indices drawn at a time: 16 MB, whatever the number of items
-
-
-def bootstrap_interval(
-    values: Sequence[float] | np.ndarray, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval (low, high) of the mean of per-item scores `values` (N,).
-
-    Raises ValueError when `values` is empty or `confidence` is not between 0 and 1.
-    """
-    array = np.asarray(values, dtype=np.float64)
-    return bootstrap_statistic(
-        lambda indices: array[indices].mean(axis=1), len(array), confidence=confidence, resamples=resamples, seed=seed
-    )
 
 
 def bootstrap_statistic(
@@ -32,7 +19,8 @@ def bootstrap_statistic(
     """Percentile bootstrap interval (low, high) of a score of the whole set of `n` items.
 
     `statistic` gets item indices (R, n), R resamples drawn with replacement, and returns one score for each, (R,).
-    It is called with a few resamples at a time, so memory stays flat. Raises ValueError as `bootstrap_interval` does.
+    It is called with a few resamples at a time, so memory stays flat. Raises ValueError when `n`
+    is 0 or `confidence` is not between 0 and 1.
     """
     if n < 1:
         raise ValueError("a bootstrap needs at least one item")

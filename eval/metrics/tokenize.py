@@ -8,13 +8,18 @@ against its source. Two habits of the original are kept on purpose because they 
 - Brackets become `-lrb-`, `-rrb-`, ... and stay: the original removes `-LRB-`, after lower-casing everything.
 - Runs of `!` and `?` longer than one (`!!`, `?!`) stay, single ones go.
 
-Not reproduced: the original lexes all captions as one file, so that the first word of the next caption can matter to
-the last token of this one ("vitamin b." before "The ..."); here every caption stands alone. Rare forms differ too, such
-as phone numbers in groups divided by spaces.
+Vowel signs and accents that are characters of their own are parts of words. The original knows those of most scripts,
+but drops them in a few (Kannada, Sinhala, Khmer, Burmese), where different words become one; that is not reproduced.
+
+Not reproduced either: the original lexes all captions as one file, so that the first word of the next caption can
+matter to the last token of this one ("vitamin b." before "The ..."); here every caption stands alone. Rare forms differ
+too, such as phone numbers in groups divided by spaces.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable
+from functools import cache
 
 
 def _words(text: str) -> list[str]:
@@ -142,28 +147,37 @@ _PLAIN_WORD = re.compile(rf"(?!(?:{_one_of(_ASSIMILATED)})\b)[a-z]+(?=[\s,]|$)",
 def ptb_tokenize(caption: str) -> str:
     """The caption's lower-cased Penn Treebank tokens without punctuation, joined by single spaces."""
     text = caption.replace("\u2019", "'").replace("\u0092", "'")
+    shape = text if text.isascii() else text.translate(_marks_as_letters())  # what the rules see
     tokens: list[str] = []
     position = 0
     while position < len(text):
-        if space := _SPACE.match(text, position):
+        if space := _SPACE.match(shape, position):
             position = space.end()
-        elif word := _PLAIN_WORD.match(text, position):  # most of a caption; the rules below would say the same
-            tokens.append(word.group().lower())
+        elif word := _PLAIN_WORD.match(shape, position):  # most of a caption; the rules below would say the same
+            tokens.append(text[position : word.end()].lower())
             position = word.end()
         else:
-            token, length = _longest_match(text, position)
-            tokens += token.lower().split(" ")
-            position += length
+            action, end = _longest_match(shape, position)
+            tokens += action(text[position:end]).lower().split(" ")
+            position = end
     return " ".join(token for token in tokens if token and token not in _PUNCTUATION)
 
 
-def _longest_match(text: str, position: int) -> tuple[str, int]:
-    best: re.Match[str] | None = None
-    best_action: Callable[[str], str] = _same
+def _longest_match(text: str, position: int) -> tuple[Callable[[str], str], int]:
+    """(what becomes of the token, where it ends); what no rule knows is a token of one character."""
+    best: Callable[[str], str] = _same
+    end = position
     for pattern, action in _RULES:
         match = pattern.match(text, position)
-        if match and (best is None or match.end() > best.end()):
-            best, best_action = match, action
-    if best is None:
-        return text[position], 1
-    return best_action(best.group()), best.end() - position
+        if match and match.end() > end:
+            best, end = action, match.end()
+    return best, max(end, position + 1)
+
+
+@cache
+def _marks_as_letters() -> dict[int, str]:
+    """For `re` a mark is no letter: a letter that no rule names stands in its place. Not for those of emoji."""
+    points = range(0x300, 0x1F000)
+    return {point: "\u00aa" for point in points if unicodedata.category(chr(point)) in ("Mn", "Mc")} | {
+        0xFE0F: "\ufe0f"
+    }

@@ -7,6 +7,7 @@ annotators are chosen by position, where the script compares dicts, which drops 
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from mm_gpt.errors import MMGPTError
@@ -15,6 +16,13 @@ _MARKS = ';/[]"{}()=+\\_-><@`,?!'  # in the order of the script
 _MAX_FULL_STOPS = 32
 _DIGITS_AROUND_COMMA = re.compile(r"\d,\d")
 _FULL_STOP = re.compile(r"\.(?!\d)")
+_APOSTROPHE = re.compile("['\u2019]")
+_MINUS = re.compile(r"(?<![\w)\]-])[-\u2013](?=\.?\d)")
+_DECIMAL_POINT = re.compile(r"\.(?=\d)")
+_POINT = "\N{DOT OPERATOR}"
+"""Stands for a decimal point where punctuation goes: it is a symbol."""
+_TELLING = frozenset(["Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "No", "Sm", "Sc", "So"])
+"""Unicode's categories of letters, marks, numbers, and of mathematical, monetary and other symbols."""
 _NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
 _NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 _ARTICLES = frozenset(["a", "an", "the"])
@@ -75,20 +83,31 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1.0 if the prediction equals one of the answers but for case, punctuation and spaces, else 0.0.
 
     For sets with one true answer per question (DAQUAR, easy-VQA). Apostrophes vanish, other punctuation is a space;
-    articles and number words count as they are. An answer that is a list of objects is one string ("plant, books").
-    Raises MMGPTError without answers.
+    articles and number words count as they are. What tells answers apart stays: letters with their accents and vowel
+    signs, a minus and a decimal point before a digit, symbols as in `C++`, `C#`, `$5` and `50%`. An answer that is
+    nothing but punctuation is compared to the letter. An answer that is a list of objects is one string ("plant,
+    books"). Raises MMGPTError without answers.
     """
     if isinstance(answers, str):
         raise MMGPTError("answers must be a list of strings, got one string")
     if not answers:
         raise MMGPTError("exact match needs at least one answer")
-    predicted = _letters_and_digits(prediction)
-    return float(bool(predicted) and any(_letters_and_digits(answer) == predicted for answer in answers))
+    predicted = _compared(prediction)
+    return float(bool(predicted) and any(_compared(answer) == predicted for answer in answers))
 
 
 def _strip(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def _letters_and_digits(text: str) -> str:
-    return " ".join(re.sub(r"[\W_]+", " ", re.sub(r"['\u2019]", "", text)).lower().split())
+def _compared(text: str) -> str:
+    """What `exact_match` compares. Its own normalisation: the official one above is wrong for most of the world."""
+    text = unicodedata.normalize("NFC", text).casefold()
+    kept = _DECIMAL_POINT.sub(_POINT, _MINUS.sub("\N{MINUS SIGN}", _APOSTROPHE.sub("", text)))
+    kept = "".join(c if unicodedata.category(c) in _TELLING or c in "#%" else _other(c) for c in kept)
+    return " ".join(kept.split()) or text.strip()
+
+
+def _other(character: str) -> str:
+    """Joiners and marks of direction have no width; the rest stands between words."""
+    return "" if unicodedata.category(character) == "Cf" else " "

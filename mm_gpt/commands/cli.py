@@ -22,6 +22,7 @@ from mm_gpt.commands.command import (
     complain,
 )
 from mm_gpt.errors import MMGPTError, closest, unknown_name
+from mm_gpt.processes import EXIT_TERMINATED, Terminated, sigterm_raises
 
 COMMANDS: dict[str, Command] = {
     **ask.COMMANDS,
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+@sigterm_raises()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Raises SystemExit for --help, --version and wrong usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -77,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"mm-gpt: {str(error) or 'stopped'}", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Terminated:
+        print("mm-gpt: stopped", file=sys.stderr)
+        return EXIT_TERMINATED
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE

@@ -178,12 +178,11 @@ def add_contamination(parser: argparse.ArgumentParser) -> None:
 def run_contamination(args: argparse.Namespace) -> int:
     from itertools import chain
 
-    from mm_gpt.datasets.contamination import check as contamination
-    from mm_gpt.datasets.contamination.report import markdown
+    from mm_gpt.datasets.contamination.report import markdown, search_contamination
     from mm_gpt.datasets.samples import ErrorCounter
     from mm_gpt.datasets.sources import read_samples
+    from mm_gpt.eval.config import EvalConfig
     from mm_gpt.eval.contamination import evaluation_items
-    from mm_gpt.eval.harness import EvalConfig
     from mm_gpt.eval.tasks import TASKS
 
     check_inputs(args.corpus)
@@ -198,7 +197,7 @@ def run_contamination(args: argparse.Namespace) -> int:
         sets[word] = evaluation_items(EvalConfig(task=task, data=(data,)))
     errors = ErrorCounter()
     samples = chain.from_iterable(read_samples(location, errors) for location in args.corpus)
-    values = contamination.run(samples, sets, args.out, workers=args.workers)
+    values = search_contamination(samples, sets, args.out, workers=args.workers)
     print(markdown(values), end="")
     if errors.total:
         print(f"mm-gpt: {errors.summary()}", file=sys.stderr)
