@@ -10,11 +10,9 @@ import dataclasses
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import zipfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +31,7 @@ from mm_gpt.datasets.loading.store import cache_of, exclusive, read_json, write_
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, QuestionAnswer, Record, Sample
 from mm_gpt.document import Document, Image
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
+from mm_gpt.processes import process_pool
 from mm_gpt.processor import Processor
 from mm_gpt.tokenizer import Tokenizer
 
@@ -387,9 +386,8 @@ def _results(
     if len(chunks) < 4 or processes < 2:
         yield from ((chunk, indexer(chunk)) for chunk in chunks)
         return
-    context = multiprocessing.get_context("spawn")  # threads of this process may hold locks that a fork would keep
     try:
-        with ProcessPoolExecutor(processes, context, initializer=_start, initargs=(indexer,)) as pool:
+        with process_pool(processes, _start, (indexer,)) as pool:
             yield from zip(chunks, pool.map(_run, chunks), strict=True)
     except BrokenProcessPool:
         raise MMGPTError("a process that indexes the data has died, for want of memory perhaps") from None

@@ -22,6 +22,7 @@ import torch
 from mm_gpt.datasets.loading.plan import Cursor, Plan, Row
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.processes import watch_parent
 from mm_gpt.processor import Batch
 
 
@@ -189,6 +190,7 @@ def _start_worker(read: Read) -> None:
     _read = read
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which finishes its step first
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    watch_parent()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

@@ -13,16 +13,17 @@ import json
 import random
 from pathlib import Path
 
-from mm_gpt.datasets.building.shards import Corpus
-from mm_gpt.datasets.loading.loader import CorpusSource
+from mm_gpt.datasets.loading.index import Measure
 from mm_gpt.datasets.loading.plan import Plan
+from mm_gpt.datasets.loading.sources import SourceConfig, open_sources
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.processor import Processor
 
 
 def measure(location: str, processor: Processor, row_length: int) -> dict[str, object]:
-    source = CorpusSource(Corpus(location), processor, max_tokens=row_length, errors=ErrorCounter())
+    config, errors = SourceConfig(path=location), ErrorCounter()
+    (source,) = open_sources([config], [config.open(Path(), errors)], Measure(processor, row_length), errors=errors)
     plan = Plan([source], row_length=row_length)
     rows = [row for row, _ in itertools.takewhile(lambda found: found[1].epoch == 0, plan.rows())]
     tokens = sum(item.tokens for row in rows for item in row)

@@ -3,8 +3,8 @@
     python examples/benchmarks/streaming.py --out docs/results/streaming.json [--records 1000 10000 100000 1000000]
 
 For each number of records: the seconds to index them, then, in a new process with that index, the seconds to the first
-batch, the memory of the training process, and its processor time for each record (one worker reads). The records are made
-in --folder, about 2.5 KB each, and kept there for the next time.
+batch, the memory of the training process, and its processor time for each record (one worker reads). The records are
+made in --folder, about 2.5 KB each, and kept there for the next time.
 """
 
 import argparse
@@ -25,23 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 PER_TAR = 10_000
-THINGS = [
-    "dog",
-    "man",
-    "woman",
-    "child",
-    "horse",
-    "ball",
-    "boat",
-    "tree",
-    "street",
-    "car",
-    "bird",
-    "table",
-    "bicycle",
-    "wall",
-    "river",
-]
+THINGS = ["dog", "man", "woman", "child", "horse", "ball", "boat", "tree", "street", "car", "bird", "table", "wall"]
 WORDS = ["red", "small", "old", "wooden", "happy", "wet", "large", "blue", "young", "green"]
 PLACES = ["on the grass", "in the snow", "by the sea", "near a fence", "under a bridge", "at night", "in a park"]
 
