@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "config": {"errors"},
     "locks": {"errors"},
     "stopping": set(),
+    "writing": {"errors"},
     "images": {"errors"},
     "document": {"errors", "images"},
     "tokenizer": {"errors"},
@@ -35,7 +36,7 @@ MAY_IMPORT = {
     "model": CONTRACTS | {"vision"},
     "hub": CONTRACTS | {"vision", "model"},
     "inference": CONTRACTS | {"vision", "model", "hub"},
-    "training": CONTRACTS | {"locks", "stopping", "vision", "model", "hub", "datasets", "inference"},
+    "training": CONTRACTS | {"locks", "stopping", "writing", "vision", "model", "hub", "datasets", "inference"},
     "eval": CONTRACTS | {"vision", "model", "hub", "datasets", "inference"},
 }
 HEAVY = ("torch", "open_clip", "timm", "transformers", "torchvision", "matplotlib", "gradio", "tokenizers", "numpy")
