@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "image_headers": {"errors"},
     "images": {"errors", "network", "image_headers"},
     "processes": set(),
+    "writing": {"errors"},
     "document": {"errors", "images"},
     "tokenizer": {"errors"},
     "vision": {"errors", "images"},
@@ -41,7 +42,7 @@ MAY_IMPORT = {
     "model": CONTRACTS | {"vision"},
     "hub": CONTRACTS | {"vision", "model"},
     "inference": CONTRACTS | {"vision", "model", "hub"},
-    "training": CONTRACTS | {"locks", "stopping", "vision", "model", "hub", "datasets", "inference"},
+    "training": CONTRACTS | {"locks", "stopping", "writing", "vision", "model", "hub", "datasets", "inference"},
     "eval": CONTRACTS | {"vision", "model", "hub", "datasets", "inference"},
 }
 HEAVY = ("torch", "open_clip", "timm", "transformers", "torchvision", "matplotlib", "gradio", "tokenizers", "numpy")

@@ -39,7 +39,7 @@ from mm_gpt.training.distributed import (
 )
 from mm_gpt.training.run_log import RunLog
 from mm_gpt.training.stage import DataState, ParameterGroup, Stage
-from mm_gpt.training.writing import naming, recover, write_text
+from mm_gpt.writing import naming, recover, write_text
 
 logger = logging.getLogger(__name__)
 

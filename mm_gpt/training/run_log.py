@@ -9,7 +9,7 @@ from typing import Any
 
 from mm_gpt.errors import MMGPTError
 from mm_gpt.training import plot
-from mm_gpt.training.writing import naming, write_text
+from mm_gpt.writing import naming, write_text
 
 logger = logging.getLogger(__name__)
 
