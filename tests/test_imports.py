@@ -18,6 +18,7 @@ CONTRACTS = {
     "image_headers",
     "images",
     "processes",
+    "writing",
     "templates",
     "tokenizer",
     "processor",

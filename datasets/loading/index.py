@@ -27,7 +27,7 @@ from mm_gpt.datasets.building.shards import ShardFolder
 from mm_gpt.datasets.formats.captioned import clean_caption
 from mm_gpt.datasets.loading.draws import DERIVED_SETS, PROMPTS, derived_questions, training_prompt
 from mm_gpt.datasets.loading.pieces import sample_pieces
-from mm_gpt.datasets.loading.store import cache_of, exclusive, read_json, write_array, write_json
+from mm_gpt.datasets.loading.store import cache_of, exclusive, read_skipped, write_array, write_skipped
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, QuestionAnswer, Record, Sample
 from mm_gpt.document import Document, Image
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
@@ -292,7 +292,7 @@ def index_tables(store: ShardFolder, measure: Measured, name: str, errors: Error
         table = _load_table(folder / f"{own}.npy")
         tables.append(Table.join([]) if table is None else table)
         if number not in missing:
-            errors.merge(read_json(folder / f"{own}.json"))
+            errors.merge(read_skipped(folder / f"{own}.json"))
     return tables
 
 
@@ -316,7 +316,7 @@ def _make_tables(
                 own.add(reason, record)
             if number + 1 == len(chunks) or chunks[number + 1][0] != shard:
                 if is_whole:  # a shard that is out of reach may be there the next time
-                    write_json(Path(f"{paths[shard]}.json"), own)
+                    write_skipped(Path(f"{paths[shard]}.json"), own)
                     write_array(Path(f"{paths[shard]}.npy"), Table.join(found).pack())
                 errors.merge(own)
                 found, own = [], ErrorCounter()

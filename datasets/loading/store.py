@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +32,7 @@ from mm_gpt.datasets.reading import files
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
 from mm_gpt.datasets.sources import detect, read_samples
 from mm_gpt.errors import MMGPTError
+from mm_gpt.writing import naming, new_folder
 
 VERSION = 1
 """Of what is kept: another one when the readers of sources change what they give."""
@@ -135,9 +135,9 @@ def _tar_index(path: Path, errors: ErrorCounter) -> tuple[Path, np.ndarray, str]
         if offsets is None:
             own = ErrorCounter()
             offsets = index_tar(path, own)
-            write_json(index.with_suffix(".json"), own)
+            write_skipped(index.with_suffix(".json"), own)
             write_array(index, offsets)
-    errors.merge(read_json(index.with_suffix(".json")))
+    errors.merge(read_skipped(index.with_suffix(".json")))
     digest = hashlib.sha256(offsets.tobytes() + str(state.st_size).encode()).hexdigest()[:16]
     return index, offsets, digest
 
@@ -150,30 +150,23 @@ def _kept(location: str, errors: ErrorCounter, *, format: str, images: str | Non
             _keep(location, folder, format=format, images=images)
     corpus = Corpus(folder, refer=True)
     corpus.location = str(folder)
-    errors.merge(read_json(folder / "skipped.json"))
+    errors.merge(read_skipped(folder / "skipped.json"))
     return corpus
 
 
 def _keep(location: str, folder: Path, *, format: str, images: str | None) -> None:
     own = ErrorCounter()
     samples = read_samples(location, own, format=format, images=images)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        writer = ShardWriter(temporary, refer=True)
+    with new_folder(folder) as place:
+        writer = ShardWriter(place, refer=True)
         for sample in tqdm(samples, desc=f"reading {files.base_name(location)}", unit=" samples", delay=2):
             try:
                 writer.add(sample)
             except BadRecordError as error:
                 own.add(str(error), getattr(sample, "key", "") or getattr(sample, "id", ""))
         shards = writer.close()
-        write_json(temporary / "skipped.json", own)
-        write_corpus_file(temporary, shards, {"source": location})
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    except OSError as error:
-        raise MMGPTError(f"{folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_skipped(place / "skipped.json", own)
+        write_corpus_file(place, shards, {"source": location})
 
 
 def _listing(location: str, format: str) -> list[Any]:
@@ -193,28 +186,25 @@ def _listing(location: str, format: str) -> list[Any]:
 def write_array(path: Path, array: np.ndarray) -> None:
     """A `.npy` file, whole or not at all. Raises MMGPTError naming the file, when the disk is full say."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-        temporary.replace(path)
-    except OSError as error:
-        raise MMGPTError(f"{path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, errors: ErrorCounter) -> None:
+def write_skipped(path: Path, errors: ErrorCounter) -> None:
     """What was skipped, for the runs to come. Raises MMGPTError naming the file."""
-    try:
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"counts": errors.counts, "examples": errors.examples}), encoding="utf-8")
-    except OSError as error:
-        raise MMGPTError(f"{path}: {error.strerror or error}") from None
 
 
-def read_json(path: Path) -> ErrorCounter:
-    """What `write_json` wrote; nothing when the file is missing or broken: a table without it is still right."""
+def read_skipped(path: Path) -> ErrorCounter:
+    """What `write_skipped` wrote; nothing when the file is missing or broken: a table without it is still right."""
     found = ErrorCounter()
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from mm_gpt.config import check_numbers
 from mm_gpt.datasets.formats.captioned import clean_caption
 from mm_gpt.datasets.loading.index import PairMeasure, index_tables
 from mm_gpt.datasets.loading.sources import SourceConfig, StoredRecords
-from mm_gpt.datasets.samples import ErrorCounter, Record
+from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, Record
 from mm_gpt.document import Image
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_decoder
@@ -113,29 +113,36 @@ class ContrastiveTask:
             epoch, place = divmod(index, per_epoch)
             order = epoch_order(len(self.records), self.recipe.train.seed, epoch)
             start = (place * self.world + self.rank) * size
-            chosen = [self.records[i] for i in order[start : start + size]]
             # A record's caption and crop are its own, so that they do not depend on the number of ranks.
             draws = [random.Random(f"{self.recipe.train.seed}/{epoch}/{start + n}") for n in range(size)]
-            batches.append(self._batch(chosen, draws))
+            batches.append(self._batch(self.records, order[start : start + size], draws))
         return batches
 
-    def _batch(self, records: Sequence[Record], draws: Sequence[random.Random] | None) -> PairBatch:
+    def _batch(
+        self, records: Sequence[Record], places: Sequence[int], draws: Sequence[random.Random] | None
+    ) -> PairBatch:
         """`draws` choose a caption and a crop of each; without them, the first caption and the whole image."""
-        plain = ImageTransform(self.recipe.image)
-        pixels, texts = [], []
-        for number, record in enumerate(records):
-            image = Image(record.image)
-            if draws is None:
-                pixels.append(plain(image.load()))
-                texts.append(record.captions[0])
-            else:
-                generator = torch.Generator().manual_seed(draws[number].getrandbits(48))
-                pixels.append(TrainTransform(self.recipe.image, generator)(image))
-                texts.append(draws[number].choice(record.captions))
-        ids = [self.tokenizer.encode(clean_caption(text))[: self.context_length] for text in texts]
+        pairs = [self._pair(records, at, None if draws is None else draws[n]) for n, at in enumerate(places)]
+        ids = [self.tokenizer.encode(clean_caption(text))[: self.context_length] for _, text in pairs]
         lengths = torch.tensor([len(i) for i in ids])
         padded = nn.utils.rnn.pad_sequence([torch.tensor(i) for i in ids], batch_first=True)
-        return PairBatch(torch.stack(pixels), padded, lengths)
+        return PairBatch(torch.stack([pixels for pixels, _ in pairs]), padded, lengths)
+
+    def _pair(self, records: Sequence[Record], place: int, draw: random.Random | None) -> tuple[Tensor, str]:
+        """A record's image and a caption; of the next record where this one cannot be read, which is counted."""
+        for at in (*range(place, len(records)), *range(place)):
+            try:
+                record = records[at]
+                image = Image(record.image)
+                if draw is None:
+                    return ImageTransform(self.recipe.image)(image.load()), record.captions[0]
+                generator = torch.Generator().manual_seed(draw.getrandbits(48))
+                return TrainTransform(self.recipe.image, generator)(image), draw.choice(record.captions)
+            except BadRecordError as error:
+                self.errors.add(str(error), f"record {at}")
+            except MMGPTError as error:
+                self.errors.add("broken image", f"{record.key}: {error}")
+        raise MMGPTError(f"none of {len(records)} captioned images can be read: {self.errors.summary()}")
 
     def loss(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """The loss among the pairs of all ranks, times those of this one.
@@ -156,8 +163,7 @@ class ContrastiveTask:
         device = self.model.logit_scale.device
         count = min(len(self.validation_records), self.recipe.validation_images)
         for start in range(0, count, 16):
-            records = [self.validation_records[i] for i in range(start, min(start + 16, count))]
-            batch = self._batch(records, None).to(device)
+            batch = self._batch(self.validation_records, range(start, min(start + 16, count)), None).to(device)
             images.append(self.model.encode_image(batch.pixel_values))
             texts.append(self.model.encode_text(batch.input_ids, batch.lengths))
         image, text = torch.cat(images).float(), torch.cat(texts).float()
