@@ -262,6 +262,7 @@ FORMATS: dict[str, Format] = _table(
     Format("grit", "GRIT: captions with boxes", "formats.grit:read_grit", _when_named, ROW_SUFFIXES),
     Format("pairs", "rows with images and captions", "row_samples:read_pair_rows", _when_named, ROW_SUFFIXES),
     Format("text_rows", "rows with a text", "formats.texts:read_text", _when_named, ROW_SUFFIXES),
+    Format("labelled", "rows of texts with a label", "formats.labelled:read_labelled", _when_named, ROW_SUFFIXES),
     Format("vizwiz", "VizWiz-VQA", "formats.pairs:read_vizwiz", _is_vizwiz, (".json",)),
     Format(
         "karpathy",

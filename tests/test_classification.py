@@ -37,7 +37,13 @@ from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.model.presets import preset
 from mm_gpt.processor import Processor, ProcessorConfig
-from mm_gpt.training.classification import ClassificationRecipe, ClassificationTask, load_classifier, read_rows
+from mm_gpt.training.classification import (
+    ClassificationRecipe,
+    ClassificationTask,
+    LabelledMeasure,
+    LabelledRows,
+    load_classifier,
+)
 from mm_gpt.training.loop import TrainConfig
 from mm_gpt.training.recipes import classify, recipe, run_recipe
 
@@ -152,9 +158,7 @@ def test_any_row_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, ro
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
     errors = ErrorCounter()
-    processor = Processor(TOKENIZER, ProcessorConfig(max_length=64), vocab_size=V)
-    rows = read_rows(path, processor, Decoder(gpt1_config(num_layers=1)), errors)
-    assert len(rows) + errors.total == 1
+    assert len(LabelledRows.of(path, LabelledMeasure(TOKENIZER, V, 64), errors)) + errors.total == 1
 
 
 # ---- The model ----

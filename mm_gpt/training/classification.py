@@ -1,11 +1,13 @@
 """Supervised fine-tuning of a decoder on a labelled task, as GPT-1 does it (`mm_gpt.model.classification`)."""
 
+import hashlib
 import json
 import logging
-import random
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,13 @@ from torch import Tensor
 
 from mm_gpt import config as configs
 from mm_gpt.config import check_numbers
+from mm_gpt.datasets.building.shards import ShardFolder
+from mm_gpt.datasets.formats.labelled import ROW
+from mm_gpt.datasets.loading import index
 from mm_gpt.datasets.loading.holdout import held_out
-from mm_gpt.datasets.samples import ErrorCounter
+from mm_gpt.datasets.loading.store import open_store
+from mm_gpt.datasets.samples import ErrorCounter, Sample
+from mm_gpt.document import Document
 from mm_gpt.errors import CheckpointError, ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model, save_model
 from mm_gpt.hub.weights import open_safetensors, read_json
@@ -28,10 +35,10 @@ from mm_gpt.model.classification import (
     kind_of,
     sequences,
 )
-from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.lora import merge_lora
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
+from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.epochs import epoch_order
 from mm_gpt.training.loop import TrainConfig
@@ -82,6 +89,82 @@ class Labelled:
     sequences: list[list[int]]
 
 
+@dataclass
+class LabelledMeasure:
+    """What labelled rows take in tokens, and which of them can be used: an index is made with it."""
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    """Of the decoder."""
+    max_length: int
+
+    @property
+    def fingerprint(self) -> str:
+        parts = ["labelled", index.VERSION, self.tokenizer.fingerprint, self.vocab_size, self.max_length]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def table(self, samples: Iterable[tuple[int, Sample]], name: str, errors: ErrorCounter) -> index.Table:
+        pieces: list[tuple[int, ...]] = []
+        for number, sample in samples:
+            try:
+                assert isinstance(sample, Document)
+                tokens = sum(map(len, self.encode(sample.metadata.get(ROW)).sequences))
+                pieces.append((number, 0, 0, 0, 0, tokens, 0))
+            except MMGPTError as error:
+                errors.add(str(error), index.sample_name(sample))
+        return index.table_of(pieces, [], [])
+
+    def encode(self, row: Any) -> Labelled:
+        """Raises MMGPTError that says why a row cannot be used."""
+        kind, label = label_of(row)
+        found = sequences(row, self.tokenizer, self.vocab_size)
+        if max(map(len, found)) > self.max_length:
+            raise MMGPTError("row longer than the context")
+        return Labelled(kind, label, found)
+
+
+def label_of(row: Any) -> tuple[Kind, str]:
+    """The kind of a row, and its label. Raises MMGPTError that says what is wrong with it."""
+    kind, label = kind_of(row), row.get("label")
+    if not isinstance(label, str | int):
+        raise MMGPTError("no label that is a text or a whole number")
+    if kind == "multiple_choice" and (not isinstance(label, int) or not 0 <= label < len(row["choices"])):
+        raise MMGPTError("label that is no choice's number")
+    return kind, str(int(label) if kind == "multiple_choice" else label)
+
+
+class LabelledRows(Sequence[Labelled]):
+    """The usable rows of a source, read and encoded one at a time."""
+
+    def __init__(self, store: ShardFolder, measure: LabelledMeasure, places: Sequence[tuple[int, int]]):
+        """`places`: shard and number of each row."""
+        self._store, self._measure, self._places = store, measure, places
+        self.labels = [label_of(self._row(place)) for place in places]
+        """Kind and label of each row."""
+
+    @classmethod
+    def of(cls, path: Path, measure: LabelledMeasure, errors: ErrorCounter) -> "LabelledRows":
+        """All of a file. Raises MMGPTError when it cannot be read."""
+        store = open_store(str(path), errors, format="labelled")
+        tables = index.index_tables(store, measure, path.name, errors)
+        places = [(shard, number) for shard, table in enumerate(tables) for number in table.samples.tolist()]
+        return cls(store, measure, places)
+
+    def only(self, chosen: Sequence[int]) -> "LabelledRows":
+        return LabelledRows(self._store, self._measure, [self._places[at] for at in chosen])
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._measure.encode(self._row(self._places[at]))
+
+    def _row(self, place: tuple[int, int]) -> Any:
+        sample = self._store.shard(place[0]).sample(place[1])
+        assert isinstance(sample, Document)
+        return sample.metadata[ROW]
+
+
 class ClassificationTask:
     """A `Stage` for the loop. An epoch shows every row once, to one of the ranks."""
 
@@ -92,36 +175,38 @@ class ClassificationTask:
         merge_lora(model.decoder)
         decoder, folder = model.decoder.requires_grad_(True), Path(recipe.data)
         self.errors = ErrorCounter()
-        rows = read_rows(folder / recipe.rows, self.processor, decoder, self.errors)
+        measure = LabelledMeasure(self.processor.tokenizer, decoder.config.vocab_size, decoder.config.max_length)
+        rows = LabelledRows.of(folder / recipe.rows, measure, self.errors)
         if recipe.validation is None:
-            random.Random(recipe.train.seed).shuffle(rows)  # files are often sorted by label, or take turns
-            held = [row for number, row in enumerate(rows) if held_out(number, recipe.holdout)]
-            rows = [row for number, row in enumerate(rows) if not held_out(number, recipe.holdout)]
+            # Files are often sorted by label, or take turns.
+            order = epoch_order(len(rows), recipe.train.seed, 0)
+            held = rows.only([at for number, at in enumerate(order) if held_out(number, recipe.holdout)])
+            rows = rows.only([at for number, at in enumerate(order) if not held_out(number, recipe.holdout)])
         else:
-            held = read_rows(folder / recipe.validation, self.processor, decoder, self.errors)
-        if not rows or not held:
+            held = LabelledRows.of(folder / recipe.validation, measure, self.errors)
+        if not len(rows) or not len(held):
             raise MMGPTError(f"{folder}: no usable rows to train or to validate on ({self.errors.summary()})")
-        kind = rows[0].kind
-        labels = () if kind == "multiple_choice" else tuple(sorted({row.label for row in rows if row.kind == kind}))
+        kind = rows.labels[0][0]
+        labels = () if kind == "multiple_choice" else tuple(sorted({own for each, own in rows.labels if each == kind}))
         config = ClassifierConfig(kind=kind, labels=labels, dropout=recipe.dropout)
         self.model = Classifier(config, decoder)
         self.rows, self.held = self._fitting(rows, recipe.rows), self._fitting(held, recipe.validation or recipe.rows)
-        if not self.held:
+        if not len(self.held):
             raise MMGPTError(f"{folder}: no usable rows to validate on ({self.errors.summary()})")
         if self.errors.total:
             logger.warning(self.errors.summary())
 
-    def _fitting(self, rows: list[Labelled], name: str) -> list[Labelled]:
+    def _fitting(self, rows: "LabelledRows", name: str) -> "LabelledRows":
         """The rows of the task's kind with a known label; the first training row decides on the kind."""
         config, kept = self.model.config, []
-        for row in rows:
-            if row.kind != config.kind:
-                self.errors.add(f"{row.kind} among {config.kind}", name)
-            elif config.labels and row.label not in config.labels:
-                self.errors.add("label that no training row has", f"{name}: {row.label}")
+        for at, (kind, label) in enumerate(rows.labels):
+            if kind != config.kind:
+                self.errors.add(f"{kind} among {config.kind}", name)
+            elif config.labels and label not in config.labels:
+                self.errors.add("label that no training row has", f"{name}: {label}")
             else:
-                kept.append(row)
-        return kept
+                kept.append(at)
+        return rows.only(kept)
 
     def prepare(self) -> list[ParameterGroup]:
         return [
@@ -149,11 +234,12 @@ class ClassificationTask:
         """Mean loss of the label in nats, accuracy, and what always giving the most frequent answer would have."""
         loss, right, size = 0.0, 0, self.recipe.batch_size
         for start in range(0, len(self.held), size):
-            batch = self._batch(self.held[start : start + size]).to(self.model.marks.device)
+            found = [self.held[at] for at in range(start, min(start + size, len(self.held)))]
+            batch = self._batch(found).to(self.model.marks.device)
             logits = self.model(batch)
             loss += F.cross_entropy(logits, batch.labels, reduction="sum").item()
             right += int((logits.argmax(dim=-1) == batch.labels).sum())
-        most = Counter(row.label for row in self.held).most_common(1)[0][1]
+        most = Counter(label for _, label in self.held.labels).most_common(1)[0][1]
         count = len(self.held)
         return {"loss": loss / count, "accuracy": right / count, "most frequent": most / count, "rows": count}
 
@@ -169,48 +255,12 @@ class ClassificationTask:
         return collate_sequences([row.sequences for row in rows], numbers)
 
 
-def read_rows(path: Path, processor: Processor, decoder: Decoder, errors: ErrorCounter) -> list[Labelled]:
-    """The rows of a `.jsonl` in numbers; those that are malformed or too long are counted in `errors` and skipped.
-
-    Raises MMGPTError when the file cannot be read.
-    """
-    rows = []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise MMGPTError(f"{path}: {error.strerror or error}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(_row(line, processor, decoder))
-        except MMGPTError as error:
-            errors.add(str(error), f"{path.name}:{number}")
-    return rows
-
-
 def count_rows(path: Path) -> int:
     """The lines of a `.jsonl` that hold something; 0 when there is no such file."""
     if not path.is_file():
         return 0
     with path.open("rb") as lines:
         return sum(bool(line.strip()) for line in lines)
-
-
-def _row(line: bytes, processor: Processor, decoder: Decoder) -> Labelled:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        raise MMGPTError("bad JSON") from None
-    kind, label = kind_of(values), values.get("label")
-    if not isinstance(label, str | int):
-        raise MMGPTError("no label that is a text or a whole number")
-    if kind == "multiple_choice" and (not isinstance(label, int) or not 0 <= label < len(values["choices"])):
-        raise MMGPTError("label that is no choice's number")
-    found = sequences(values, processor.tokenizer, decoder.config.vocab_size)
-    if max(map(len, found)) > decoder.config.max_length:
-        raise MMGPTError("row longer than the context")
-    return Labelled(kind, str(int(label) if kind == "multiple_choice" else label), found)
 
 
 def save_classifier(model: Classifier, processor: Processor, folder: Path) -> None:
