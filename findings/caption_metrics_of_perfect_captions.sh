@@ -5,15 +5,19 @@
 # Seen: a caption of three words has no 4-gram: its CIDEr is at most 7.5, since an empty order counts as zero in a
 # mean over four, and its BLEU-4 is 0.03. And a set of one image has CIDEr 0, however good, because the inverse
 # document frequencies come from the references at hand: log(1/1) = 0.
-# With: pycocoevalcap 1.2.
+# With: pycocoevalcap 1.2, numpy 2.4.6.
 #
 # Output:
-#@OUTPUT
+#   pycocoevalcap 1.2
+#   three images: 'a red car' CIDEr 7.5 BLEU-4 0.03
+#   three images: 'two dogs run on grass' CIDEr 10.0 BLEU-4 1.0
+#   three images: 'one man rides the tall horse' CIDEr 10.0 BLEU-4 1.0
+#   one image: 'one man rides the tall horse' CIDEr 0.0 BLEU-4 1.0
 set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT
 python3 -m venv "$room/venv"
-"$room/venv/bin/pip" install --quiet --disable-pip-version-check pycocoevalcap==1.2
+"$room/venv/bin/pip" install --quiet --disable-pip-version-check pycocoevalcap==1.2 numpy==2.4.6
 cd "$room"
 "$room/venv/bin/python" - <<'EOF'
 from importlib.metadata import version

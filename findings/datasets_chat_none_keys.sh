@@ -6,7 +6,7 @@
 # Seen: Arrow gives all parts of a list the same keys, so each part comes back with the keys of the other kinds,
 # set to None. Templates of the Qwen2-VL kind ask `'image' in part`, which is now true of the text part too: the
 # question is gone from the prompt, and one image placeholder too many stands in its place.
-# With: datasets 5.2.0, transformers 5.24.0, jinja2 3.1.6, tokenizers as transformers picks it.
+# With: datasets 5.2.0, transformers 5.24.0, jinja2 3.1.6.
 #
 # Output:
 #   datasets 5.2.0 transformers 5.24.0

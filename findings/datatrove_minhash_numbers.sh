@@ -6,7 +6,7 @@
 # Seen: texts are simplified before hashing, and that replaces each number by 0, so texts that differ only in numbers
 # (sums, prices, tables, chart captions) are equal: one remains. And a text of fewer than five words has no
 # 5-gram, hence no signature: its copies all stay.
-# With: datatrove 0.10.1, xxhash 3.5.0, spacy 3.8.
+# With: datatrove 0.10.1, xxhash 3.5.0, spacy 3.8.18, numpy 2.4.6.
 #
 # Output:
 #@OUTPUT
@@ -14,7 +14,7 @@ set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT
 python3 -m venv "$room/venv"
-"$room/venv/bin/pip" install --quiet --disable-pip-version-check datatrove==0.10.1 xxhash==3.5.0 spacy regex numpy==2.4.6
+"$room/venv/bin/pip" install --quiet --disable-pip-version-check datatrove==0.10.1 xxhash==3.5.0 spacy==3.8.18 regex numpy==2.4.6
 cd "$room"
 "$room/venv/bin/python" - <<'EOF'
 import os

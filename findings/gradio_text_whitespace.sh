@@ -3,9 +3,9 @@
 #
 # Guess: the text that a function returns is what the component holds, and what comes back as history in the next
 # turn; only its rendering as Markdown is up to the browser.
-# Seen: on the server, before anything is rendered, leading spaces and blank lines are cut, and tabs become spaces. An
-# answer that begins with an indented line loses that indentation alone, so code is no longer valid, and a
-# table with tabs is no longer one. Textbox keeps the text as it is.
+# Seen: on the server, before anything is rendered, the text goes through a docstring's clean-up: the indentation that
+# all lines but the first have in common is removed, and tabs become spaces. A function that is given without a
+# fence loses the indentation of its body, a nested list becomes flat, a table with tabs has none. Textbox keeps it.
 # With: gradio 6.31.0.
 #
 # Output:
@@ -23,17 +23,16 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio
 
 print("gradio", gradio.__version__)
-answer = "    total = 0\n    for x in y:\n\ttotal += x\n"
-message = gradio.Chatbot().postprocess([{"role": "assistant", "content": answer}]).root[0]
-seen = {
-    "Chatbot": message.content[0].text,
-    "Markdown": gradio.Markdown().postprocess(answer),
-    "Textbox": gradio.Textbox().postprocess(answer),
-}
-print("returned:", repr(answer))
-for name, text in seen.items():
-    print(f"{name}: {text!r}")
-assert seen["Textbox"] == answer
-assert seen["Chatbot"].startswith("total = 0\n") and "\t" not in seen["Chatbot"]
-assert seen["Markdown"].startswith("total = 0\n") and "\t" not in seen["Markdown"]
+answers = ("def f():\n    return 1", "- fruit\n  - apple\n  - pear", "name\tcount")
+for answer in answers:
+    message = gradio.Chatbot().postprocess([{"role": "assistant", "content": answer}]).root[0]
+    seen = {
+        "Chatbot": message.content[0].text,
+        "Markdown": gradio.Markdown().postprocess(answer),
+        "Textbox": gradio.Textbox().postprocess(answer),
+    }
+    print(f"{answer!r} -> Chatbot {seen['Chatbot']!r}, Markdown {seen['Markdown']!r}")
+    assert seen["Textbox"] == answer
+    assert seen["Chatbot"] == seen["Markdown"] != answer
+    assert "\n  " not in seen["Chatbot"] and "\t" not in seen["Chatbot"]
 EOF

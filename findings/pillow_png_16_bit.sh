@@ -2,13 +2,16 @@
 # The same 16-bit grey level is white or grey in Pillow, depending on whether the PNG has an alpha channel.
 #
 # Guess: opening a 16-bit PNG and converting it to "RGB" keeps the upper eight bits, for all kinds of 16-bit PNG.
-# Seen: with alpha (mode LA) or in colour (mode RGB) that is so, already when opened. A plain grey one opens as
+# Seen: with alpha (opened as RGBA) or in colour (RGB) that is so, already when opened. A plain grey one opens as
 # "I;16", and convert to L or RGB cuts at 255, not scales: everything above 0.4 % of the range is white, as depth
-# maps, X-rays and scans are. Loaders that end in convert("RGB"), such as webdataset's decode("rgb8"), do so.
+# maps, X-rays and scans are. Every loader that ends in convert("RGB") does so.
 # With: pillow 12.3.0.
 #
 # Output:
-#@OUTPUT
+#   pillow 12.3.0
+#   grey: level 0x6789 of 0xffff opens as I;16, as RGB (255, 255, 255)
+#   grey with alpha: level 0x6789 of 0xffff opens as RGBA, as RGB (103, 103, 103)
+#   colour: level 0x6789 of 0xffff opens as RGB, as RGB (103, 103, 103)
 set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT

@@ -9,7 +9,11 @@
 # With: pillow 12.3.0.
 #
 # Output:
-#@OUTPUT
+#   pillow 12.3.0
+#   8-bit grey: transparency 136, pixel 136, alpha 0
+#   4-bit grey: transparency 8, pixel 136, alpha 255
+#   2-bit grey: transparency 2, pixel 170, alpha 255
+#   16-bit RGB: transparency (65280, 4608, 13312), pixel (255, 18, 52), alpha 255
 set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT

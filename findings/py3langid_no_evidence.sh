@@ -3,13 +3,18 @@
 #
 # Guess: the model has `zxx` ("no linguistic content"), so an empty string, "OK!", "STOP" or a file name gets that, or
 # None, and both ways of asking agree.
-# Seen: where no feature of the text is known, all languages are level and the first one of the table, or what the
-# sorting leaves in front, is named: `af` by classify(), `sr` with norm_probs=True. Captions and alt texts of one
-# or two words pass or fail a language filter by that accident.
+# Seen: where no feature of the text is known, all languages are level, and classify() names the first of its table,
+# `af`. With norm_probs=True it is `sr`: Serbian has two columns, one a script, whose equal shares are added up.
+# Captions and alt texts of a word or two pass or fail a language filter by that accident; the score tells.
 # With: py3langid 0.4.0, numpy 2.4.6.
 #
 # Output:
-#@OUTPUT
+#   py3langid 0.4.0
+#   '': classify af (-3.4e+38), norm_probs sr (0.014)
+#   'OK!': classify af (-3.4e+38), norm_probs sr (0.014)
+#   'Menu': classify af (-3.4e+38), norm_probs sr (0.014)
+#   '12 + 7 = 19': classify af (-3.4e+38), norm_probs sr (0.014)
+#   'IMG_0001.jpg': classify af (-3.4e+38), norm_probs sr (0.014)
 set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # pyarrow.Table.from_pylist and datasets.Dataset.from_list drop every key that the first row lacks.
 #
-# Guess: a list of dictionaries becomes a table with the union of their keys, missing values null, as in pandas,
-# polars and pyarrow's own JSON reader and pa.array(rows), or an odd row is an error.
+# Guess: a list of dictionaries becomes a table with the union of their keys, missing values null, as in pandas and
+# in pa.array(rows), or an odd row is an error.
 # Seen: the first row alone says which columns there are; an optional field that first comes in row two is lost
 # in every row, without a warning. pa.array of the same rows has both fields.
 # With: pyarrow 26.0.1, datasets 5.2.0.

@@ -8,7 +8,9 @@
 # With: pycocotools 2.0.11, numpy 2.4.6.
 #
 # Output:
-#@OUTPUT
+#   pycocotools 2.0.11
+#   the same box, annotation id 0: AP 0.0
+#   the same box, annotation id 1: AP 1.0
 set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT

@@ -9,7 +9,9 @@
 # With: rensa 0.5.0.
 #
 # Output:
-#@OUTPUT
+#   rensa 0.5.0
+#   threshold 0.1: of 200 pairs with similarity 0.5 query returns 179, is_similar 200
+#   threshold 0.9: of 200 pairs with similarity 0.5 query returns 179, is_similar 0
 set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT

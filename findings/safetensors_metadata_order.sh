@@ -8,7 +8,8 @@
 # With: safetensors 0.8.0, numpy 2.4.6.
 #
 # Output:
-#@OUTPUT
+#   safetensors 0.8.0 numpy 2.4.6
+#   entries of metadata -> are all 50 files equal: {0: True, 1: True, 6: False}
 set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT

@@ -8,7 +8,9 @@
 # With: tokenizers 0.23.3.
 #
 # Output:
-#@OUTPUT
+#   tokenizers 0.23.3
+#   ids: {'<image>': 4, '[UNK]': 0, 'boat': 1, 'dog': 3, 'tree': 4}
+#   'boat dog tree <image>' -> [1, 3, 4, 4] -> 'boat dog <image> <image>'
 set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT

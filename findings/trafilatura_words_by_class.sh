@@ -6,7 +6,7 @@
 # Seen: the rules hold for inline elements too, and match parts of names: the words inside are cut and the sentence
 # is joined over the hole. DocBook's <span class="guimenu"> (the usual mark-up of software manuals), "sharedword",
 # "caption" and <time>, <label>, <math>, <output>, <button> all lose theirs.
-# With: trafilatura 2.3.1.
+# With: trafilatura 2.3.1, lxml 6.1.3, lxml_html_clean 0.4.6.
 #
 # Output:
 #@OUTPUT
@@ -14,7 +14,7 @@ set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT
 python3 -m venv "$room/venv"
-"$room/venv/bin/pip" install --quiet --disable-pip-version-check trafilatura==2.3.1
+"$room/venv/bin/pip" install --quiet --disable-pip-version-check trafilatura==2.3.1 lxml==6.1.3 lxml_html_clean==0.4.6
 cd "$room"
 "$room/venv/bin/python" - <<'EOF'
 from importlib.metadata import version

@@ -9,7 +9,11 @@
 # With: transformers 5.24.0, tokenizers 0.23.3.
 #
 # Output:
-#@OUTPUT
+#   transformers 5.24.0 tokenizers 0.23.3
+#   tokenizer.json: ['year', 'Ġ', '202', '4']
+#   None: ['year', 'Ġ', '202', '4']
+#   llama: ['year', 'Ġ', '202', '4']
+#   qwen2: ['year', 'Ġ', '2', '0', '2', '4']
 set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT

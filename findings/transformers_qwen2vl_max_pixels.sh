@@ -4,12 +4,16 @@
 # Guess: smart_resize keeps the number of pixels between min_pixels and max_pixels, as its docstring says, so
 # max_pixels bounds an image's tokens (with 28 x 28 pixels a token, 64 tokens here).
 # Seen: the short side is never less than one factor (28), while the long side is shrunk only by the factor that
-# would have fitted both, so a 20 x 3980 strip (within the allowed ratio of 200) takes 113 tokens, and a
-# 100 x 19900 one takes 112 of 64.
+# would have fitted both, so a 20 x 3980 strip (within the allowed ratio of 200) takes 112 tokens, and
+# so does a 100 x 19900 one.
 # With: transformers 5.24.0, pillow 12.3.0.
 #
 # Output:
-#@OUTPUT
+#   transformers 5.24.0 pillow 12.3.0
+#   1000 x 1000: 64 tokens of at most 64
+#   300 x 4000: 58 tokens of at most 64
+#   20 x 3980: 112 tokens of at most 64
+#   100 x 19900: 112 tokens of at most 64
 set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT

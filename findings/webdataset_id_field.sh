@@ -8,12 +8,15 @@
 # With: webdataset 1.0.2, numpy 2.4.6.
 #
 # Output:
-#@OUTPUT
+#   webdataset 1.0.2
+#   written '00123', read 123
+#   written '1_000', read 1000
+#   written 'img-7', read 'DecodingError'
 set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT
 python3 -m venv "$room/venv"
-"$room/venv/bin/pip" install --quiet --disable-pip-version-check webdataset==1.0.2
+"$room/venv/bin/pip" install --quiet --disable-pip-version-check webdataset==1.0.2 numpy==2.4.6
 cd "$room"
 "$room/venv/bin/python" - <<'EOF'
 from importlib.metadata import version
