@@ -9,7 +9,10 @@
 # With: gradio 6.31.0.
 #
 # Output:
-#@OUTPUT
+#   gradio 6.31.0
+#   'def f():\n    return 1' -> Chatbot 'def f():\nreturn 1', Markdown 'def f():\nreturn 1'
+#   '- fruit\n  - apple\n  - pear' -> Chatbot '- fruit\n- apple\n- pear', Markdown '- fruit\n- apple\n- pear'
+#   'name\tcount' -> Chatbot 'name    count', Markdown 'name    count'
 set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT

@@ -9,7 +9,17 @@
 # With: trafilatura 2.3.1, lxml 6.1.3, lxml_html_clean 0.4.6.
 #
 # Output:
-#@OUTPUT
+#   trafilatura 2.3.1
+#   class guimenu: Today we found boats on the river
+#   class guilabel: Today we found ninety boats on the river
+#   class sharedword: Today we found boats on the river
+#   class caption: Today we found boats on the river
+#   class footer: Today we found boats on the river
+#   <em>: Today we found ninety boats on the river
+#   <time>: Today we found boats on the river
+#   <label>: Today we found boats on the river
+#   <math>: Today we found boats on the river
+#   <output>: Today we found boats on the river
 set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT

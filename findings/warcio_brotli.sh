@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # warcio fails on every brotli body with the brotli package of today, and passes on other bodies still compressed.
 #
-# Guess: content_stream() of a response with Content-Encoding br gives the decoded body, since warcio brings the
-# package brotli with it, and an encoding that it does not know is an error.
+# Guess: content_stream() of a response with Content-Encoding br gives the decoded body where the package brotli is
+# installed, which warcio looks for, and an encoding that it does not know is an error.
 # Seen: with brotli 1.2.1 content_stream() raises AttributeError for each such record (it sets an attribute that the
-# decompressor no longer accepts), while encodings it does not know (x-gzip, zstd) give the compressed bytes as
-# if they were the page, without a word.
+# decompressor no longer accepts), while an encoding it does not know (x-gzip) gives the compressed bytes as if
+# they were the page, without a word.
 # With: warcio 1.8.1, brotli 1.2.1.
 #
 # Output:
