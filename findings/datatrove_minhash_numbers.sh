@@ -6,15 +6,21 @@
 # Seen: texts are simplified before hashing, and that replaces each number by 0, so texts that differ only in numbers
 # (sums, prices, tables, chart captions) are equal: one remains. And a text of fewer than five words has no
 # 5-gram, hence no signature: its copies all stay.
-# With: datatrove 0.10.1, xxhash 3.5.0, spacy 3.8.18, numpy 2.4.6.
+# With: datatrove 0.10.1, xxhash 3.5.0, spacy 3.8.18, tokenizers 0.23.3, regex 2026.11.19, numpy 2.4.6.
 #
 # Output:
-#@OUTPUT
+#   datatrove 0.10.1 xxhash 3.5.0 spacy 3.8.18
+#   'Two dogs run.': 3 in, 3 out
+#   'A man rides a horse.': 3 in, 1 out
+#   'Anna has 1 apples and 2 pears, 3 in all.': 1 in, 1 out
+#   'Anna has 30 apples and 14 pears, 44 in all.': 1 in, 0 out
+#   'Anna has 999 apples and 5 pears, 1004 in all.': 1 in, 0 out
 set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT
 python3 -m venv "$room/venv"
-"$room/venv/bin/pip" install --quiet --disable-pip-version-check datatrove==0.10.1 xxhash==3.5.0 spacy==3.8.18 regex numpy==2.4.6
+"$room/venv/bin/pip" install --quiet --disable-pip-version-check \
+  datatrove==0.10.1 xxhash==3.5.0 spacy==3.8.18 tokenizers==0.23.3 regex==2026.11.19 numpy==2.4.6
 cd "$room"
 "$room/venv/bin/python" - <<'EOF'
 import os

@@ -13,7 +13,7 @@
 #   8-bit grey: transparency 136, pixel 136, alpha 0
 #   4-bit grey: transparency 8, pixel 136, alpha 255
 #   2-bit grey: transparency 2, pixel 170, alpha 255
-#   16-bit RGB: transparency (65280, 4608, 13312), pixel (255, 18, 52), alpha 255
+#   16-bit RGB: transparency (65280, 34816, 13312), pixel (255, 136, 52), alpha 255
 set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT
@@ -40,12 +40,13 @@ def png(depth, colour_type, row, transparent):
     return io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks))
 
 
+ORANGE = struct.pack(">3H", 0xFF00, 0x8800, 0x3400)
 # Two pixels each; the second one has the transparent colour.
 images = {
     "8-bit grey": png(8, 0, bytes([0, 0x88]), struct.pack(">H", 0x88)),
     "4-bit grey": png(4, 0, bytes([0x08]), struct.pack(">H", 8)),
     "2-bit grey": png(2, 0, bytes([0b00100000]), struct.pack(">H", 2)),
-    "16-bit RGB": png(16, 2, struct.pack(">6H", 0, 0, 0, 0xFF00, 0x1200, 0x3400), struct.pack(">3H", 0xFF00, 0x1200, 0x3400)),
+    "16-bit RGB": png(16, 2, bytes(6) + ORANGE, ORANGE),
 }
 alphas = {}
 for name, file in images.items():
