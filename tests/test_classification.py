@@ -489,7 +489,7 @@ def test_impossible_recipes(start: Path, tmp_path: Path) -> None:
         make_recipe(tmp_path, start, auxiliary=float("nan"))
     with pytest.raises(ConfigError, match="batch_size"):
         make_recipe(tmp_path, start, batch_size=0)
-    with pytest.raises(MMGPTError, match=r"train\.jsonl: No such file"):
+    with pytest.raises(MMGPTError, match=r"train\.jsonl: no such file"):
         ClassificationTask(make_recipe(tmp_path, start))
     write(tmp_path / "train.jsonl", ["{"])
     with pytest.raises(MMGPTError, match=r"no usable rows.*bad JSON"):

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import nn
 from toy_stage import ToyStage, losses, toy_config
 
+from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.errors import MMGPTError
 from mm_gpt.training import distributed
 from mm_gpt.training.classification import ClassificationRecipe, ClassificationTask
 from mm_gpt.training.contrastive import ContrastiveRecipe, ContrastiveTask
-from mm_gpt.training.data import SourceConfig
 from mm_gpt.training.loop import train
 from mm_gpt.vision.contrastive import ContrastiveConfig, TextTowerConfig
 from mm_gpt.vision.encoder import VisionConfig

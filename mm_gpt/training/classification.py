@@ -218,8 +218,8 @@ class ClassificationTask:
         rank, world = ranks()
         size, batches = self.recipe.batch_size * world, []
         per_epoch = -(-len(self.rows) // size)
-        for index in range(step * count, (step + 1) * count):
-            epoch, place = divmod(index, per_epoch)
+        for batch_number in range(step * count, (step + 1) * count):
+            epoch, place = divmod(batch_number, per_epoch)
             order = epoch_order(len(self.rows), self.recipe.train.seed, epoch)
             whole = order[place * size : (place + 1) * size]
             # An epoch's last batch may be too small for every rank to have a row of it.
