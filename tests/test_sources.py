@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 from mm_gpt.datasets.reading.files import list_files
 from mm_gpt.datasets.samples import IMAGE_SUFFIXES, Conversation, ErrorCounter, Record, Sample
 from mm_gpt.datasets.sources import FORMATS, detect, read_samples
-from mm_gpt.document import Document, Image, Text, check_text
+from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import MMGPTError
 
 OBELICS = {"images": ["https://e/a.jpg", None], "texts": [None, "A text."], "metadata": "[null, null]"}
@@ -578,12 +578,6 @@ def test_half_a_character_in_tars_and_folders(tmp_path: Path) -> None:
         samples, errors = read(tmp_path / location)
         assert written(samples) == [("record", "ok")]
         assert errors == {"text is not Unicode": 2}
-
-
-def test_checking_one_text() -> None:
-    assert check_text("gr\u00fcn \U0001f600", "the question") == "gr\u00fcn \U0001f600"
-    with pytest.raises(MMGPTError, match=r"^the question: no Unicode text"):
-        check_text(HALF, "the question")
 
 
 def test_texts_and_chats_as_training_has_them(tmp_path: Path) -> None:
