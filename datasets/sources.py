@@ -220,7 +220,7 @@ FORMATS: dict[str, Format] = _table(
     Format(
         "warc",
         "web archives, as of Common Crawl",
-        "web.pages:read_warc",
+        "web.warc:read_warc",
         _has(".warc"),
         (".warc",),
     ),

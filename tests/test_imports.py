@@ -12,8 +12,10 @@ import mm_gpt
 ROOT = Path(mm_gpt.__file__).parent
 CONTRACTS = {
     "errors",
+    "network",
     "config",
     "document",
+    "image_headers",
     "images",
     "templates",
     "tokenizer",
@@ -23,7 +25,9 @@ CONTRACTS = {
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
-    "images": {"errors"},
+    "network": {"errors"},
+    "image_headers": {"errors"},
+    "images": {"errors", "network", "image_headers"},
     "document": {"errors", "images"},
     "tokenizer": {"errors"},
     "vision": {"errors", "images"},

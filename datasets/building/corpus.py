@@ -54,7 +54,7 @@ from mm_gpt.datasets.samples import (
     Sample,
 )
 from mm_gpt.datasets.sources import FORMATS, Format, count_unread, detect, read_samples
-from mm_gpt.datasets.web import pages as web
+from mm_gpt.datasets.web import pages, warc
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ConfigError, ImageError, MMGPTError, unknown_name
 from mm_gpt.images import DEFAULT_LIMITS, ImageSource, image_bytes, image_format, is_url, load_image, to_file
@@ -140,7 +140,7 @@ def _parts(location: str, kind: Format) -> list[tuple[str, ...]]:
     at_once = 1
     match kind.name:
         case "pages":
-            names, at_once = web.page_files(location), PAGES_IN_SPLIT
+            names, at_once = pages.page_files(location), PAGES_IN_SPLIT
         case "corpus":
             names = [shard.name for shard in Corpus(location).shards]
         case "captioned":
@@ -195,12 +195,12 @@ def _samples(split: Split, config: CorpusConfig, errors: ErrorCounter, removed: 
     locations = split.files or (split.location,)
     match split.format:
         case "pages":
-            return web.read_page_files(
+            return pages.read_page_files(
                 split.location, split.files, errors, images=split.images, config=extraction, removed=removed
             )
         case "warc":
             return chain.from_iterable(
-                web.read_warc(location, errors, images=split.images, config=extraction, removed=removed)
+                warc.read_warc(location, errors, images=split.images, config=extraction, removed=removed)
                 for location in locations
             )
         case "corpus":

@@ -12,11 +12,11 @@ import hashlib
 import json
 import os
 import re
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mm_gpt.datasets.reading.archives import TAR_ERRORS, Tar
 from mm_gpt.datasets.reading.files import base_name, is_hidden, is_remote, list_files, local_path, open_file, suffix_of
 from mm_gpt.datasets.reading.parquet import read_parquet
 from mm_gpt.datasets.reading.rows import (
@@ -44,7 +44,6 @@ NO_CAPTIONS = """images without captions: put photo.txt (a caption in each line)
 captions.jsonl: {"image": "photo.jpg", "caption": "..."}"""
 """What to say of a folder of images alone."""
 MAX_MEMBER_BYTES = 64 * 2**20
-_TAR_BUFFER = 2**20
 _NOT_METADATA = ("id", "key", "image", "caption", "captions", "qa", "txt", "source", "exif", *IMAGE_SUFFIXES)
 """`exif` tells where and with what a photo was taken: it is of no use here, and private."""
 
@@ -157,9 +156,8 @@ def _tar_members(location: str, errors: ErrorCounter) -> Iterator[tuple[str, byt
     """Name and content of each image, .json or .txt member."""
     with open_file(location) as stream:
         try:
-            # As a stream, "r|": a remote tar is read from its beginning to its end, with no jumps in it.
-            tar = tarfile.open(fileobj=stream, mode="r|", bufsize=_TAR_BUFFER)  # noqa: SIM115 (closed by the with below)
-        except tarfile.TarError:
+            tar = Tar(stream)
+        except TAR_ERRORS:
             raise MMGPTError(f"{source_name(location)}: not an uncompressed tar") from None
         with tar:
             while True:
@@ -167,7 +165,6 @@ def _tar_members(location: str, errors: ErrorCounter) -> Iterator[tuple[str, byt
                     member = tar.next()
                     if member is None:
                         break
-                    tar.members = []  # type: ignore[attr-defined]  # or a long shard keeps every header in memory
                     suffix = _suffix(member.name)
                     if not member.isreg() or is_hidden(member.name):
                         continue
@@ -183,7 +180,7 @@ def _tar_members(location: str, errors: ErrorCounter) -> Iterator[tuple[str, byt
                     file = tar.extractfile(member)
                     assert file is not None  # isreg() said so
                     yield member.name, file.read()
-                except (tarfile.TarError, EOFError, OSError, MMGPTError) as error:
+                except TAR_ERRORS as error:
                     errors.add(f"broken tar, rest of it unread ({error})", base_name(location))
                     break
 
