@@ -170,11 +170,11 @@ class Format:
 
 
 def _is_rows(info: SourceInfo) -> bool:
-    return kind_of_row(info.row) is not None and info.first(*ARCHIVE_SUFFIXES) is None
+    return info.first(*ARCHIVE_SUFFIXES) is None and kind_of_row(info.row) is not None
 
 
 def _is_mmc4_archive(info: SourceInfo) -> bool:
-    return kind_of_row(info.row) == "mmc4" and info.first(*ARCHIVE_SUFFIXES) is not None
+    return info.first(*ARCHIVE_SUFFIXES) is not None and kind_of_row(info.row) == "mmc4"
 
 
 def _when_named(info: SourceInfo) -> bool:

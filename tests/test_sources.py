@@ -367,6 +367,15 @@ def test_rows_of_no_known_kind_are_counted(tmp_path: Path) -> None:
         read(put(tmp_path / "preferences.json", [preferred]))
 
 
+def test_a_broken_first_file_hides_no_others(tmp_path: Path) -> None:
+    put(tmp_path / "data" / "a.parquet", b"PAR1")
+    put(tmp_path / "data" / "b.csv", "name,class\n1,dog\n")
+    put(tmp_path / "data" / "c.jsonl", TEXT_ROW)
+    samples, errors = read(tmp_path / "data")
+    assert written(samples) == [("document", "Words alone.")]
+    assert errors == {"unreadable file": 2}
+
+
 def test_images_of_one_row_stand_in_a_document(tmp_path: Path) -> None:
     """Stops: rows with several images read as text alone."""
     urls = ["https://e/1.jpg", "https://e/2.jpg"]
