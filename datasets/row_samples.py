@@ -115,9 +115,14 @@ def read_any_rows(location: str, errors: ErrorCounter, *, images: str | None = N
 
     def read_one(file: str) -> Iterator[Sample]:
         rows = read_rows(file, errors)
-        head = list(itertools.islice(rows, HEAD_ROWS))
-        if head and not any(kind_of_row(row) for _, row in head):
-            raise MMGPTError(f"{source_name(file)}: rows of no known kind (keys {_few(head[0][1])})")
+        head: list[tuple[int, dict[str, Any]]] = []
+        for numbered in itertools.islice(rows, HEAD_ROWS):
+            head.append(numbered)
+            if kind_of_row(numbered[1]):
+                break
+        else:
+            if head:
+                raise MMGPTError(f"{source_name(file)}: rows of no known kind (keys {_few(head[0][1])})")
         for number, row in itertools.chain(head, rows):
             kind = kind_of_row(row)
             # the others name images on the web, and files only in a folder that was given for them

@@ -12,19 +12,20 @@ from typing import Any, TypeAlias, TypeVar
 from mm_gpt.document import Document, Image, Message, Text
 from mm_gpt.errors import MMGPTError, not_installed
 from mm_gpt.image_headers import IMAGE_SUFFIXES as IMAGE_SUFFIXES
-from mm_gpt.image_headers import OTHER_SUFFIXES
+from mm_gpt.image_headers import OTHER_KINDS
 
 logger = logging.getLogger(__name__)
 
 STORED_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 """Of images in the shards of a corpus; others are written anew as one of these."""
-UNREAD_PICTURES = tuple(f".{suffix}" for suffix in OTHER_SUFFIXES)
-UNREAD_SUFFIXES = (
-    *UNREAD_PICTURES,
-    *(".mp3", ".wav", ".flac", ".ogg", ".m4a", ".aac", ".opus"),
-    *(".doc", ".docx", ".odt", ".rtf", ".pptx", ".epub"),
-)
-"""Pictures and films, sounds and documents that no reader takes: a folder that holds some is told so."""
+_DOCUMENTS = (".pdf", ".doc", ".docx", ".odt", ".rtf", ".pptx", ".epub")
+_FILMS = (".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
+_SOUNDS = (".mp3", ".wav", ".flac", ".ogg", ".m4a", ".aac", ".opus")
+_OTHER_KINDS = [f".{suffix}" for kind in OTHER_KINDS for suffix in kind.suffixes]
+UNREAD_PICTURES = (*(suffix for suffix in _OTHER_KINDS if suffix not in _DOCUMENTS), *_FILMS)
+"""Pictures and films that no reader takes. A text beside one is its caption, and no document."""
+UNREAD_SUFFIXES = (*UNREAD_PICTURES, *_SOUNDS, *_DOCUMENTS)
+"""What no reader takes, though people may expect it: a folder that holds some is told so."""
 
 
 @dataclass(frozen=True)

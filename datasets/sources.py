@@ -170,11 +170,11 @@ class Format:
 
 
 def _is_rows(info: SourceInfo) -> bool:
-    return kind_of_row(info.row) is not None and info.first(*ARCHIVE_SUFFIXES) is None
+    return info.first(*ARCHIVE_SUFFIXES) is None and kind_of_row(info.row) is not None
 
 
 def _is_mmc4_archive(info: SourceInfo) -> bool:
-    return kind_of_row(info.row) == "mmc4" and info.first(*ARCHIVE_SUFFIXES) is not None
+    return info.first(*ARCHIVE_SUFFIXES) is not None and kind_of_row(info.row) == "mmc4"
 
 
 def _when_named(info: SourceInfo) -> bool:
@@ -316,19 +316,29 @@ def read_samples(
     location = os.fspath(location)
     found = detect(location) if format == "auto" else _named(format)
     read = found.reader()
-    if not found.has_side_files and is_folder(location):
-        for file in list_files(location):
-            if suffix_of(file) in UNREAD_SUFFIXES:
-                errors.add(f"file that is not read ({suffix_of(file)})", source_name(file))
     if not found.suffixes:
-        return checked(read(location, errors, images=images), errors)
+        return _whole(location, found, read(location, errors, images=images), errors)
     everything = list_files(location)
     files = [file for file in everything if suffix_of(file) in found.suffixes]
     if not files and len(everything) == 1 and not is_folder(location):  # a file of another name, named by the user
         files = everything
     if not files:
         raise MMGPTError(f"{source_name(location)}: no {', '.join(found.suffixes)} file, as {found.name} has")
-    return checked(each_of(files, errors, lambda file: read(file, errors, images=images)), errors)
+    return _whole(location, found, each_of(files, errors, lambda file: read(file, errors, images=images)), errors)
+
+
+def _whole(location: str, format: Format, samples: Iterator[Sample], errors: ErrorCounter) -> Iterator[Sample]:
+    yield from checked(samples, errors)
+    count_unread(location, format, errors)
+
+
+def count_unread(location: str, format: Format, errors: ErrorCounter) -> None:
+    """Count the files of a folder that no reader takes, such as films: what was left out is told."""
+    if format.has_side_files or not is_folder(location):
+        return
+    for file in list_files(location):
+        if suffix_of(file) in UNREAD_SUFFIXES:
+            errors.add(f"file that is not read ({suffix_of(file)})", source_name(file))
 
 
 def detect(location: str) -> Format:

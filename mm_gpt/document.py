@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from mm_gpt.errors import MMGPTError
 from mm_gpt.images import ImageSource, image_size, load_image, load_pixels, source_name
 
 if TYPE_CHECKING:
@@ -89,14 +88,6 @@ Message = dict[str, Any]
 """`{"role": "system" | "user" | "assistant", "content": str | [part, ...]}`; a part is
 `{"type": "text", "text": ...}` or `{"type": "image", "image": source}` (also `url`, `path` or `image_url`).
 An assistant turn with `"complete": False` was cut off: its end is not learned."""
-
-
-def is_text(value: Any) -> bool:
-    """Whether `value` is a string that can be written: JSON may spell half a character (`"\\ud83d"`)."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
 
 
 def check_text(text: str, where: str) -> None:

@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 from mm_gpt.datasets.reading.files import list_files
 from mm_gpt.datasets.samples import IMAGE_SUFFIXES, Conversation, ErrorCounter, Record, Sample
 from mm_gpt.datasets.sources import FORMATS, detect, read_samples
-from mm_gpt.document import Document, Image, Text, check_text
+from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import MMGPTError
 
 OBELICS = {"images": ["https://e/a.jpg", None], "texts": [None, "A text."], "metadata": "[null, null]"}
@@ -365,6 +365,15 @@ def test_rows_of_no_known_kind_are_counted(tmp_path: Path) -> None:
     preferred = {"conversations": LLAVA["conversations"], "output_1": {"value": "a"}, "output_2": {"value": "b"}}
     with pytest.raises(MMGPTError, match="no known format"):
         read(put(tmp_path / "preferences.json", [preferred]))
+
+
+def test_a_broken_first_file_hides_no_others(tmp_path: Path) -> None:
+    put(tmp_path / "data" / "a.parquet", b"PAR1")
+    put(tmp_path / "data" / "b.csv", "name,class\n1,dog\n")
+    put(tmp_path / "data" / "c.jsonl", TEXT_ROW)
+    samples, errors = read(tmp_path / "data")
+    assert written(samples) == [("document", "Words alone.")]
+    assert errors == {"unreadable file": 2}
 
 
 def test_images_of_one_row_stand_in_a_document(tmp_path: Path) -> None:

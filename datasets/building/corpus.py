@@ -52,7 +52,7 @@ from mm_gpt.datasets.samples import (
     Record,
     Sample,
 )
-from mm_gpt.datasets.sources import FORMATS, Format, detect, read_samples
+from mm_gpt.datasets.sources import FORMATS, Format, count_unread, detect, read_samples
 from mm_gpt.datasets.web import pages, warc
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ConfigError, ImageError, MMGPTError, unknown_name
@@ -610,6 +610,9 @@ def build_corpus(
         funnel.merge(Funnel.from_json(report["funnel"]))
         errors.merge(ErrorCounter(counts=Counter(report["errors"]["counts"]), examples=report["errors"]["examples"]))
         sizes.append(sum(shard["num_bytes"] for shard in report["shards"]))
+    # A split that is a whole source has told of them.
+    for location, kind in dict.fromkeys((split.location, split.format) for split in splits if split.files):
+        count_unread(location, FORMATS[kind], errors)
     decide(work, splits, config)
     shards: list[ShardInfo] = []
     groups = _groups(splits, sizes, config.shard_mb * 2**20)

@@ -28,7 +28,7 @@ from mm_gpt.datasets.formats.captioned import clean_caption
 from mm_gpt.datasets.loading.draws import DERIVED_SETS, PROMPTS, derived_questions, training_prompt
 from mm_gpt.datasets.loading.pieces import sample_pieces
 from mm_gpt.datasets.loading.store import cache_of, exclusive, read_skipped, write_array, write_skipped
-from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, QuestionAnswer, Record, Sample
+from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, QuestionAnswer, Record, Sample, sample_name
 from mm_gpt.document import Document, Image
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.processes import process_pool
@@ -264,10 +264,6 @@ def table_of(pieces: list[tuple[int, ...]], records: list[tuple[int, ...]], text
         np.array(records, dtype=np.int32).reshape(-1, len(RECORD)),
         np.array(texts, dtype=np.int32),
     )
-
-
-def sample_name(sample: Sample) -> str:
-    return sample.id if isinstance(sample, Document) else sample.key
 
 
 def _full_name(source: str, sample: Sample, number: int) -> str:

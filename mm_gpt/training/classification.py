@@ -21,7 +21,7 @@ from mm_gpt.datasets.formats.labelled import ROW
 from mm_gpt.datasets.loading import index
 from mm_gpt.datasets.loading.holdout import held_out
 from mm_gpt.datasets.loading.store import open_store
-from mm_gpt.datasets.samples import ErrorCounter, Sample
+from mm_gpt.datasets.samples import ErrorCounter, Sample, sample_name
 from mm_gpt.document import Document
 from mm_gpt.errors import CheckpointError, ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model, save_model
@@ -111,7 +111,7 @@ class LabelledMeasure:
                 tokens = sum(map(len, self.encode(sample.metadata.get(ROW)).sequences))
                 pieces.append((number, 0, 0, 0, 0, tokens, 0))
             except MMGPTError as error:
-                errors.add(str(error), index.sample_name(sample))
+                errors.add(str(error), sample_name(sample))
         return index.table_of(pieces, [], [])
 
     def encode(self, row: Any) -> Labelled:
