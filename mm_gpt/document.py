@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image as PILImage
 from PIL import ImageOps
 
+from mm_gpt.errors import MMGPTError
 from mm_gpt.images import ImageSource, image_size, load_image, load_pixels, source_name
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 from mm_gpt.datasets.reading.files import list_files
 from mm_gpt.datasets.samples import IMAGE_SUFFIXES, Conversation, ErrorCounter, Record, Sample
 from mm_gpt.datasets.sources import FORMATS, detect, read_samples
-from mm_gpt.document import Document, Image, Text
+from mm_gpt.document import Document, Image, Text, check_text
 from mm_gpt.errors import MMGPTError
 
 OBELICS = {"images": ["https://e/a.jpg", None], "texts": [None, "A text."], "metadata": "[null, null]"}
