@@ -191,6 +191,16 @@ def test_fill_bytes_of_a_jpeg() -> None:
     refused(data[:scan] + bytes(70_000) + data[scan:], "bytes between its segments")
 
 
+def test_scans_of_a_large_jpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan costs a pass over all pixels, so that fewer are too many where there are more."""
+    data = encode(photo(), "JPEG", progressive=True)
+    num_scans = data.count(b"\xff\xda")
+    monkeypatch.setattr(image_headers, "_MAX_JPEG_SCANNED", num_scans * 40 * 24)
+    assert load_image(data).size == (40, 24)
+    monkeypatch.setattr(image_headers, "_MAX_JPEG_SCANNED", num_scans * 40 * 24 - 1)
+    refused(data, f"a JPEG of {num_scans} scans")
+
+
 def test_chunks_of_a_png(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_headers, "_MAX_PNG_CHUNKS", 50)
     data = encode(photo(), "PNG")
