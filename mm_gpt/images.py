@@ -188,6 +188,10 @@ def image_bytes(source: "str | os.PathLike[str] | bytes", *, limits: ImageLimits
     return _read_file(source, source_name(source), limits)
 
 
+STORED_FORMATS = ("jpg", "png", "webp")
+"""What `to_file` writes, and shards hold: every program that reads them knows these."""
+
+
 def to_file(image: PILImage.Image, suffix: str = "png") -> bytes:
     """An RGB image as a file: `png` (lossless), `jpg` or `webp` (at quality 90)."""
     buffer = io.BytesIO()

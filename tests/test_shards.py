@@ -191,6 +191,7 @@ class Odd:
     ("sample", "reason"),
     [
         (Document((Image("https://e/a.jpg"),)), "not fetched"),
+        (Document((Image(b"GIF89a and so on"),)), "format gif"),
         (Document((Image(b"<html>"),)), "format unknown"),
         (Document((Image(Path("/nowhere/a.jpg")),)), "unreadable image file"),
         (Document((), ((Text("a"),),)), "branches"),
