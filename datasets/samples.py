@@ -16,8 +16,6 @@ from mm_gpt.image_headers import OTHER_KINDS
 
 logger = logging.getLogger(__name__)
 
-STORED_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-"""Of images in the shards of a corpus; others are written anew as one of these."""
 _DOCUMENTS = (".pdf", ".doc", ".docx", ".odt", ".rtf", ".pptx", ".epub")
 _FILMS = (".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
 _SOUNDS = (".mp3", ".wav", ".flac", ".ogg", ".m4a", ".aac", ".opus")

@@ -65,7 +65,7 @@ def test_deep_tiff() -> None:
 @pytest.mark.parametrize("format", ["TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turned_tiff_and_avif(format: str, orientation: int) -> None:
-    """Stops: a TIFF whose size is that of the sideways picture, since Pillow turns its pixels and its size by itself."""
+    """Stops: a TIFF's size of the sideways picture, since Pillow turns its pixels and its size by itself."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"quality": 100, "subsampling": "4:4:4"} if format == "AVIF" else {}
@@ -191,6 +191,16 @@ def test_fill_bytes_of_a_jpeg() -> None:
     refused(data[:scan] + bytes(70_000) + data[scan:], "bytes between its segments")
 
 
+def test_scans_of_a_large_jpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan costs a pass over all pixels, so that fewer are too many where there are more."""
+    data = encode(photo(), "JPEG", progressive=True)
+    num_scans = data.count(b"\xff\xda")
+    monkeypatch.setattr(image_headers, "_MAX_JPEG_SCANNED", num_scans * 40 * 24)
+    assert load_image(data).size == (40, 24)
+    monkeypatch.setattr(image_headers, "_MAX_JPEG_SCANNED", num_scans * 40 * 24 - 1)
+    refused(data, f"a JPEG of {num_scans} scans")
+
+
 def test_chunks_of_a_png(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_headers, "_MAX_PNG_CHUNKS", 50)
     data = encode(photo(), "PNG")
@@ -252,7 +262,7 @@ SEEDS += [rle_bmp(8, 8, b"\x08\x05\0\0" * 8 + b"\0\1"), encode(photo(12, 9), "TI
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_files_are_images_or_errors_of_one_line() -> None:
     rng = random.Random(1)
-    num_loaded = 0
+    num_loaded, messages = 0, []
     for number in range(400):
         data = bytearray(SEEDS[number % len(SEEDS)])
         for _ in range(rng.randint(1, 4)):
@@ -264,8 +274,10 @@ def test_mutated_files_are_images_or_errors_of_one_line() -> None:
             assert load_image(bytes(data)).size == (width, height)
             num_loaded += 1
         except ImageError as error:
-            assert "\n" not in str(error)
+            messages.append(str(error))
     assert num_loaded > 100
+    assert len(messages) > 100
+    assert "\n" not in "".join(messages)
 
 
 # ---- Memory ----

@@ -45,7 +45,6 @@ from mm_gpt.datasets.filters.published_filters import Filters
 from mm_gpt.datasets.formats.interleaved import each_of
 from mm_gpt.datasets.reading import files
 from mm_gpt.datasets.samples import (
-    STORED_IMAGE_SUFFIXES,
     BadRecordError,
     Conversation,
     ErrorCounter,
@@ -56,7 +55,16 @@ from mm_gpt.datasets.sources import FORMATS, Format, count_unread, detect, read_
 from mm_gpt.datasets.web import pages, warc
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ConfigError, ImageError, MMGPTError, unknown_name
-from mm_gpt.images import DEFAULT_LIMITS, ImageSource, image_bytes, image_format, is_url, load_image, to_file
+from mm_gpt.images import (
+    DEFAULT_LIMITS,
+    STORED_FORMATS,
+    ImageSource,
+    image_bytes,
+    image_format,
+    is_url,
+    load_image,
+    to_file,
+)
 from mm_gpt.processes import process_pool
 
 logger = logging.getLogger(__name__)
@@ -358,7 +366,7 @@ def _stored(source: ImageSource, side: int | None) -> bytes:
     image = load_image(source)
     large = side is not None and max(image.size) > side
     suffix = image_format(source) if isinstance(source, bytes) else ""
-    if isinstance(source, bytes) and not large and suffix in STORED_IMAGE_SUFFIXES:
+    if isinstance(source, bytes) and not large and suffix in STORED_FORMATS:
         return source
     if large:
         assert side is not None

@@ -13,7 +13,6 @@ from typing import Any
 from mm_gpt.datasets.formats.captioned import MAX_MEMBER_BYTES, make_record
 from mm_gpt.datasets.samples import (
     IMAGE_SUFFIXES,
-    STORED_IMAGE_SUFFIXES,
     BadRecordError,
     Conversation,
     QuestionAnswer,
@@ -21,7 +20,7 @@ from mm_gpt.datasets.samples import (
     Sample,
 )
 from mm_gpt.document import Document, Image, Message, Segment, Text
-from mm_gpt.images import image_format, load_image, to_file
+from mm_gpt.images import STORED_FORMATS, image_format, load_image, to_file
 
 
 def to_members(sample: Sample, *, refer: bool = False) -> dict[str, bytes]:
@@ -46,7 +45,7 @@ def to_members(sample: Sample, *, refer: bool = False) -> dict[str, bytes]:
         if not isinstance(data, bytes):
             raise BadRecordError("an image that is not fetched yet")
         suffix = image_format(data)
-        if suffix not in (IMAGE_SUFFIXES if refer else STORED_IMAGE_SUFFIXES):
+        if suffix not in (IMAGE_SUFFIXES if refer else STORED_FORMATS):
             raise BadRecordError(f"an image of format {suffix or 'unknown'}")
         name = f"{len(members)}.{suffix}"
         members[name] = data

@@ -4,7 +4,8 @@ Inputs are files, folders, globs, WebDataset tars and URLs; each image becomes o
 Lines are appended and synced batch by batch. The next run reads what is there, cuts off a torn last line and goes on.
 
 Memory: threads bring each image into the model's pixels and let its own go. What they decode at a time takes at most
-DECODING_BYTES, beside the undecoded files of LOADER_THREADS images; an image that needs more is decoded alone.
+DECODING_BYTES, beside the undecoded files of LOADER_THREADS images; an image that needs more is decoded alone. (The C
+library may keep what a thread has freed: up to 4 bytes for each pixel of its largest image.)
 """
 
 import os
