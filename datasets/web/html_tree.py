@@ -163,6 +163,9 @@ def base_url(tree: Any, url: str) -> str:
 def join_url(base: str, address: str) -> str:
     """`address` made absolute, or "" when that does not give an http(s) URL."""
     address = re.sub(r"[\t\r\n]", "", address).strip()
+    # as browsers do (WHATWG URL, "special" schemes), or one address leads to two places
+    path = re.match(r"[^?#]*", address)[0]  # type: ignore[index]  # matches nothing, too
+    address = path.replace("\\", "/") + address[len(path) :]
     try:
         joined = urljoin(base, address)
         parts = urlsplit(joined)
