@@ -53,7 +53,7 @@ class Tar(tarfile.TarFile):
         super().__init__(fileobj=cast(BinaryIO, self._blocks), errors="replace")
 
     def next(self) -> tarfile.TarInfo | None:
-        self.members = []  # type: ignore[attr-defined]  # or a long tar keeps every header in memory
+        self.members: list[tarfile.TarInfo] = []  # or a long tar keeps every header in memory
         self._blocks.max_bytes = MAX_HEADER_BYTES
         member = super().next()
         self._blocks.max_bytes = None
