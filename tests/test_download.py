@@ -514,8 +514,9 @@ def test_unusable_cache_folder_is_named(cache: Path) -> None:
         download.fetch_file(FILE)
 
 
-def test_missing_certificates_are_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_certificates_are_named(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere.pem")
+    monkeypatch.setenv("HF_ENDPOINT", server.url.replace("http:", "https:"))
     with pytest.raises(DownloadError, match=r"REQUESTS_CA_BUNDLE=/nowhere\.pem"):
         download.fetch_file(FILE)
 

@@ -115,6 +115,9 @@ def test_image_in_every_place(part: str) -> None:
             "/w_900,h_600/x.jpg",
         ),
         ("<img src='//cdn.example.org/x.jpg'>", "https://cdn.example.org/x.jpg"),
+        ("<img src='sub\\x.jpg?a=\\b'>", "sub/x.jpg?a=\\b"),
+        ("<img src='\\\\cdn.example.org\\x.jpg'>", "https://cdn.example.org/x.jpg"),
+        ("<img src='https://cdn.example.org\\@evil.example/x.jpg'>", "https://cdn.example.org/@evil.example/x.jpg"),
         ("<img src=' my\n photo.jpg '>", "my%20photo.jpg"),
         ("<img src='data:image/gif;base64,R0lGODlhAQABAAAAACw='><noscript><img src=n.jpg></noscript>", "n.jpg"),
         ("<img src=n.jpg><noscript><img src=n2.jpg></noscript>", "n.jpg"),
@@ -170,6 +173,47 @@ def test_data_url_and_base() -> None:
     html = page(f"<article>{''.join(P)}<img src=x.png></article>", "<base href='/static/'>")
     assert run(html)[-1] == "[https://example.com/static/x.png]"
     assert extract(html, "").images == []  # type: ignore[union-attr]  # a relative address of a page without one
+
+
+HOSTILE = {
+    "attributes of one tag": ("<p " + " ".join(f"a{i}=1" for i in range(5000)) + ">x</p>", "too many attributes"),
+    "attributes without values": ("<p " + " ".join(f"a{i}" for i in range(5000)) + ">x</p>", "too many attributes"),
+    "attributes with > in them": ("<p " + " ".join(f"a{i}='>'" for i in range(5000)) + ">x</p>", "too many attributes"),
+    "a tag that never ends": ("<p " + " ".join(f"a{i}=1" for i in range(5000)), "too many attributes"),
+    "attributes of many tags": ("<p a b c d e f g h i j>x</p>" * 20_001, "too many attributes"),
+    "elements": ("<br>" * 100_001, "too many elements"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_pages_of_more_than_pages_have_are_counted(what: str) -> None:
+    """Stops: minutes for a page of a megabyte; each attribute of a tag is compared with each."""
+    part, reason = HOSTILE[what]
+    assert extract(article(*P, part), removed=(removed := Counter())) is None
+    assert removed == {reason: 1}
+
+
+def test_quotes_and_brackets_of_every_kind_are_no_attributes() -> None:
+    odd = "<p title=don't>I'm</p><p title='a > b' data-x=\"it's\">1 < 2 > 1</p><p a='\"'>\"</p>" * 300
+    assert extract(article(*P, odd)) is not None
+
+
+def test_a_page_of_images_and_captions_without_end() -> None:
+    """Stops: time by the square of the captions in a figure, and of the images in a tag with a long style."""
+    style = "display " * 10_000
+    pairs = "<figcaption>y</figcaption><img src=x.png>" * 5100
+    html = article(*P[:2], f"<figure style='{style}'>{pairs}</figure>", *P[2:])
+    document = extract(html, "https://example.com/", removed=(removed := Counter()))
+    assert document is not None
+    assert len(document.images) == 5000
+    assert removed == {"image: too many on the page": 100}
+
+
+def test_many_formulas_in_one_paragraph() -> None:
+    math = "<math alttext='m^2'><mi>m</mi></math> "
+    document = extract(article(*P, f"<p>{math * 3000}</p>"))
+    assert document is not None
+    assert sum(s.text.count(r"\(m^2\)") for s in document.segments if isinstance(s, Text)) == 3000
 
 
 def test_captions_and_alt() -> None:

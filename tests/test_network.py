@@ -40,6 +40,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.seen.append((self.path, self.headers["Host"]))
+        self.server.logins.append(self.headers["Authorization"])
         route = getattr(self, "do_" + self.path.split("?")[0].strip("/").split(".")[0].replace("-", "_"), None)
         if self.path.startswith("/to?"):
             self.send_response(302)
@@ -106,11 +107,21 @@ def start_server(tls: ssl.SSLContext | None = None) -> http.server.ThreadingHTTP
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.handle_error = lambda *args: None
-    server.seen, server.hung_up = [], threading.Event()
+    server.seen, server.logins, server.hung_up = [], [], threading.Event()
     if tls:
         server.socket = tls.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     return server
+
+
+def tls_server(tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=photos.test"
+    command += f" -addext subjectAltName=DNS:photos.test -keyout {key} -out {certificate}"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_side.load_cert_chain(certificate, key)
+    return start_server(server_side), certificate
 
 
 @pytest.fixture
@@ -362,13 +373,8 @@ def test_line_breaks_cannot_add_headers(internet, server):
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
 def test_tls_is_checked_by_name_though_connected_by_address(tmp_path, monkeypatch):
     # Stops: a pinned address that switches the certificate's name check off.
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=photos.test"
-    command += f" -addext subjectAltName=DNS:photos.test -keyout {key} -out {certificate}"
-    subprocess.run(command.split(), check=True, capture_output=True)
-    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server_side.load_cert_chain(certificate, key)
-    server, connect = start_server(server_side), client._connect
+    server, certificate = tls_server(tmp_path)
+    connect = client._connect
     monkeypatch.setattr(client, "_resolve", lambda host, port: ["93.184.215.14"])
     monkeypatch.setattr(client, "_connect", lambda a, p, timeout_s: connect("127.0.0.1", server.server_port, timeout_s))
     with pytest.raises(URLError, match="certificate verify failed"):
@@ -379,6 +385,130 @@ def test_tls_is_checked_by_name_though_connected_by_address(tmp_path, monkeypatc
         load_image("https://other.test/photo")
     server.shutdown()
     server.server_close()
+
+
+# ---- Addresses that the user configured ----
+
+
+class Proxy:
+    """A server that answers one connection after the other with `answers`, and keeps what it was sent."""
+
+    def __init__(self, *answers: bytes) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://me:p%40ss@127.0.0.1:{self.socket.getsockname()[1]}"
+        self.heads: list[str] = []
+        threading.Thread(target=self._serve, args=(answers,), daemon=True).start()
+
+    def _serve(self, answers):
+        for answer in answers:
+            connection, _ = self.socket.accept()
+            with connection:
+                head = b""
+                while not head.endswith(b"\r\n\r\n"):
+                    head += connection.recv(1)
+                self.heads.append(head.decode())
+                connection.sendall(answer)
+
+
+@pytest.fixture
+def no_proxies(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_the_proxy_of_the_environment_is_used_for_trusted_addresses(no_proxies, monkeypatch):
+    proxy = Proxy(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", b"HTTP/1.1 403 Forbidden\r\n\r\n")
+    monkeypatch.setenv("http_proxy", proxy.url)
+    monkeypatch.setenv("https_proxy", proxy.url)
+    with client.open_url("http://hub.test/a?b", client.Deadline(5), trusted=True, login="Bearer x") as response:
+        assert response.read() == b"hi"
+    with pytest.raises(URLError, match=r"the proxy answered HTTP/1\.1 403 Forbidden"):
+        client.open_url("https://hub.test/a", client.Deadline(5), trusted=True, login="Bearer x")
+    plain, tunnel = proxy.heads
+    assert plain.startswith("GET http://hub.test/a?b HTTP/1.1\r\n")
+    assert "Authorization: Bearer x\r\n" in plain
+    assert tunnel.startswith("CONNECT hub.test:443 HTTP/1.1\r\nHost: hub.test:443\r\n")
+    assert "Bearer" not in tunnel
+    for head in proxy.heads:
+        assert f"Proxy-Authorization: {client.basic_login('me', 'p@ss')}\r\n" in head
+
+
+def test_no_proxy_and_wrong_proxies(no_proxies, monkeypatch, url):
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:1")
+    with pytest.raises(URLError, match=r"socks5://127\.0\.0\.1:1 in the environment is no http proxy"):
+        client.open_url(url + "/photo", client.Deadline(5), trusted=True)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with client.open_url(url + "/photo", client.Deadline(5), trusted=True) as response:
+        assert response.read() == PHOTO
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_tls_through_a_tunnel(tmp_path, no_proxies, monkeypatch):
+    server, certificate = tls_server(tmp_path)
+    tunnel = socket.create_server(("127.0.0.1", 0))
+
+    def pump(source, target):
+        while data := source.recv(65536):
+            target.sendall(data)
+
+    def serve():
+        near, _ = tunnel.accept()
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += near.recv(1)
+        far = socket.create_connection(("127.0.0.1", server.server_port))
+        near.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        threading.Thread(target=pump, args=(far, near), daemon=True).start()
+        pump(near, far)
+
+    threading.Thread(target=serve, daemon=True).start()
+    monkeypatch.setenv("https_proxy", f"127.0.0.1:{tunnel.getsockname()[1]}")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    with client.open_url("https://photos.test/photo", client.Deadline(5), trusted=True) as response:
+        assert response.read() == PHOTO
+    tunnel.close()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_login_stays_with_its_server(no_proxies, url, server):
+    """Stops: a token that follows a redirect to storage on another host, or on another port of the same."""
+    other = start_server()
+    for target, goes in ((f"{url}/photo", True), (f"http://127.0.0.1:{other.server_port}/photo", False)):
+        with client.open_url(f"{url}/to?{target}", client.Deadline(5), trusted=True, login="Bearer x") as response:
+            assert response.read() == PHOTO
+        logins = [*server.logins, *other.logins]
+        assert logins == ["Bearer x", "Bearer x" if goes else None]
+        server.logins.clear()
+    other.shutdown()
+    other.server_close()
+
+
+@pytest.mark.parametrize(
+    ("target", "goes"),
+    [
+        ("http://hub.test/b", True),
+        ("http://hub.test:80/b", True),
+        ("https://hub.test/b", True),
+        ("http://hub.test:81/b", False),
+        ("https://hub.test:80/b", False),
+        ("http://hub.test.evil/b", False),
+        ("http://cdn.hub.test/b", False),
+    ],
+)
+def test_what_is_the_same_server(target, goes):
+    assert client._is_same_server("http://hub.test/a", target) is goes
+    assert not client._is_same_server("https://hub.test/a", "http://hub.test/a")
+
+
+def test_a_silent_resolver_is_not_waited_for(monkeypatch):
+    """Stops: a blocked name server that takes a minute, whatever the limit."""
+    released = threading.Event()
+    monkeypatch.setattr(client, "_resolve", lambda host, port: released.wait(20) and [])
+    with pytest.raises(URLError, match=r"within 0\.1 s"):
+        client.open_url("http://hub.test/", client.Deadline(0.1))
+    released.set()
 
 
 # ---- Data URLs ----

@@ -15,7 +15,8 @@ import time
 from dataclasses import dataclass, field
 
 from mm_gpt.errors import ConfigError, MMGPTError, URLError
-from mm_gpt.network.client import Deadline, open_url
+from mm_gpt.network.addresses import private_addresses_allowed
+from mm_gpt.network.client import BUSY_STATUSES, NETWORK_ERRORS, Deadline, open_url, reason_of
 from mm_gpt.network.urls import short_name
 
 logger = logging.getLogger(__name__)
@@ -25,11 +26,6 @@ PIECE_BYTES = 1 << 18
 _REFILL_BYTES = 64 << 20  # so much progress, and a file has all its retries again
 _SKIP_BYTES = 1 << 20  # reading over a gap of this size is faster than a new connection
 _IDLE_S = 10.0  # a server may hang up on a reader that paused so long: no fault that counts
-_BUSY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
-
-
-def _private_by_environment() -> bool:
-    return os.environ.get("MM_GPT_PRIVATE_ADDRESSES", "").lower() in ("1", "true", "yes", "on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +44,7 @@ class HttpLimits:
     """New attempts after a break. 64 MiB of progress give them back."""
     retry_delay_s: float = 0.5
     """Before the first new attempt; doubled for each one after it, up to 30 s."""
-    allow_private_addresses: bool = field(default_factory=_private_by_environment)
+    allow_private_addresses: bool = field(default_factory=private_addresses_allowed)
     """Also read from localhost and the local network; `MM_GPT_PRIVATE_ADDRESSES=1` turns it on."""
 
     def __post_init__(self) -> None:
@@ -161,8 +157,8 @@ class HttpFile(io.RawIOBase):
             got = self._response.readinto(piece)
         except TimeoutError:
             raise _DroppedError(f"no {len(piece):,} bytes within {self._deadline.seconds:g} s") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise _DroppedError(_reason(error)) from error
+        except (*NETWORK_ERRORS, ValueError) as error:
+            raise _DroppedError(reason_of(error)) from error
         finally:
             self._waited_s += time.monotonic() - started
         if got == 0 and self.size is not None:
@@ -202,7 +198,7 @@ class HttpFile(io.RawIOBase):
 
     def _take(self, response: http.client.HTTPResponse) -> None:
         status, headers = response.status, response.headers
-        if status in _BUSY_STATUSES:
+        if status in BUSY_STATUSES:
             wait = headers.get("Retry-After", "")
             raise _DroppedError(f"the server answered {status}", float(wait) if re.fullmatch(r"\d{1,6}", wait) else 0.0)
         if status == 416 and not self._opened:  # a range of an empty file
@@ -272,8 +268,3 @@ class HttpFile(io.RawIOBase):
         if self._response is not None:
             self._response.close()
             self._response = None
-
-
-def _reason(error: Exception) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join((text or type(error).__name__).split())[:200]

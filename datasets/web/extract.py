@@ -28,6 +28,8 @@ from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError
 
 PAGE_OPT_OUTS = ("noai", "noindex", "tdm-reservation", "train-ai=n")
+MAX_IMAGES = 5000
+"""Of one page, in its order; more are left out."""
 IMAGE_OPT_OUTS = ("noimageai", "noimageindex")
 
 # Parts of a page whose images are not content even where they stand among it.
@@ -284,7 +286,9 @@ def _kept_images(
     main = _main_block(page, kept)
     found: dict[int, Image | str] = {}
     last: tuple[int, bytes | Path | str | None] = (-1, None)
-    for image in page.images:
+    if len(page.images) > MAX_IMAGES:
+        removed["image: too many on the page"] += len(page.images) - MAX_IMAGES
+    for image in page.images[:MAX_IMAGES]:
         if image.is_noscript and last == (image.position, None):
             pass  # the picture itself, after an <img> that only holds its place
         elif image.is_noscript and last[0] == image.position:

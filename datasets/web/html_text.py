@@ -58,7 +58,7 @@ def segments_of(
             elif image is not None:
                 writer.image(image)
                 while waiting and waiting[-1][0] == len(figures):
-                    writer.caption(waiting.pop()[1], 0)
+                    writer.caption(waiting.pop()[1])
         elif kind is Kind.FIGURE:
             writer.stop(PARAGRAPH)
             if value:
@@ -77,8 +77,8 @@ def segments_of(
                 text, caption = " ".join("".join(caption).split()), None
                 if not text or captions == "drop":
                     continue
-                if any(isinstance(s, Image) for s in writer.segments[figures[-1] :]):
-                    writer.caption(text, figures[-1])
+                if writer.last_image >= figures[-1]:
+                    writer.caption(text)
                 else:
                     waiting.append((len(figures), text, caption_kept))
         elif caption is not None:
@@ -96,6 +96,8 @@ class _Writer:
 
     def __init__(self, alt: str) -> None:
         self.segments: list[Segment] = []
+        self.last_image = -1
+        """Its number in the segments."""
         self._alt = alt
         self._parts: list[str] = []
         self._break = 0
@@ -188,14 +190,15 @@ class _Writer:
     def image(self, image: Image) -> None:
         """An image where it stands."""
         self.flush()
+        self.last_image = len(self.segments)
         self.segments.append(image)
         if self._alt == "text" and image.alt:
             self.segments.append(Text(image.alt))
 
-    def caption(self, value: str, start: int) -> None:
-        """A caption, behind the last image of the segments from `start`."""
+    def caption(self, value: str) -> None:
+        """A caption, behind the last image."""
         self.flush()
-        index = max(i for i, s in enumerate(self.segments) if isinstance(s, Image) and i >= start)
+        index = self.last_image
         if self._alt == "text" and index + 1 < len(self.segments) and self.segments[index + 1] == Text(value):
             return  # the alt text says the same
         self.segments.insert(index + 1, Text(value))

@@ -43,6 +43,15 @@ _REALLY = {
 _BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
 _SNIFFED_BYTES = 2**14
 
+MAX_ATTRIBUTES = 1000
+"""Of one tag: libxml2 compares each with each."""
+MAX_ATTRIBUTES_OF_PAGE = 200_000
+MAX_VALUE_CHARACTERS = 10_000
+"""Of the attributes that are searched again for each image in the element; longer values count as none."""
+_ATTRIBUTE = r"""[\s/]*+[^\s/>][^\s/>=]*+(?:\s*+=\s*+(?:"[^"]*+"?+|'[^']*+'?+|[^\s>]*+))?+"""
+_ATTRIBUTES = re.compile(_ATTRIBUTE)
+_TAG = re.compile(rf"<[a-zA-Z][^\s/>]*+((?:{_ATTRIBUTE})*+)")
+
 
 def decode_html(data: bytes, charset: str = "") -> str:
     """The text of a page. `charset` is what its HTTP header says.
@@ -90,10 +99,13 @@ def _guessed(data: bytes) -> str:
 
 
 def parse_html(text: str) -> tuple[Any, bool]:
-    """The lxml tree, and whether it is whole: libxml2 stops at 256 levels. Raises BadRecordError without any element.
+    """The lxml tree, and whether it is whole: libxml2 stops at 256 levels.
+
+    Raises BadRecordError without any element, and for more attributes than pages have.
 
     No entity of the page's own is expanded, nothing is loaded. MathML becomes its LaTeX source in the text.
     """
+    has_long_tags = _check_attributes(text)
     html, etree = optional_import("lxml.html"), optional_import("lxml.etree")
     parser = html.HTMLParser(
         encoding="utf-8", remove_comments=True, remove_pis=True, collect_ids=False, default_doctype=False
@@ -106,9 +118,28 @@ def parse_html(text: str) -> tuple[Any, bool]:
         raise BadRecordError("no HTML") from None
     last = parser.error_log.last_error
     whole = last is None or "depth" not in last.message
+    if has_long_tags:
+        for value in tree.xpath(f"//@*[string-length() > {MAX_VALUE_CHARACTERS}]"):
+            if value.attrname in ("style", "class", "id", "role", "alt", "width", "height"):
+                del value.getparent().attrib[value.attrname]
     for element in list(tree.iter("math")) if "<math" in text else ():
         _math_to_text(element)
     return tree, whole
+
+
+def _check_attributes(text: str) -> bool:
+    """Whether there are very long tags. Raises BadRecordError for too many attributes, before libxml2 sees them."""
+    total, has_long_tags = 0, False
+    for tag in _TAG.finditer(text):
+        count = 0
+        for count, _ in enumerate(_ATTRIBUTES.finditer(tag[1]), 1):
+            if count > MAX_ATTRIBUTES:
+                raise BadRecordError("too many attributes")
+        total += count
+        has_long_tags = has_long_tags or len(tag[1]) > MAX_VALUE_CHARACTERS
+    if total > MAX_ATTRIBUTES_OF_PAGE:
+        raise BadRecordError("too many attributes")
+    return has_long_tags
 
 
 def _math_to_text(element: Any) -> None:
@@ -116,8 +147,9 @@ def _math_to_text(element: Any) -> None:
     source = " ".join((source or element.get("alttext") or "").split())
     if source:
         left, right = ("\\[", "\\]") if element.get("display") == "block" else ("\\(", "\\)")
-        element.tail = f"{left}{source}{right}{element.tail or ''}"
-        element.drop_tree()
+        del element[:]
+        element.tag, element.text = "span", f"{left}{source}{right}"
+        element.attrib.clear()
 
 
 def base_url(tree: Any, url: str) -> str:
@@ -131,6 +163,9 @@ def base_url(tree: Any, url: str) -> str:
 def join_url(base: str, address: str) -> str:
     """`address` made absolute, or "" when that does not give an http(s) URL."""
     address = re.sub(r"[\t\r\n]", "", address).strip()
+    # as browsers do (WHATWG URL, "special" schemes), or one address leads to two places
+    path = re.match(r"[^?#]*", address)[0]  # type: ignore[index]  # matches nothing, too
+    address = path.replace("\\", "/") + address[len(path) :]
     try:
         joined = urljoin(base, address)
         parts = urlsplit(joined)

