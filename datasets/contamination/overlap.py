@@ -141,10 +141,6 @@ class KeyTable:
         hit = self.keys[numbers] == hashes[places]
         return places[hit], numbers[hit]
 
-    def number_of(self, hashes: np.ndarray) -> np.ndarray:
-        """The number of each key. All of them must be in the table."""
-        return np.searchsorted(self.keys, hashes)
-
 
 class SubstringTable:
     """Which of many strings of letters stand in a text, in time that grows with the text alone. No false hits."""

@@ -395,7 +395,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_export(args: argparse.Namespace) -> int:
-    from mm_gpt.hub.export.export import export_model
+    from mm_gpt.hub.export.export_model import export_model
 
     files = export_model(
         args.model,

@@ -210,12 +210,6 @@ def mean_logprob(decoder: Decoder, prompt: Sequence[int], continuation: Sequence
     return total / count
 
 
-def looks_right(decoder: Decoder, tokenizer: Tokenizer, text: str, *, threshold: float) -> bool:
-    """Acceptability (CoLA): whether the mean log-probability of a text's tokens, from the second on, is above that."""
-    ids = tokenizer.encode(text)
-    return mean_logprob(decoder, ids[:1], ids[1:]) > threshold
-
-
 def sentiment(
     decoder: Decoder, tokenizer: Tokenizer, text: str, *, words: Sequence[str] = ("positive", "negative")
 ) -> str:
