@@ -85,7 +85,7 @@ def write_weights(
     size = total = 0
 
     def flush() -> None:
-        name = f"part-{len(shards)}"
+        name = f"part-{len(shards)}.safetensors" if shards else "model.safetensors"
         with whole_file(folder / name) as partial:
             save_file(shard, partial, metadata={"format": "pt"})
             partial.chmod(0o644)  # the library writes for the owner alone; a model is to be shared
@@ -102,12 +102,11 @@ def write_weights(
         size, total = size + num_bytes, total + num_bytes
     flush()
     if len(shards) == 1:
-        (folder / "part-0").rename(folder / "model.safetensors")
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"part-{number}").rename(folder / file)
+        (folder / next(iter(names.values()))).rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
