@@ -1,4 +1,4 @@
-"""CLIP loss, model and zero-shot classification."""
+"""CLIP loss and model."""
 
 import math
 import multiprocessing
@@ -19,7 +19,6 @@ from mm_gpt.vision.contrastive import (
     TextTowerConfig,
     clip_loss,
     gather_features,
-    zero_shot,
 )
 from mm_gpt.vision.encoder import VisionConfig
 
@@ -102,14 +101,6 @@ def test_config_wants_one_source_of_text() -> None:
         ContrastiveConfig(vision=VISION, text=TEXT, text_width=4)
     with pytest.raises(ConfigError, match="num_heads"):
         TextTowerConfig(vocab_size=10, width=30)
-
-
-def test_zero_shot_normalises_each_prompt_before_the_mean() -> None:
-    """Golden: prompts (10, 0) and (0, 1) weigh the same, so the class points at 45 degrees."""
-    classes = [torch.tensor([[10.0, 0.0], [0.0, 1.0]]), torch.tensor([[-3.0, 0.0]])]
-    scores = zero_shot(torch.tensor([[2.0, 2.0], [-1.0, 0.0]]), classes)
-    half = math.sqrt(0.5)
-    torch.testing.assert_close(scores, torch.tensor([[1.0, -half], [-half, 1.0]]))
 
 
 def test_eight_pairs_are_learned_perfectly() -> None:

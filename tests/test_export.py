@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import resource
 import shlex
 import warnings
 from pathlib import Path
@@ -21,7 +22,7 @@ from mm_gpt.errors import CheckpointError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model, save_model
 from mm_gpt.hub.export import folder as export_folder
 from mm_gpt.hub.export.decoders import CLASSES, decoder_values
-from mm_gpt.hub.export.export import export_model
+from mm_gpt.hub.export.export_model import export_model
 from mm_gpt.hub.gguf import mmproj
 from mm_gpt.hub.gguf.file import read_gguf
 from mm_gpt.hub.gguf.reader import load_gguf, read_tokenizer
@@ -234,7 +235,7 @@ def test_types_and_shards(llama: Path, tmp_path: Path) -> None:
         assert json.loads((tmp_path / name / "config.json").read_text())["torch_dtype"] == name
     model, _ = load_model(llama)
     folder = tmp_path / "float32"
-    tensors = list(export_folder.tensors_of(model, export_folder.decoder_plan(model).tables))
+    tensors = list(export_folder.tensors_of(model, export_folder.decoder_export(model).tables))
     (folder / "model.safetensors").unlink()
     export_folder.write_weights(folder, tensors, dtype=torch.float32, shard_bytes=20_000)
     shards = sorted(folder.glob("*.safetensors"))
@@ -291,6 +292,31 @@ def test_places(
     assert main(["export", str(llama), "--dtype", "q8_0", "--out", str(out)]) == 1
     assert "format hf: unknown dtype 'q8_0'" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious"]
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "spare"),
+    [("hf", "model.safetensors", 0), ("hf", "tokenizer.json", 0), ("gguf", "model-float16.gguf", 8000)],
+)
+def test_a_full_disk(format: str, name: str, spare: int, llama: Path, tmp_path: Path) -> None:
+    """One line that names the file, where it was to stand; no half of it, and what was there before stays.
+
+    A limit on the size of files stands for the disk: a byte less than the file needs, and `spare` bytes less."""
+    out = tmp_path / "out"
+    export_model(llama, out, format=format)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[name]) - 1 - spare, hard))
+    try:
+        message = rf"out/{re.escape(name)}: cannot be written \((.*[Ff]ile too large|is the disk full\? )"
+        with pytest.raises(CheckpointError, match=message) as error:
+            export_model(llama, out, format=format, overwrite=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert ".tmp" not in str(error.value)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])

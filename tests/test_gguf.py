@@ -9,7 +9,7 @@ import pytest
 from gguf import GGUFValueType, GGUFWriter
 
 from mm_gpt.errors import CheckpointError
-from mm_gpt.hub.export.export import export_model
+from mm_gpt.hub.export.export_model import export_model
 from mm_gpt.hub.gguf.file import Fields, read_gguf
 from mm_gpt.hub.gguf.reader import load_gguf, read_tokenizer
 

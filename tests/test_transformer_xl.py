@@ -26,7 +26,7 @@ from mm_gpt.inference import engine as engine_module
 from mm_gpt.inference.assistant import Assistant
 from mm_gpt.inference.chat_session import ChatSession
 from mm_gpt.inference.engine import Answer, Engine, GenerationConfig
-from mm_gpt.model.cache import KVCache, Pass
+from mm_gpt.model.cache import ForwardContext, KVCache
 from mm_gpt.model.decoder import Decoder, init_weights
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig, attention_mask
@@ -142,7 +142,7 @@ def naive_attention(attention: RelativeAttention, x: Tensor, memory: Tensor | No
 def test_attention_is_the_papers_formula(kv_heads: int, memory: int) -> None:
     attention = make_decoder(num_kv_heads=kv_heads).blocks[0].attention
     x, before = noise(4, D), noise(memory, D, seed=2) if memory else None
-    found = attention(x[None], Pass(), None if before is None else before[None])[0]
+    found = attention(x[None], ForwardContext(), None if before is None else before[None])[0]
     torch.testing.assert_close(found, naive_attention(attention, x, before), rtol=0, atol=1e-12)
 
 

@@ -16,13 +16,12 @@ from mm_gpt.errors import CheckpointError, ConfigError, DownloadError
 from mm_gpt.hub import vision_towers
 from mm_gpt.hub.vision_towers import (
     load_open_clip,
-    load_vision_tower,
     tower_prefix,
     vit_config,
     vit_left_over,
     vit_table,
 )
-from mm_gpt.hub.weights import Account, written
+from mm_gpt.hub.weights import Checkpoint, WeightLoader, read_json, unfilled, written
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
 from mm_gpt.vision.transforms import CLIP_MEAN, ImageTransformConfig
 from mm_gpt.vision.vit import ViT, ViTConfig
@@ -64,7 +63,7 @@ def imported(state: dict[str, Tensor], config: ViTConfig) -> ViT:
     prefix = tower_prefix(state, where="test")
     with torch.device("meta"):
         vit = ViT(config)
-    account = Account("test", state)
+    account = WeightLoader("test", state)
     account.fill(vit, vit_table(prefix), state.__getitem__)
     account.finish(vit_left_over(prefix))
     return vit.eval()
@@ -158,6 +157,25 @@ def test_config_without_defaults_is_the_same_config(tower: tuple[str, Any]) -> N
     short["model_type"] = full["model_type"]
     assert len(short) < len(full)
     assert vit_config(short, where=kind) == vit_config(full, where=kind)
+
+
+CONTRASTIVE_LEFT_OVER = (r"text_model\..*", r"(text|visual)_projection\.weight", "logit_scale", "logit_bias")
+"""Patterns of what a whole CLIP or SigLIP checkpoint has beside its vision tower."""
+
+
+def load_vision_tower(folder: Path) -> VisionEncoder:
+    """The vision tower of a Hugging Face folder of CLIP or SigLIP, whole or the tower alone, in float32 on the CPU.
+
+    Raises CheckpointError naming what is unsupported, missing or left over.
+    """
+    config = vit_config(read_json(folder / "config.json"), where=f"{folder}/config.json")
+    with unfilled():
+        encoder = VisionEncoder(VisionConfig(model=config, image_size=config.image_size))
+    checkpoint = Checkpoint(folder)
+    prefix = tower_prefix(checkpoint.names, where=str(folder))
+    checkpoint.load(encoder.get_submodule("tower"), vit_table(prefix))
+    checkpoint.finish((*vit_left_over(prefix), *CONTRASTIVE_LEFT_OVER))
+    return encoder.eval()
 
 
 def test_saved_folders(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from mm_gpt.hub import weights
 from mm_gpt.hub.weights import (
     CHUNK_BYTES,
     MAPPED_BYTES,
-    Account,
     Checkpoint,
     Table,
+    WeightLoader,
     open_safetensors,
     plus_one,
     read_header,
@@ -205,7 +205,7 @@ def test_shapes_that_do_not_fit(tmp_path: Path, name: str, shape: tuple[int, ...
     write(tmp_path, state)
     for fill in (
         lambda: Checkpoint(tmp_path).load(empty_module(), TABLE),
-        lambda: Account("a.gguf", state).fill(empty_module(), TABLE, state.__getitem__),
+        lambda: WeightLoader("a.gguf", state).fill(empty_module(), TABLE, state.__getitem__),
     ):
         with pytest.raises(CheckpointError, match=message):
             fill()

@@ -1,10 +1,9 @@
-"""Contrastive image-text training (CLIP; Radford et al. 2021, arXiv 2103.00020) and zero-shot classification.
+"""Contrastive image-text training (CLIP; Radford et al. 2021, arXiv 2103.00020).
 
 Shapes: N image-text pairs, T text tokens, P patch tokens, D text width, E width of the shared space.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -178,14 +177,3 @@ def gather_features(features: Tensor) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()):
         return features
     return torch.cat(all_gather(features.contiguous()))
-
-
-def ensemble(text_features: Tensor) -> Tensor:
-    """Prompt features of one class (prompts, E) to its weight (E,): the normalised mean of the normalised features."""
-    return F.normalize(F.normalize(text_features, dim=-1).mean(dim=0), dim=-1)
-
-
-def zero_shot(image_features: Tensor, class_features: Sequence[Tensor]) -> Tensor:
-    """Cosine similarities (N, C) of images (N, E) with C classes, each the `ensemble` of its prompts (prompts, E)."""
-    weights = torch.stack([ensemble(features) for features in class_features])  # (C, E)
-    return F.normalize(image_features, dim=-1) @ weights.T

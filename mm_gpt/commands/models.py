@@ -24,7 +24,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from mm_gpt.hub.export.export import export_model
+    from mm_gpt.hub.export.export_model import export_model
 
     check_folder(args.out.absolute().parent)
     files = export_model(

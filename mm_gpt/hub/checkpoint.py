@@ -223,7 +223,7 @@ def _load_folder(folder: Path, *, dtype: torch.dtype, above: tuple[Path, ...] = 
         plan = MMGPT(dataclasses.replace(config, decoder=decoder_config))
         check_shapes(plan, weights, skip=skip)
     _check_images(plan, processor_config, f"{folder}/processor.json")
-    with naming(f"{folder}/config.json"), unfilled("cpu"):
+    with naming(f"{folder}/config.json"):
         model = MMGPT(config, decoder or Decoder(decoder_config))
     fill(model, weights, skip=skip)
     template = None

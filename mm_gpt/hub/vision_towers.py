@@ -15,14 +15,12 @@ import torch
 
 from mm_gpt.errors import CheckpointError, ConfigError, DownloadError
 from mm_gpt.hub.fetching.download import _offline
-from mm_gpt.hub.weights import Checkpoint, Table, open_safetensors, read_json, same, unfilled
+from mm_gpt.hub.weights import Table, open_safetensors, read_json, same
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
 from mm_gpt.vision.transforms import ImageTransformConfig
 from mm_gpt.vision.vit import ViTConfig
 
 _PATCHES = "embeddings.patch_embedding.weight"
-CONTRASTIVE_LEFT_OVER = (r"text_model\..*", r"(text|visual)_projection\.weight", "logit_scale", "logit_bias")
-"""Patterns of what a whole CLIP or SigLIP checkpoint has beside its vision tower."""
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 # Published configs leave out what has its default value, so the defaults are part of the format.
@@ -155,21 +153,6 @@ def tower_prefix(names: Iterable[str], *, where: str) -> str:
     if len(found) != 1:
         raise CheckpointError(f"{where}: expected one tensor named ...{_PATCHES}, found {len(found)}")
     return found[0]
-
-
-def load_vision_tower(folder: Path) -> VisionEncoder:
-    """The vision tower of a Hugging Face folder of CLIP or SigLIP, whole or the tower alone, in float32 on the CPU.
-
-    Raises CheckpointError naming what is unsupported, missing or left over.
-    """
-    config = vit_config(read_json(folder / "config.json"), where=f"{folder}/config.json")
-    with unfilled():
-        encoder = VisionEncoder(VisionConfig(model=config, image_size=config.image_size))
-    checkpoint = Checkpoint(folder)
-    prefix = tower_prefix(checkpoint.names, where=str(folder))
-    checkpoint.load(encoder.get_submodule("tower"), vit_table(prefix))
-    checkpoint.finish((*vit_left_over(prefix), *CONTRASTIVE_LEFT_OVER))
-    return encoder.eval()
 
 
 # ---- open_clip ----

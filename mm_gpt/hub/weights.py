@@ -40,12 +40,12 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 @contextmanager
-def unfilled(device: str = "meta") -> Iterator[None]:
-    """Modules are built, on the meta device where nothing else is said, and no random weights are drawn for them.
+def unfilled() -> Iterator[None]:
+    """Modules are built on the meta device, and nothing is drawn for them.
 
     Without this, `nn.Embedding` on the meta device imports torch's compiler to draw nothing: seconds, and 80 MB.
     """
-    with torch.device(device), _NothingDrawn():
+    with torch.device("meta"), _NothingDrawn():
         yield
 
 
@@ -113,7 +113,7 @@ def times(part: str, factor: float) -> Origin:
     return Origin((part,), lambda t: t.float() * factor, lambda t: t.float() / factor)
 
 
-class Account:
+class WeightLoader:
     """Tensors of another format, by name: taken one by one into modules, and accounted for at the end."""
 
     def __init__(self, where: str, names: Collection[str]):
@@ -194,7 +194,7 @@ class Account:
         return place
 
     def finish(self, ignore: Sequence[str] = ()) -> None:
-        """Account for every tensor. `ignore`: patterns of names that are known and not needed.
+        """WeightLoader for every tensor. `ignore`: patterns of names that are known and not needed.
 
         Raises CheckpointError that lists what is missing and what is left over.
         """
@@ -224,7 +224,7 @@ class Stored:
         return self.start + math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-class Checkpoint(Account):
+class Checkpoint(WeightLoader):
     """The tensors of a folder: `model.safetensors`, or shards with an index.
 
     Raises CheckpointError naming the file when it is missing, corrupt, or a pickle stands in its place.
@@ -456,7 +456,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason = str(error)
+        if isinstance(error, OSError):  # numpy's has no number, but two counts of what was to be written
+            reason = error.strerror or f"is the disk full? {error}"
         raise CheckpointError(f"{path}: cannot be written ({reason})") from None
     finally:
         with suppress(OSError):

@@ -59,7 +59,7 @@ class KVCache:
 
 
 @dataclass
-class Pass:
+class ForwardContext:
     """One forward pass, as its layers see it."""
 
     rotation: Rotation | None = None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mm_gpt.errors import ContextOverflowError
 from mm_gpt.model.attention import DENSE, attend
-from mm_gpt.model.cache import KVCache, Pass
+from mm_gpt.model.cache import ForwardContext, KVCache
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.norms import RMSNorm, make_norm
 from mm_gpt.model.positions import rotate, rotation, sinusoids, xpos_rotation
@@ -38,7 +38,7 @@ class Attention(nn.Module):
         self.sub_norm = make_norm(config, inner) if config.sub_norm else nn.Identity()
         self.out = nn.Linear(inner, config.width, bias=config.output_bias)
 
-    def forward(self, x: Tensor, step: Pass, memory: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, step: ForwardContext, memory: Tensor | None = None) -> Tensor:
         H, K, C = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
         qkv = rearrange(self.qkv(x), "b t (h c) -> b h t c", c=C)
         turned, v = qkv[:, : H + K], qkv[:, H + K :]
@@ -116,7 +116,7 @@ class Block(nn.Module):
         self.mlp = GatedMLP(config) if config.gated_mlp else MLP(config)
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
-    def forward(self, x: Tensor, step: Pass, memory: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, step: ForwardContext, memory: Tensor | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D). `memory` (B, M, D): what this layer was given for the tokens before."""
         if memory is not None:
             memory = self.attention_norm(memory)
@@ -131,7 +131,7 @@ class PostNormBlock(Block):
         super().__init__(config, layer)
         self.residual_scale = config.residual_scale
 
-    def forward(self, x: Tensor, step: Pass, memory: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, step: ForwardContext, memory: Tensor | None = None) -> Tensor:
         x = self.attention_norm(self.residual_scale * x + self.drop(self.attention(x, step, memory)))
         return self.mlp_norm(self.residual_scale * x + self.drop(self.mlp(x)))
 
@@ -144,7 +144,7 @@ class BothNormBlock(Block):
         self.attention_post_norm = make_norm(config, config.width)
         self.mlp_post_norm = make_norm(config, config.width)
 
-    def forward(self, x: Tensor, step: Pass, memory: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, step: ForwardContext, memory: Tensor | None = None) -> Tensor:
         if memory is not None:
             memory = self.attention_norm(memory)
         x = x + self.drop(self.attention_post_norm(self.attention(self.attention_norm(x), step, memory)))
@@ -220,14 +220,16 @@ class Decoder(nn.Module):
             x = block(x, step, old)
         return self.norm(x), remembered
 
-    def _begin(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Pass]:
+    def _begin(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, ForwardContext]:
         """Positions put into the embeddings or into rotations, once for all layers."""
         config = self.config
         if x.shape[1] > config.max_length:
             raise ContextOverflowError(
                 f"{x.shape[1]} tokens do not fit into the model's context of {config.max_length}"
             )
-        step = Pass(mask=mask, cache=cache)
+        step = ForwardContext(mask=mask, cache=cache)
         if config.positions == "rope":
             turn = rotation(positions, config.head_size, config.rope_theta, config.rope_scaling, x)
             local = config.local_rope_theta

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mm_gpt.errors import ConfigError
-from mm_gpt.model.cache import Pass
+from mm_gpt.model.cache import ForwardContext
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.norms import make_norm
 from mm_gpt.model.positions import sinusoids
@@ -34,7 +34,7 @@ class RelativeAttention(nn.Module):
         self.sub_norm = make_norm(config, H * C) if config.sub_norm else nn.Identity()
         self.out = nn.Linear(H * C, config.width, bias=config.output_bias)
 
-    def forward(self, x: Tensor, step: Pass, memory: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, step: ForwardContext, memory: Tensor | None = None) -> Tensor:
         H, K, C = self.config.num_heads, self.config.num_kv_heads, self.config.head_size
         T = x.shape[1]
         source = x if memory is None else torch.cat([memory, x], dim=1)

@@ -15,7 +15,7 @@ from torch import nn
 from mm_gpt.errors import CheckpointError, MMGPTError
 from mm_gpt.hub.decoders import decoder_table
 from mm_gpt.hub.export.decoders import CLASSES, decoder_values, essence
-from mm_gpt.hub.export.folder import CHATML, Plan, with_template, with_tokens
+from mm_gpt.hub.export.layout import CHATML, Export, with_template, with_tokens
 from mm_gpt.hub.families import FAMILIES, Import
 from mm_gpt.hub.vision_towers import vit_table
 from mm_gpt.hub.weights import same
@@ -44,7 +44,7 @@ _FILTERS = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 
 
-def whole_plan(model: MMGPT, processor: Processor) -> tuple[MMGPT, Processor, Plan]:
+def whole_export(model: MMGPT, processor: Processor) -> tuple[MMGPT, Processor, Export]:
     """The plan, and what it is for: a model with image marks behind its vocabulary gets them inside first.
 
     Raises CheckpointError for a structure that no family has.
@@ -109,7 +109,7 @@ def with_marks_inside(model: MMGPT, processor: Processor) -> tuple[MMGPT, Proces
 # ---- Families ----
 
 
-def _llava(model: MMGPT, processor: Processor) -> Plan:
+def _llava(model: MMGPT, processor: Processor) -> Export:
     vision, tower, connector, image = _parts(model, processor)
     tiling = model.config.tiling
     if tiling is not None and tiling.kind not in LLAVA:
@@ -168,10 +168,10 @@ def _llava(model: MMGPT, processor: Processor) -> Plan:
     }
     if tiling is not None:
         tables[""] = {"image_newline": same("image_newline")}
-    return Plan(values=values, tables=tables, files=files)
+    return Export(values=values, tables=tables, files=files)
 
 
-def _idefics3(model: MMGPT, processor: Processor) -> Plan:
+def _idefics3(model: MMGPT, processor: Processor) -> Export:
     _, tower, connector, image = _parts(model, processor)
     tiling = processor.config.tiling
     if tiling is None or tiling.kind != "idefics3":
@@ -197,7 +197,7 @@ def _idefics3(model: MMGPT, processor: Processor) -> Plan:
         "do_pad": True,
     }
     own = {"processor_class": "Idefics3Processor", "image_seq_len": processor.config.tokens_per_image}
-    return Plan(
+    return Export(
         values=values,
         tables={
             "decoder": decoder_table("llama", prefix="model.text_model."),
@@ -208,7 +208,7 @@ def _idefics3(model: MMGPT, processor: Processor) -> Plan:
     )
 
 
-def _paligemma(model: MMGPT, processor: Processor) -> Plan:
+def _paligemma(model: MMGPT, processor: Processor) -> Export:
     _, tower, _, image = _parts(model, processor)
     text = decoder_values(model.decoder.config, kinds=("gemma", "gemma2"))
     width, tokens = model.decoder.config.width, processor.config.tokens_per_image
@@ -227,7 +227,7 @@ def _paligemma(model: MMGPT, processor: Processor) -> Plan:
         "size": _square(image.size),
         "image_seq_length": tokens,
     }
-    return Plan(
+    return Export(
         values=values,
         tables={
             "decoder": decoder_table(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mm_gpt.errors import CheckpointError
 from mm_gpt.hub.gguf.file import Fields, read_gguf
-from mm_gpt.hub.weights import Account, Table, naming, same, unfilled
+from mm_gpt.hub.weights import Table, WeightLoader, naming, same, unfilled
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.decoder_config import MAX_LAYERS, DecoderConfig
 from mm_gpt.model.positions import RopeScaling
@@ -79,7 +79,7 @@ def load_gguf(path: Path) -> tuple[Decoder, Fields]:
 
     with naming(str(path)), unfilled():
         decoder = Decoder(config)
-    account = Account(str(path), tensors)
+    account = WeightLoader(str(path), tensors)
     account.fill(decoder, ARCHITECTURES[kind], read)
     account.finish()
     return decoder, fields
@@ -152,13 +152,15 @@ def read_tokenizer(fields: Fields) -> Tokenizer:
     fields.text("tokenizer.ggml.model", ("gpt2",))
     pre = fields.text("tokenizer.ggml.pre", GGUF_PRE_TOKENIZERS, "gpt-2")
     tokens = fields.texts("tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ", 1)) for merge in fields.texts("tokenizer.ggml.merges")]
+    merges = [merge.partition(" ")[::2] for merge in fields.texts("tokenizer.ggml.merges")]
     kinds = fields.integers("tokenizer.ggml.token_type", len(tokens))
     end_of_turn = tokens[fields.integer("tokenizer.ggml.eos_token_id", 0, len(tokens) - 1)]
     if len(set(tokens)) != len(tokens):
         raise CheckpointError(f"{fields.where}: tokenizer.ggml.tokens has a token twice")
-    if wrong := [pair for pair in merges if len(pair) != 2]:
-        raise CheckpointError(f"{fields.where}: tokenizer.ggml.merges: {wrong[0][0][:40]!r} is not a pair of tokens")
+    if wrong := [pair for pair in merges if not all(pair)]:
+        raise CheckpointError(
+            f"{fields.where}: tokenizer.ggml.merges: {' '.join(wrong[0])[:40]!r} is not a pair of tokens"
+        )
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == GGUF_CONTROL]
     return Tokenizer.from_bpe(
         {token: id for id, token in enumerate(tokens)},

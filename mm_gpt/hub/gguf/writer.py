@@ -16,11 +16,10 @@ from torch import Tensor
 from mm_gpt.errors import CheckpointError
 from mm_gpt.hub.decoders import part_sizes
 from mm_gpt.hub.export.decoders import decoder_values, essence
-from mm_gpt.hub.export.folder import template_source
+from mm_gpt.hub.export.layout import template_source
 from mm_gpt.hub.gguf.reader import ARCHITECTURES, rotary_pairs
 from mm_gpt.hub.weights import written
 from mm_gpt.model.decoder import Decoder
-from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.model.positions import rotary_frequencies
 from mm_gpt.processor import Processor
 from mm_gpt.tokenizer import GGUF_CONTROL, GGUF_PRE_TOKENIZERS, QWEN2_SPLIT, Tokenizer
@@ -34,20 +33,6 @@ FILE_TYPES = {"float32": 0, "float16": 1, "q8_0": 7, "bfloat16": 32}
 """`general.file_type`: what most of the tensors are."""
 NORMAL, USER_DEFINED, UNUSED = 1, 4, 5
 """Token types besides GGUF_CONTROL."""
-
-
-def write_gguf(model: MMGPT, processor: Processor, folder: Path, *, dtype: str, decoder_only: bool) -> None:
-    """Write `model-DTYPE.gguf`, and `mmproj-DTYPE.gguf` when the model sees, into an existing empty folder.
-
-    Raises CheckpointError for what llama.cpp does not compute.
-    """
-    from mm_gpt.hub.gguf.mmproj import write_mmproj
-
-    if model.vision is not None and not decoder_only:
-        write_mmproj(model, processor, folder / f"mmproj-{dtype}.gguf", dtype=dtype)
-    elif model.config.prefix_lm:
-        raise CheckpointError("prefix_lm True has no counterpart in GGUF's decoders: those read from left to right")
-    write_decoder(model.decoder, processor, folder / f"model-{dtype}.gguf", dtype=dtype)
 
 
 def write_decoder(decoder: Decoder, processor: Processor, path: Path, *, dtype: str) -> None:

@@ -15,7 +15,11 @@ from mm_gpt.errors import CheckpointError, MMGPTError, unknown_name
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.hub.export.folder import write_folder
 from mm_gpt.hub.fetching.repository import CONFIG_FILE
-from mm_gpt.hub.gguf.writer import GGUF_TYPES, write_gguf
+from mm_gpt.hub.gguf.mmproj import write_mmproj
+from mm_gpt.hub.gguf.writer import GGUF_TYPES, write_decoder
+from mm_gpt.hub.weights import whole_file
+from mm_gpt.model.mmgpt import MMGPT
+from mm_gpt.processor import Processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = {"hf": tuple(DTYPES), "gguf": tuple(GGUF_TYPES)}
@@ -53,13 +57,29 @@ def export_model(
         if format == "hf":
             write_folder(model, processor, temporary, dtype=DTYPES[dtype], decoder_only=decoder_only)
         else:
-            write_gguf(model, processor, temporary, dtype=dtype, decoder_only=decoder_only)
+            _write_gguf(model, processor, temporary, dtype=dtype, decoder_only=decoder_only)
         _replace(temporary, place)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace(f"{temporary}", f"{out}")) from None
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return sorted((path for path in out.iterdir() if path.is_file()), key=lambda path: -path.stat().st_size)
+
+
+def _write_gguf(model: MMGPT, processor: Processor, folder: Path, *, dtype: str, decoder_only: bool) -> None:
+    """Write `model-DTYPE.gguf`, and `mmproj-DTYPE.gguf` when the model sees, into an existing empty folder.
+
+    Raises CheckpointError for what llama.cpp does not compute.
+    """
+    if model.vision is not None and not decoder_only:
+        with whole_file(folder / f"mmproj-{dtype}.gguf") as partial:
+            write_mmproj(model, processor, partial, dtype=dtype)
+    elif model.config.prefix_lm:
+        raise CheckpointError("prefix_lm True has no counterpart in GGUF's decoders: those read from left to right")
+    with whole_file(folder / f"model-{dtype}.gguf") as partial:
+        write_decoder(model.decoder, processor, partial, dtype=dtype)
 
 
 def _check_place(source: Path, out: Path, *, overwrite: bool) -> None:
