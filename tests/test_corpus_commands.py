@@ -129,6 +129,9 @@ def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for setting in ("filters=basic", "near_duplicates=0.8", "image_side=1024", "opt_out=True", "shard_mb=256"):
         assert setting in text
     assert "none, basic, kosmos, obelics" in text
+    # what stands under each field in the source
+    assert "Fetch images behind URLs, from public addresses only; False: they are left out." in text
+    assert "Documents whose words agree by more than this are one." in text
     with pytest.raises(SystemExit) as unknown:
         run(capsys, "bild", "x")
     assert unknown.value.code == 2
