@@ -296,7 +296,7 @@ def _header(config: EvalConfig, task: Task) -> dict[str, Any]:
         "git_commit": git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": {**dataclasses.asdict(config), "data": list(config.data), "controls": list(config.controls or ())},
-        "generation": generation and dataclasses.asdict(generation) | {"stop": list(generation.stop)},
+        "generation": None if generation is None else json.loads(json.dumps(dataclasses.asdict(generation))),
         "counts": {
             task.unit: task.num_groups,
             "items": len(task.items),

@@ -9,7 +9,7 @@ from conftest import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm_gpt.config import field_docs, from_dict, override, to_dict
+from mm_gpt.config import from_dict, override, to_dict
 from mm_gpt.errors import ConfigError
 from mm_gpt.hub.checkpoint import TokenizerConfig
 from mm_gpt.inference.engine import GenerationConfig
@@ -245,22 +245,3 @@ def test_half_a_character_is_refused_in_values() -> None:
             from_dict(Named, wrong)
     with pytest.raises(ConfigError, match="name: half a character"):
         override(Named(), ["name=caf\udce9"])
-
-
-def test_fields_tell_what_stands_under_them() -> None:
-    assert field_docs(Documented) == {"first": "What it is, on two lines.", "third": "The last."}
-
-
-@dataclass
-class Documented:
-    """Not of a field."""
-
-    first: int = 1
-    """What it is,
-    on two lines."""
-    second: int = 2
-    third: tuple[int, ...] = ()
-    """The last."""
-
-    def method(self) -> None:
-        """Not of a field."""
