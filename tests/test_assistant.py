@@ -283,12 +283,3 @@ def test_half_a_character_is_refused_at_every_door(call: Any, model: Assistant) 
     """A lone surrogate is no UTF-8 text: the tokenizer would raise an error that names nothing."""
     with pytest.raises(MMGPTError, match=r"half a character \(.*a lone surrogate\)"):
         call(model, "a \ud83e duck")
-
-
-@pytest.mark.parametrize("kind", ["cpu", "meta"])
-def test_the_model_is_on_the_device_that_was_asked_for(kind: str) -> None:
-    """Not on the CPU because the device is none of those that somebody thought of: `meta` stands for those."""
-    assistant = Assistant(*make_tiny(), device=torch.device(kind))
-    assert {parameter.device.type for parameter in assistant.model.parameters()} == {kind}
-    assert assistant.model.device.type == kind
-    assert {parameter.dtype for parameter in assistant.model.parameters()} == {torch.float32}

@@ -245,7 +245,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any, **options: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    for module in ("inference.assistant", "hub.checkpoint", "hub.export.export"):
+    for module in ("inference.assistant", "hub.checkpoint", "hub.export.export_model"):
         monkeypatch.setattr(importlib.import_module(f"mm_gpt.{module}"), "load_model", load)
 
 
