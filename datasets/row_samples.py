@@ -1,9 +1,11 @@
-"""Samples from rows, whatever holds them: grounded captions (GRIT), plain text, and Hugging Face's `datasets` streamed.
+"""Samples from rows, whatever holds them: each row of the kind that its own keys tell, in files and in Hugging Face's
+`datasets`; and rows with images and captions.
 
 `kind_of_row` tells by its keys what a row is; `samples_of_row` makes of it what the format's own reader would.
 """
 
 import io
+import itertools
 import os
 import re
 import urllib.parse
@@ -11,140 +13,57 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mm_gpt.datasets.formats.conversations import MARKER, conversation_of
+from mm_gpt.datasets.formats.grit import grit_record
 from mm_gpt.datasets.formats.interleaved import (
     document_id,
     each_file,
     image_source,
     mmc4_document,
     obelics_documents,
-    paragraphs,
 )
-from mm_gpt.datasets.reading.files import base_name, folder_of, offline, scheme_of, suffix_of
-from mm_gpt.datasets.reading.rows import plain_text, read_rows
-from mm_gpt.datasets.reading.unpacked import open_unpacked
-from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, Sample, optional_import
-from mm_gpt.document import Document, Text
+from mm_gpt.datasets.formats.texts import TEXT_COLUMNS, text_document
+from mm_gpt.datasets.reading.files import base_name, folder_of, offline, scheme_of
+from mm_gpt.datasets.reading.parquet import rows_of_table
+from mm_gpt.datasets.reading.rows import (
+    IMAGE_COLUMNS,
+    URL_COLUMNS,
+    first_value,
+    is_empty,
+    plain_text,
+    read_rows,
+)
+from mm_gpt.datasets.samples import (
+    BadRecordError,
+    Conversation,
+    ErrorCounter,
+    Record,
+    Sample,
+    checked,
+    optional_import,
+)
+from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import MMGPTError
 from mm_gpt.images import source_name
 
-MAX_TEXT_BYTES = 64 * 2**20
-"""Of one .txt file, which is one document."""
-TEXT_COLUMNS = ("text", "content", "raw_content")
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "raw", "alt_text", "TEXT", "top_caption")
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "url", "image_url", "URL")
-"""In this order: where a row has the bytes, its URL is only told in `metadata`."""
-_TEXT_METADATA = {"url": "url", "title": "title", "language": "language", "lang": "language", "licence": "licence"}
-_TEXT_METADATA |= {"license": "licence", "source": "source", "timestamp": "timestamp", "date": "timestamp"}
-
-
-def read_grit(location: str, errors: ErrorCounter, *, images: str | None = None) -> Iterator[Record]:
-    """GRIT rows (KOSMOS-2; JSON lines, JSON or parquet): a caption, an image URL, and boxes for parts of the caption.
-
-    `metadata["noun_chunks"]` and `metadata["ref_exps"]` are rows of (start, end, x0, y0, x1, y1, score): characters of
-    the caption, the box as shares of the image. With `images`, the image is `key` or `id`, with .jpg, in that folder.
-    """
-
-    def read_one(file: str) -> Iterator[Record]:
-        for number, row in read_rows(file, errors):
-            try:
-                yield grit_record(row, document_id(file, number), images=images)
-            except BadRecordError as error:
-                errors.add(str(error), f"{base_name(file)}:{number}")
-
-    return each_file(location, errors, read_one)
-
-
-def grit_record(row: Mapping[str, Any], key: str, *, images: str | None = None) -> Record:
-    """One GRIT row. Raises BadRecordError, as for a box that is none or a span outside of the caption."""
-    caption = row.get("caption")
-    if not isinstance(caption, str) or not plain_text(caption):
-        raise BadRecordError("no caption")
-    # the spans count from the caption's very first character
-    metadata: dict[str, Any] = {name: _boxes(row.get(name), caption) for name in ("noun_chunks", "ref_exps")}
-    for name in ("url", "width", "height", "clip_similarity_vitb32", "clip_similarity_vitl14"):
-        if isinstance(row.get(name), str | int | float):
-            metadata[name] = row[name]
-    own = row.get("key") or row.get("id")
-    if images is not None and own is not None:
-        source = image_source(str(own) if re.search(r"\.\w{3,4}$", str(own)) else f"{own}.jpg", images)
-    else:
-        source = image_source(_first(row, IMAGE_COLUMNS), images)
-    return Record(str(own) if own is not None else key, source, (caption,), source="grit", metadata=metadata)
-
-
-def _boxes(rows: Any, caption: str) -> list[list[float]]:
-    if rows is None:
-        return []
-    if not isinstance(rows, list):
-        raise BadRecordError("boxes are no list")
-    for row in rows:
-        numbers = isinstance(row, list | tuple) and len(row) == 7
-        if not numbers or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in row):
-            raise BadRecordError("a box is not seven numbers")
-        start, end, x0, y0, x1, y1, _ = row
-        if not 0 <= start < end <= len(caption):
-            raise BadRecordError("a box for no part of the caption")
-        if not (-0.01 <= x0 <= x1 <= 1.01 and -0.01 <= y0 <= y1 <= 1.01):  # they are rounded
-            raise BadRecordError("a box outside of the image")
-    return [[int(row[0]), int(row[1]), *map(float, row[2:])] for row in rows]
-
-
-def read_text(location: str, errors: ErrorCounter, *, images: str | None = None) -> Iterator[Document]:
-    """Plain text: each .txt file a document, each row of .jsonl, .json or .parquet with a `text` column another.
-
-    Packed files (.gz, .bz2, .zst) are unpacked. Blank lines part the paragraphs. `images` has no meaning here.
-    """
-    del images
-
-    def read_one(file: str) -> Iterator[Document]:
-        if suffix_of(file) in (".json", ".jsonl", ".ndjson", ".parquet"):
-            for number, row in read_rows(file, errors):
-                try:
-                    yield text_document(row, document_id(file, number))
-                except BadRecordError as error:
-                    errors.add(str(error), f"{base_name(file)}:{number}")
-            return
-        try:
-            yield _text_file(file)
-        except BadRecordError as error:
-            errors.add(str(error), base_name(file))
-
-    return each_file(location, errors, read_one)
-
-
-def _text_file(file: str) -> Document:
-    with open_unpacked(file) as stream:
-        data = stream.read(MAX_TEXT_BYTES + 1)
-    if len(data) > MAX_TEXT_BYTES:
-        raise BadRecordError("text too long")
-    try:
-        row = {"text": data.decode("utf-8-sig")}
-    except UnicodeDecodeError:
-        raise BadRecordError("text is not UTF-8") from None
-    return text_document(row, document_id(file, 1).removesuffix(":1"))
-
-
-def text_document(row: Mapping[str, Any], id: str) -> Document:
-    """A row with a text as a document; its `url`, `title`, `language`, ... go to `metadata`. Raises BadRecordError."""
-    blocks = paragraphs(plain_text(_first(row, TEXT_COLUMNS)).replace("\r\n", "\n"))
-    if not blocks:
-        raise BadRecordError("empty text")
-    inner = row.get("meta") or row.get("metadata")  # RedPajama and Dolma keep them there
-    values = {**(inner if isinstance(inner, Mapping) else {}), **row}
-    metadata = {ours: values[key] for key, ours in _TEXT_METADATA.items() if isinstance(values.get(key), str)}
-    return Document(tuple(map(Text, blocks)), id=id, metadata=metadata)
-
-
-# ---- Rows of any known shape ----
+HEAD_ROWS = 64
+"""So many are looked at for one of a known kind."""
 
 
 def kind_of_row(row: Mapping[str, Any]) -> str | None:
-    """The format that a row's keys speak for: "obelics", "mmc4", "conversations", "grit", "pairs" or "text"."""
-    keys = {key for key, value in row.items() if value is not None}
+    """What a row's keys speak for: "obelics", "mmc4", "conversations", "grit", "pairs", "text", or None.
+
+    Keys without a value count where those that have one tell nothing: a null caption is a caption that is missing.
+    """
+    return _kind_of_keys({key for key, value in row.items() if not is_empty(value)}, row) or _kind_of_keys({*row}, row)
+
+
+def _kind_of_keys(keys: set[str], row: Mapping[str, Any]) -> str | None:
     if {"text_list", "image_info"} <= keys:
         return "mmc4"
     if keys & {"conversations", "messages"}:
-        return "conversations"
+        return None if {"output_1", "output_2"} <= keys else "conversations"  # two answers, one of them preferred
     if "texts" in keys and isinstance(row["texts"], list):
         is_turns = any(isinstance(text, Mapping) for text in row["texts"])
         return "conversations" if is_turns else "obelics" if "images" in keys else None
@@ -152,13 +71,19 @@ def kind_of_row(row: Mapping[str, Any]) -> str | None:
         return "grit"
     if keys & {"question", "question_id", "chosen"}:  # a benchmark or preferences: its text is no caption
         return None
-    if keys & set(IMAGE_COLUMNS[:6]) and keys & set(CAPTION_COLUMNS):
+    is_caption = keys & set(CAPTION_COLUMNS)
+    if is_caption and (keys & set(IMAGE_COLUMNS) or any(map(_is_image_list, keys))):
         return "pairs"
     if keys & set(TEXT_COLUMNS):
         return "text"
-    if keys & set(IMAGE_COLUMNS) and keys & set(CAPTION_COLUMNS):
-        return "pairs"
-    return None
+    return "pairs" if is_caption and keys & set(URL_COLUMNS) else None
+
+
+def _is_image_list(column: str) -> bool:
+    """Whether a column holds several images, or one of several. The image folders of Hugging Face's `datasets` have
+    `file_names`, `*_file_name` and `*_file_names`.
+    """
+    return column in ("images", "file_names") or column.endswith(("_file_name", "_file_names"))
 
 
 def samples_of_row(
@@ -173,7 +98,7 @@ def samples_of_row(
         case "grit":
             return [grit_record(row, id, images=images)]
         case "pairs":
-            return [pair_record(row, id, images=images)]
+            return [pair_sample(row, id, images=images)]
         case "text":
             return [text_document(row, id)]
         case "conversations":
@@ -181,20 +106,44 @@ def samples_of_row(
     raise MMGPTError(f"no rows of the kind {kind!r}")
 
 
-def _conversation(row: Mapping[str, Any], id: str, errors: ErrorCounter, images: str | None) -> Conversation:
-    from mm_gpt.datasets.formats.conversations import _messages, _metadata
+def read_any_rows(location: str, errors: ErrorCounter, *, images: str | None = None) -> Iterator[Sample]:
+    """The rows of files of rows, each of the kind that its own keys tell: see `kind_of_row`. Files may mix them.
 
+    Rows of no known kind are counted; a file that begins with `HEAD_ROWS` of those is counted as one, and left.
+    `images` is the folder or URL prefix of named images, by default the one that holds the file.
+    """
+
+    def read_one(file: str) -> Iterator[Sample]:
+        rows = read_rows(file, errors)
+        head = list(itertools.islice(rows, HEAD_ROWS))
+        if head and not any(kind_of_row(row) for _, row in head):
+            raise MMGPTError(f"{source_name(file)}: rows of no known kind (keys {_few(head[0][1])})")
+        for number, row in itertools.chain(head, rows):
+            kind = kind_of_row(row)
+            # the others name images on the web, and files only in a folder that was given for them
+            folder = folder_of(file) if images is None and kind in ("pairs", "conversations") else images
+            try:
+                if kind is None:
+                    raise BadRecordError("row of no known kind")
+                yield from samples_of_row(row, kind, document_id(file, number), errors, images=folder)
+            except BadRecordError as error:
+                errors.add(str(error), f"{base_name(file)}:{number}")
+
+    return each_file(location, errors, read_one)
+
+
+def _few(names: Iterable[Any]) -> str:
+    return ", ".join(repr(name) for name in itertools.islice(names, 12))
+
+
+def _conversation(row: Mapping[str, Any], id: str, errors: ErrorCounter, images: str | None) -> Conversation:
     for name in ("images", "image"):
         if isinstance(row.get(name), list):
             row = {**row, name: [_file_bytes(value) for value in row[name]]}
         elif row.get(name) is not None:
             row = {**row, name: _file_bytes(row[name])}
     # without a folder of images nothing may be named: no file lies in a device
-    messages = _messages(row, os.devnull if images is None else images, {}, errors, id)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadRecordError("no answer")
-    key = row.get("id")
-    return Conversation(str(key) if isinstance(key, str | int) else id, tuple(messages), metadata=_metadata(row))
+    return conversation_of(row, id, errors, os.devnull if images is None else images)
 
 
 def _file_bytes(source: Any) -> Any:
@@ -206,37 +155,54 @@ def _file_bytes(source: Any) -> Any:
     return packed.getvalue()
 
 
-def read_pair_rows(location: str, errors: ErrorCounter, *, images: str | None = None) -> Iterator[Record]:
-    """Rows (JSON lines, JSON, parquet) with an image and a caption or several.
+def read_pair_rows(location: str, errors: ErrorCounter, *, images: str | None = None) -> Iterator[Record | Document]:
+    """Rows with an image or several, and a caption or several.
 
-    The image is bytes, a URL, or the name of a file in `images`, by default the folder that holds the rows.
+    An image is bytes, a URL, or the name of a file in `images`, by default the folder that holds the rows.
     """
 
-    def read_one(file: str) -> Iterator[Record]:
+    def read_one(file: str) -> Iterator[Record | Document]:
         folder = folder_of(file) if images is None else images
         for number, row in read_rows(file, errors):
             try:
-                yield pair_record(row, document_id(file, number), images=folder)
+                yield pair_sample(row, document_id(file, number), images=folder)
             except BadRecordError as error:
                 errors.add(str(error), f"{base_name(file)}:{number}")
 
     return each_file(location, errors, read_one)
 
 
-def pair_record(row: Mapping[str, Any], key: str, *, images: str | None = None) -> Record:
-    """A row with an image and its captions as a Record. Raises BadRecordError."""
-    said = _first(row, CAPTION_COLUMNS)
-    texts = [plain_text(text) for text in (said if isinstance(said, list) else [said])]
+def pair_sample(row: Mapping[str, Any], key: str, *, images: str | None = None) -> Record | Document:
+    """A row with an image and its captions as a Record; one with several images as a Document. Raises BadRecordError.
+
+    Several images stand at the `<image>`s of the caption, each before its own of as many captions, or else all before
+    the only caption.
+    """
+    said = first_value(row, CAPTION_COLUMNS)
+    texts = [plain_text(text) for text in (said if isinstance(said, list) else [said]) if text is not None]
     captions = tuple(dict.fromkeys(text for text in texts if text))
     if not captions:
         raise BadRecordError("no captions")
-    source = _file_bytes(image_source(_first(row, IMAGE_COLUMNS), images))
-    url = next((row[name] for name in ("url", "image_url", "URL") if isinstance(row.get(name), str)), None)
-    return Record(key, source, captions, metadata={"url": url} if url else {})
-
-
-def _first(row: Mapping[str, Any], names: Iterable[str]) -> Any:
-    return next((row[name] for name in names if row.get(name) is not None), None)
+    several = [value for name, value in row.items() if _is_image_list(name) and not is_empty(value)]
+    named = [one for value in several for one in (value if isinstance(value, list) else [value])]
+    if (own := first_value(row, (*IMAGE_COLUMNS, *(() if named else URL_COLUMNS)))) is not None:
+        named.insert(0, own)
+    sources = [_file_bytes(image_source(value, images)) for value in named or [None]]
+    url = next((row[name] for name in URL_COLUMNS if isinstance(row.get(name), str)), None)
+    metadata = {"url": url} if url else {}
+    if len(sources) == 1:
+        return Record(key, sources[0], captions, metadata=metadata)
+    marked = captions[0].split(MARKER)
+    if len(captions) == 1 and len(marked) == len(sources) + 1:
+        parts = [marked[0], *(part for pair in zip(map(Image, sources), marked[1:], strict=True) for part in pair)]
+    elif len(texts) == len(sources):
+        parts = [part for pair in zip(map(Image, sources), texts, strict=True) for part in pair]
+    elif len(captions) == 1:
+        parts = [*map(Image, sources), captions[0]]
+    else:
+        raise BadRecordError("several images and another number of captions")
+    segments = (part if isinstance(part, Image) else Text(part.strip()) for part in parts if part)
+    return Document(tuple(segments), id=key, metadata=metadata)
 
 
 # ---- Hugging Face's datasets ----
@@ -262,7 +228,7 @@ def read_hf(location: str, errors: ErrorCounter, *, images: str | None = None) -
         )
     except Exception as error:  # the hub, the network and the data set each have errors of their own
         raise MMGPTError(f"{source_name(location)}: {' '.join(str(error).split())[:300]}") from None
-    yield from from_hf_dataset(dataset, errors, name=found[1], kind=options.get("kind"), images=images)
+    yield from _samples_of(dataset, errors, name=found[1], kind=options.get("kind"), images=images)
 
 
 def from_hf_dataset(
@@ -277,53 +243,59 @@ def from_hf_dataset(
     """The samples of a `Dataset` or `IterableDataset` of Hugging Face's `datasets`, in its order.
 
     `columns` renames: `{"their name": "ours"}`, as in `{"txt": "caption"}`. `kind` is one of `kind_of_row`; by default
-    the first row tells. Image columns stay undecoded. Files that rows name must lie in the folder `images`.
-    Raises MMGPTError for rows of no known kind, when the data set has no splits chosen, and where reading it fails.
+    each row tells by itself. Image columns stay undecoded. Files that rows name must lie in the folder `images`.
+    Raises MMGPTError when the first `HEAD_ROWS` are of no known kind, when the data set has no splits chosen, and where
+    reading it fails. A row that holds what Python cannot is counted.
     """
+    return checked(_samples_of(dataset, errors, columns=columns, kind=kind, name=name, images=images), errors)
+
+
+def _samples_of(
+    dataset: Any,
+    errors: ErrorCounter,
+    *,
+    columns: Mapping[str, str] | None = None,
+    kind: str | None = None,
+    name: str = "",
+    images: str | None = None,
+) -> Iterator[Sample]:
     name = name or str(getattr(getattr(dataset, "info", None), "dataset_name", None) or "dataset")
     if isinstance(dataset, Mapping):
         raise MMGPTError(f"{name}: choose one of the splits {', '.join(map(str, dataset))}")
-    rows = iter(_undecoded(dataset))
-    number = 0
+    known, row = kind is not None, None
+    for number, row in _dataset_rows(dataset, name, errors):
+        row = {(columns or {}).get(key, key): value for key, value in row.items()}
+        own = kind or kind_of_row(row)
+        known = known or own is not None
+        if not known and number >= HEAD_ROWS:
+            break
+        try:
+            if own is None:
+                raise BadRecordError("row of no known kind")
+            yield from samples_of_row(_below(row, images), own, f"{name}:{number}", errors, images=images)
+        except BadRecordError as error:
+            errors.add(str(error), f"{name}:{number}")
+    if not known and row is not None:
+        raise MMGPTError(f"{name}: no known kind of rows (columns {_few(row)}); rename some, or say it")
+
+
+def _dataset_rows(dataset: Any, name: str, errors: ErrorCounter) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, row). Pictures stay file bytes: decoding is left to checked code, and to when they are needed.
+
+    Raises MMGPTError where reading fails: what would follow is unknown.
+    """
+    # As Arrow tables nothing is decoded, and columns that Python cannot hold are left before it has to.
+    is_table = hasattr(dataset, "with_format") and getattr(dataset, "features", None) is not None
+    rows = iter(dataset.with_format("arrow") if is_table else dataset)
+    numbers = itertools.count(1)
     while True:
-        number += 1
         try:
             row = next(rows, None)
         except Exception as error:  # of pyarrow, fsspec, aiohttp, or the hub
-            raise MMGPTError(f"{name}:{number}: {' '.join(str(error).split())[:300]}") from None
+            raise MMGPTError(f"{name}:{next(numbers)}: {' '.join(str(error).split())[:300]}") from None
         if row is None:
             return
-        row = {(columns or {}).get(key, key): value for key, value in row.items()}
-        kind = kind or kind_of_row(row)
-        if kind is None:
-            raise MMGPTError(
-                f"{name}: no known kind of rows (columns {', '.join(map(str, row))}); rename some, or say it"
-            )
-        try:
-            yield from samples_of_row(_below(row, images), kind, f"{name}:{number}", errors, images=images)
-        except BadRecordError as error:
-            errors.add(str(error), f"{name}:{number}")
-
-
-def _undecoded(dataset: Any) -> Any:
-    """The data set with its pictures as bytes: decoding is left to checked code, and to when they are needed."""
-    hf = optional_import("datasets")
-    features = getattr(dataset, "features", None)
-    if features is None:
-        return dataset
-
-    def plain(feature: Any) -> Any:
-        if isinstance(feature, hf.Image):
-            return hf.Image(decode=False)
-        if isinstance(feature, Mapping):
-            return {key: plain(value) for key, value in feature.items()}
-        if isinstance(feature, list):
-            return [plain(value) for value in feature]
-        inner = getattr(feature, "feature", None)
-        return type(feature)(plain(inner)) if inner is not None and getattr(feature, "length", -1) == -1 else feature
-
-    changed = hf.Features({key: plain(feature) for key, feature in features.items()})
-    return dataset if changed == features else dataset.cast(changed)
+        yield from rows_of_table(row, numbers, name, errors) if is_table else [(next(numbers), row)]
 
 
 def _below(row: dict[str, Any], images: str | None) -> dict[str, Any]:
@@ -339,8 +311,3 @@ def _below(row: dict[str, Any], images: str | None) -> dict[str, Any]:
         return [short(v) for v in value] if isinstance(value, list) else value
 
     return {key: short(value) for key, value in row.items()}
-
-
-def peek_row(location: str) -> dict[str, Any] | None:
-    """The first row of a file of rows, None when there is none. Raises MMGPTError when it cannot be opened."""
-    return next((row for _, row in read_rows(location, ErrorCounter(max_examples=0))), None)

@@ -1,19 +1,31 @@
 """What sources yield: Documents, Records (an image and what people say about it), Conversations; and what they skip."""
 
 import importlib
+import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
-from mm_gpt.document import Document, Message
+from mm_gpt.document import Document, Image, Message, Text
 from mm_gpt.errors import MMGPTError, not_installed
+from mm_gpt.image_headers import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from mm_gpt.image_headers import OTHER_KINDS
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+STORED_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+"""Of images in the shards of a corpus; others are written anew as one of these."""
+_DOCUMENTS = (".pdf", ".doc", ".docx", ".odt", ".rtf", ".pptx", ".epub")
+_FILMS = (".mpg", ".mpeg", ".wmv", ".flv", ".3gp")
+_SOUNDS = (".mp3", ".wav", ".flac", ".ogg", ".m4a", ".aac", ".opus")
+_OTHER_KINDS = [f".{suffix}" for kind in OTHER_KINDS for suffix in kind.suffixes]
+UNREAD_PICTURES = (*(suffix for suffix in _OTHER_KINDS if suffix not in _DOCUMENTS), *_FILMS)
+"""Pictures and films that no reader takes. A text beside one is its caption, and no document."""
+UNREAD_SUFFIXES = (*UNREAD_PICTURES, *_SOUNDS, *_DOCUMENTS)
+"""What no reader takes, though people may expect it: a folder that holds some is told so."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,7 @@ class Conversation:
 
 
 Sample: TypeAlias = Document | Record | Conversation
+AnySample = TypeVar("AnySample", bound=Sample)
 
 
 class BadRecordError(Exception):
@@ -106,6 +119,46 @@ class ErrorCounter:
         for reason, names in other.examples.items():
             own = self.examples.setdefault(reason, [])
             own += names[: self.max_examples - len(own)]
+
+
+def sample_name(sample: Sample) -> str:
+    """What messages call a sample."""
+    return sample.id if isinstance(sample, Document) else sample.key
+
+
+def checked(samples: Iterable[AnySample], errors: ErrorCounter) -> Iterator[AnySample]:
+    """The samples that can be written as UTF-8. One with half a character anywhere in it is counted: it would stop
+    whatever tokenises or stores it.
+    """
+    for sample in samples:
+        try:
+            json.dumps(sample, ensure_ascii=False, skipkeys=True, default=_parts).encode()
+        except UnicodeEncodeError:
+            errors.add("text is not Unicode", sample_name(sample))
+        except RecursionError:
+            errors.add("nested too deeply", sample_name(sample))
+        else:
+            yield sample
+
+
+def _parts(value: Any) -> Any:
+    """What is written in a sample or a part of it, as JSON values."""
+    match value:
+        case Document():
+            return [value.id, value.segments, value.branches, value.metadata]
+        case Record():
+            return [value.key, value.captions, value.questions, value.source, value.metadata]
+        case Conversation():
+            return [value.key, value.messages, value.source, value.metadata]
+        case QuestionAnswer():
+            return [value.question, value.answer, value.answers]
+        case Text():
+            return value.text
+        case Image():
+            return value.alt
+        case Mapping():
+            return dict(value)
+    return None
 
 
 def split_name(name: str) -> tuple[str, str] | tuple[None, None]:

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image as PILImage
 
 from mm_gpt.datasets.contamination.evaluation_index import EvaluationItem
-from mm_gpt.datasets.formats.captioned import read_records
-from mm_gpt.datasets.samples import ErrorCounter, QuestionAnswer, Record
+from mm_gpt.datasets.samples import ErrorCounter, QuestionAnswer, Record, sample_name
+from mm_gpt.datasets.sources import read_samples
 from mm_gpt.document import Document, Image
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.eval.config import EvalConfig
@@ -212,10 +212,10 @@ class ImageTask(Task):
         Every condition sees the same ones.
         """
         seen: Counter[str] = Counter()
-        sources = [read_records(path, errors) for path in config.data]  # a wrong path is known at once
+        sources = [read_samples(path, errors) for path in config.data]  # a wrong path is known at once
         for record in itertools.chain.from_iterable(sources):
-            if not cls._asked(record):
-                errors.add(f"nothing for {cls.name}", record.key)
+            if not isinstance(record, Record) or not cls._asked(record):
+                errors.add(f"nothing for {cls.name}", sample_name(record))
                 continue
             try:
                 Image(record.image).load()

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import re
-import tarfile
 from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image as PILImage
 
+from mm_gpt.datasets.reading.archives import TAR_ERRORS, Tar
 from mm_gpt.errors import ImageError, MMGPTError, unknown_name
 from mm_gpt.images import DEFAULT_LIMITS, is_url, load_image, source_name
 from mm_gpt.templates.prompts import CAPTION_PROMPT
@@ -156,15 +156,14 @@ def _file(path: str) -> Iterator[ImageItem]:
 def _tar(path: str) -> Iterator[ImageItem]:
     name = os.path.normpath(path)
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb") as file, Tar(file, jumps=True) as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # or a long shard keeps every header in memory
                 if not member.isreg() or not _is_wanted(member.name, IMAGE_SUFFIXES):
                     continue
                 piece = TarSlice(path, member.offset_data, member.size)
                 sparse = ImageError("a sparse tar member")  # small on disk, huge in memory
                 yield ImageItem(f"{name}/{member.name}", sparse if member.issparse() else piece)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except TAR_ERRORS as error:
         reason = " ".join(str(error).split())
         yield ImageItem(name, ImageError(f"not an uncompressed tar, or cut off; the rest is unread ({reason})"))
 

@@ -1,31 +1,33 @@
 """Images from files, bytes, arrays and URLs, for input that nobody has checked.
 
 A picture from the web may be broken, mislabelled or made to do harm. So: only a few decoders ever run, sizes are read
-from the header and refused before a pixel is decoded, and a URL is fetched only from a public address, the very one
-that was checked. What comes out is always an upright RGB image; everything else is an `ImageError` of one line.
+from the header and refused before a pixel is decoded (`image_headers`), and a URL is fetched only from a public
+address (`network`). What comes out is always an upright RGB image; everything else is an `ImageError` of one line.
+
+Memory: while an image is decoded it takes at most `BYTES_PER_PIXEL` for each of its pixels, then 4. Work that may meet
+many large images at once asks a `ByteBudget` first.
 """
 
-import base64
-import binascii
-import http.client
 import io
-import ipaddress
 import os
-import re
-import socket
-import ssl
 import stat
 import sys
-import time
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
-from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
-from PIL import BmpImagePlugin, GifImagePlugin, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import BmpImagePlugin, GifImagePlugin, ImageFile, PngImagePlugin, TiffImagePlugin
 from PIL import Image as PILImage
 
 from mm_gpt.errors import ImageError, URLError
+from mm_gpt.image_headers import IMAGE_FORMATS as IMAGE_FORMATS
+from mm_gpt.image_headers import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from mm_gpt.image_headers import check_file, exif_orientation, find_format, not_read, png_transparency
+from mm_gpt.network.client import fetch_bytes
+from mm_gpt.network.urls import data_url_bytes, short_name
+from mm_gpt.network.urls import one_line as _one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +44,7 @@ class ImageLimits:
     """Width x height. 64 megapixels hold any ordinary camera's photo and decode into 256 MB."""
     max_bytes: int = 64 * 2**20
     timeout_s: float = 15.0
-    """For a whole download: connecting, TLS, headers, redirects and body together (a slow DNS server comes on top)."""
+    """For a whole download: connecting, TLS, headers, redirects and body together."""
     max_redirects: int = 5
     allow_private_addresses: bool = False
     """True: also fetch from localhost and the local network. Never for URLs that strangers write."""
@@ -50,18 +52,8 @@ class ImageLimits:
 
 DEFAULT_LIMITS = ImageLimits()
 
-# The decoders are called by class, not through Image.open: no other decoder can run, and Image.open's own bomb check
-# would warn or raise by a global that belongs to the application. TIFF, AVIF, PSD, EPS... are left out on purpose:
-# rare on the web and behind most of the decoder bugs. Whoever needs them opens them with PIL and passes the PIL image.
-_DECODERS: tuple[tuple[re.Pattern[bytes], type[ImageFile.ImageFile]], ...] = (
-    (re.compile(rb"\xff\xd8\xff"), JpegImagePlugin.JpegImageFile),
-    (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImagePlugin.PngImageFile),
-    (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImagePlugin.WebPImageFile),
-    (re.compile(rb"GIF8[79]a"), GifImagePlugin.GifImageFile),
-    (re.compile(rb"BM"), BmpImagePlugin.BmpImageFile),
-)
-
-_SUFFIXES = ("jpg", "png", "webp", "gif", "bmp")
+BYTES_PER_PIXEL = 20
+"""At most, while a file is decoded: the decoder's own buffers and the picture. WEBP takes 16, a plain JPEG 4."""
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -75,12 +67,8 @@ _UPRIGHT = {
 }
 _SIDEWAYS = (5, 6, 7, 8)  # those that exchange width and height
 
-# Small files that keep a decoder busy for hours although they have few pixels.
-_MAX_JPEG_SCANS = 100  # encoders write about 10; each one costs a pass over the whole image
-_MAX_JPEG_SEGMENTS = 600  # Pillow joins EXIF segments one by one: time grows with their square
-_JPEG_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")  # with a length: no stuffed zero, fill byte or restart
-_JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15: sizes and components
-_MAX_GIF_PREAMBLE = 2**19  # bytes before the first frame; likewise for blocks of a comment
+_STRIP = 2**18  # pixels that are converted at a time: whole copies would take as much memory again and again
+_MAX_GIF_PREAMBLE = 2**19  # bytes before the first frame; Pillow joins the blocks of a comment one at a time
 
 
 def is_url(source: object) -> bool:
@@ -97,20 +85,17 @@ def source_name(source: ImageSource) -> str:
     if isinstance(source, str) and is_url(source):
         if source[:5].lower() == "data:":
             return f"<data URL, {len(source)} long>"
-        name = re.sub(r"//[^/?#]*@", "//***@", source)
-    elif isinstance(source, str | os.PathLike):
-        name = os.fsdecode(source) or "<empty path>"
-    else:
-        return f"<{type(source).__name__}>"
-    name = _one_line(name)
-    return name if len(name) <= 300 else f"{name[:200]}...{name[-60:]}"
+        return short_name(source)
+    if isinstance(source, str | os.PathLike):
+        return short_name(os.fsdecode(source) or "<empty path>")
+    return f"<{type(source).__name__}>"
 
 
 def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> PILImage.Image:
     """Any image source as a new RGB image: upright (EXIF), transparency on white, the first frame of an animation.
 
     Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 or float in [0, 1]. 16-bit greyscale is scaled, not
-    clipped, to 8 bits. The format is told by content, never by file name: JPEG, PNG, WEBP, GIF or BMP.
+    clipped, to 8 bits. The format is told by content, never by file name: JPEG, PNG, WEBP, GIF, BMP, TIFF or AVIF.
 
     A string that is no URL is read as a path. A server must not pass a stranger's string here without `is_url`.
     Raises ImageError (URLError for URLs), one line that names the source.
@@ -118,10 +103,13 @@ def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
     name = source_name(source)
     numpy = sys.modules.get("numpy")  # whoever holds an array has imported it
     if isinstance(source, PILImage.Image):
-        return _to_rgb(source, name, limits)
-    if isinstance(source, bytes | bytearray):
-        return _decode(bytes(source), name, limits)
-    if isinstance(source, str | os.PathLike):
+        _check_size(source.size, name, limits)  # opened, not yet decoded
+        with _broken_is_an_error(name):
+            orientation = _orientation(source)
+            source.load()
+            image = source.copy() if source.mode in ("RGB", "RGBA") else source  # which is not ours to change
+            return _to_rgb(image, orientation, name, limits, is_bmp=isinstance(source, BmpImagePlugin.BmpImageFile))
+    if isinstance(source, str | os.PathLike | bytes | bytearray):
         return _decode(image_bytes(source, limits=limits), name, limits)
     if numpy is not None and isinstance(source, numpy.ndarray):
         return _from_array(source, name, limits)
@@ -129,8 +117,9 @@ def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
 
 
 def image_format(data: bytes) -> str:
-    """`jpg`, `png`, `webp`, `gif` or `bmp` by an image file's first bytes; empty for anything else."""
-    return next((name for (magic, _), name in zip(_DECODERS, _SUFFIXES, strict=True) if magic.match(data)), "")
+    """One of IMAGE_FORMATS (`jpg`, `png`, ...) by an image file's first bytes; empty for anything else."""
+    format = find_format(data)
+    return "" if format is None else format.suffixes[0]
 
 
 def load_pixels(
@@ -142,16 +131,22 @@ def load_pixels(
     width), in a half to a quarter of the time. Everything else comes whole. The limits hold for the file's own size.
     Raises ImageError (URLError for URLs), one line that names the source.
     """
-    import numpy as np
-
     if not isinstance(source, str | os.PathLike | bytes | bytearray):
-        return np.array(load_image(source, limits=limits))
+        return pixel_array(load_image(source, limits=limits))
     name = source_name(source)
     data = image_bytes(source, limits=limits)
-    image = _open(data, name, limits)
-    _check_size(image.size, name, limits)
-    pixels = _decode_jpeg(data, image, at_least) if isinstance(image, JpegImagePlugin.JpegImageFile) else None
-    return np.array(_to_rgb(image, name, limits)) if pixels is None else pixels
+    pixels = _decode_jpeg(data, name, at_least, limits) if image_format(data) == "jpg" else None
+    return pixel_array(_decode(data, name, limits)) if pixels is None else pixels
+
+
+def pixel_array(image: PILImage.Image) -> "np.ndarray":
+    """An RGB image as uint8 (H, W, 3). It takes 3 bytes a pixel besides the image, a third of what `np.array` does."""
+    import numpy as np
+
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for left, top, right, bottom in _strips(image):
+        pixels[top:bottom, left:right] = np.asarray(image.crop((left, top, right, bottom)))
+    return pixels
 
 
 def image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
@@ -159,22 +154,17 @@ def image_size(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
 
     Raises ImageError (URLError for URLs), one line that names the source.
     """
-    name = source_name(source)
-    if isinstance(source, str) and is_url(source) and source[:5].lower() != "data:":
-        return load_image(source, limits=limits).size[::-1]
     if isinstance(source, PILImage.Image):
-        image = source
-    elif isinstance(source, bytes | bytearray):
-        image = _open(bytes(source), name, limits)
-    elif isinstance(source, str) and is_url(source):
-        image = _open(_data_url_bytes(source, limits), name, limits)
-    elif isinstance(source, str | os.PathLike):
-        image = _open(_read_file(source, name, limits), name, limits)
+        image, orientation = source, _orientation(source)
+    elif isinstance(source, str | os.PathLike | bytes | bytearray):
+        data = image_bytes(source, limits=limits)
+        image = _open(data, source_name(source), limits)
+        orientation = exif_orientation(image.info, data)
     else:
         return load_image(source, limits=limits).size[::-1]
-    _check_size(image.size, name, limits)
+    _check_size(image.size, source_name(source), limits)
     width, height = image.size
-    return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+    return (width, height) if orientation in _SIDEWAYS else (height, width)
 
 
 def image_bytes(source: "str | os.PathLike[str] | bytes", *, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
@@ -182,8 +172,16 @@ def image_bytes(source: "str | os.PathLike[str] | bytes", *, limits: ImageLimits
     if isinstance(source, bytes | bytearray):
         return bytes(source)
     if isinstance(source, str) and is_url(source):
-        is_data = source[:5].lower() == "data:"
-        return _data_url_bytes(source, limits) if is_data else fetch_image_bytes(source, limits)
+        if source[:5].lower() == "data:":
+            return _data_url_bytes(source, limits)
+        return fetch_bytes(
+            source,
+            max_bytes=limits.max_bytes,
+            timeout_s=limits.timeout_s,
+            max_redirects=limits.max_redirects,
+            allow_private_addresses=limits.allow_private_addresses,
+            headers={"Accept": "image/*,*/*;q=0.5"},
+        )
     return _read_file(source, source_name(source), limits)
 
 
@@ -195,10 +193,6 @@ def to_file(image: PILImage.Image, suffix: str = "png") -> bytes:
     else:
         image.save(buffer, {"jpg": "JPEG", "webp": "WEBP"}[suffix], quality=90)
     return buffer.getvalue()
-
-
-def _one_line(text: object) -> str:
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
 
 def _read_file(path: str | os.PathLike[str], name: str, limits: ImageLimits) -> bytes:
@@ -219,17 +213,51 @@ def _read_file(path: str | os.PathLike[str], name: str, limits: ImageLimits) -> 
     return data
 
 
+class ByteBudget:
+    """Bytes that several threads share: who wants more than is left waits."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self._taken = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, num_bytes: int) -> Iterator[None]:
+        """Waits until so many are free. More than there are at all are given while nobody else has any."""
+        wanted = min(num_bytes, self.num_bytes)
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken + wanted <= self.num_bytes)
+            self._taken += wanted
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= wanted
+                self._changed.notify_all()
+
+
 def _decode(data: bytes, name: str, limits: ImageLimits) -> PILImage.Image:
-    return _to_rgb(_open(data, name, limits), name, limits)
+    image = _open(data, name, limits)
+    _check_size(image.size, name, limits)
+    orientation = exif_orientation(image.info, data)
+    with _broken_is_an_error(name):
+        is_bmp = isinstance(image, BmpImagePlugin.BmpImageFile)
+        image.load()
+        # Its pixels alone: the file and its decoder hold up to three times as much
+        alone = image._new(image.im)
+        del image
+        return _to_rgb(alone, orientation, name, limits, is_bmp=is_bmp)
 
 
-def _decode_jpeg(data: bytes, image: PILImage.Image, at_least: tuple[int, int]) -> "np.ndarray | None":
+def _decode_jpeg(data: bytes, name: str, at_least: tuple[int, int], limits: ImageLimits) -> "np.ndarray | None":
     """uint8 (H, W, 3), upright; None where Pillow must decide: CMYK, and whatever else is not in perfect order."""
     import numpy as np
     import simplejpeg
 
+    image = _open(data, name, limits)
+    _check_size(image.size, name, limits)
     width, height = image.size
-    orientation = _orientation(image)
+    orientation = exif_orientation(image.info)
     least_height, least_width = at_least[::-1] if orientation in _SIDEWAYS else at_least
     # Not 3/8 to 7/8, which the decoder has as well: they take longer than the whole picture
     scale = next((s for s in (8, 4, 2) if height >= s * least_height and width >= s * least_width), 1)
@@ -240,47 +268,40 @@ def _decode_jpeg(data: bytes, image: PILImage.Image, at_least: tuple[int, int]) 
     except (ValueError, RuntimeError):
         return None
     if (upright := _UPRIGHT.get(orientation)) is not None:
-        pixels = np.array(PILImage.fromarray(pixels).transpose(upright))
+        pixels = pixel_array(PILImage.fromarray(pixels).transpose(upright))
     return pixels
 
 
-def _open(data: bytes, name: str, limits: ImageLimits) -> PILImage.Image:
+def _open(data: bytes, name: str, limits: ImageLimits) -> ImageFile.ImageFile:
     """The image with its header read, not yet decoded."""
     if not data:
         raise ImageError(f"{name}: empty")
     if len(data) > limits.max_bytes:
         raise ImageError(f"{name}: larger than the limit of {limits.max_bytes:,} bytes")
-    decoder = next((decoder for magic, decoder in _DECODERS if magic.match(data)), None)
-    if decoder is None:
-        raise ImageError(f"{name}: not a JPEG, PNG, WEBP, GIF or BMP image")
-    if decoder is JpegImagePlugin.JpegImageFile:
-        _check_jpeg_segments(data, name)
+    format = find_format(data)
+    if format is None:
+        raise ImageError(f"{name}: {not_read(data)}")
     try:
-        if decoder is GifImagePlugin.GifImageFile:
-            decoder(io.BytesIO(data[:_MAX_GIF_PREAMBLE]))  # raises unless the first frame starts in there
-        return decoder(io.BytesIO(data))
-    except Exception as error:  # decoders raise anything at all on hostile bytes
+        check_file(format, data)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from None
+    with _broken_is_an_error(name):
+        if format.decoder is GifImagePlugin.GifImageFile:
+            format.decoder(io.BytesIO(data[:_MAX_GIF_PREAMBLE]))  # raises unless the first frame starts in there
+        image = format.decoder(io.BytesIO(data))
+        if format.decoder is PngImagePlugin.PngImageFile and "transparency" in image.info:
+            image.info["transparency"] = png_transparency(data, image.info["transparency"])
+        return image
+
+
+@contextmanager
+def _broken_is_an_error(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise anything at all on hostile bytes: broken palettes, chunks, streams
         raise ImageError(f"{name}: broken image ({_one_line(error) or type(error).__name__})") from error
-
-
-def _check_jpeg_segments(data: bytes, name: str) -> None:
-    num_scans = num_segments = 0
-    frames: list[tuple[int, bytes]] = []  # (code, number of components) of each
-    position = 2
-    while found := _JPEG_MARKER.search(data, position):
-        start = found.end()
-        code = data[start - 1]
-        if code == 0xD9:  # end of image; phones append videos after it
-            return
-        num_segments += 1
-        num_scans += code == 0xDA
-        if num_scans > _MAX_JPEG_SCANS or num_segments > _MAX_JPEG_SEGMENTS:
-            raise ImageError(f"{name}: a JPEG of {num_scans} scans in {num_segments} segments or more")
-        if code in _JPEG_FRAMES:
-            frames.append((code, data[start + 7 : start + 8]))
-        elif code == 0xDA and frames in ([(0xC0, data[start + 2 : start + 3])], [(0xC1, data[start + 2 : start + 3])]):
-            return  # not progressive, and all components in the first scan: libjpeg takes a second one for an error
-        position = start + int.from_bytes(data[start : start + 2], "big")
 
 
 def _check_size(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
@@ -291,30 +312,46 @@ def _check_size(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
         raise ImageError(f"{name}: {width} x {height} pixels, over the limit of {limits.max_pixels:,} pixels")
 
 
-def _to_rgb(image: PILImage.Image, name: str, limits: ImageLimits) -> PILImage.Image:
-    _check_size(image.size, name, limits)  # opened, not yet decoded
-    try:
-        image.load()
-        upright = _UPRIGHT.get(_orientation(image))
-        if image.mode.startswith("I") or image.mode == "F":
-            rgb = _from_deep_grey(image, name, limits)
-        elif image.has_transparency_data:
-            rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-            white = PILImage.new("RGBA", rgba.size, "white")
-            rgb = PILImage.alpha_composite(white, rgba).convert("RGB")
-        else:
-            rgb = image.convert("RGB")
-        if upright is not None:
-            rgb = rgb.transpose(upright)
-    except ImageError:
-        raise
-    except Exception as error:  # as above: truncated data, broken palettes, bad chunks
-        raise ImageError(f"{name}: broken image ({_one_line(error) or type(error).__name__})") from error
+def _to_rgb(
+    image: PILImage.Image, orientation: int, name: str, limits: ImageLimits, *, is_bmp: bool = False
+) -> PILImage.Image:
+    """RGB and upright. Takes an image over that is RGB or RGBA; others stay as they were."""
+    if is_bmp and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        image.putalpha(255)  # many programs leave these bytes empty, and mean an opaque picture
+    is_deep = image.mode.startswith("I") or image.mode == "F"
+    if image.mode == "RGB" and not image.has_transparency_data:
+        rgb = image
+    else:
+        rgb = PILImage.new("RGB", image.size)
+        for box in _strips(image):
+            strip = image.crop(box)
+            rgb.paste(_from_deep_grey(strip, name, limits) if is_deep else _on_white(strip), box)
+    if (upright := _UPRIGHT.get(orientation)) is not None:
+        rgb = rgb.transpose(upright)
     rgb.info = {}  # an orientation left behind would turn the image again the next time it is loaded
     return rgb
 
 
+def _strips(image: PILImage.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes of at most `_STRIP` pixels that cover the image: left, top, right, bottom."""
+    width = min(image.width, _STRIP)
+    height = _STRIP // width
+    for top in range(0, image.height, height):
+        for left in range(0, image.width, width):
+            yield left, top, min(left + width, image.width), min(top + height, image.height)
+
+
+def _on_white(image: PILImage.Image) -> PILImage.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    return PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
 def _orientation(image: PILImage.Image) -> int:
+    """Of an image that somebody else opened. TIFF's size and pixels are turned by Pillow itself."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 1
     try:
         return image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # broken EXIF around a sound picture is common: show it as stored, as browsers do
@@ -345,251 +382,18 @@ def _from_array(array: "np.ndarray", name: str, limits: ImageLimits) -> PILImage
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 1):  # written so that NaN is refused
             raise ImageError(f"{name}: float values must lie in [0, 1], these span [{low:g}, {high:g}]")
-        array = np.rint(array * 255).astype(np.uint8)
+        rows = max(1, _STRIP // array[0].size)
+        parts = [np.rint(array[at : at + rows] * 255).astype(np.uint8) for at in range(0, len(array), rows)]
+        array = np.concatenate(parts)
     elif array.dtype != np.uint8:
         raise ImageError(f"{name}: dtype {array.dtype} is neither uint8 nor float")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    return _to_rgb(PILImage.fromarray(np.ascontiguousarray(array)), name, limits)
+    return _to_rgb(PILImage.fromarray(np.ascontiguousarray(array)), 1, name, limits)
 
 
 def _data_url_bytes(url: str, limits: ImageLimits) -> bytes:
-    header, comma, payload = url.partition(",")
-    if not comma or not header.lower().endswith(";base64"):
-        raise URLError(f"{source_name(url)}: not of the form data:image/...;base64,...")
-    if len(payload) // 4 * 3 > limits.max_bytes + 3:
-        raise URLError(f"{source_name(url)}: larger than the limit of {limits.max_bytes:,} bytes")
     try:
-        return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise URLError(f"{source_name(url)}: {_one_line(error)}") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fetching. A URL from a document or a chat must not reach into the network that the program runs in (SSRF): cloud
-# metadata at 169.254.169.254, databases, the router. Checking the URL's text is not enough, since any name can resolve
-# to any address, and to another one a second later.
-
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_IPV6_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-# What `is_global` of Python 3.11 still lets through. Tunnels (2001::/23 has Teredo, 2002::/16 is 6to4) lead to an IPv4
-# address inside; no public website resolves to one.
-_NOT_PUBLIC_V6 = [ipaddress.IPv6Network(n) for n in ("2001::/23", "2002::/16", "2001:db8::/32", "3fff::/20")]
-_NOT_PUBLIC_V4 = [
-    ipaddress.IPv4Network(n)
-    for n in (
-        "192.0.0.0/24",  # protocol assignments; Oracle's metadata service
-        "192.88.99.0/24",  # 6to4 relays
-        "168.63.129.16/32",  # Azure's metadata service, on an address that looks public
-    )
-]
-
-
-def is_public_address(address: str) -> bool:
-    """Whether an IP address belongs to the public internet.
-
-    Not public: private, loopback, link-local, carrier-grade NAT, multicast, reserved and unspecified addresses, IPv6
-    spellings of IPv4 (mapped, compatible), 6to4 and Teredo. NAT64 (64:ff9b::/96) is how IPv6-only networks reach IPv4
-    sites, so there the address inside is judged.
-    """
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip in _NAT64:
-            return is_public_address(str(ipaddress.IPv4Address(ip.packed[-4:])))
-        return ip in _IPV6_GLOBAL_UNICAST and ip.is_global and not any(ip in network for network in _NOT_PUBLIC_V6)
-    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_PUBLIC_V4)
-
-
-def fetch_image_bytes(url: str, limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
-    """The body behind an http(s) URL, from public addresses only (see `open_url`). Raises URLError naming `url`."""
-    deadline = Deadline(limits.timeout_s)
-    response = open_url(
-        url,
-        deadline,
-        max_redirects=limits.max_redirects,
-        allow_private_addresses=limits.allow_private_addresses,
-        headers={"Accept": "image/*,*/*;q=0.5"},
-    )
-    try:
-        return _read_response(response, limits)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _url_error(url, response.url, error, deadline) from error
-    finally:
-        response.close()
-
-
-class Deadline:
-    """Until when a download may take; `extend` gives it more time, for a body that arrives in pieces."""
-
-    def __init__(self, seconds: float) -> None:
-        self.extend(seconds)
-
-    def extend(self, seconds: float) -> None:
-        """`seconds` from now, whatever was left."""
-        self.seconds, self._at = seconds, time.monotonic() + seconds
-
-    def remaining(self) -> float:
-        """Seconds, more than 0. Raises TimeoutError when there are none."""
-        seconds = self._at - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError
-        return seconds
-
-
-def open_url(
-    url: str,
-    deadline: Deadline,
-    *,
-    max_redirects: int = 5,
-    allow_private_addresses: bool = False,
-    headers: Mapping[str, str] | None = None,
-) -> http.client.HTTPResponse:
-    """The answer to a GET of an http(s) URL, whatever its status, from public addresses only. Close it.
-
-    Each host is resolved once; if any of its addresses is not public the URL is refused, otherwise the connection goes
-    to a checked address itself, so that a second DNS answer cannot change the goal. Redirects start over. Proxies set
-    in the environment are not used: a proxy would resolve the name again, where no check reaches.
-    `deadline` holds for connecting, TLS and headers, and goes on for the body. `response.url` is where redirects led.
-    Raises URLError naming `url`; its cause is an OSError or HTTPException where another attempt may succeed.
-    """
-    target = url
-    try:
-        for _ in range(max_redirects + 1):
-            response = _get(target, deadline, allow_private_addresses, headers or {})
-            location = response.headers.get("Location")
-            if response.status not in (301, 302, 303, 307, 308) or not location:
-                response.url = target
-                return response
-            response.close()
-            target = urljoin(target, location.encode("latin-1", "replace").decode("utf-8", "replace"))
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _url_error(url, target, error, deadline) from (error.__cause__ if isinstance(error, URLError) else error)
-    raise URLError(f"{source_name(url)}: more than {max_redirects} redirects")
-
-
-def _url_error(url: str, target: str, error: Exception, deadline: Deadline) -> URLError:
-    """`error` with the URL's name. A URLError raised inside holds the reason only."""
-    name = source_name(url)
-    if isinstance(error, TimeoutError):
-        return URLError(f"{name}: no complete answer within {deadline.seconds:g} s")
-    via = f" (redirected to {source_name(target)})" if isinstance(error, URLError) and target != url else ""
-    return URLError(f"{name}{via}: {_one_line(error) or type(error).__name__}")
-
-
-def _get(
-    url: str, deadline: Deadline, allow_private_addresses: bool, headers: Mapping[str, str]
-) -> http.client.HTTPResponse:
-    """One GET. URLError here holds the reason only."""
-    parts = urlsplit(url)
-    host, port = _checked_host(parts)
-    addresses = _resolve(host, port)
-    if not allow_private_addresses:
-        for address in addresses:
-            if not is_public_address(address):
-                raise URLError(f"{host} is at {address}, which is not a public address")
-    sock = _connect_any(addresses, port, deadline)
-    try:
-        if parts.scheme == "https":
-            # the certificate is checked for the name in the URL, although the connection went to an address
-            sock.settimeout(deadline.remaining())
-            sock = _tls_context().wrap_socket(sock, server_hostname=host)
-        connection = http.client.HTTPConnection(host, port)
-        connection.sock = _DeadlineSocket(sock, deadline)
-        path = quote(parts.path or "/", safe="/%:=&~+!$,;'@()*[]")
-        query = f"?{quote(parts.query, safe='/%:=&~+!$,;@()*[]?')}" if parts.query else ""
-        netloc = f"[{host}]" if ":" in host else host
-        fixed = {"Host": netloc if parts.port is None else f"{netloc}:{port}"}
-        fixed |= {"User-Agent": "mm-gpt", "Connection": "close"}
-        connection.request("GET", path + query, headers={**headers, **fixed})
-        return connection.getresponse()
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _read_response(response: http.client.HTTPResponse, limits: ImageLimits) -> bytes:
-    if not 200 <= response.status < 300:
-        raise URLError(f"the server answered {response.status} {_one_line(response.reason)}".rstrip())
-    expected = response.length
-    too_large = URLError(f"larger than the limit of {limits.max_bytes:,} bytes")
-    if expected is not None and expected > limits.max_bytes:
-        raise too_large
-    body = response.read(limits.max_bytes + 1)
-    if len(body) > limits.max_bytes:
-        raise too_large
-    if expected is not None and len(body) < expected:
-        raise URLError(f"the connection closed after {len(body):,} of {expected:,} bytes")
-    return body
-
-
-def _checked_host(parts: SplitResult) -> tuple[str, int]:
-    if parts.scheme not in ("http", "https"):
-        raise URLError(f"only http and https are fetched, not {parts.scheme or 'a URL without scheme'}")
-    if "@" in parts.netloc:
-        raise URLError("user names and passwords in a URL are refused")
-    host = parts.hostname or ""
-    if ":" in host:
-        ipaddress.IPv6Address(host)  # ValueError if it is none
-        if "%" in host:
-            raise URLError("an address with a zone is refused")
-    else:
-        host = host.encode("idna").decode("ascii")
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", host):
-            raise URLError("the host name is malformed")
-    return host, parts.port or (443 if parts.scheme == "https" else 80)
-
-
-def _resolve(host: str, port: int) -> list[str]:
-    """All addresses of `host`. The resolver also turns odd spellings (2130706433, 0x7f.1) into what they mean."""
-    answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in answers))
-
-
-def _connect_any(addresses: list[str], port: int, deadline: Deadline) -> socket.socket:
-    for address in addresses[:-1]:  # half of what is left, so that one dead address does not use up the time
-        try:
-            return _connect(address, port, deadline.remaining() / 2)
-        except OSError:
-            continue
-    return _connect(addresses[-1], port, deadline.remaining())
-
-
-def _connect(address: str, port: int, timeout_s: float) -> socket.socket:
-    return socket.create_connection((address, port), timeout=timeout_s)
-
-
-def _tls_context() -> ssl.SSLContext:
-    return ssl.create_default_context()
-
-
-class _DeadlineSocket(io.RawIOBase):
-    """What http.client needs of a socket, with one deadline for everything.
-
-    A socket's own timeout starts again with every byte, so a server that sends one now and then would never end.
-    """
-
-    def __init__(self, sock: socket.socket, deadline: Deadline, *, closes: bool = False) -> None:
-        self._sock, self._deadline, self._closes = sock, deadline, closes
-
-    def sendall(self, data: bytes) -> None:
-        self._sock.settimeout(self._deadline.remaining())
-        self._sock.sendall(data)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        # http.client closes self before the body is read; the response's own file ends the connection
-        return io.BufferedReader(_DeadlineSocket(self._sock, self._deadline, closes=True))
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        self._sock.settimeout(self._deadline.remaining())
-        return self._sock.recv_into(buffer)
-
-    def close(self) -> None:
-        if self._closes:
-            self._sock.close()
-        super().close()
+        return data_url_bytes(url, limits.max_bytes)
+    except ValueError as error:
+        raise URLError(f"{source_name(url)}: {error}") from None

@@ -17,7 +17,7 @@ from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
 from mm_gpt.templates.chat_template import ChatTemplate, begins_with, content_part
 from mm_gpt.templates.image_text import ImageTextConfig, image_text
 from mm_gpt.tokenizer import Tokenizer
-from mm_gpt.vision.tiling import Tiler, TilingConfig
+from mm_gpt.vision.tiling import Tiled, Tiler, TilingConfig
 from mm_gpt.vision.transforms import ImageTransform, ImageTransformConfig
 
 IGNORE_INDEX = -100
@@ -75,6 +75,17 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class TiledImage(Image):
+    """An image that is in the model's pixels already: those of the file are gone. See `Processor.tiled`."""
+
+    tiles: Tiled | None = None
+
+    def size(self) -> Size:
+        assert self.tiles is not None
+        return self.tiles.size
 
 
 @dataclass
@@ -204,8 +215,17 @@ class Processor:
             ]
         )
 
+    def tiled(self, image: Image) -> TiledImage:
+        """A prompt's only image, decoded, cut and transformed now: in another thread, say. Raises ImageError, and
+        MMGPTError where the model takes no images."""
+        if self._tiler is None:
+            raise MMGPTError(f"{image.name}: this model reads text alone, no images")
+        return TiledImage(image.name, tiles=self._tiler(image.load()))  # the name: bytes would stay in memory
+
     def tiles(self, image: Image, grid: Size) -> Tensor:
         """One image, cut as its Example says: (N, 3, H, W). Raises ImageError."""
+        if isinstance(image, TiledImage) and image.tiles is not None:
+            return image.tiles.pixel_values
         assert self._tiler is not None
         return self._tiler(image.load(), alone=grid != (0, 0)).pixel_values
 

@@ -373,3 +373,80 @@ def test_clean_caption_is_stable(text: str) -> None:
 @given(st.lists(st.from_regex(r"[a-z]+", fullmatch=True), min_size=1))
 def test_clean_caption_keeps_every_word(words: list[str]) -> None:
     assert clean_caption(" ".join(words)).rstrip(".").lower().split() == words
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl"])
+def test_damaged_lists_of_captions_are_counted_by_line(tmp_path: Path, name: str) -> None:
+    """Stops: a caption that is cut at its first comma, or learned in other letters than it was written in."""
+    for number in range(1, 5):
+        (tmp_path / f"{number}.jpg").write_bytes(JPEG)
+    texts = ["a dog", "caf\u00e9", "a cat", "a bird"]
+    if name.endswith("csv"):
+        lines = [b"image,caption", b'1.jpg,"a dog', b"2.jpg,caf\xe9", b"3.jpg,a cat", b"4.jpg,a bird, wet"]
+        reasons = {"bad CSV: a quote that is not closed": 1, "text is not UTF-8": 1, "more cells than columns": 1}
+    else:
+        rows = [
+            json.dumps({"image": f"{n}.jpg", "caption": c}, ensure_ascii=False) for n, c in enumerate(texts, start=1)
+        ]
+        lines = [rows[0][:-1].encode(), rows[1].encode("cp1252"), rows[2].encode(), b"[]"]
+        reasons = {"bad JSON": 1, "text is not UTF-8": 1, "JSON is not an object": 1}
+    (tmp_path / name).write_bytes(b"\n".join(lines))
+    records, errors = read(tmp_path)
+    assert [(r.key, r.captions) for r in records] == [("3", ("a cat",))]
+    assert errors.counts == reasons
+    first = 2 if name.endswith("csv") else 1
+    assert errors.examples["text is not UTF-8"] == [f"{name}:{first + 1}"]
+
+
+@pytest.mark.parametrize("name", ["a\0.jpg", "x" * 5000 + ".jpg", "../a.jpg", "/a.jpg", "a.txt", "gone.jpg"])
+def test_names_in_a_list_that_lead_nowhere_are_counted(tmp_path: Path, name: str) -> None:
+    """Stops: a traceback for a name that the system refuses to look at."""
+    (tmp_path / "list").mkdir()
+    for file in ("a.jpg", "list/ok.jpg", "list/a.txt"):
+        (tmp_path / file).write_bytes(JPEG)
+    rows = [{"image": name, "caption": "x"}, {"image": "ok.jpg", "caption": "y"}]
+    (tmp_path / "list" / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records, errors = read(tmp_path / "list")
+    assert [r.key for r in records] == ["ok"]
+    assert errors.total == 1
+
+
+def test_only_line_ends_part_the_captions_of_a_file(tmp_path: Path) -> None:
+    """Stops: a caption with a typographic line mark, U+2028, that counts as two."""
+    for name, text in (("a", "one\u2028still one\x0cand\x85on\ntwo"), ("b", "three\r\nfour"), ("c", "five\rsix")):
+        (tmp_path / f"{name}.jpg").write_bytes(JPEG)
+        (tmp_path / f"{name}.txt").write_text(text, newline="")
+    records, _ = read(tmp_path)
+    assert [r.captions for r in records] == [
+        ("one\u2028still one\x0cand\x85on", "two"),
+        ("three", "four"),
+        ("five", "six"),
+    ]
+
+
+def test_folders_in_folders_are_read_and_texts_without_an_image_counted(tmp_path: Path) -> None:
+    """Stops: photos of a folder below left out without a word, because there are some above."""
+    for name in ("top.jpg", "a/1.JPG", "a/deep/2.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(JPEG)
+        (tmp_path / name).with_suffix(".TXT").write_text("a dog")
+    (tmp_path / "a" / "orphan.txt").write_text("a cat")
+    records, errors = read(tmp_path)
+    assert {(r.key, r.source) for r in records} == {("top", tmp_path.name), ("a/1", "a"), ("a/deep/2", "deep")}
+    assert errors.examples == {"text without an image beside it": [str(tmp_path / "a" / "orphan.txt")]}
+
+
+def test_members_that_no_reader_takes_are_counted(tmp_path: Path) -> None:
+    members = [
+        ("a.heic", b"x"),
+        ("a.txt", b"a dog"),
+        ("b.mp4", b"x"),
+        ("c.jpg", JPEG),
+        ("c.txt", b"ok"),
+        ("c.cls", b"3"),
+    ]
+    records, errors = read(write_tar(tmp_path / "t.tar", members))
+    assert [r.key for r in records] == ["c"]
+    assert errors.counts == {
+        "member that is not read (.heic)": 1, "member that is not read (.mp4)": 1, "no image": 1
+    }  # fmt: skip

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_gpt.datasets.formats.conversations import read_conversations
-from mm_gpt.datasets.samples import Conversation, ErrorCounter
+from mm_gpt.datasets.samples import Conversation, ErrorCounter, checked
 from mm_gpt.document import Image
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.images import image_format
@@ -20,7 +20,7 @@ JPEG = b"\xff\xd8\xff not decoded here"
 
 def read(location: Path | str, **options: Any) -> tuple[list[Conversation], dict[str, int]]:
     errors = ErrorCounter()
-    return list(read_conversations(str(location), errors, **options)), dict(errors.counts)
+    return list(checked(read_conversations(str(location), errors, **options), errors)), dict(errors.counts)
 
 
 def write_rows(folder: Path, *rows: Any, name: str = "rows.json") -> Path:

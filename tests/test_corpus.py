@@ -486,10 +486,20 @@ def test_parts_of_sources(pages: Path, tmp_path: Path) -> None:
     sources = [tmp_path / "*.tar", tmp_path / "{0..2}.parquet", texts, pages, tmp_path / "00001.tar"]
     splits = find_splits([str(source) for source in sources])
     assert [split.format for split in splits] == [
-        *["captioned"] * 3, *["obelics"] * 3, "text", "text", "pages", "captioned",
+        *["captioned"] * 3, *["rows"] * 3, "text", "text", "pages", "captioned",
     ]  # fmt: skip
     assert [len(split.files) for split in splits] == [1, 1, 1, 1, 1, 1, 64, 6, 9, 1]
     assert [split.number for split in splits] == list(range(10))
+
+
+def test_files_that_no_reader_takes_are_in_the_last_line(tmp_path: Path) -> None:
+    """Also where each file is a part of its own."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps({"text": "The ferry leaves at nine in the morning."}))
+    (folder / "film.mp4").write_bytes(b"x")
+    summary = build(str(folder), tmp_path / "corpus", filters="none")
+    assert summary.errors.counts == {"file that is not read (.mp4)": 1}
 
 
 def test_near_duplicates_with_other_pictures_stay(tmp_path: Path) -> None:

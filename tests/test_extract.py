@@ -118,6 +118,14 @@ def test_image_in_every_place(part: str) -> None:
         ("<img src=' my\n photo.jpg '>", "my%20photo.jpg"),
         ("<img src='data:image/gif;base64,R0lGODlhAQABAAAAACw='><noscript><img src=n.jpg></noscript>", "n.jpg"),
         ("<img src=n.jpg><noscript><img src=n2.jpg></noscript>", "n.jpg"),
+        # what no reader takes stands in front of what one does
+        ("<picture><source type=image/jxl srcset='a.jxl 900w'><img src=a.jpg></picture>", "a.jpg"),
+        ("<picture><source type=image/heic srcset='a?f=heic 900w, b?f=heic 2x'><img src=a.jpg></picture>", "a.jpg"),
+        ("<picture><source srcset=a.svg><source type=image/webp srcset=a.webp><img src=a.jpg></picture>", "a.webp"),
+        ("<picture><source type=image/avif srcset='a.avif 900w'><img src=a.jpg></picture>", "a.avif"),
+        ("<img srcset='a.jxl 900w, a.png 600w, b.png 300w' src=c.png>", "a.png"),
+        ("<img data-src=a.heic src=a.jpg>", "a.jpg"),
+        ("<img data-src='data:image/svg+xml;base64,PHN2Zz48L3N2Zz4=' src=a.php>", "a.php"),
     ],
 )
 def test_which_file(tag: str, source: str) -> None:
@@ -134,11 +142,11 @@ def test_which_file(tag: str, source: str) -> None:
         ("<img src=p.gif style='width:1px; height: 1px'>", "tracking pixel"),
         ("<img src=p.gif hidden>", "hidden"),
         ("<div style='display:none'><img src=p.gif></div>", "hidden"),
-        ("<img src=logo.svg?v=1>", "vector graphic or video"),
+        ("<img src=logo.svg?v=1>", "kind of image that is not read"),
         ("<svg width=100><image href=x.png /><text>svg words</text></svg>", "inline SVG"),
         ("<img alt=nothing>", "no address"),
         ("<img src='data:image/png;base64,AAAA'>", "placeholder"),
-        ("<img src='data:image/svg+xml;utf8,<svg/>'>", "vector graphic or video"),
+        ("<img src='data:image/svg+xml;utf8,<svg/>'>", "kind of image that is not read"),
         ("<img src='file:///etc/passwd'>", "address leads nowhere"),
         ("<img src='javascript:alert(1)'>", "address leads nowhere"),
         ("<img src='http://[::1'>", "address leads nowhere"),
@@ -155,6 +163,9 @@ def test_no_picture(tag: str, reason: str) -> None:
 def test_data_url_and_base() -> None:
     raw = bytes(range(256)) * 2
     html = article(P[0], P[1], f"<img src='data:image/png;base64,{base64.b64encode(raw).decode()}'>", *P[2:])
+    assert extract(html).images[0].source == raw  # type: ignore[union-attr]
+    lines = base64.encodebytes(raw).decode().replace("+", "%2B")
+    html = article(P[0], P[1], f"<img src='data:image/x-png; base64,\n{lines}'>", *P[2:])
     assert extract(html).images[0].source == raw  # type: ignore[union-attr]
     html = page(f"<article>{''.join(P)}<img src=x.png></article>", "<base href='/static/'>")
     assert run(html)[-1] == "[https://example.com/static/x.png]"

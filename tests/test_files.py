@@ -24,7 +24,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm_gpt import images
 from mm_gpt.datasets.reading import files, http_files, unpacked
 from mm_gpt.datasets.reading.files import is_remote, list_files, local_copy, open_file, resolve
 from mm_gpt.datasets.reading.http_files import HttpLimits, ReadError
@@ -32,6 +31,7 @@ from mm_gpt.datasets.reading.unpacked import open_unpacked, read_lines
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.datasets.sources import read_samples
 from mm_gpt.errors import ConfigError, MMGPTError, URLError
+from mm_gpt.network import client
 
 DATA = bytes(range(256)) * 12_000  # 3 MB, so that a break can come in its middle
 LOCAL = HttpLimits(allow_private_addresses=True, retry_delay_s=0.01, stall_s=2, connect_s=2)
@@ -231,9 +231,9 @@ def test_private_addresses_are_refused(url: str, server: Any, monkeypatch: pytes
 
 def test_a_redirect_to_a_private_address(url: str, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stops: a check of the first address only."""
-    connect = images._connect
-    monkeypatch.setattr(images, "_resolve", lambda host, port: ["93.184.215.14" if "test" in host else host])
-    monkeypatch.setattr(images, "_connect", lambda a, p, timeout_s: connect("127.0.0.1", server.server_port, timeout_s))
+    connect = client._connect
+    monkeypatch.setattr(client, "_resolve", lambda host, port: ["93.184.215.14" if "test" in host else host])
+    monkeypatch.setattr(client, "_connect", lambda a, p, timeout_s: connect("127.0.0.1", server.server_port, timeout_s))
     with pytest.raises(URLError, match=r"redirected to http://169.*not a public address"):
         open_file("http://shards.test/away")
     with open_file("http://shards.test/data.bin") as file:
@@ -484,6 +484,47 @@ def test_cut_off_files_keep_what_came_before(tmp_path: Path, suffix: str) -> Non
     assert got == lines[: len(got)]
     assert len(got) > 500
     assert errors.counts == {"broken file, rest of it unread": 1}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_what_stands_behind_a_packed_file_is_counted_and_all_before_it_read(tmp_path: Path, suffix: str) -> None:
+    """Stops: rows lost, the last one without a line end first, because of some bytes that a transfer added."""
+    lines = [os.urandom(300).hex().encode() for _ in range(2000)]
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(
+        PACKERS[suffix](b"\n".join(lines[:900]) + b"\n") + PACKERS[suffix](b"\n".join(lines[900:])) + b"garbage!"
+    )
+    errors = ErrorCounter()
+    assert [line for _, line in read_lines(str(path), errors)] == lines
+    assert errors.counts == {"broken file, rest of it unread": 1}
+    with open_unpacked(str(path)) as file:
+        assert file.read() == b"\n".join(lines)
+
+
+def test_zeros_behind_a_packed_file_are_padding(tmp_path: Path) -> None:
+    path, errors = tmp_path / "a.txt.gz", ErrorCounter()
+    path.write_bytes(
+        gzip.compress(b"one\n") + bytes(1000) + gzip.compress(b"") + gzip.compress(b"two") + bytes(100_000)
+    )
+    assert [line for _, line in read_lines(str(path), errors)] == [b"one", b"two"]
+    assert errors.total == 0
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_of_a_damaged_packed_file_comes_all_that_can_be_decoded(tmp_path: Path, suffix: str) -> None:
+    """Stops: a decoder whose error throws away what it decoded in the same call."""
+    data = os.urandom(1_300_000)
+    parts = [PACKERS[suffix](data[at : at + 100_000]) for at in range(0, len(data), 100_000)]
+    damaged = bytearray(parts[7])
+    damaged[9:40] = b"\xff" * 31
+    path, got = tmp_path / f"a{suffix}", bytearray()
+    path.write_bytes(b"".join([*parts[:7], damaged, *parts[8:]]))
+    with open_unpacked(str(path)) as file, pytest.raises(ReadError, match="broken after"):  # noqa: PT012
+        while piece := file.read1(1 << 20):  # type: ignore[attr-defined]
+            got += piece
+        file.read1(1)  # type: ignore[attr-defined]
+    assert len(got) >= 700_000
+    assert data.startswith(got[:700_000])
 
 
 @pytest.mark.parametrize("suffix", PACKERS)

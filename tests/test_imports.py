@@ -12,8 +12,10 @@ import mm_gpt
 ROOT = Path(mm_gpt.__file__).parent
 CONTRACTS = {
     "errors",
+    "network",
     "config",
     "document",
+    "image_headers",
     "images",
     "processes",
     "templates",
@@ -24,7 +26,9 @@ CONTRACTS = {
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
-    "images": {"errors"},
+    "network": {"errors"},
+    "image_headers": {"errors"},
+    "images": {"errors", "network", "image_headers"},
     "processes": set(),
     "document": {"errors", "images"},
     "tokenizer": {"errors"},

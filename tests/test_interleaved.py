@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
+from mm_gpt.datasets.formats.grit import grit_record, read_grit
 from mm_gpt.datasets.formats.interleaved import (
     NEW_DOCUMENT,
     mmc4_document,
@@ -24,9 +25,10 @@ from mm_gpt.datasets.formats.interleaved import (
     read_mmc4,
     read_obelics,
 )
+from mm_gpt.datasets.formats.texts import read_text
 from mm_gpt.datasets.reading import archives
-from mm_gpt.datasets.row_samples import from_hf_dataset, grit_record, kind_of_row, read_grit, read_hf, read_text
-from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record
+from mm_gpt.datasets.row_samples import from_hf_dataset, kind_of_row, read_hf
+from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, checked
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 
@@ -40,7 +42,7 @@ def outline(document: Document) -> list[Any]:
 
 def read(reader: Any, location: Path | str, **options: Any) -> tuple[list[Any], ErrorCounter]:
     errors = ErrorCounter()
-    return list(reader(str(location), errors, **options)), errors
+    return list(checked(reader(str(location), errors, **options), errors)), errors
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], *, mode: str = "w") -> Path:
@@ -579,6 +581,44 @@ def test_streamed_paths_stay_in_their_folder(tmp_path: Path) -> None:
         stream(DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows)))
     with pytest.raises(MMGPTError, match="no known kind"):
         stream(Dataset.from_list([{"a": 1}]))
+
+
+def test_streamed_rows_of_several_kinds() -> None:
+    """Stops: a data set whose first row has no image read as text to its end; its order must not matter."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as HFImage
+
+    features = Features({"image": HFImage(), "text": Value("string")})
+    some = {"bytes": png(), "path": None}
+    for order in ([None, some, some], [some, some, None]):
+        rows = [{"image": one, "text": "words"} for one in order]
+        for dataset in (Dataset.from_list(rows, features=features), rows):
+            found, errors = stream(dataset)
+            assert [type(sample) for sample in found] == [Document if one is None else Record for one in order]
+            assert errors.total == 0
+    found, errors = stream([{"a": 1}, {"text": "b"}, {"a": 2}, {"text": "half \ud83d"}])
+    assert [outline(d) for d in found] == [["b"]]
+    assert errors.counts == {"row of no known kind": 2, "text is not Unicode": 1}
+    assert stream([]) == ([], ErrorCounter())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_streamed_columns_that_python_cannot_hold(tmp_path: Path, streaming: bool) -> None:
+    """Dates that nobody asked for stop nothing; one inside of what is asked for costs its row."""
+    from datasets import load_dataset
+
+    far = 253_402_300_800_000_000  # the year 10000, in microseconds
+    turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("at", pa.timestamp("us"))])
+    turns = [[{"role": role, "content": "a", "at": at} for role in ("user", "assistant")] for at in (far, 0)]
+    columns = {"messages": pa.array(turns, type=pa.list_(turn)), "at": pa.array([far, far], type=pa.timestamp("us"))}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    files = {"train": str(tmp_path / "a.parquet")}
+    dataset = load_dataset(
+        "parquet", data_files=files, split="train", streaming=streaming, cache_dir=str(tmp_path / "hf")
+    )
+    found, errors = stream(dataset)
+    assert [type(sample) for sample in found] == [Conversation]
+    assert errors.counts == {"unreadable row": 1}
 
 
 def test_hub_locations(monkeypatch: pytest.MonkeyPatch) -> None:

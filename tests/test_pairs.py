@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mm_gpt.datasets.formats.pairs import read_coco, read_karpathy, read_textvqa, read_vizwiz, read_vqa
 from mm_gpt.datasets.reading import rows
 from mm_gpt.datasets.reading.rows import read_json, read_rows
-from mm_gpt.datasets.samples import ErrorCounter, QuestionAnswer, Record
+from mm_gpt.datasets.samples import ErrorCounter, QuestionAnswer, Record, checked
 from mm_gpt.errors import ConfigError, MMGPTError
 
 Reader = Callable[..., Iterator[Record]]
@@ -21,7 +21,7 @@ Reader = Callable[..., Iterator[Record]]
 
 def read(reader: Reader, location: Path | str, **options: Any) -> tuple[list[Record], dict[str, int]]:
     errors = ErrorCounter()
-    return list(reader(str(location), errors, **options)), dict(errors.counts)
+    return list(checked(reader(str(location), errors, **options), errors)), dict(errors.counts)
 
 
 def write(path: Path, value: Any) -> Path:
@@ -87,9 +87,10 @@ def test_coco_bad_records_are_counted(tmp_path: Path) -> None:
         {"id": 5, "file_name": "a.jpg"},
         {"id": [6], "file_name": "a.jpg"},
         {"id": 7, "file_name": 8},
+        {"id": 8, "file_name": "a.jpg"},
         "no object",
     ]
-    said = [(1, "fine"), (1, " "), (1, 5), (1, "\ud83d"), ([], "x"), (99, "y"), (2, "x"), (3, "x"), (4, "x")]
+    said = [(1, "fine"), (1, " "), (1, 5), (8, "\ud83d"), ([], "x"), (99, "y"), (2, "x"), (3, "x"), (4, "x")]
     records, errors = read(read_coco, write(tmp_path / "c.json", coco(*said, images=images)))
     assert [(r.key, r.captions) for r in records] == [("1", ("fine",))]
     assert "url" not in records[0].metadata

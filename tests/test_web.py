@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import re
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -14,16 +15,15 @@ pytest.importorskip("trafilatura")
 pytest.importorskip("fastwarc")
 
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
-from mm_gpt.datasets.web.http_body import decode_body
+from mm_gpt.datasets.web.http_response import decode_body
 from mm_gpt.datasets.web.pages import (
     MAX_RECORD_BYTES,
     Page,
     folder_pages,
     page_document,
     read_pages,
-    read_warc,
-    warc_pages,
 )
+from mm_gpt.datasets.web.warc import read_warc, warc_pages
 from mm_gpt.document import Document
 from mm_gpt.errors import MMGPTError
 
@@ -221,6 +221,63 @@ def test_broken_warcs_keep_what_came_before(tmp_path: Path) -> None:
         read_warc(str(tmp_path / "missing.warc"), ErrorCounter())
 
 
+HEADS = {
+    "LF": b"HTTP/1.1 200 OK\nContent-Type: text/html\nX: 1\n\n",
+    "small letters": b"http/1.1 200 OK\r\ncontent-type: text/html\r\n\r\n",
+    "HTTP/2": b"HTTP/2 200 \r\nContent-Type: text/html\r\n\r\n",
+    "spaces before colons": b"HTTP/1.1 200 OK\r\nP3P : x\r\nContent-Type : text/html\r\n\r\n",
+    "no type": b"HTTP/1.1 200 OK\r\nServer: x\r\n\r\n",
+    "two types": b"HTTP/1.1 200 OK\r\nContent-Type: text/html, text/html; charset=utf-8\r\n\r\n",
+    "type twice": b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Type: text/html\r\n\r\n",
+    "folded": b"HTTP/1.1 200 OK\r\nContent-Type:\r\n text/html\r\n\r\n",
+    "no colon": b"HTTP/1.1 200 OK\r\nnonsense\r\nContent-Type: text/html\r\n\r\n",
+}
+
+
+def with_head(head: bytes, body: bytes, warc: str = "WARC-Type: response\r\n") -> bytes:
+    lines = f"WARC/1.0\r\n{warc}WARC-Target-URI: https://e.com/x\r\nContent-Type: application/http\r\n"
+    return f"{lines}Content-Length: {len(head + body)}\r\n\r\n".encode() + head + body + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_of_http_as_crawlers_meet_them(tmp_path: Path, kind: str) -> None:
+    """Stops: a page that is lost, and not counted, because its server writes HTTP in a way of its own."""
+    page = b"<!doctype html>" + html().encode()
+    errors = ErrorCounter()
+    path = write(tmp_path / "a.warc.gz", [with_head(HEADS[kind], page)])
+    assert [page.html for page in warc_pages(path, errors)] == [page]
+    assert errors.total == 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (with_head(b"\x16\x03\x01 no HTTP", b"<html>"), "broken HTTP head"),
+        (with_head(b"HTTP/1.1 OK\r\nContent-Type: text/html\r\n\r\n", b"<html>"), "broken HTTP head"),
+        (with_head(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n", b""), "broken HTTP head"),
+        (with_head(b"HTTP/1.1 200 OK\r\n\r\n", b"what is this"), "no content type"),
+        (with_head(HEADS["LF"], b"<html>", ""), "WARC record of no known type"),
+        (with_head(HEADS["LF"], b"<html>", "WARC-Type: strange\r\n"), "WARC record of no known type"),
+    ],
+)
+def test_heads_that_do_not_parse_are_counted(tmp_path: Path, bad: bytes, reason: str) -> None:
+    good = record("https://e.com/1", html().encode())
+    errors = ErrorCounter()
+    assert len(list(warc_pages(write(tmp_path / "a.warc", [good, bad, good]), errors))) == 2
+    assert errors.counts == {reason: 1}
+
+
+def test_a_record_that_claims_more_than_the_file_holds(tmp_path: Path) -> None:
+    """Stops: all that stands behind it lost without a word, or memory taken for what it claims."""
+    good = record("https://e.com/1", html().encode())
+    for kind in ("text/html", "image/png", "text/plain"):
+        data = record("https://e.com/2", html().encode(), kind)
+        claimed = re.sub(rb"(?<=Content-Length: )\d+", b"4611686018427387904", data, count=1)
+        errors = ErrorCounter()
+        assert len(list(warc_pages(write(tmp_path / "a.warc", [good, claimed, good]), errors))) == 1
+        assert errors.counts["WARC ends inside a record, read up to there"] == 1
+
+
 def test_pages_can_be_spread_over_processes(tmp_path: Path) -> None:
     """A Page travels by pickle, with all that is needed to find its images."""
     (tmp_path / "x.jpg").write_bytes(JPEG)
@@ -245,16 +302,37 @@ BODY = b"<p>a body</p>" * 40
     [
         (BODY, {}),
         (gzip.compress(BODY), {"content-encoding": "gzip"}),
+        (gzip.compress(BODY[:99]) + gzip.compress(BODY[99:]), {"content-encoding": "gzip"}),
+        (gzip.compress(b"") + gzip.compress(BODY), {"content-encoding": "x-gzip"}),
+        (gzip.compress(BODY) + b"\0\0 something else", {"content-encoding": "gzip"}),
         (BODY, {"content-encoding": "gzip"}),  # the crawler undid it and left the header
         (zlib.compress(BODY), {"content-encoding": "deflate"}),
         (zlib.compress(BODY)[2:-4], {"content-encoding": "deflate"}),  # raw, as some servers send it
         (b"5;x=y\r\n" + BODY[:5] + b"\r\n203\r\n" + BODY[5:] + b"\r\n0\r\n\r\n", {"transfer-encoding": "chunked"}),
         (BODY, {"transfer-encoding": "chunked"}),
     ],
-    ids=["plain", "gzip", "gzip undone", "deflate", "raw deflate", "chunked", "chunked undone"],
+    ids=[
+        "plain",
+        "gzip",
+        "two members",
+        "an empty member first",
+        "something behind it",
+        "gzip undone",
+        "deflate",
+        "raw deflate",
+        "chunked",
+        "chunked undone",
+    ],
 )
 def test_body(sent: bytes, headers: dict[str, str]) -> None:
     assert decode_body(sent, headers, 10_000) == BODY
+
+
+def test_members_of_a_body_are_limited_together() -> None:
+    bomb = gzip.compress(bytes(6000)) * 2
+    with pytest.raises(BadRecordError, match="too large"):
+        decode_body(bomb, {"content-encoding": "gzip"}, 10_000)
+    assert decode_body(gzip.compress(b"") * 20_000, {"content-encoding": "gzip"}, 10_000) == b""
 
 
 def test_brotli_body_and_bomb() -> None:

@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 from torch.nn import functional as F
 
 from mm_gpt.errors import ConfigError, ImageError, unknown_name
+from mm_gpt.images import pixel_array
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -179,7 +180,7 @@ class FastTransform:
             decoded = image.pixels(at_least=self._needed(crop))
         else:
             require_rgb(image)
-            decoded = np.array(image)
+            decoded = pixel_array(image)
         pixels = self._resize(decoded, crop)
         height, width = pixels.shape[-2:]
         values = self._colour(pixels.flatten(1).float()).view(3, height, width)
@@ -271,7 +272,7 @@ class TrainTransform(FastTransform):
 
 def to_pixels(image: PILImage.Image) -> torch.Tensor:
     """uint8 (3, H, W) of an RGB image."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(pixel_array(image)).permute(2, 0, 1)
 
 
 def from_pixels(pixels: torch.Tensor) -> PILImage.Image:

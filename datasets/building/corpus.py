@@ -45,15 +45,15 @@ from mm_gpt.datasets.filters.published_filters import Filters
 from mm_gpt.datasets.formats.interleaved import each_of
 from mm_gpt.datasets.reading import files
 from mm_gpt.datasets.samples import (
-    IMAGE_SUFFIXES,
+    STORED_IMAGE_SUFFIXES,
     BadRecordError,
     Conversation,
     ErrorCounter,
     Record,
     Sample,
 )
-from mm_gpt.datasets.sources import FORMATS, Format, detect, read_samples
-from mm_gpt.datasets.web import pages as web
+from mm_gpt.datasets.sources import FORMATS, Format, count_unread, detect, read_samples
+from mm_gpt.datasets.web import pages, warc
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ConfigError, ImageError, MMGPTError, unknown_name
 from mm_gpt.images import DEFAULT_LIMITS, ImageSource, image_bytes, image_format, is_url, load_image, to_file
@@ -140,7 +140,7 @@ def _parts(location: str, kind: Format) -> list[tuple[str, ...]]:
     at_once = 1
     match kind.name:
         case "pages":
-            names, at_once = web.page_files(location), PAGES_IN_SPLIT
+            names, at_once = pages.page_files(location), PAGES_IN_SPLIT
         case "corpus":
             names = [shard.name for shard in Corpus(location).shards]
         case "captioned":
@@ -195,12 +195,12 @@ def _samples(split: Split, config: CorpusConfig, errors: ErrorCounter, removed: 
     locations = split.files or (split.location,)
     match split.format:
         case "pages":
-            return web.read_page_files(
+            return pages.read_page_files(
                 split.location, split.files, errors, images=split.images, config=extraction, removed=removed
             )
         case "warc":
             return chain.from_iterable(
-                web.read_warc(location, errors, images=split.images, config=extraction, removed=removed)
+                warc.read_warc(location, errors, images=split.images, config=extraction, removed=removed)
                 for location in locations
             )
         case "corpus":
@@ -358,7 +358,7 @@ def _stored(source: ImageSource, side: int | None) -> bytes:
     image = load_image(source)
     large = side is not None and max(image.size) > side
     suffix = image_format(source) if isinstance(source, bytes) else ""
-    if isinstance(source, bytes) and not large and suffix in IMAGE_SUFFIXES:
+    if isinstance(source, bytes) and not large and suffix in STORED_IMAGE_SUFFIXES:
         return source
     if large:
         assert side is not None
@@ -610,6 +610,9 @@ def build_corpus(
         funnel.merge(Funnel.from_json(report["funnel"]))
         errors.merge(ErrorCounter(counts=Counter(report["errors"]["counts"]), examples=report["errors"]["examples"]))
         sizes.append(sum(shard["num_bytes"] for shard in report["shards"]))
+    # A split that is a whole source has told of them.
+    for location, kind in dict.fromkeys((split.location, split.format) for split in splits if split.files):
+        count_unread(location, FORMATS[kind], errors)
     decide(work, splits, config)
     shards: list[ShardInfo] = []
     groups = _groups(splits, sizes, config.shard_mb * 2**20)

@@ -12,7 +12,7 @@ from typing import Any
 
 from mm_gpt.datasets.formats.captioned import MAX_MEMBER_BYTES, make_record
 from mm_gpt.datasets.samples import (
-    IMAGE_SUFFIXES,
+    STORED_IMAGE_SUFFIXES,
     BadRecordError,
     Conversation,
     QuestionAnswer,
@@ -36,7 +36,7 @@ def to_members(sample: Sample) -> dict[str, bytes]:
         if not isinstance(data, bytes):
             raise BadRecordError("an image that is not fetched yet")
         suffix = image_format(data)
-        if suffix not in IMAGE_SUFFIXES:
+        if suffix not in STORED_IMAGE_SUFFIXES:
             raise BadRecordError(f"an image of format {suffix or 'unknown'}")
         name = f"{len(members)}.{suffix}"
         members[name] = data
@@ -79,7 +79,7 @@ def from_members(key: str, members: Mapping[str, bytes], source: str = "") -> Sa
 
     def image(part: Mapping[str, Any]) -> Image:
         name = part["image"]
-        if not isinstance(name, str) or name not in members or name.rpartition(".")[2] not in IMAGE_SUFFIXES:
+        if not isinstance(name, str) or name not in members or name.rpartition(".")[2] not in STORED_IMAGE_SUFFIXES:
             raise BadRecordError("missing image")
         return Image(members[name], alt=str(part.get("alt", "")))
 

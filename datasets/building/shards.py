@@ -20,23 +20,22 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 
 from mm_gpt.datasets.building.members import from_members, to_members
 from mm_gpt.datasets.formats.captioned import MAX_MEMBER_BYTES
 from mm_gpt.datasets.reading import files
-from mm_gpt.datasets.samples import IMAGE_SUFFIXES, BadRecordError, ErrorCounter, Sample, split_name
+from mm_gpt.datasets.reading.archives import TAR_ERRORS, Tar
+from mm_gpt.datasets.samples import STORED_IMAGE_SUFFIXES, BadRecordError, ErrorCounter, Sample, split_name
 from mm_gpt.errors import MMGPTError
 
 CORPUS_FILE = "corpus.json"
 VERSION = 1
 BLOCK = 512
 MAX_SAMPLE_BYTES = 512 * 2**20
-MAX_HEADER_BYTES = 2**20
-"""Of one member of a tar, pax records and long names included."""
-SAFE_SUFFIXES = (*IMAGE_SUFFIXES, "json", "txt")
+SAFE_SUFFIXES = (*STORED_IMAGE_SUFFIXES, "json", "txt")
 
 
 # ---- Reading ----
@@ -117,23 +116,6 @@ def _read_index(path: Path) -> np.ndarray:
     return offsets
 
 
-_TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, LookupError, OverflowError, RecursionError)
-"""What tarfile raises over a broken or hostile header."""
-
-
-class _Headers:
-    """A file that gives tarfile headers, and no more memory than those take, whatever size one claims to have."""
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self.tell, self.seek = file.tell, file.seek
-
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError("a header too large")
-        return self._file.read(size)
-
-
 def index_tar(path: Path, errors: ErrorCounter) -> np.ndarray:
     """Where the samples of an uncompressed tar begin and end, from its headers alone: int64 (N + 1,).
 
@@ -142,28 +124,23 @@ def index_tar(path: Path, errors: ErrorCounter) -> np.ndarray:
     """
     with files.open_file(str(path)) as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(0)
         try:
-            tar = tarfile.TarFile(fileobj=cast(BinaryIO, _Headers(file)), errors="replace")
-        except _TAR_ERRORS:
+            tar = Tar(file, jumps=True)
+        except TAR_ERRORS:
             raise MMGPTError(f"{path}: not an uncompressed tar") from None
         offsets: list[int] = []
         current: str | None = None
         end = 0
         while True:
-            broken: object = ""
             try:
                 member = tar.next()
-            except _TAR_ERRORS as error:
-                member, broken = None, error
-            if member is None:
-                file.seek(min(tar.offset, size))
-                if broken or file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a broken header for the end
-                    errors.add("broken tar, rest of it unread", f"{path.name}:{len(offsets)} ({broken or 'no end'})")
+            except TAR_ERRORS as error:
+                errors.add("broken tar, rest of it unread", f"{path.name}:{len(offsets)} ({error})")
                 break
-            tar.members = []  # type: ignore[attr-defined]  # or a long shard keeps every header in memory
+            if member is None:
+                break
             key = split_name(member.name)[0] if member.isreg() else current
-            if member.size < 0 or not member.offset_data <= tar.offset <= size:
+            if tar.offset > size:
                 errors.add("broken tar, rest of it unread", f"{path.name}:{len(offsets)} (cut short)")
                 if offsets and key == current:
                     end = offsets.pop()  # its sample is not whole
@@ -211,8 +188,8 @@ def _split_slowly(data: bytes) -> tuple[str, dict[str, bytes]]:
     key: str | None = None
     members: dict[str, bytes] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", errors="replace") as tar:
-            for member in tar:
+        with Tar(io.BytesIO(data + bytes(BLOCK)), jumps=True) as tar:
+            while (member := tar.next()) is not None:
                 own, suffix = split_name(member.name) if member.isreg() else (None, None)
                 key = key or own
                 if own is None or own != key or not _is_safe(suffix):
@@ -222,7 +199,7 @@ def _split_slowly(data: bytes) -> tuple[str, dict[str, bytes]]:
                 stream = tar.extractfile(member)
                 assert stream is not None  # isreg() said so
                 _add(members, suffix, member.size, stream.read())
-    except _TAR_ERRORS:
+    except TAR_ERRORS:
         raise BadRecordError("broken tar header") from None
     if key is None:
         raise BadRecordError("empty sample")

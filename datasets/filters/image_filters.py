@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 from mm_gpt.datasets.duplicates.image_hash import content_hash, hamming, perceptual_hash
 from mm_gpt.document import Document, Image, Segment
 from mm_gpt.errors import ConfigError, ImageError
-from mm_gpt.images import image_bytes, image_format, image_size, is_url, load_image
+from mm_gpt.images import IMAGE_FORMATS, image_bytes, image_format, image_size, is_url, load_image
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class ImageFilter:
     max_aspect_ratio: float | None = None
     """Longer side by shorter side."""
     formats: tuple[str, ...] | None = None
-    """Of `jpg`, `png`, `webp`, `gif`, `bmp`, told by content."""
+    """Of `mm_gpt.images.IMAGE_FORMATS` (`jpg`, `png`, ...), told by content."""
     min_bytes: int | None = None
     max_bytes: int | None = None
     min_bytes_per_pixel: float | None = None
@@ -119,9 +119,9 @@ class ImageFilter:
                 raise ConfigError(f"{bound}: must be at least 0, is {value}")
         if self.max_aspect_ratio is not None and not self.max_aspect_ratio >= 1:
             raise ConfigError(f"max_aspect_ratio: must be at least 1, is {self.max_aspect_ratio}")
-        unknown = set(self.formats or ()) - {"jpg", "png", "webp", "gif", "bmp"}
+        unknown = set(self.formats or ()) - set(IMAGE_FORMATS)
         if unknown:
-            raise ConfigError(f"formats: {', '.join(sorted(unknown))}: known are jpg, png, webp, gif, bmp")
+            raise ConfigError(f"formats: {', '.join(sorted(unknown))}: known are {', '.join(IMAGE_FORMATS)}")
 
     def __call__(self, document: Document, removed: Counter[str]) -> Document:
         kept: list[ImageFile] = []

@@ -8,24 +8,42 @@ members are read (a .pkl or .pyd member stays unread bytes), members over `MAX_M
 on disk, huge in memory) are refused, and a caption list cannot name a file outside its folder.
 """
 
-import csv
 import hashlib
 import json
 import os
 import re
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mm_gpt.datasets.reading.files import base_name, is_remote, list_files, local_path, open_file, suffix_of
-from mm_gpt.datasets.reading.rows import is_text, plain_values, read_parquet
-from mm_gpt.datasets.samples import IMAGE_SUFFIXES, BadRecordError, ErrorCounter, QuestionAnswer, Record, split_name
+from mm_gpt.datasets.reading.archives import TAR_ERRORS, Tar
+from mm_gpt.datasets.reading.files import base_name, is_hidden, is_remote, list_files, local_path, open_file, suffix_of
+from mm_gpt.datasets.reading.parquet import read_parquet
+from mm_gpt.datasets.reading.rows import (
+    decode_text,
+    find_image,
+    parse_json,
+    plain_values,
+    read_csv,
+    read_rows,
+)
+from mm_gpt.datasets.samples import (
+    IMAGE_SUFFIXES,
+    UNREAD_SUFFIXES,
+    BadRecordError,
+    ErrorCounter,
+    QuestionAnswer,
+    Record,
+    split_name,
+)
 from mm_gpt.errors import MMGPTError
 from mm_gpt.images import source_name
 
+CAPTION_LISTS = ("captions.jsonl", "captions.csv")
+NO_CAPTIONS = """images without captions: put photo.txt (a caption in each line) beside photo.jpg, or list them in \
+captions.jsonl: {"image": "photo.jpg", "caption": "..."}"""
+"""What to say of a folder of images alone."""
 MAX_MEMBER_BYTES = 64 * 2**20
-_TAR_BUFFER = 2**20
 _NOT_METADATA = ("id", "key", "image", "caption", "captions", "qa", "txt", "source", "exif", *IMAGE_SUFFIXES)
 """`exif` tells where and with what a photo was taken: it is of no use here, and private."""
 
@@ -41,8 +59,8 @@ def read_records(
     - an img2dataset .parquet with the images inside (its "parquet" output)
     - a folder with `captions.jsonl` (lines of `{"image": "photo.jpg", ...}` with the keys above) or `captions.csv`
       (columns image,caption; several lines may name one image); `images` is the folder of the images, if another one
-    - a folder of images with `photo.txt` or `photo.json` beside `photo.jpg`, or a folder of such folders (img2dataset's
-      "files" output)
+    - a folder of images, and of the folders in it, with `photo.txt` or `photo.json` beside `photo.jpg` (img2dataset's
+      "files" output); a `.txt` that has no image is counted
     - a folder of tars, or else of such parquets, read in order of their names
     - a URL, a glob or `{00000..00010}` of tars or of such parquets, see `files.list_files`.
 
@@ -65,9 +83,9 @@ def read_records(
         if path.suffix.lower() not in (".tar", ".parquet"):
             raise MMGPTError(f"{path}: expected a .tar, a .parquet or a folder")
         return _read_shards([str(path)], errors, check_hash)
-    names = sorted(path.iterdir())
+    names = sorted(name for name in path.iterdir() if not is_hidden(name.name))
     tars = [str(name) for name in names if name.suffix.lower() == ".tar"]
-    lists = [path / name for name in ("captions.jsonl", "captions.csv") if (path / name).is_file()]
+    lists = [path / name for name in CAPTION_LISTS if (path / name).is_file()]
     if len(lists) + bool(tars) > 1:
         found = ", ".join([*(p.name for p in lists), *map(base_name, tars[:1])])
         raise MMGPTError(f"{path}: holds {found}; name the one to read")
@@ -75,11 +93,9 @@ def read_records(
         return _read_list(lists[0], errors, path if images is None else local_path(images))
     if tars:
         return _read_shards(tars, errors, check_hash)
-    if _images_of(path):
-        return _read_folder(path, errors, check_hash)
-    folders = [name for name in names if name.is_dir() and _images_of(name)]
-    if folders:
-        return (r for folder in folders for r in _read_folder(folder, errors, check_hash, prefix=f"{folder.name}/"))
+    files = [Path(name) for name in (list_files(str(path)) if names else [])]
+    if any(_suffix(file.name) in IMAGE_SUFFIXES for file in files):
+        return _read_folder(path, files, errors, check_hash)
     parquets = [str(name) for name in names if name.suffix.lower() == ".parquet"]
     if parquets:
         return _read_shards(parquets, errors, check_hash)
@@ -140,9 +156,8 @@ def _tar_members(location: str, errors: ErrorCounter) -> Iterator[tuple[str, byt
     """Name and content of each image, .json or .txt member."""
     with open_file(location) as stream:
         try:
-            # As a stream, "r|": a remote tar is read from its beginning to its end, with no jumps in it.
-            tar = tarfile.open(fileobj=stream, mode="r|", bufsize=_TAR_BUFFER)  # noqa: SIM115 (closed by the with below)
-        except tarfile.TarError:
+            tar = Tar(stream)
+        except TAR_ERRORS:
             raise MMGPTError(f"{source_name(location)}: not an uncompressed tar") from None
         with tar:
             while True:
@@ -150,9 +165,12 @@ def _tar_members(location: str, errors: ErrorCounter) -> Iterator[tuple[str, byt
                     member = tar.next()
                     if member is None:
                         break
-                    tar.members = []  # type: ignore[attr-defined]  # or a long shard keeps every header in memory
                     suffix = _suffix(member.name)
-                    if not member.isreg() or suffix not in (*IMAGE_SUFFIXES, "json", "txt"):
+                    if not member.isreg() or is_hidden(member.name):
+                        continue
+                    if f".{suffix}" in UNREAD_SUFFIXES:
+                        errors.add(f"member that is not read (.{suffix})", f"{base_name(location)}:{member.name}")
+                    if suffix not in (*IMAGE_SUFFIXES, "json", "txt"):
                         continue
                     if member.size > MAX_MEMBER_BYTES or member.issparse():
                         # Refused, not dropped: the rest of its record must not pass for a whole one.
@@ -162,7 +180,7 @@ def _tar_members(location: str, errors: ErrorCounter) -> Iterator[tuple[str, byt
                     file = tar.extractfile(member)
                     assert file is not None  # isreg() said so
                     yield member.name, file.read()
-                except (tarfile.TarError, EOFError, OSError, MMGPTError) as error:
+                except TAR_ERRORS as error:
                     errors.add(f"broken tar, rest of it unread ({error})", base_name(location))
                     break
 
@@ -180,7 +198,7 @@ def _read_images_of_parquet(location: str, errors: ErrorCounter, check_hash: boo
             key = row.get("key")
             text = row.get("txt")
             yield _record(
-                str(key) if isinstance(key, int) or is_text(key) else str(number),
+                str(key) if isinstance(key, int | str) else str(number),
                 image,
                 {**row, "caption": row.get("caption") or text},
                 "",
@@ -206,27 +224,38 @@ def _count_failed(location: str, errors: ErrorCounter) -> None:
         errors.counts["not downloaded"] += failed - 1
 
 
-def _images_of(folder: Path) -> list[Path]:
-    return [name for name in sorted(folder.iterdir()) if _suffix(name.name) in IMAGE_SUFFIXES]
-
-
-def _read_folder(folder: Path, errors: ErrorCounter, check_hash: bool, *, prefix: str = "") -> Iterator[Record]:
-    for image in _images_of(folder):
+def _read_folder(folder: Path, files: Sequence[Path], errors: ErrorCounter, check_hash: bool) -> Iterator[Record]:
+    beside: dict[str, dict[str, Path]] = {}  # by path without suffix
+    for file in files:
+        if _suffix(file.name) in ("json", "txt"):
+            beside.setdefault(str(file.with_suffix("")), {})[_suffix(file.name)] = file
+    described: set[str] = set()
+    for image in files:
+        if _suffix(image.name) not in IMAGE_SUFFIXES:
+            continue
+        stem = str(image.with_suffix(""))
+        described.add(stem)
         try:
-            fields: dict[str, Any] = {"image": image}
-            for suffix in ("json", "txt"):
-                beside = image.with_suffix(f".{suffix}")
-                if beside.is_file():
-                    fields[suffix] = beside.read_bytes()
-            yield make_record(f"{prefix}{image.stem}", fields, folder.name, check_hash=check_hash)
+            texts = {suffix: file.read_bytes() for suffix, file in beside.get(stem, {}).items()}
+            key = image.with_suffix("").relative_to(folder).as_posix()
+            yield make_record(key, {"image": image, **texts}, image.parent.name, check_hash=check_hash)
         except BadRecordError as error:
             errors.add(str(error), str(image))
-    _count_failed(str(folder), errors)
+        except OSError as error:
+            errors.add("unreadable file", f"{image}: {error.strerror}")
+    for stem, texts_of in beside.items():
+        if "txt" in texts_of and stem not in described:
+            errors.add("text without an image beside it", str(texts_of["txt"]))
+    for one in sorted({file.parent for file in files}):
+        _count_failed(str(one), errors)
 
 
 def _read_list(path: Path, errors: ErrorCounter, folder: Path) -> Iterator[Record]:
-    folder = folder.resolve()
-    rows = _jsonl_rows(path, errors) if path.suffix == ".jsonl" else _csv_rows(path)
+    """The images that a list names, each once with all that the list says of it."""
+    if path.suffix == ".csv":
+        rows = read_csv(str(path), errors, columns=("image", "caption"))
+    else:
+        rows = read_rows(str(path), errors)
     merged: dict[str, tuple[list[str], list[QuestionAnswer]]] = {}  # a dict keeps the order of first appearance
     for line, row in rows:
         try:
@@ -242,43 +271,25 @@ def _read_list(path: Path, errors: ErrorCounter, folder: Path) -> Iterator[Recor
         except BadRecordError as error:
             errors.add(str(error), f"{path.name}:{line}")
     for name, (captions, questions) in merged.items():
-        image = (folder / name).resolve()
-        if not image.is_relative_to(folder):
-            errors.add("image outside the folder", f"{path.name}:{name}")
-        elif _suffix(name) not in IMAGE_SUFFIXES or not image.is_file():
-            errors.add("no image", f"{path.name}:{name}")
-        else:
-            yield Record(str(Path(name).with_suffix("")), image, _unique(captions), _unique(questions), folder.name)
-
-
-def _jsonl_rows(path: Path, errors: ErrorCounter) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield number, _json(line)
-                except BadRecordError as error:
-                    errors.add(str(error), f"{path.name}:{number}")
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        reader = csv.DictReader(lines)
-        missing = {"image", "caption"} - set(reader.fieldnames or ())
-        if missing:
-            raise MMGPTError(f"{path}: no column {' or '.join(sorted(missing))} in the first line")
         try:
-            for row in reader:
-                yield reader.line_num, {"image": row["image"], "caption": row["caption"] or ""}
-        except csv.Error as error:
-            raise MMGPTError(f"{path}: line {reader.line_num}: {error}") from None
+            if _suffix(name) not in IMAGE_SUFFIXES:
+                raise BadRecordError(f"image that is not read (.{_suffix(name)})")
+            found = find_image(str(folder), [name])
+            if found is None:
+                raise BadRecordError("no image")
+            key = str(Path(name).with_suffix(""))
+            yield Record(key, found, _unique(captions), _unique(questions), folder.resolve().name)
+        except BadRecordError as error:
+            errors.add(str(error), f"{path.name}:{name}")
 
 
 def make_record(key: str, fields: Mapping[str, Any], source: str, *, check_hash: bool = False) -> Record:
     """A record from {"json": bytes, "txt": bytes, an image suffix: bytes, or "image": Path}. Raises BadRecordError."""
     image = next((fields[s] for s in ("image", *IMAGE_SUFFIXES) if s in fields), None)
-    values = _json(fields["json"]) if "json" in fields else {}
-    return _record(key, image, values, _utf8(fields["txt"]) if "txt" in fields else "", source, check_hash)
+    values = parse_json(fields["json"]) if "json" in fields else {}
+    if not isinstance(values, dict):
+        raise BadRecordError("JSON is not an object")
+    return _record(key, image, values, decode_text(fields["txt"]) if "txt" in fields else "", source, check_hash)
 
 
 def _record(
@@ -294,14 +305,15 @@ def _record(
     captions, questions = _texts(values)
     # img2dataset writes the same caption to .txt and .json: one of several lines is still one
     if text.strip() not in captions:
-        captions += [line.strip() for line in text.splitlines() if line.strip()]
+        # not splitlines(): a caption may hold U+2028
+        captions += [line.strip() for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
     if not captions and not questions:
         raise BadRecordError("no captions or questions")
     if check_hash:
         data = image.read_bytes() if isinstance(image, Path) else image
         if values.get("sha256") != hashlib.sha256(data).hexdigest():
             raise BadRecordError("sha256 is missing or another one")
-    if is_text(values.get("source")):
+    if isinstance(values.get("source"), str):
         source = values["source"]
     metadata = plain_values(values, without=_NOT_METADATA)
     return Record(key, image, _unique(captions), _unique(questions), source, metadata)
@@ -324,23 +336,6 @@ def _question(pair: Any) -> QuestionAnswer:
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise BadRecordError("answers are not a list of text")
     return QuestionAnswer(pair["question"], pair["answer"], tuple(answers))
-
-
-def _json(data: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(_utf8(data))
-    except (ValueError, RecursionError):
-        raise BadRecordError("bad JSON") from None
-    if not isinstance(values, dict):
-        raise BadRecordError("JSON is not an object")
-    return values
-
-
-def _utf8(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise BadRecordError("text is not UTF-8") from None
 
 
 def _unique(items: Iterable[Any]) -> tuple[Any, ...]:

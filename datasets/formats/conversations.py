@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mm_gpt.datasets.reading.files import base_name, folder_of, list_files, suffix_of
-from mm_gpt.datasets.reading.rows import find_image, is_text, plain_text, plain_values, read_rows
+from mm_gpt.datasets.reading.rows import ROW_SUFFIXES, find_image, first_value, plain_text, plain_values, read_rows
 from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter
 from mm_gpt.document import Image, Message
 from mm_gpt.errors import ConfigError, ImageError, MMGPTError
@@ -29,6 +29,8 @@ _NOT_METADATA = (
     "id",
     "image",
     "images",
+    "file_name",
+    "file_names",
     "video",
     "conversations",
     "messages",
@@ -72,25 +74,41 @@ def _read(
     location: str, errors: ErrorCounter, images: str | None, image_first: bool, least: Mapping[str, int]
 ) -> Iterator[Conversation]:
     named = list_files(location)
-    files = named if len(named) == 1 else [f for f in named if suffix_of(f) in (".json", ".jsonl", ".parquet")]
+    files = named if len(named) == 1 else [f for f in named if suffix_of(f) in ROW_SUFFIXES]
     if not files:
-        raise MMGPTError(f"{source_name(location)}: holds no .json, .jsonl or .parquet")
+        raise MMGPTError(f"{source_name(location)}: holds no {', '.join(ROW_SUFFIXES)}")
     for file in files:
         folder = images if images is not None else folder_of(file)
         name = base_name(file)
         for number, row in read_rows(file, errors):
             place = f"{name}:{number}"
             try:
-                messages = _messages(row, folder, least, errors, place)
-                if image_first:
-                    messages = [_image_first(message) for message in messages]
-                if not any(m["role"] == "assistant" for m in messages):
-                    raise BadRecordError("no answer")
-                key = row.get("id")
-                key = str(key) if isinstance(key, int) or (is_text(key) and key) else place
-                yield Conversation(key, tuple(messages), name.partition(".")[0], _metadata(row))
+                yield conversation_of(row, place, errors, folder, image_first=image_first, min_ratings=least)
             except BadRecordError as error:
                 errors.add(str(error), place)
+
+
+def conversation_of(
+    row: Mapping[str, Any],
+    place: str,
+    errors: ErrorCounter,
+    folder: str,
+    *,
+    image_first: bool = False,
+    min_ratings: Mapping[str, int] | None = None,
+) -> Conversation:
+    """One row as `read_conversations` reads it; `place` (`folder/file.jsonl:3`) names it where it has no `id`.
+
+    Raises BadRecordError.
+    """
+    messages = _messages(row, folder, min_ratings or {}, errors, place)
+    if image_first:
+        messages = [_image_first(message) for message in messages]
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadRecordError("no answer")
+    key = row.get("id")
+    key = str(key) if isinstance(key, int | str) and key != "" else place
+    return Conversation(key, tuple(messages), base_name(place).partition(".")[0].partition(":")[0], _metadata(row))
 
 
 def _messages(
@@ -205,8 +223,8 @@ class _Images:
     """The images that a row lists, handed out in order."""
 
     def __init__(self, row: Mapping[str, Any], folder: str) -> None:
-        value: Any = next((row[name] for name in ("images", "image") if row.get(name)), [])
-        self.listed: list[Any] = value if isinstance(value, list) else [value]
+        value = first_value(row, ("images", "image", "file_names", "file_name"))
+        self.listed: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
         self._folder, self._used = folder, 0
 
     def next(self) -> Image:
@@ -267,6 +285,6 @@ def _image_first(message: Message) -> Message:
 def _metadata(row: Mapping[str, Any]) -> dict[str, Any]:
     values = plain_values(row, without=_NOT_METADATA)
     first = row["texts"][0] if isinstance(row.get("texts"), list) and row["texts"] else None
-    if isinstance(first, dict) and is_text(first.get("source")):  # The Cauldron names the source of each turn
+    if isinstance(first, dict) and isinstance(first.get("source"), str):  # The Cauldron names the source of each turn
         values.setdefault("source", first["source"])
     return values

@@ -10,14 +10,14 @@ import binascii
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, Literal
 
 from mm_gpt.datasets.reading.archives import ARCHIVE_SUFFIXES, read_archive
 from mm_gpt.datasets.reading.files import base_name, list_files, suffix_of
 from mm_gpt.datasets.reading.http_files import ReadError
-from mm_gpt.datasets.reading.rows import find_image, plain_text, read_rows
+from mm_gpt.datasets.reading.rows import decode_text, find_image, parse_json, plain_text, read_rows
 from mm_gpt.datasets.reading.unpacked import MAX_LINE_BYTES, lines_of
-from mm_gpt.datasets.samples import IMAGE_SUFFIXES, BadRecordError, ErrorCounter, Sample, optional_import
+from mm_gpt.datasets.samples import IMAGE_SUFFIXES, AnySample, BadRecordError, ErrorCounter, optional_import
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 
@@ -25,8 +25,6 @@ MAX_MEMBER_BYTES = 64 * 2**20
 MAX_DOCUMENT_BYTES = 512 * 2**20
 NEW_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
 """What OBELICS leaves in a text where a page goes on with another article (its `more-link` nodes)."""
-
-AnySample = TypeVar("AnySample", bound=Sample)
 
 
 def read_obelics(location: str, errors: ErrorCounter, *, images: str | None = None) -> Iterator[Document]:
@@ -215,9 +213,9 @@ def _mmc4_rows(file: str, errors: ErrorCounter) -> Iterator[tuple[str, dict[str,
             continue
         for number, line in lines:
             try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError):
-                errors.add("bad JSON", f"{name}:{number}")
+                row = parse_json(line)
+            except BadRecordError as error:
+                errors.add(str(error), f"{name}:{number}")
                 continue
             if isinstance(row, dict):
                 yield f"{name}:{number}", row
@@ -282,7 +280,7 @@ def _tar_document(key: str, members: dict[str, bytes]) -> Document:
     listing = members.pop(f"{key}.metadata.txt", None)
     if not listing:
         raise BadRecordError("incomplete document")
-    wanted = {line.strip().removeprefix("./") for line in _utf8(listing).split("\n") if line.strip()}
+    wanted = {line.strip().removeprefix("./") for line in decode_text(listing).split("\n") if line.strip()}
     if not wanted <= {*members, f"{key}.metadata.txt"}:
         raise BadRecordError("incomplete document")
     segments: dict[int, list[Segment]] = {}
@@ -293,7 +291,7 @@ def _tar_document(key: str, members: dict[str, bytes]) -> Document:
         if place:
             raise BadRecordError("an image and a text in one place")
         if placed[3]:
-            place += [Text(paragraph) for paragraph in paragraphs(plain_text(_utf8(data)))]
+            place += [Text(paragraph) for paragraph in paragraphs(plain_text(decode_text(data)))]
         elif data:
             place.append(Image(data))
         else:
@@ -384,10 +382,3 @@ def _json_member(row: Mapping[str, Any], key: str, kind: type) -> Any:
         except (ValueError, RecursionError):
             raise BadRecordError(f"{key} is not JSON") from None
     return value if isinstance(value, kind) else kind()
-
-
-def _utf8(data: bytes) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise BadRecordError("text is not UTF-8") from None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_gpt.datasets.reading.files import base_name, exists, folder_of, is_remote
-from mm_gpt.datasets.reading.rows import find_image, is_text, plain_text, read_json
+from mm_gpt.datasets.reading.rows import find_image, plain_text, read_json
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, QuestionAnswer, Record
 from mm_gpt.errors import ConfigError, MMGPTError, unknown_name
 from mm_gpt.images import is_url, source_name
@@ -215,8 +215,7 @@ def read_vizwiz(
             file = _member(item, "image", str)
             question = _question(item) if unanswered else _question(item, _answers(item))
             types, answerable = (
-                item.get(k) if is_text(item.get(k)) or isinstance(item.get(k), int) else None
-                for k in ("answer_type", "answerable")
+                item.get(k) if isinstance(item.get(k), int | str) else None for k in ("answer_type", "answerable")
             )
             group = groups.add(file, question, question_ids=file, answer_types=types, answerable=answerable)
             group.names = [file]
@@ -274,7 +273,7 @@ def _read_annotations(location: str, errors: ErrorCounter) -> dict[int | str, _A
             # Most of the millions of answers are the same few words: one string each.
             answers = tuple(map(sys.intern, _answers(item)))
             given, *types = (
-                sys.intern(value) if is_text(value) and value else None
+                sys.intern(value) if isinstance(value, str) and value else None
                 for value in (item.get(name) for name in ("multiple_choice_answer", "question_type", "answer_type"))
             )
             found[_member(item, "question_id", (int, str))] = (given, answers, types[0], types[1])
@@ -344,8 +343,6 @@ def _member(item: Any, name: str, kind: type | tuple[type, ...]) -> Any:
     value = item.get(name) if isinstance(item, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool) or value == "":
         raise BadRecordError(f"no {name}")
-    if isinstance(value, str) and not is_text(value):
-        raise BadRecordError("text is not Unicode")
     return value
 
 
@@ -357,7 +354,7 @@ def _id(item: Any) -> str:
 
 
 def _is_http(url: Any) -> bool:
-    return is_text(url) and is_url(url) and url[:4].lower() == "http"
+    return isinstance(url, str) and is_url(url) and url[:4].lower() == "http"
 
 
 def _source(location: str) -> str:

@@ -176,7 +176,7 @@ def _list_one(location: str) -> list[str]:
                 names = [name for name, info in fs.glob(path, detail=True).items() if info.get("type") != "directory"]
             else:
                 raise FileNotFoundError
-            return [fs.unstrip_protocol(name) for name in names if not _is_hidden(str(name), path)]
+            return [fs.unstrip_protocol(name) for name in names if not is_hidden(_inside(str(name), path))]
     local = local_path(location)
     if local.is_dir():
         return list(_walk(local))
@@ -184,7 +184,9 @@ def _list_one(location: str) -> list[str]:
         return [str(local)]
     if not _is_glob(str(local)):  # one of many in braces must not go missing in silence
         raise MMGPTError(f"{source_name(local)}: no such file or folder")
-    return [name for name in glob.glob(str(local), recursive=True) if os.path.isfile(name)]
+    named = "__MACOSX" in str(local)  # what begins with a dot is left out by glob itself
+    found = (name for name in glob.glob(str(local), recursive=True) if named or "/__MACOSX/" not in name)
+    return [name for name in found if os.path.isfile(name)]
 
 
 def _walk(top: Path) -> Iterator[str]:
@@ -200,8 +202,8 @@ def _walk(top: Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = (os.path.join(folder, name) for name in names if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        paths = (os.path.join(folder, name) for name in names if not is_hidden(name))
         yield from (path for path in paths if os.path.isfile(path) or os.path.islink(path))
 
 
@@ -209,9 +211,15 @@ def _is_glob(path: str) -> bool:
     return re.search(r"[*?\[]", path) is not None
 
 
-def _is_hidden(name: str, base: str) -> bool:
-    inner = name.removeprefix(base) if name.startswith(base) else posixpath.basename(name)
-    return any(part.startswith(".") for part in inner.split("/"))
+def is_hidden(name: str) -> bool:
+    """Whether a file or member of an archive is hidden or in a hidden folder: `.git/config`, and what macOS writes
+    beside each file, `._photo.jpg` or `__MACOSX/photo.jpg`.
+    """
+    return any(part == "__MACOSX" or part.startswith(".") for part in name.split("/") if part not in (".", ".."))
+
+
+def _inside(name: str, base: str) -> str:
+    return name.removeprefix(base) if name.startswith(base) else posixpath.basename(name)
 
 
 def _expand_braces(location: str) -> Iterable[str]:

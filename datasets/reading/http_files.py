@@ -1,7 +1,7 @@
 """Large files behind http(s) URLs: guarded as images are, resumed when a connection breaks, never endless.
 
 An `HttpFile` reads from where it stands over one connection and opens another with a Range header after a seek or a
-break. Every connection passes the guard of `mm_gpt.images.open_url`: public addresses only, redirects checked again.
+break. Every connection passes the guard of `network`: public addresses only, redirects checked again.
 """
 
 import http.client
@@ -15,7 +15,8 @@ import time
 from dataclasses import dataclass, field
 
 from mm_gpt.errors import ConfigError, MMGPTError, URLError
-from mm_gpt.images import Deadline, open_url, source_name
+from mm_gpt.network.client import Deadline, open_url
+from mm_gpt.network.urls import short_name
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class HttpFile(io.RawIOBase):
     """
 
     def __init__(self, url: str, limits: HttpLimits | None = None) -> None:
-        self.name = source_name(url)
+        self.name = short_name(url)
         self.size: int | None = None
         self.tag = ""
         self._url, self._limits = url, limits or HttpLimits()

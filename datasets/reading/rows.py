@@ -1,40 +1,50 @@
-"""Rows of JSON lists, JSON lines and parquet files as a stream, and the images that rows name.
+"""Rows of JSON lists, JSON lines and CSV files as a stream, and the images that rows name.
 
 A COCO or LLaVA file is one JSON value of several hundred megabytes. It is parsed item by item from a sliding window, so
 that no more than one item and the window are in memory.
 """
 
 import codecs
-import itertools
+import csv
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mm_gpt.datasets.reading.files import base_name, is_remote, open_file, resolve, suffix_of
+from mm_gpt.datasets.reading.files import base_name, is_remote, resolve, suffix_of
+from mm_gpt.datasets.reading.parquet import read_parquet
 from mm_gpt.datasets.reading.unpacked import open_unpacked, read_lines
-from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, optional_import
+from mm_gpt.datasets.samples import IMAGE_SUFFIXES, BadRecordError, ErrorCounter
 from mm_gpt.errors import MMGPTError
 from mm_gpt.images import source_name
 
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
+IMAGE_COLUMNS = ("image", "file_name", *IMAGE_SUFFIXES, "img")
+URL_COLUMNS = ("url", "image_url", "URL")
+"""Of an image, where a row has no other: elsewhere they are only told in `metadata`."""
 MAX_ITEM_CHARS = 64 * 2**20
 """Of one value inside a JSON file; a longer one is refused."""
 WINDOW_BYTES = 2**18
-PARQUET_ROWS = 32
-"""Are decoded at a time: rows with images are megabytes each."""
+MAX_CELL_LINES = 1000
+"""Of one cell of a CSV file: a quote that is never closed must not take the whole file."""
 
 
 def read_rows(location: str, errors: ErrorCounter) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, row) of a JSON list of objects, of JSON lines (whatever the file is called) or of a `.parquet`.
+    """(number from 1, row) of a `.parquet`, `.csv` or `.tsv`, of a JSON list of objects or of JSON lines (any name).
 
-    What is not an object is counted and skipped, as is a broken line. Raises MMGPTError when the file cannot be opened,
-    or is a JSON list with an error in it: what would follow is unknown.
+    The number of a line or cell is its line's. What is not an object is counted and skipped, as is a broken line.
+    Raises MMGPTError when the file cannot be opened, or is a JSON list with an error in it: what follows is unknown.
     """
-    if suffix_of(location) == ".parquet":
-        yield from read_parquet(location, errors)
-        return
+    match suffix_of(location):
+        case ".parquet":
+            yield from read_parquet(location, errors)
+            return
+        case ".csv" | ".tsv":
+            yield from read_csv(location, errors)
+            return
     values = enumerate((value for _, value in read_json(location)), start=1) if _is_list(location) else None
     for number, value in values or _json_lines(location, errors):
         if isinstance(value, dict):
@@ -62,20 +72,82 @@ def read_json(location: str) -> Iterator[tuple[str, Any]]:
             raise parser.error("more than one JSON value")
 
 
-def read_parquet(location: str, errors: ErrorCounter) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number from 1, row) of a parquet file. Raises MMGPTError when it cannot be opened or is none."""
-    parquet, arrow = optional_import("pyarrow.parquet"), optional_import("pyarrow")
-    with open_file(location, seekable=True) as stream:
-        numbers = itertools.count(1)
+def read_csv(
+    location: str, errors: ErrorCounter, *, columns: Collection[str] = ()
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line of its start, row) of a CSV file (RFC 4180) whose first line names the columns; `.tsv` has tabs for commas.
+
+    Nothing is guessed: a row with a stray quote, with more or fewer cells than columns, with a cell over 131,072
+    characters, or in another encoding than UTF-8 is counted, and reading goes on in the line after its first. Empty
+    cells are None. Raises MMGPTError when it cannot be opened, and for a first line that is broken or lacks `columns`.
+    """
+    _head(location)
+    name = base_name(location)
+    delimiter = "\t" if suffix_of(location) == ".tsv" else ","
+    lines = read_lines(location, errors)
+    number, first = next(lines, (1, b""))
+    try:
+        cells = next(csv.reader([decode_text(first)], delimiter=delimiter, strict=True), [])
+    except (BadRecordError, csv.Error) as error:
+        raise MMGPTError(f"{source_name(location)}:{number}: {_reason(error)}") from None
+    header = [cell.strip() for cell in cells]
+    if missing := sorted(set(columns) - set(header)):
+        raise MMGPTError(f"{source_name(location)}: no column {' or '.join(missing)} in the first line")
+    if twice := [cell for at, cell in enumerate(header) if cell and cell in header[:at]]:
+        raise MMGPTError(f"{source_name(location)}: two columns {twice[0]!r}")
+    for number, cells in _csv_cells(lines, name, delimiter, errors):
+        if len(cells) == len(header):
+            yield number, {column: cell or None for column, cell in zip(header, cells, strict=True)}
+        else:
+            more = len(cells) > len(header)
+            errors.add(f"{'more' if more else 'fewer'} cells than columns", f"{name}:{number}")
+
+
+def _csv_cells(
+    lines: Iterator[tuple[int, bytes]], name: str, delimiter: str, errors: ErrorCounter
+) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of each row. After a broken row the lines that it seemed to take are read once more as rows."""
+    again: deque[tuple[int, bytes]] = deque()
+    taken: list[tuple[int, bytes]] = []
+
+    def of_one_row() -> Iterator[str]:
+        while len(taken) <= MAX_CELL_LINES:
+            line = again.popleft() if again else next(lines, None)
+            if line is None:
+                return
+            blank = line[0] - taken[-1][0] - 1 if taken else 0
+            taken.append(line)
+            yield from ["\n"] * blank  # `read_lines` leaves them out; they stand inside a cell
+            try:
+                yield decode_text(line[1]) + "\n"
+            except BadRecordError:
+                if len(taken) == 1:
+                    raise
+                return
+
+    while True:
+        taken.clear()
         try:
-            file = parquet.ParquetFile(stream)
-        except (arrow.ArrowException, OSError) as error:
-            raise MMGPTError(f"{source_name(location)}: not a readable parquet file ({_line(error)})") from None
-        try:
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
-                yield from zip(numbers, batch.to_pylist(), strict=False)
-        except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            errors.add("broken parquet, rest of it unread", f"{base_name(location)} ({_line(error)})")
+            cells = next(csv.reader(of_one_row(), delimiter=delimiter, strict=True), None)
+            if cells is None:
+                return
+            yield taken[0][0], cells
+        except (BadRecordError, csv.Error) as error:
+            errors.add(_reason(error), f"{name}:{taken[0][0]}")
+            again.extendleft(reversed(taken[1:]))
+
+
+_CSV_ERRORS = {
+    "expected after": "a stray quote",
+    "unexpected end of data": "a quote that is not closed",
+    "field larger than": "a cell that is too long",
+}
+
+
+def _reason(error: BadRecordError | csv.Error) -> str:
+    if isinstance(error, BadRecordError):
+        return str(error)
+    return f"bad CSV: {next((ours for theirs, ours in _CSV_ERRORS.items() if theirs in str(error)), error)}"
 
 
 def find_image(folder: str, names: Sequence[str]) -> Path | str | None:
@@ -96,19 +168,42 @@ def find_image(folder: str, names: Sequence[str]) -> Path | str | None:
     return None
 
 
+def first_value(row: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """The first of these values that is not empty, else None."""
+    return next((row[name] for name in names if not is_empty(row.get(name))), None)
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell of a row holds nothing; `{"bytes": None, "path": None}` is how parquet has a missing image."""
+    if isinstance(value, Mapping):
+        return all(item is None for item in value.values())
+    return value is None or (isinstance(value, str | bytes | list) and not value)
+
+
 def plain_text(value: Any) -> str:
-    """`value` stripped. Raises BadRecordError when it is no text, or has half characters that no file can hold."""
-    if not is_text(value):
-        raise BadRecordError("text is not Unicode" if isinstance(value, str) else "text is not a string")
-    return str(value).strip()
+    """`value` stripped. Raises BadRecordError when it is no text."""
+    if not isinstance(value, str):
+        raise BadRecordError("text is not a string")
+    return value.strip()
 
 
-def is_text(value: Any) -> bool:
-    """Whether `value` is a string that can be written: JSON may spell half a character (`"\\ud83d"`)."""
+def decode_text(data: bytes) -> str:
+    """The text of a file, a line or a member. Raises BadRecordError for what is no UTF-8, or no text at all."""
     try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise BadRecordError("text is not UTF-8") from None
+    if "\0" in text:  # as in UTF-16, and in files that are no text
+        raise BadRecordError("text with zero bytes")
+    return text
+
+
+def parse_json(data: bytes) -> Any:
+    """The JSON value in a line or a member. Raises BadRecordError."""
+    try:
+        return json.loads(decode_text(data))
+    except (ValueError, RecursionError):
+        raise BadRecordError("bad JSON") from None
 
 
 def plain_values(row: Mapping[str, Any], *, without: Collection[str]) -> dict[str, Any]:
@@ -116,23 +211,28 @@ def plain_values(row: Mapping[str, Any], *, without: Collection[str]) -> dict[st
     return {
         name: value
         for name, value in row.items()
-        if name not in without
-        and is_text(name)
-        and (is_text(value) or (isinstance(value, int | float) and isfinite(value)))
+        if name not in without and (isinstance(value, str | int) or (isinstance(value, float) and isfinite(value)))
     }
 
 
 def _is_list(location: str) -> bool:
+    return _head(location).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _head(location: str) -> bytes:
     with open_unpacked(location) as stream:
-        return stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+        head = stream.read(4096)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise MMGPTError(f"{source_name(location)}: UTF-16; save it as UTF-8")
+    return head
 
 
 def _json_lines(location: str, errors: ErrorCounter) -> Iterator[tuple[int, Any]]:
     for number, line in read_lines(location, errors):
         try:
-            yield number, json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError):
-            errors.add("bad JSON", f"{base_name(location)}:{number}")
+            yield number, parse_json(line)
+        except BadRecordError as error:
+            errors.add(str(error), f"{base_name(location)}:{number}")
 
 
 class _Parser:
@@ -228,7 +328,3 @@ class _Parser:
     def _take(self, char: str) -> None:
         if not self._skip(char):
             raise self.error("not JSON" if self.peek() else "cut off")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

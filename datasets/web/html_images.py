@@ -1,15 +1,14 @@
 """Which file an `<img>` shows: lazy loading, `srcset`, `<picture>`, `data:` URLs; and what is no picture at all."""
 
-import base64
-import binascii
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 from mm_gpt.datasets.samples import BadRecordError
 from mm_gpt.datasets.web.html_tree import join_url
+from mm_gpt.image_headers import IMAGE_SUFFIXES, OTHER_KINDS
+from mm_gpt.network.urls import data_url_bytes
 
 # Where scripts find the picture that `src` only holds a place for, commonest first.
 LAZY_SETS = ("data-srcset", "data-lazy-srcset", "srcset")
@@ -27,7 +26,9 @@ LAZY_SOURCES = (
 )
 MAX_DATA_URL_BYTES = 16 * 2**20
 _MIN_DATA_URL_BYTES = 200  # below that it is a placeholder: one transparent or grey pixel
-_UNREADABLE = (".svg", ".svgz", ".pdf", ".mp4", ".webm")
+
+_OTHER_SUFFIXES = frozenset(suffix for kind in OTHER_KINDS for suffix in kind.suffixes)
+_MEDIA_TYPES = frozenset(f"image/{name}" for name in (*IMAGE_SUFFIXES, "pjpeg", "x-png", "x-ms-bmp", "x-bmp", "*"))
 
 _TOKEN = re.compile(r"[^\s,]\S*")
 
@@ -45,47 +46,54 @@ def image_source(element: Any, base: str, local: LocalImage | None = None) -> by
         raise BadRecordError("hidden")
     if _is_pixel(element):
         raise BadRecordError("tracking pixel")
-    candidates = list(dict.fromkeys(_candidates(element)))
+    candidates: dict[str, str] = {}
+    for address, media_type in _candidates(element):
+        candidates.setdefault(address, media_type)
+    readable = [address for address, media_type in candidates.items() if _is_readable(address, media_type)]
+    reason = "kind of image that is not read" if len(readable) < len(candidates) else "no address"
     if local is not None:
-        for address in candidates:
+        for address in readable:
             found = local(address)
             if found is not None:
                 return found
-    reason = "no address"
-    for address in candidates:
+    for address in readable:
         if address[:5].lower() == "data:":
             try:
                 return _data_bytes(address)
             except BadRecordError as error:
                 reason = str(error)
             continue
-        joined = join_url(base, address)
-        if not joined:
-            reason = "address leads nowhere"
-        elif joined.partition("?")[0].partition("#")[0].lower().endswith(_UNREADABLE):
-            reason = "vector graphic or video"
-        else:
+        if joined := join_url(base, address):
             return joined
+        reason = "address leads nowhere"
     raise BadRecordError(reason)
 
 
-def _candidates(element: Any) -> Iterator[str]:
-    """Addresses as written, best first."""
-    sets: list[str] = []
+def _is_readable(address: str, media_type: str) -> bool:
+    """Whether an image is of a kind that is read, as far as its address and its `type` tell."""
+    if address[:5].lower() == "data:":
+        return address[5:].partition(",")[0].partition(";")[0].strip().lower() in _MEDIA_TYPES
+    path = address.partition("?")[0].partition("#")[0].lower()
+    suffix = path.rpartition("/")[2].rpartition(".")[2]
+    named = media_type.partition(";")[0].strip().lower()
+    return suffix not in _OTHER_SUFFIXES and (not named or named in _MEDIA_TYPES)
+
+
+def _candidates(element: Any) -> Iterator[tuple[str, str]]:
+    """(address as written, its media type or "") of each, best first."""
+    sized: list[tuple[float, str, str]] = []
     parent = element.getparent()
     if parent is not None and parent.tag == "source":  # libxml2 does not know that <source> has no content
         parent = next((a for a in element.iterancestors("picture")), parent)
-    if parent is not None and parent.tag == "picture":
-        for source in parent.iter("source"):
-            if "svg" not in (source.get("type") or ""):
-                sets += [source.get(name) or "" for name in LAZY_SETS]
-    sets += [element.get(name) or "" for name in LAZY_SETS]
-    sized = [pair for value in sets if value for pair in srcset_candidates(value)]
+    sources = parent.iter("source") if parent is not None and parent.tag == "picture" else ()
+    for source, media_type in (*((source, source.get("type") or "") for source in sources), (element, "")):
+        for name in LAZY_SETS:
+            sized += [(size, address, media_type) for size, address in srcset_candidates(source.get(name) or "")]
     # sorted() is stable: among equals the browser's first choice stays first
-    yield from (address for _, address in sorted(sized, key=lambda pair: -pair[0]))
+    yield from ((address, media_type) for _, address, media_type in sorted(sized, key=lambda one: -one[0]))
     for name in (*LAZY_SOURCES, "src"):
         if (value := (element.get(name) or "").strip()) and not value.startswith(("{", "[")):
-            yield value
+            yield value, ""
 
 
 def srcset_candidates(value: str) -> list[tuple[float, str]]:
@@ -111,20 +119,13 @@ def srcset_candidates(value: str) -> list[tuple[float, str]]:
 
 
 def _data_bytes(address: str) -> bytes:
-    header, _, payload = address.partition(",")
-    if not re.match(r"data:image/(png|jpe?g|webp|gif|bmp|avif)\b", header, re.I):
-        raise BadRecordError("vector graphic or video" if "svg" in header.lower() else "address leads nowhere")
-    if len(payload) > MAX_DATA_URL_BYTES * 4 // 3:
-        raise BadRecordError("data: URL too large")
-    raw = unquote_to_bytes(payload)
-    if header.lower().rstrip().endswith(";base64"):
-        try:
-            raw = base64.b64decode(b"".join(raw.split()), validate=True)
-        except (binascii.Error, ValueError):
-            raise BadRecordError("broken data: URL") from None
-    if len(raw) < _MIN_DATA_URL_BYTES:
+    try:
+        data = data_url_bytes(address, MAX_DATA_URL_BYTES)
+    except ValueError as error:
+        raise BadRecordError("data: URL too large" if "limit" in str(error) else "broken data: URL") from None
+    if len(data) < _MIN_DATA_URL_BYTES:
         raise BadRecordError("placeholder")
-    return raw
+    return data
 
 
 def _is_pixel(element: Any) -> bool:

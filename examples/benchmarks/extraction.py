@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.datasets.web.extract import ExtractConfig, extract
-from mm_gpt.datasets.web.pages import Page, folder_pages, warc_pages
+from mm_gpt.datasets.web.pages import Page, folder_pages
+from mm_gpt.datasets.web.warc import warc_pages
 from mm_gpt.document import Document, Text
 
 

@@ -15,7 +15,7 @@ from mm_gpt.datasets.loading.caption_questions import derive_questions
 from mm_gpt.datasets.loading.pieces import piece_document, sample_pieces
 from mm_gpt.datasets.loading.plan import shuffled
 from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, Sample
-from mm_gpt.datasets.sources import Peek, read_samples
+from mm_gpt.datasets.sources import SourceInfo, read_samples
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.images import is_url
@@ -141,7 +141,7 @@ def read_source(source: SourceConfig, folder: Path, errors: ErrorCounter) -> lis
     """
     location = source_location(source, folder)
     path = folder / source.path
-    if source.format == "corpus" or (source.format == "auto" and Peek(location).is_corpus):
+    if source.format == "corpus" or (source.format == "auto" and SourceInfo(location).is_corpus):
         return None
     if source.format == "auto":
         if is_text_source(path):
