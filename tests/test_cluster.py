@@ -139,9 +139,10 @@ def test_leftovers_go(pages: Path, tmp_path: Path, on_one_machine: dict[str, byt
     with pytest.raises(Killed):
         build_corpus([str(pages)], out, CONFIG, runner=Stopping(1, progress=False))
     assert (out / "shard-00000-00000.tar").is_file()
+    (work,) = (path for path in (out / corpus.WORK).iterdir() if path.is_dir())
     for name in (".split-000003.0123", ".group-00001.4567", ".drop.89ab"):
-        (out / corpus.WORK / name).mkdir()
-        (out / corpus.WORK / name / "shard-00000.tar").write_text("half")
+        (work / name).mkdir()
+        (work / name / "shard-00000.tar").write_text("half")
     build_corpus([str(pages)], out, CONFIG, runner=Runner(1, progress=False))
     assert contents(out) == on_one_machine
 

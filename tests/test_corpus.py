@@ -804,7 +804,7 @@ def test_a_killed_build_goes_on(
 ) -> None:
     """In the middle of the first and of the last pass. Byte for byte what it would have been; nothing is made twice."""
     out = tmp_path / "corpus"
-    finished = f".build/{prefix}-*/report.json"
+    finished = f".build/*/{prefix}-*/report.json"
     assert kill_when(lambda: len(list(out.glob(finished))) >= 2, name, workers, out, tars, how) == code
     assert not (out / "corpus.json").exists()
     before = {path.parent.name for path in out.glob(finished)}
@@ -828,6 +828,30 @@ def test_a_killed_build_goes_on(
     assert made
     assert not before & set(made)
     assert not (out / ".build").exists()
+
+
+def test_a_late_part_of_another_build_is_not_taken(
+    tars: list[str], uninterrupted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine finishes its part of a build that was killed and begun anew with other settings."""
+    late: list[Any] = []
+
+    def killed(*arguments: Any) -> None:
+        late.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpus_module, "process_split", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build(tars, tmp_path / "corpus", **{**OPTIONS, "image_side": 16})
+
+    def after_the_late_one(*arguments: Any) -> dict[str, Any]:
+        while late:
+            process_split(*late.pop())
+        return process_split(*arguments)
+
+    monkeypatch.setattr(corpus_module, "process_split", after_the_late_one)
+    build(tars, tmp_path / "corpus", **OPTIONS)
+    assert files_of(tmp_path / "corpus") == uninterrupted
 
 
 def test_moved_shards_are_found_again(tars: list[str], uninterrupted: dict[str, str], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,8 @@ def build_corpus(
     if (out / CORPUS_FILE).exists():
         raise MMGPTError(f"{out} already holds a corpus; choose another folder, or remove it")
     funnel, errors = Funnel(config.steps()), ErrorCounter()
-    work = out / WORK
     splits = find_splits(sources, format=format, images=images)
-    _check_same(work, splits, config)
+    work = _continued(out / WORK, splits, config)
     sizes: list[int] = []
     for report in runner("read and filter", _Process(config, work), splits):
         funnel.merge(Funnel.from_json(report["funnel"]))
@@ -125,7 +125,7 @@ def build_corpus(
     about = {"counts": vars(total), "languages": languages, "sources": list(sources), "config": asdict(config)}
     funnel.save(out)
     write_corpus_file(out, shards, about)
-    shutil.rmtree(work, ignore_errors=True)  # a machine that was given up may still be writing into it
+    shutil.rmtree(out / WORK, ignore_errors=True)  # a machine that was given up may still be writing into it
     return CorpusSummary(len(shards), total.documents, total.images, total.characters, funnel, errors)
 
 
@@ -152,23 +152,29 @@ def _groups(splits: Sequence[Split], sizes: Sequence[int], shard_bytes: int) -> 
     return groups
 
 
-def _check_same(work: Path, splits: Sequence[Split], config: CorpusConfig) -> None:
-    """A build continues only as what it was; one that has nothing to show for itself yet may become another."""
+def _continued(work: Path, splits: Sequence[Split], config: CorpusConfig) -> Path:
+    """The folder for the parts of this build, begun or new.
+
+    A build continues only as what it was; one that has nothing to show for itself yet may become another. The folder is
+    named by sources and settings: a machine may still be at work for the other one, and ends in a folder of that.
+    """
     plan = work / "build.json"
     values = json.loads(json.dumps({"splits": [asdict(split) for split in splits], "config": asdict(config)}))
+    parts = work / sha256(json.dumps(values).encode()).hexdigest()[:16]
     try:
-        if plan.is_file() and any(work.glob("split-*")):
+        if plan.is_file() and any(work.glob("*/split-*")):
             before = read_json(plan)
             for key in ("splits", "config"):
                 if before.get(key) != values[key]:
                     what = "sources" if key == "splits" else "settings"
                     raise MMGPTError(f"{work.parent} holds a build with other {what}: repeat those, or remove {work}")
-            return
+            return parts
         if not work.is_dir() and work.parent.is_dir() and any(work.parent.iterdir()):
             raise MMGPTError(f"{work.parent} is not empty; choose a new folder")
-        work.mkdir(parents=True, exist_ok=True)
+        parts.mkdir(parents=True, exist_ok=True)
         temporary = work / "build.json.tmp"
         temporary.write_text(json.dumps(values) + "\n", encoding="utf-8")
         temporary.rename(plan)
+        return parts
     except OSError as error:
         raise MMGPTError(f"{work.parent}: cannot be written ({error.strerror or error})") from None
