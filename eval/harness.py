@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-beams", type=int, metavar="N", help="default: 3 for captions, 1 for answers")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 40 for captions, 32 for answers")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffled control and the bootstrap")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument(
         "--contamination",
         metavar="REPORT",

@@ -1,6 +1,8 @@
 """The Python API."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ import mm_gpt
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.inference.assistant import Assistant, generation_config
-from mm_gpt.inference.engine import Answer
+from mm_gpt.inference.engine import Answer, GenerationConfig
 from mm_gpt.model.lora import LoRAConfig as Config
 from mm_gpt.model.lora import LoRALinear, add_lora
+from mm_gpt.processor import Processor
+from mm_gpt.templates.image_text import ImageTextConfig
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +175,69 @@ def test_a_space_before_the_continuation_belongs_to_it(tiny_assistant: Assistant
     """ "Answer: " + "red" and "Answer:" + " red" are the same text, so they have the same probability."""
     spaced = tiny_assistant.logprob(["A blue ground. Answer: "], "red circle")
     assert spaced == tiny_assistant.logprob(["A blue ground. Answer:"], " red circle")
+
+
+# ---- how answers are generated ----
+
+
+def public_form() -> Assistant:
+    """A model whose images stand in the prompt by a token of the vocabulary, as in published checkpoints."""
+    model, processor = make_tiny()
+    token = next(iter(processor.tokenizer.special))
+    config = dataclasses.replace(processor.config, image_text=ImageTextConfig(token=token))
+    return Assistant(model, Processor(processor.tokenizer, config, vocab_size=processor.vocab_size))
+
+
+def test_models_that_are_not_ours_may_repeat_themselves(model: Assistant) -> None:
+    """JSON and tables repeat runs of tokens, and transformers lets published models write them."""
+    public = public_form()
+    assert (public.is_public, model.is_public) == (True, False)
+    assert public.caption_config().no_repeat_ngram_size == public.chat_config().no_repeat_ngram_size == 0
+    assert (model.caption_config().no_repeat_ngram_size, model.chat_config().no_repeat_ngram_size) == (3, 8)
+    for assistant in (public, model):
+        assert assistant.chat_config({"no_repeat_ngram_size": 5}).no_repeat_ngram_size == 5
+        assert assistant.caption_config({"no_repeat_ngram_size": 0}).no_repeat_ngram_size == 0
+
+
+def test_an_answer_says_how_it_was_generated(model: Assistant) -> None:
+    assert model.ask(None, "Hi", max_new_tokens=2).generation == model.chat_config({"max_new_tokens": 2})
+    assert model.caption(make_picture()).generation == model.caption_config()
+    assert model.complete("Hi", max_new_tokens=2).generation == GenerationConfig(max_new_tokens=2)
+    stream = model.chat([{"role": "user", "content": "Hi"}], stream=True, max_new_tokens=2)
+    assert "".join(stream).strip() == stream.answer
+    assert stream.answer.generation == model.chat_config({"max_new_tokens": 2})
+    talk = model.conversation(max_new_tokens=2)
+    assert talk.say("Hi").generation == model.chat_config({"max_new_tokens": 2})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, text: model.ask(None, text),
+        lambda model, text: model.ask(make_picture(), "What?", examples=[(make_picture(), "What?", text)]),
+        lambda model, text: model.caption(make_picture(), prompt=text),
+        lambda model, text: model.chat([{"role": "system", "content": text}, {"role": "user", "content": "Hi"}]),
+        lambda model, text: model.chat([{"role": "user", "content": [{"type": "text", "text": text}]}], stream=True),
+        lambda model, text: model.conversation().say(text),
+        lambda model, text: model.complete(["A photo ", text]),
+        lambda model, text: model.logprob(text, " a cat"),
+        lambda model, text: model.logprob("A photo of", text),
+        lambda model, text: model.ask(None, "Hi", stop=(text,)),
+    ],
+    ids=[
+        "ask",
+        "examples",
+        "caption",
+        "system",
+        "stream",
+        "conversation",
+        "complete",
+        "prompt",
+        "continuation",
+        "stop",
+    ],
+)
+def test_half_a_character_is_refused_at_every_door(call: Any, model: Assistant) -> None:
+    """A lone surrogate is no UTF-8 text: the tokenizer would raise an error that names nothing."""
+    with pytest.raises(MMGPTError, match=r"half a character \(.*a lone surrogate\)"):
+        call(model, "a \ud83e duck")

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -19,8 +20,9 @@ import pytest
 from conftest import make_picture
 
 import mm_gpt
-from mm_gpt.commands import cli
+from mm_gpt.commands import ask as ask_command
 from mm_gpt.commands.cli import COMMANDS, main
+from mm_gpt.commands.command import check_folder
 from mm_gpt.hub import checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -93,7 +95,18 @@ def test_help_has_examples_that_parse(name: str, capsys: Capture) -> None:
         (["captoin"], "did you mean 'caption'?"),
         (["ask"], "IMAGE ... QUESTION"),
         (["ask", "picture.png"], "the question is missing after picture.png"),
+        (["ask", "picture.png", "picture.png"], "the question is missing after picture.png"),
         (["ask", "picture.png", " "], "the question is empty"),
+        (["ask", "What is it?", "picture.png"], "mm-gpt ask picture.png 'What is it?'"),
+        (["ask", "What is it?", "misspelt.png"], "the question comes last"),
+        (["ask", "What is it?", "https://example.org/a"], "the question comes last"),
+        (["ask", "-", "-"], "give one -"),
+        (["chat", "-"], "chat reads its questions from standard input"),
+        (["caption", "-"], "mm-gpt ask -"),
+        (["picture.png", "What is it?"], "mm-gpt ask picture.png QUESTION"),
+        (["ask", "picture.png", "What?", "--num_beams", "2"], "did you mean --num-beams?"),
+        (["ask", "picture.png", "What?", "--zoom", "2"], "unrecognized arguments: --zoom 2"),
+        (["serve"], "unknown command 'serve' (known: "),
         (["ask", "picture.png", "What?", "--temprature", "1"], "--temprature"),
         (["caption"], "INPUT"),
         (["caption", "picture.png", "--batch-size", "0"], "'0' is not a whole number above 0"),
@@ -158,7 +171,7 @@ def test_bad_image(name: str, picture: str, model: list[str], capsys: Capture) -
     assert bad["image"] == name
     assert bad["error"]
     assert "caption" in good
-    assert captured.err == "mm-gpt: done 2 of 2, errors 1\n"
+    assert captured.err.endswith("\nmm-gpt: done 2 of 2, errors 1\n")
 
 
 @pytest.mark.parametrize(
@@ -201,6 +214,83 @@ def test_unknown_model_suggests_the_closest(
         assert_one_line(capsys.readouterr(), "'defualt'", "did you mean 'default'?")
 
 
+def test_folder_for_ask_names_caption(picture: str, capsys: Capture) -> None:
+    Path("photos").mkdir()
+    assert main(["ask", "photos", "What is it?"]) == 1
+    assert_one_line(capsys.readouterr(), "photos: is a folder", "mm-gpt caption")
+
+
+@pytest.mark.parametrize("argv", [["ask", "Is it caf\udce9?"], ["caption", "picture.png", "--prompt", "\ud83d"]])
+def test_half_a_character_on_the_command_line(argv: list[str], picture: str, model: list[str], capsys: Capture) -> None:
+    """What a terminal with another encoding sends: a lone surrogate, which the tokenizer would die of."""
+    assert main([*argv, *model]) == 1
+    assert_one_line(capsys.readouterr(), "half a character")
+
+
+def test_half_a_character_in_a_chat_is_that_turn_only(
+    model: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    give_stdin(monkeypatch, "caf\udce9?\nWhat?\n")
+    assert main(["chat", *model]) == 1
+    printed = capsys.readouterr()
+    assert "half a character" in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out.strip()
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a model fails the test: what is wrong could be known before."""
+
+    def load(*args: Any, **options: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    for module in ("inference.assistant", "hub.checkpoint", "hub.export.export"):
+        monkeypatch.setattr(importlib.import_module(f"mm_gpt.{module}"), "load_model", load)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["eval", "--task", "vqa", "--data", "nowhere"], "nowhere: no such file or folder"),
+        (["eval", "--task", "vqa", "--data", ".", "--contamination", "no.json"], "no.json: no such file or folder"),
+        (["eval", "--task", "vqa", "--data", ".", "-o", "picture.png/r.json"], "picture.png is not a folder"),
+        (["eval", "--task", "vqa", "--data", ".", "--seed", "-1"], "seed"),
+        (["export", "default", "--out", "picture.png/exported"], "picture.png is not a folder"),
+        (["export", "default", "--out", "picture.png"], "picture.png: a file"),
+        (["caption", "picture.png", "-o", "picture.png/captions.csv"], "picture.png/captions.csv"),
+        (["corpus", "quality", "picture.png", "--raw", "nowhere", "--out", "q"], "nowhere: no such file or folder"),
+        (["corpus", "tokenizer", "picture.png", "--out", "picture.png/t"], "picture.png is not a folder"),
+        (["corpus", "contamination", "nowhere", "--eval", "vqa=picture.png", "--out", "c"], "nowhere: no such file"),
+        (["corpus", "build", ".", "--out", "picture.png/corpus"], "picture.png is not a folder"),
+        (["train", "tiny", "--out", "picture.png/run"], "picture.png is not a folder"),
+    ],
+)
+def test_what_costs_nothing_is_checked_first(
+    argv: list[str], said: str, picture: str, no_model: None, capsys: Capture
+) -> None:
+    assert main(argv) == 1
+    assert_one_line(capsys.readouterr(), said)
+
+
+def test_demo_knows_a_taken_port_before_it_loads(no_model: None, capsys: Capture) -> None:
+    pytest.importorskip("gradio", reason="the demo needs gradio")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["demo", "--port", str(port)]) == 1
+    assert_one_line(capsys.readouterr(), f"127.0.0.1 port {port}")
+    assert main(["demo", "--host", "no.such.host.invalid"]) == 1
+    assert_one_line(capsys.readouterr(), "no.such.host.invalid")
+
+
+def test_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # for root everything is writable
+    with pytest.raises(mm_gpt.MMGPTError, match="no permission to write into"):
+        check_folder(tmp_path / "a/b")
+    (tmp_path / "a").mkdir()
+    check_folder(tmp_path / "a/b")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "processor.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_corrupt_model(
@@ -234,6 +324,9 @@ def test_question_longer_than_the_context(picture: str, model: list[str], capsys
         ("--max-new-tokens", "0"),
         ("--top-k", "-2"),
         ("--stop", ""),
+        ("--seed", "-1"),
+        ("--seed", str(2**63)),
+        ("--temperature", "1e-45"),
         ("--device", "tpu"),
         ("--device", "cuda:99"),
     ],
@@ -294,10 +387,47 @@ def test_ask(picture: str, model: list[str], tiny_model_folder: Path, capsys: Ca
     assert capsys.readouterr().err == ""
 
 
+def test_short_names_that_people_type(picture: str, tiny_model_folder: Path, capsys: Capture) -> None:
+    assert main(["ask", picture, "What?", "-m", str(tiny_model_folder), "--max-tokens", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["completion_tokens"] == 3
+    assert main(["caption", picture, "-m", str(tiny_model_folder), "-o", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["image"] == picture
+    for argv in (["-V"], ["--version"], ["help"], ["help", "ask"]):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.count(f"mm-gpt {mm_gpt.__version__}\n") == 2
+    assert "usage: mm-gpt ask" in printed
+
+
+def test_ask_reads_standard_input(
+    picture: str, model: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    main(["ask", picture, "What?", *model])
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(picture).read_bytes())))
+    assert main(["ask", "-", "What?", *model]) == 0
+    assert capsys.readouterr().out == expected
+    give_stdin(monkeypatch, "What?\n")
+    assert main(["ask", picture, "-", *model]) == 0
+    assert capsys.readouterr().out == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"no image")))
+    assert main(["ask", "-", "What?", *model]) == 1
+    assert_one_line(capsys.readouterr(), "standard input")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9?"), encoding="utf-8"))
+    assert main(["ask", picture, "-", *model]) == 1
+    assert_one_line(capsys.readouterr(), "standard input", "utf-8")
+
+
 def test_ask_without_image_as_json(model: list[str], capsys: Capture) -> None:
     assert main(["ask", "Who are you?", "--json", *model]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert list(values) == ["answer", "prompt_tokens", "image_tokens", "completion_tokens", "finish_reason"]
+    counts = ["prompt_tokens", "image_tokens", "completion_tokens", "finish_reason"]
+    assert list(values) == ["answer", *counts, "generation"]
+    assert values["generation"] == dataclasses.asdict(
+        mm_gpt.GenerationConfig(max_new_tokens=12, no_repeat_ngram_size=8)
+    ) | {"stop": []}
     assert values["image_tokens"] == 0
     assert 1 <= values["completion_tokens"] <= 12
 
@@ -324,7 +454,7 @@ def test_terminal_sees_the_same_answer_in_pieces(
     whole = capsys.readouterr().out
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     pieces = []
-    monkeypatch.setattr(cli, "print", lambda *a, end="\n", **_: pieces.append("".join(a) + end), raising=False)
+    monkeypatch.setattr(ask_command, "print", lambda *a, end="\n", **_: pieces.append("".join(a) + end), raising=False)
     assert main(["ask", picture, "What?", *model]) == 0
     assert len(pieces) > 3
     assert "".join(pieces).strip() == whole.strip()
@@ -368,7 +498,7 @@ def test_ctrl_c_ends_the_answer_not_the_chat(
     model: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     give_stdin(monkeypatch, "One?\nTwo?\n")
-    print_stream, calls = cli._print_stream, []
+    print_stream, calls = ask_command.print_stream, []
 
     def interrupted_once(stream: Any) -> None:
         calls.append(stream)
@@ -377,7 +507,7 @@ def test_ctrl_c_ends_the_answer_not_the_chat(
             raise KeyboardInterrupt
         print_stream(stream)
 
-    monkeypatch.setattr(cli, "_print_stream", interrupted_once)
+    monkeypatch.setattr(ask_command, "print_stream", interrupted_once)
     assert main(["chat", *model]) == 0
     assert len(calls) == 2
     printed = capsys.readouterr()
@@ -394,7 +524,8 @@ def test_caption_to_stdout_and_to_a_file(picture: str, model: list[str], capsys:
     printed = capsys.readouterr()
     rows = [json.loads(line) for line in printed.out.splitlines()]
     assert [row["image"] for row in rows] == ['comma, quote".png', "picture.png"]
-    assert printed.err == "mm-gpt: done 2 of 2, errors 0\n"
+    settings = "num_beams 3, temperature 0.0, max_new_tokens 12, no_repeat_ngram_size 3"
+    assert printed.err == f"mm-gpt: generated with {settings}\nmm-gpt: done 2 of 2, errors 0\n"
     assert main(["caption", ".", "-o", "out.jsonl", *model]) == 0
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -491,7 +622,7 @@ def test_eval_is_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     from mm_gpt.eval import harness
 
     monkeypatch.setattr(harness, "run", lambda args: 7 if args.task == "vqa" else 0)
-    assert main(["eval", "--task", "vqa", "--data", "x"]) == 7
+    assert main(["eval", "--task", "vqa", "--data", "."]) == 7
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -504,7 +635,7 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.delitem(sys.modules, "mm_gpt.serving.gradio_demo")
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo"]) == 1
-    assert_one_line(capsys.readouterr(), "Gradio", "mm-gpt[demo]")
+    assert_one_line(capsys.readouterr(), "Gradio is not installed", 'pip install -e ".[demo]"')
 
 
 def test_models(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

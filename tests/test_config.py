@@ -214,3 +214,34 @@ def test_impossible_processors() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             from_dict(ProcessorConfig, values)
+
+
+def test_a_key_of_an_inner_part_is_named_with_its_path() -> None:
+    """`lr=1e-3` is what people write for `inner.lr=1e-3`."""
+
+    @dataclass(frozen=True)
+    class Part:
+        lr: float = 1.0
+
+    @dataclass(frozen=True)
+    class Whole:
+        steps: int = 1
+        part: Part = Part()
+
+    with pytest.raises(ConfigError, match=r"^lr: unknown key 'lr'; did you mean 'part\.lr'\?$"):
+        override(Whole(), ["lr=2"])
+    with pytest.raises(ConfigError, match=r"did you mean 'steps'\?"):
+        override(Whole(), ["step=2"])
+
+
+def test_half_a_character_is_refused_in_values() -> None:
+    @dataclass(frozen=True)
+    class Named:
+        name: str = ""
+        more: tuple[str, ...] = ()
+
+    for wrong in ({"name": "caf\udce9"}, {"more": ["a", "\ud83d"]}):
+        with pytest.raises(ConfigError, match=r"(name|more\[1\]): half a character"):
+            from_dict(Named, wrong)
+    with pytest.raises(ConfigError, match="name: half a character"):
+        override(Named(), ["name=caf\udce9"])

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image as PILImage
 
 from mm_gpt.commands.cli import main
 from mm_gpt.commands.corpus import describe
+from mm_gpt.config import field_docs
 from mm_gpt.datasets.sources import FORMATS
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.tokenizer import Tokenizer
@@ -129,6 +131,9 @@ def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for setting in ("filters=basic", "near_duplicates=0.8", "image_side=1024", "opt_out=True", "shard_mb=256"):
         assert setting in text
     assert "none, basic, kosmos, obelics" in text
+    # what stands under each field in the source
+    assert "Fetch images behind URLs, from public addresses only; False: they are left out." in text
+    assert "Documents whose words agree by more than this are one." in text
     with pytest.raises(SystemExit) as unknown:
         run(capsys, "bild", "x")
     assert unknown.value.code == 2
@@ -222,3 +227,22 @@ def test_show_does_not_let_text_command_the_terminal() -> None:
     assert "text\ttab\nline" in shown
     shown.encode()
     assert "<bytes, 8 long>: not a JPEG" in shown
+
+
+def test_fields_tell_what_stands_under_them() -> None:
+    assert field_docs(Documented) == {"first": "What it is, on two lines.", "third": "The last."}
+
+
+@dataclass
+class Documented:
+    """Not of a field."""
+
+    first: int = 1
+    """What it is,
+    on two lines."""
+    second: int = 2
+    third: tuple[int, ...] = ()
+    """The last."""
+
+    def method(self) -> None:
+        """Not of a field."""

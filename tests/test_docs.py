@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from mm_gpt.hub.public import tables
 from mm_gpt.model.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = (
     "python3 -m venv",  # .ci/run runs it
     "mm-gpt demo",  # test_gradio_demo.py runs it
@@ -116,11 +117,14 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     for beginning, overrides in SHORTER.items():
         if command.split()[:3] == beginning.split():
             command = f"{command} {overrides}"
+    command, _, given = command.partition(" < ")
     words = shlex.split(command)
     scripts = Path(sysconfig.get_path("scripts"))
     environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     words = [sys.executable if word == "python" else word for word in words]
-    return subprocess.run(words, cwd=folder, env=environment, text=True, capture_output=True, input="What is it?\n")
+    stdin = (folder / given).read_bytes() if given else b"What is it?\n"
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, input=stdin)
+    return subprocess.CompletedProcess(words, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 @pytest.mark.timeout(900)
@@ -168,6 +172,30 @@ def test_the_tables_of_models_are_those_of_the_command() -> None:
             assert f"| {' | '.join(row)} |" in text
     for name, preset in PRESETS.items():
         assert re.search(rf"^\| {re.escape(name)} \| [\d,]+ \| .* \| {re.escape(preset.about)} \|$", text, re.M)
+
+
+def test_the_first_command_installs_what_the_readme_uses() -> None:
+    """And no page names a package of an index: a stranger could register it."""
+    (first, *_) = blocks(ROOT / "README.md", "bash")
+    assert 'pip install -e ".[all]"' in first
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["all"] == ["mm-gpt[demo,corpus]"]
+    for place in (*DOCS, *ROOT.glob("mm_gpt/**/*.py"), *ROOT.glob("datasets/**/*.py"), *ROOT.glob("examples/**/*.py")):
+        assert not re.search(r'pip install "?mm-gpt', place.read_text(encoding="utf-8")), place
+
+
+def test_the_map_names_what_is_there() -> None:
+    """Folders in the tables of README.md and CONTRIBUTING.md, and the rooms of datasets/."""
+    rooms = {path.name for path in (ROOT / "datasets").iterdir() if (path / "__init__.py").exists()}
+    for page in ("README.md", "CONTRIBUTING.md"):
+        rows = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("| `")]
+        paths = [
+            path for row in rows for path in re.findall(r"`((?:mm_gpt|vision|datasets|eval|examples)/[\w./]*)`", row)
+        ]
+        assert len(paths) >= 8
+        assert [path for path in paths if not (ROOT / path).exists()] == []
+        text = "\n".join(rows)
+        assert {room for room in rooms if f"`{room}`" not in text and f"`{room}/`" not in text} == set()
 
 
 def test_readme_has_the_two_commands() -> None:

@@ -19,8 +19,8 @@ from tokenizers import models as backends
 from torch import Tensor
 
 from mm_gpt.document import Document, Image, Text
-from mm_gpt.errors import ConfigError, ContextOverflowError
-from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream, _certain, _length_penalty
+from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
+from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream, _certain, _length_penalty, _Row
 from mm_gpt.inference.sampling import Repeats, choose, next_token_probabilities
 from mm_gpt.model.decoder import DecoderConfig
 from mm_gpt.model.mmgpt import MMGPT
@@ -550,3 +550,143 @@ def test_probability_of_an_answer_is_that_of_its_tokens(engine: Engine) -> None:
     assert answer.logprobs is not None
     assert all(token.logprob <= 0 and math.isfinite(token.logprob) for token in answer.logprobs)
     assert (engine.generate(PROMPTS[:1], GenerationConfig(max_new_tokens=4))[0]).logprobs is None
+
+
+# ---- text piece by piece ----
+
+
+def rows_text(tokenizer: Tokenizer, ids: list[int], **options: Any) -> tuple[str, Answer]:
+    """(the pieces joined, the answer) of a row that was given these ids."""
+    example = PROCESSOR(Document((Text("x"),)))
+    row = _Row(example, PROCESSOR, GenerationConfig(max_new_tokens=len(ids), **options), 10_000)
+    row.tokenizer = tokenizer
+    return "".join(row.add(id, None) for id in ids), row.answer()
+
+
+def sentencepiece_tokenizer() -> Tokenizer:
+    """Of Llama's form: spaces as ▁, bytes as tokens, and the very first space dropped."""
+    words = ["▁", "▁a", "▁dog", "dog", "s", "é", "▁▁"]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *byte_tokens, *words])}
+    backend = Backend(backends.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    return Tokenizer(backend, end_of_text="<|endoftext|>", end_of_turn="<|im_end|>")
+
+
+PROCESSOR = make_tiny()[1]
+TOKENIZERS = {"bytes": PROCESSOR.tokenizer, "sentencepiece": sentencepiece_tokenizer()}
+
+
+def byte_tokens_of(character: str) -> list[int]:
+    return [len(SPECIAL) + byte for byte in character.encode()]
+
+
+RUNS = {
+    "bytes": st.integers(0, PROCESSOR.tokenizer.vocab_size - 1).map(lambda id: [id]),
+    # Whole characters: bytes that are none make a run of signs of its bytes, whatever was said of them before.
+    "sentencepiece": st.one_of(
+        st.sampled_from([1, *range(len(SPECIAL) + 256, len(SPECIAL) + 256 + 7)]).map(lambda id: [id]),
+        st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd").map(byte_tokens_of),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_an_answer_decoded_piece_by_piece_is_the_whole_decoded(kind: str, data: st.DataObject) -> None:
+    """Stops: a space lost or doubled where the window of decoded tokens moves, characters cut in halves."""
+    tokenizer = TOKENIZERS[kind]
+    drawn = data.draw(st.lists(RUNS[kind], min_size=1))
+    ids = [id for run in drawn for id in run if id not in tokenizer.end_ids] or [1]
+    pieces, answer = rows_text(tokenizer, ids)
+    assert pieces == tokenizer.decode(ids)
+    assert answer == pieces.strip()
+
+
+def test_a_token_costs_the_same_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stops: decoding the whole answer again for each token, which grows with its square."""
+    tokenizer = TOKENIZERS["bytes"]
+    decoded: list[int] = []
+    decode = Tokenizer.decode
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, **o: decoded.append(len(ids)) or decode(self, ids, **o))
+    rows_text(tokenizer, tokenizer.encode("A red circle on a blue square. " * 20))
+    assert max(decoded) <= 3
+
+
+def test_a_stop_text_of_the_replacement_sign_does_not_match_half_characters() -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    ids = tokenizer.encode("a 🦆 duck")
+    assert len(ids) > len("a 🦆 duck")  # the duck is several tokens, halves of a character
+    pieces, answer = rows_text(tokenizer, ids, stop=("\ufffd",))
+    assert (pieces, answer.finish_reason) == ("a 🦆 duck", "length")
+    pieces, answer = rows_text(tokenizer, tokenizer.encode("a \ufffd duck"), stop=("\ufffd",))
+    assert (answer, answer.finish_reason) == ("a", "stop")
+
+
+def test_a_batch_is_sampled_like_its_rows() -> None:
+    """The probabilities of all rows are made at once."""
+    torch.manual_seed(0)
+    logits = torch.randn(5, 1000) * 4
+    for options in ({"top_k": 0, "top_p": 1.0}, {"top_k": 50, "top_p": 0.7}, {"top_k": 0, "top_p": 0.3}):
+        together = next_token_probabilities(logits, temperature=0.9, **options)  # type: ignore[arg-type]
+        alone = [next_token_probabilities(row, temperature=0.9, **options) for row in logits]  # type: ignore[arg-type]
+        torch.testing.assert_close(together, torch.stack(alone), rtol=1e-6, atol=1e-9)
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", -1),
+        ("seed", 2**63),
+        ("seed", 10**30),
+        ("temperature", 1e-45),
+        ("temperature", -0.1),
+        ("temperature", 1e300),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("length_penalty", 1e308),
+        ("length_penalty", -1e308),
+        ("length_penalty", math.nan),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("top_k", -1),
+        ("num_beams", 0),
+        ("num_beams", 10**9),
+        ("max_new_tokens", 0),
+        ("no_repeat_ngram_size", -1),
+        ("stop", ("",)),
+        ("stop", ("caf\udce9",)),
+    ],
+)
+def test_options_out_of_range_are_refused_when_they_are_made(name: str, value: Any) -> None:
+    with pytest.raises(MMGPTError, match=name):
+        GenerationConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1e-6},
+        {"temperature": 1e6},
+        {"temperature": 1.0, "seed": 2**63 - 1},
+        {"temperature": 1.0, "top_p": 1e-300},
+        {"temperature": 1.0, "top_k": 10**30},
+        {"num_beams": 2, "length_penalty": 10.0},
+        {"num_beams": 2, "length_penalty": -10.0},
+        {"no_repeat_ngram_size": 10**30},
+    ],
+)
+def test_options_at_the_edge_of_their_range_work(options: dict[str, Any], engine: Engine) -> None:
+    config = GenerationConfig(max_new_tokens=4, **options)
+    (answer,) = engine.generate(PROMPTS[:1], config)
+    assert answer.generation == config
+    assert 1 <= answer.completion_tokens <= 4
+    if options == {"temperature": 1e-6}:
+        assert answer == engine.generate(PROMPTS[:1], GenerationConfig(max_new_tokens=4))[0]

@@ -1,6 +1,7 @@
 """The evaluation harness: exact scores from a scripted engine, controls, interruption, and honest bookkeeping."""
 
 import argparse
+import dataclasses
 import io
 import json
 import math
@@ -87,7 +88,7 @@ class ScriptedEngine:
                     image_tokens=0,
                     completion_tokens=1,
                     finish_reason="stop",
-                    generation=GenerationConfig(),
+                    generation=config,
                     logprobs=None,
                 )
             )
@@ -157,6 +158,8 @@ def test_vqa_scores_counts_and_schema(tmp_path: Path, tiny_model_folder: Path, s
     assert results["mm_gpt_version"] == mm_gpt.__version__
     assert results["git_commit"] == git_commit()
     assert results["model"] == {"name": str(tiny_model_folder), "sha256": model_sha256(str(tiny_model_folder))}
+    asked_with = GenerationConfig(max_new_tokens=32, no_repeat_ngram_size=8)
+    assert results["generation"] == dataclasses.asdict(asked_with) | {"stop": []}
     counts = results["counts"]
     assert (counts["images"], counts["items"]) == (2, 4)
     assert counts["skipped"] == {"broken image": 1, "nothing for vqa": 1, "prompt too long": 1}
@@ -440,6 +443,7 @@ def test_perplexity_by_hand(tmp_path: Path, tiny_model_folder: Path) -> None:
     assert results["metrics"]["perplexity"]["value"] == pytest.approx(math.exp(nats / count), rel=1e-4)
     assert sum(s["tokens"] for s in read_samples(tmp_path / "r.json")) == count == len(ids) - 1
     assert results["controls"] == {}
+    assert results["generation"] is None
     with pytest.raises(MMGPTError, match="'before'"):
         evaluate(config("perplexity", file, tiny_model_folder, controls=("before",)), tmp_path / "s.json")
 

@@ -42,7 +42,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-m", "--model", default="default", metavar="NAME", help="a model's name or folder (default: %(default)s)"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
 
 
 def add_generation(parser: argparse.ArgumentParser, *, beams: int | None, tokens: int) -> None:

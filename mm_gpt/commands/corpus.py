@@ -24,7 +24,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER", help="a new folder for the corpus")
     parser.add_argument("--format", default="auto", metavar="NAME", help="see `mm-gpt corpus formats` (default: auto)")
     parser.add_argument("--images", metavar="FOLDER", help="that image names in the records are relative to")
-    parser.add_argument("--workers", type=positive, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
     parser.add_argument(
         "--ray",
         nargs="?",

@@ -8,9 +8,12 @@ Importing this module without Gradio raises MMGPTError.
 import html
 import logging
 import os
+import signal
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ try:  # before torch, which takes seconds
 except ImportError as missing:
     raise MMGPTError(not_installed("Gradio", "demo")) from missing
 
-from mm_gpt.document import Image, Message
+from mm_gpt.document import Image, Message, check_text
 from mm_gpt.images import load_image, source_name
 from mm_gpt.inference.assistant import Assistant, GenerationOptions, load
 from mm_gpt.templates.prompts import CAPTION_PROMPT
@@ -31,11 +34,12 @@ logger = logging.getLogger(__name__)
 SAMPLES = Path(__file__).resolve().parent / "samples"
 """Photos to try, free for any use; LICENCES.txt there says where they are from."""
 EXAMPLES = {
-    "cat.jpg": "What animal is in the picture?",
-    "coffee.jpg": "What is on the table?",
-    "astronaut.jpg": "What is the person wearing?",
-    "rocket.jpg": "Where was this picture taken?",
+    "cat.jpg": "What colour is the cat?",
+    "coffee.jpg": "What colour is the cup?",
+    "astronaut.jpg": "How many people are there?",
+    "rocket.jpg": "Is this indoors or outdoors?",
 }
+"""Questions that the shipped model answers right."""
 MAX_FILE_SIZE = "20mb"
 MAX_IMAGES = 16
 """Pictures in one message. No shipped model has room for more, and each one is decoded."""
@@ -51,16 +55,34 @@ _CSS = """
 #chat .message img { max-height: 220px; width: auto; border-radius: var(--radius-md); }
 #chat button[aria-label="Share"] { display: none; }
 #chat .icon-button-wrapper:not(:has(button:not([aria-label="Share"]))) { display: none; }
-#chat .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); width: 100%; }
+#chat .examples { display: grid; grid-template-columns: repeat(auto-fit, minmax(110px, 1fr)); width: 100%; }
 #chat .example { padding: 8px; }
 #chat .example-image-container, #chat .example-image { width: 100%; height: 110px; object-fit: cover; }
 #chat .example-text { font-size: 14px; }
+@media (max-height: 720px) { #chat .example-image-container, #chat .example-image { height: 70px; } }
 #box .submit-button { background: var(--primary-600); color: white; }
 """
 
+# The page alone knows of a file that it did not upload, too large or no image: it shows a notice, and tells no server.
+_WATCH_LOST_FILES = """
+() => {
+    let seen = "";
+    new MutationObserver(() => {
+        const notices = Array.from(document.querySelectorAll(".toast-body.error"), notice => notice.innerText).join();
+        if (notices.length > seen.length) window.lostFile = true;
+        seen = notices;
+    }).observe(document.body, {childList: true, characterData: true, subtree: true});
+}
+"""
+_TELL_LOST_FILE = "(entry, _) => { const lost = window.lostFile; window.lostFile = false; return [entry, !!lost]; }"
+
 
 def build(assistant: Assistant) -> gr.Blocks:
-    """The page, not yet served."""
+    """The page, not yet served.
+
+    What was entered leaves the box at once, before the model is free: what is typed meanwhile stays. A message that is
+    refused comes back into the box.
+    """
 
     def idle(**changes: Any) -> Any:
         return gr.MultimodalTextbox(submit_btn=True, stop_btn=False, **changes)
@@ -68,33 +90,53 @@ def build(assistant: Assistant) -> gr.Blocks:
     def busy(**changes: Any) -> Any:
         return gr.MultimodalTextbox(submit_btn=False, stop_btn=True, **changes)
 
-    def refused(error: Exception, text: str, paths: Sequence[str], history: list[Message]) -> tuple[Any, ...]:
-        """A notice, with the conversation as it was and what was entered back in the box."""
+    def take(entry: dict[str, Any], lost_file: bool) -> tuple[Any, ...]:
+        return busy(value=None), {"text": entry["text"] or "", "files": entry["files"], "lost_file": lost_file}
+
+    def take_pictures(entry: dict[str, Any], lost_file: bool) -> tuple[Any, ...]:
+        sent = {"text": "", "files": entry["files"], "lost_file": lost_file}
+        return busy(value={"text": entry["text"] or "", "files": []}), sent
+
+    def put_back(entry: dict[str, Any], refused: dict[str, Any] | None) -> tuple[Any, ...]:
+        """What was refused, before what was entered meanwhile."""
+        if refused is None:
+            return gr.skip(), None
+        text = " ".join(part for part in (refused["text"], entry["text"] or "") if part)
+        return gr.MultimodalTextbox(value={"text": text, "files": [*refused["files"], *entry["files"]]}), None
+
+    def refused(error: Exception, entry: dict[str, Any], history: list[Message]) -> tuple[Any, ...]:
+        """A notice, with the conversation as it was."""
         gr.Warning(html.escape(explain(error)))
-        return idle(value={"text": text, "files": readable(paths)}), shown(history), history
+        back = {"text": entry["text"], "files": readable(entry["files"])}
+        return idle(), shown(history), history, back
 
     def answer(entry: dict[str, Any], history: list[Message], *sampling: Any) -> Iterator[tuple[Any, ...]]:
-        text, paths = entry["text"] or "", entry["files"]
+        text, paths = entry["text"], entry["files"]
         try:
+            if entry["lost_file"] and not paths:
+                raise MMGPTError("A file was refused, so nothing was sent. Add another one, or send again without it.")
+            check_text(text, "Your message")
             message = user_message(text.strip() or CAPTION_PROMPT, paths, needs_image=not text.strip())
             stream = assistant.chat([*history, message], stream=True, **_options(*sampling))
             said = ""
-            yield busy(value=None), shown([*history, message]), [*history, message, _said("")]
+            yield busy(), shown([*history, message]), [*history, message, _said("")], None
             updated = time.monotonic()
             for piece in stream:
                 said += piece
                 if said.strip() and time.monotonic() - updated >= _SECONDS_BETWEEN_UPDATES:
                     turns = [*history, message, _said(said.lstrip())]
-                    yield gr.skip(), shown(turns), turns
+                    yield gr.skip(), shown(turns), turns, None
                     updated = time.monotonic()
             turns = [*history, message, _said(stream.answer.text)]
-            yield idle(), shown(turns), turns
+            yield idle(), shown(turns), turns, None
         except Exception as error:
-            yield refused(error, text, paths, history)
+            yield refused(error, entry, history)
 
     def caption(entry: dict[str, Any], history: list[Message], *sampling: Any) -> Iterator[tuple[Any, ...]]:
-        text, paths = entry["text"] or "", entry["files"]
+        paths = entry["files"]
         try:
+            if entry["lost_file"] and not paths:
+                raise MMGPTError("The file was refused. Add another one, or press again for the picture before.")
             if paths:
                 asked = [user_message(CAPTION_PROMPT, [path]) for path in paths[:MAX_IMAGES]]
                 images = [part for message in asked for part in message["content"] if isinstance(part, Image)]
@@ -103,18 +145,18 @@ def build(assistant: Assistant) -> gr.Blocks:
                 images = last_images(history)[-1:]
             if not images:
                 raise MMGPTError("Add a picture first.")
-            yield busy(value={"text": text, "files": []}), shown([*history, *asked]), history
+            yield busy(), shown([*history, *asked]), history, None
             options = _options(*sampling)
             captions = assistant.caption(images, **(options if options["temperature"] > 0 else {}))
             turns = list(history)
             for message, written in zip(asked, captions, strict=True):
                 turns += [message, _said(written.text)]
-            yield idle(), shown(turns), turns
+            yield idle(), shown(turns), turns, None
         except Exception as error:
-            yield refused(error, text, paths, history)
+            yield refused(error, entry, history)
 
     def new_chat() -> tuple[Any, ...]:
-        return idle(value=None), [], []
+        return idle(value=None), [], [], None
 
     def try_example(event: gr.SelectData) -> dict[str, Any]:
         name = list(EXAMPLES)[event.index if isinstance(event.index, int) else event.index[0]]
@@ -127,6 +169,9 @@ def build(assistant: Assistant) -> gr.Blocks:
         gr.Markdown("# mm-gpt\nAsk about your pictures. Answers can be wrong.", elem_id="title")
         # On the server: a browser can show another conversation, but not make the model read other files.
         history = gr.State([], time_to_live=_UPLOADS_LIVE_S)
+        sent = gr.State(None, time_to_live=_UPLOADS_LIVE_S)
+        back = gr.State(None, time_to_live=_UPLOADS_LIVE_S)
+        lost_file = gr.Checkbox(False, visible=False)  # set by the page's script
         chat = gr.Chatbot(
             show_label=False,
             scale=1,
@@ -167,8 +212,8 @@ def build(assistant: Assistant) -> gr.Blocks:
                 top_k = gr.Slider(0, 200, value=0, step=1, label="Top-k", info="0: keep all words")
                 seed = gr.Number(0, precision=0, minimum=0, maximum=2**31 - 1, label="Seed", info="of the sampling")
         # One call of the model at a time, whoever asks. The functions are for the page only, not an API.
-        inputs = [box, history, temperature, top_p, top_k, max_new_tokens, seed]
-        outputs = [box, chat, history]
+        inputs = [sent, history, temperature, top_p, top_k, max_new_tokens, seed]
+        outputs = [box, chat, history, back]
         model_call: dict[str, Any] = {
             "inputs": inputs,
             "outputs": outputs,
@@ -178,7 +223,11 @@ def build(assistant: Assistant) -> gr.Blocks:
             "api_visibility": "private",
         }
         page_call: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        running: list[Any] = [box.submit(answer, **model_call), caption_button.click(caption, **model_call)]
+        running: list[Any] = []
+        for event, taking, work in ((box.submit, take, answer), (caption_button.click, take_pictures, caption)):
+            taken = event(taking, inputs=[box, lost_file], outputs=[box, sent], js=_TELL_LOST_FILE, **page_call)
+            running.append(taken.then(work, **model_call))
+            running[-1].then(put_back, inputs=[box, back], outputs=[box, back], **page_call)
         box.stop(idle, outputs=box, cancels=running, **page_call)
         new_button.click(new_chat, outputs=outputs, cancels=running, **page_call)
         chat.clear(new_chat, outputs=outputs, cancels=running, **page_call)
@@ -205,8 +254,18 @@ def serve(demo: gr.Blocks, *, host: str = "127.0.0.1", port: int = 7860, block: 
             footer_links=[],
             theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css=_CSS,
+            js=_WATCH_LOST_FILES,
         )
     except OSError as error:
+        raise MMGPTError(f"cannot listen on {host} port {port}: {error}") from error
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises MMGPTError when nothing can listen there, before a model is loaded for it."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except (OSError, OverflowError) as error:
         raise MMGPTError(f"cannot listen on {host} port {port}: {error}") from error
 
 
@@ -216,11 +275,27 @@ def launch(model: str = "default", host: str = "127.0.0.1", port: int = 7860, de
     `host` 0.0.0.0 opens it to the network: whoever reaches the port can use it. Raises MMGPTError when the model
     cannot be loaded or the port is taken.
     """
-    # Uploads go into a folder that only this user can read, and are gone at the end.
-    with tempfile.TemporaryDirectory(prefix="mm-gpt-demo-") as uploads:
+    check_port(host, port)
+    # Uploads go into a folder that only this user can read, and are gone at the end, by whatever signal it comes.
+    with _signals_raise(), tempfile.TemporaryDirectory(prefix="mm-gpt-demo-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         serve(build(load(model, device=device)), host=host, port=port)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the program, with the exit code that shells give, instead of ending it on the spot."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def user_message(text: str, paths: Sequence[str], *, needs_image: bool = False) -> Message:
