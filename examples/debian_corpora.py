@@ -26,8 +26,10 @@ import debian_packages
 import drawings
 import mallard
 
-from mm_gpt.datasets.building.corpus import CorpusConfig, Runner, build_corpus
+from mm_gpt.datasets.building.corpus import build_corpus
+from mm_gpt.datasets.building.corpus_config import CorpusConfig
 from mm_gpt.datasets.building.pipeline import Funnel, as_document
+from mm_gpt.datasets.building.runner import Runner
 from mm_gpt.datasets.building.shards import ShardWriter, is_corpus, read_corpus, write_corpus_file
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
 from mm_gpt.datasets.web.pages import page_files

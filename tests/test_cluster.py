@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from mm_gpt.datasets.building import corpus
-from mm_gpt.datasets.building.cluster import ATTEMPTS, RayRunner, _Task
-from mm_gpt.datasets.building.corpus import CorpusConfig, Runner, build_corpus
+from mm_gpt.datasets.building import corpus, parts, splits
+from mm_gpt.datasets.building.cluster import ATTEMPTS, RayRunner, _RayTask
+from mm_gpt.datasets.building.corpus import build_corpus
+from mm_gpt.datasets.building.corpus_config import CorpusConfig
+from mm_gpt.datasets.building.runner import Runner
 from mm_gpt.errors import ConfigError, MMGPTError
 
 OBJECT_STORE = 80 * 2**20
@@ -49,7 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """24 pages, a dozen splits, several shards."""
-    monkeypatch.setattr(corpus, "PAGES_IN_SPLIT", 2)
+    monkeypatch.setattr(splits, "PAGES_IN_SPLIT", 2)
     return write_pages(tmp_path / "pages", 24)
 
 
@@ -79,7 +81,7 @@ def test_attempts_at_one_time(tmp_path: Path) -> None:
     reports: list[Any] = []
 
     def attempt() -> None:
-        reports.append(corpus._once(tmp_path / "part", partial(make, made=made, before=together.wait)))
+        reports.append(parts.once(tmp_path / "part", partial(make, made=made, before=together.wait)))
 
     threads = [threading.Thread(target=attempt) for _ in range(3)]
     for thread in threads:
@@ -104,11 +106,11 @@ def test_killed_before_the_part_has_its_name(tmp_path: Path, monkeypatch: pytest
     """What a killed attempt left behind is no part, and is in nobody's way."""
     made: list[Path] = []
     with monkeypatch.context() as patch:
-        patch.setattr(corpus.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(parts.shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(Killed):
-            corpus._once(tmp_path / "part", partial(make, made=made, before=kill))
+            parts.once(tmp_path / "part", partial(make, made=made, before=kill))
     assert [path.name[:6] for path in tmp_path.iterdir()] == [".part."]
-    assert corpus._once(tmp_path / "part", partial(make, made=made)) == {"made": 1}
+    assert parts.once(tmp_path / "part", partial(make, made=made)) == {"made": 1}
     assert len(made) == 2
 
 
@@ -116,10 +118,10 @@ def test_killed_after_the_part_has_its_name(tmp_path: Path, monkeypatch: pytest.
     """The task never said that it was done: its second attempt finds the part, and makes no other."""
     made: list[Path] = []
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "_json", kill)
+        patch.setattr(parts, "read_json", kill)
         with pytest.raises(Killed):
-            corpus._once(tmp_path / "part", partial(make, made=made))
-    assert corpus._once(tmp_path / "part", partial(make, made=made)) == {"made": 1}
+            parts.once(tmp_path / "part", partial(make, made=made))
+    assert parts.once(tmp_path / "part", partial(make, made=made)) == {"made": 1}
     assert len(made) == 1
 
 
@@ -137,9 +139,10 @@ def test_leftovers_go(pages: Path, tmp_path: Path, on_one_machine: dict[str, byt
     with pytest.raises(Killed):
         build_corpus([str(pages)], out, CONFIG, runner=Stopping(1, progress=False))
     assert (out / "shard-00000-00000.tar").is_file()
+    (work,) = (path for path in (out / corpus.WORK).iterdir() if path.is_dir())
     for name in (".split-000003.0123", ".group-00001.4567", ".drop.89ab"):
-        (out / corpus.WORK / name).mkdir()
-        (out / corpus.WORK / name / "shard-00000.tar").write_text("half")
+        (work / name).mkdir()
+        (work / name / "shard-00000.tar").write_text("half")
     build_corpus([str(pages)], out, CONFIG, runner=Runner(1, progress=False))
     assert contents(out) == on_one_machine
 
@@ -177,7 +180,7 @@ def test_no_such_cluster(address: str) -> None:
 
 def test_other_version() -> None:
     """Machines with another mm-gpt filter otherwise, and nobody would notice."""
-    row = _Task(str, "0.0.0")({"number": 7, "item": b""})
+    row = _RayTask(str, "0.0.0")({"number": 7, "item": b""})
     assert row["number"] == 7
     assert "0.0.0 where the build was started" in row["error"]
 

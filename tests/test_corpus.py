@@ -22,16 +22,14 @@ from PIL import Image as PILImage
 
 from mm_gpt import images as image_module
 from mm_gpt.datasets.building import corpus as corpus_module
-from mm_gpt.datasets.building.corpus import (
-    CorpusConfig,
-    CorpusSummary,
-    Runner,
-    build_corpus,
-    find_splits,
-    process_split,
-)
+from mm_gpt.datasets.building import merge, process
+from mm_gpt.datasets.building.corpus import CorpusSummary, build_corpus
+from mm_gpt.datasets.building.corpus_config import CorpusConfig
 from mm_gpt.datasets.building.pipeline import UNKNOWN, Funnel, Step, as_document, language_of
+from mm_gpt.datasets.building.process import process_split
+from mm_gpt.datasets.building.runner import Runner
 from mm_gpt.datasets.building.shards import Corpus, ShardWriter, write_corpus_file
+from mm_gpt.datasets.building.splits import find_splits
 from mm_gpt.datasets.contamination.evaluation_index import EvaluationItem
 from mm_gpt.datasets.contamination.report import search_contamination
 from mm_gpt.datasets.samples import Conversation, ErrorCounter, QuestionAnswer, Record, Sample
@@ -327,7 +325,7 @@ def test_refusals(pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "write_fingerprints", full)
+        patch.setattr(process, "write_fingerprints", full)
         with pytest.raises(MMGPTError, match="No space left"):
             build(pages, out)
     build(pages, out, workers=1)
@@ -367,7 +365,7 @@ def test_a_broken_file_does_not_stop_the_others(tmp_path: Path) -> None:
 def test_a_missing_package_stops_the_build(pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is missing for every file: to count them as unreadable would make a corpus without web pages."""
     monkeypatch.setitem(sys.modules, "trafilatura", None)
-    with pytest.raises(MMGPTError, match=r'trafilatura is not installed: pip install "mm-gpt\[corpus\]"'):
+    with pytest.raises(MMGPTError, match="trafilatura is not installed; in the folder of the checkout"):
         build(pages, tmp_path / "corpus")
 
 
@@ -644,7 +642,7 @@ def test_images_from_the_web(server: str, tmp_path: Path, monkeypatch: pytest.Mo
     names = [f"{server}/{name}.png" for name in ("slow", "good", "gone", "dies", "page", "slow2")]
     (folder / "a.html").write_text(page("owls", *names))
     limits = image_module.ImageLimits(timeout_s=1, allow_private_addresses=True)
-    monkeypatch.setattr(corpus_module, "image_bytes", lambda source: image_module.image_bytes(source, limits=limits))
+    monkeypatch.setattr(process, "image_bytes", lambda source: image_module.image_bytes(source, limits=limits))
     start = time.monotonic()
     summary = build(folder, tmp_path / "corpus")
     assert time.monotonic() - start < 15
@@ -717,9 +715,9 @@ def test_evaluation_sets_are_cut_out(pages: Path, tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 from mm_gpt.commands.cli import main
-from mm_gpt.datasets.building import corpus
+from mm_gpt.datasets.building import merge, process
 
-original = getattr(corpus, "{name}")
+original = getattr({module}, "{name}")
 
 
 def slow(*arguments):
@@ -727,7 +725,7 @@ def slow(*arguments):
     return original(*arguments)
 
 
-setattr(corpus, "{name}", slow)
+setattr({module}, "{name}", slow)
 if __name__ == "__main__":
     settings = ["filters=none", "image_side=none", "shard_mb=1", "--workers", "{workers}"]
     sys.exit(main(["corpus", "build", *sys.argv[2:], *settings, "--out", sys.argv[1]]))
@@ -765,7 +763,7 @@ def kill_when(ready: Any, name: str, workers: int, out: Path, sources: list[str]
     Killed, it has no chance to clean up; its workers are not told.
     """
     script = out.with_name("slow.py")
-    script.write_text(SLOW.format(name=name, workers=workers))
+    script.write_text(SLOW.format(module="process" if name == "_prepared" else "merge", name=name, workers=workers))
     process = subprocess.Popen([sys.executable, str(script), str(out), *sources], start_new_session=True)
     try:
         until = time.monotonic() + 120
@@ -806,7 +804,7 @@ def test_a_killed_build_goes_on(
 ) -> None:
     """In the middle of the first and of the last pass. Byte for byte what it would have been; nothing is made twice."""
     out = tmp_path / "corpus"
-    finished = f".build/{prefix}-*/report.json"
+    finished = f".build/*/{prefix}-*/report.json"
     assert kill_when(lambda: len(list(out.glob(finished))) >= 2, name, workers, out, tars, how) == code
     assert not (out / "corpus.json").exists()
     before = {path.parent.name for path in out.glob(finished)}
@@ -817,19 +815,43 @@ def test_a_killed_build_goes_on(
         build(tars[:1], out, **OPTIONS)
 
     made = []
-    for function in ("_process", "_write"):
-        original = getattr(corpus_module, function)
+    for module, function in ((process, "_process"), (merge, "_write")):
+        original = getattr(module, function)
 
         def watched(*arguments: Any, original: Any = original, **more: Any) -> Any:
             made.extend(part.name.split(".")[1] for part in arguments if isinstance(part, Path) and "-" in part.name)
             return original(*arguments, **more)
 
-        monkeypatch.setattr(corpus_module, function, watched)
+        monkeypatch.setattr(module, function, watched)
     build(tars, out, **OPTIONS)
     assert files_of(out) == uninterrupted
     assert made
     assert not before & set(made)
     assert not (out / ".build").exists()
+
+
+def test_a_late_part_of_another_build_is_not_taken(
+    tars: list[str], uninterrupted: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine finishes its part of a build that was killed and begun anew with other settings."""
+    late: list[Any] = []
+
+    def killed(*arguments: Any) -> None:
+        late.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpus_module, "process_split", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build(tars, tmp_path / "corpus", **{**OPTIONS, "image_side": 16})
+
+    def after_the_late_one(*arguments: Any) -> dict[str, Any]:
+        while late:
+            process_split(*late.pop())
+        return process_split(*arguments)
+
+    monkeypatch.setattr(corpus_module, "process_split", after_the_late_one)
+    build(tars, tmp_path / "corpus", **OPTIONS)
+    assert files_of(tmp_path / "corpus") == uninterrupted
 
 
 def test_moved_shards_are_found_again(tars: list[str], uninterrupted: dict[str, str], tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ HIDDEN = [
     ("phone", "(212) 555-0123 or 1-800-555-0199", "<PHONE> or <PHONE>"),
     ("phone", "Paris 01 42 68 53 00, Berlin 030/901820-0", "Paris <PHONE>, Berlin <PHONE>"),
     ("phone", "Tel.: 612 345 678; 電話 0312345678", "Tel.: <PHONE>; 電話 <PHONE>"),
+    ("phone", "Office (+49-30-901820), (030 3258561), (+7 (495) 854-57-94)", "Office (<PHONE>), (<PHONE>), (<PHONE>)"),
+    ("phone", "电话：138 8529 6592", "电话：<PHONE>"),
     ("IP address", "from 93.184.216.34 at noon", "from <IP_ADDRESS> at noon"),
     ("IPv6 address", "from 2606:2800:220:1:248:1893:25c8:1946.", "from <IP_ADDRESS>."),
     ("card", "Visa 4111 1111 1111 1111, Amex 378282246310005", "Visa <CARD>, Amex <CARD>"),
@@ -32,6 +34,10 @@ HIDDEN = [
     ("credentials", "ftp://jane:s3cret@example.com/x", "ftp://<CREDENTIALS>@example.com/x"),
     ("API key", "key AKIAIOSFODNN7EXAMPLE", "key <API_KEY>"),
     ("API key", "ghp_" + "a1B2" * 9, "<API_KEY>"),
+    ("API key", "sk-" + "a1B2" * 12, "<API_KEY>"),
+    ("API key", "key sk-ant-api03-" + "aB3-xY_9" * 11 + "AA.", "key <API_KEY>."),
+    ("API key", "sk-or-v1-" + "0a1b2c3d" * 8 + " sk-" + "9f8e" * 8, "<API_KEY> <API_KEY>"),
+    ("API key", "xoxb-123456789012-abcDEF", "<API_KEY>"),
     ("API key", "https://x.org/?api_key=0123456789abcdef&q=1", "https://x.org/?api_key=<API_KEY>&q=1"),
     ("API key", "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "<API_KEY>"),
 ]
@@ -53,6 +59,10 @@ KEPT = [
     "std::vector, 12:30:45, aa::bb, 192.168.1.1:8080",
     "Order 123456789012, x + 1023) / 1024, 1 + 2000 4000, pages 100-200, 3.14159265358979, 2 000 000 people, 640x480",
     "https://example.com:8080/a@b, https://example.com/2023/01/15/123456789",
+    "https://example.com/sk-how-to-make-the-best-bread-at-home-20240115",
+    "https://example.com/p/sk-learn-pipelines-with-four-simple-steps-and-2-tricks, SK-hynix-memory-in-the-news",
+    "xoxo-love-from-all-of-us-at-home",
+    "+48.8584 -2.2945, +48.85837, +102.29448",
     "DOI 10.1000/182, arXiv 2302.14045, GPS 48.858370, 2.294481, -33.856784",
 ]
 

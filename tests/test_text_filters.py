@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm_gpt.datasets.building.pipeline import Stage
+from mm_gpt.datasets.building.pipeline import Filter
 from mm_gpt.datasets.filters.document_filters import (
     ImageCount,
     ImageLimit,
@@ -283,7 +283,7 @@ def test_published_lists() -> None:
         obelics(languages=("de",))
     assert obelics(languages=("de",), stop_words=frozenset({"der"}))
     for filters in (full, obelics(), kosmos()):
-        stages: list[Stage] = filters.stages
+        stages: list[Filter] = filters.stages
         assert pickle.loads(pickle.dumps(stages)) == stages
         names = [stage.name for stage in stages]
         assert all(names)

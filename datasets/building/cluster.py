@@ -1,11 +1,11 @@
-"""Corpora built on many machines: the parts that `datasets.corpus.Runner` works on, on a Ray cluster.
+"""Corpora built on many machines: the parts that `building.runner.Runner` works on, on a Ray cluster.
 
 All machines must see sources, output folder, and whatever settings name (a quality classifier, an index of evaluation
 sets) under the same names: on a network file system, or for sources in an object store. mm-gpt must be installed on all
 of them, in one version: no code is sent. Only small rows travel: which part, and what came of it.
 
 A machine may die, or come, at any time. Ray runs again what was lost, and a part that runs twice does no harm (see
-`datasets.corpus`). When the driver's own machine dies, the same command continues.
+`building.corpus`). When the driver's own machine dies, the same command continues.
 """
 
 import json
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mm_gpt import __version__
-from mm_gpt.datasets.building.corpus import Item, Result, Runner
+from mm_gpt.datasets.building.runner import Argument, Result, Runner
 from mm_gpt.datasets.samples import optional_import
 from mm_gpt.errors import MMGPTError
 
@@ -48,18 +48,18 @@ class RayRunner(Runner):
         self._limit = workers
         self._started = False
 
-    def results(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    def results(self, function: Callable[[Argument], Result], arguments: Sequence[Argument]) -> Iterator[Result]:
         """The results in the order of items, whatever the order in which they come.
 
         An MMGPTError is raised as soon as it is known, and when a part was given up.
         """
-        if not items:
+        if not arguments:
             return
         ray = self._connect()
         waiting: dict[int, Result] = {}
         number = 0
         try:
-            for row in self._dataset(_Task(function, __version__), items).iter_rows():
+            for row in self._dataset(_RayTask(function, __version__), arguments).iter_rows():
                 if row["error"]:
                     raise MMGPTError(row["error"])
                 waiting[row["number"]] = json.loads(row["result"])
@@ -73,8 +73,8 @@ class RayRunner(Runner):
             raise MMGPTError(
                 f"Ray gave up on a part after {ATTEMPTS} attempts: {_first_line(getattr(error, 'cause', error))}"
             ) from None
-        if number < len(items):
-            raise RuntimeError(f"Ray returned {number} of {len(items)} results")
+        if number < len(arguments):
+            raise RuntimeError(f"Ray returned {number} of {len(arguments)} results")
 
     def close(self) -> None:
         """Leave the cluster, or stop it if it is our own."""
@@ -112,7 +112,7 @@ class RayRunner(Runner):
         self._started = True
         return ray
 
-    def _dataset(self, task: "_Task", items: Sequence[Any]) -> Any:
+    def _dataset(self, task: "_RayTask", items: Sequence[Any]) -> Any:
         """One block for each item, so that each is a task of its own."""
         data = optional_import("ray.data", extra="cluster")
         context = data.DataContext.get_current().copy()
@@ -143,7 +143,7 @@ def _check_reachable(address: str) -> None:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _RayTask:
     """What a worker does with a row. An MMGPTError comes back as a value: Ray makes another of an exception it sees."""
 
     function: Callable[[Any], Any]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 from mm_gpt.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
-    from mm_gpt.datasets.building.pipeline import Stage
+    from mm_gpt.datasets.building.pipeline import Filter
     from mm_gpt.datasets.duplicates.minhash import MinHash
     from mm_gpt.datasets.filters.published_filters import Filters
     from mm_gpt.datasets.web.extract import ExtractConfig
@@ -120,6 +120,6 @@ class CorpusConfig:
         return MinHash() if self.near_duplicates is None else MinHash(threshold=self.near_duplicates)
 
 
-def _renamed(stage: Any, name: str) -> "Stage":
-    renamed: Stage = dataclasses.replace(stage, name=name)
+def _renamed(stage: Any, name: str) -> "Filter":
+    renamed: Filter = dataclasses.replace(stage, name=name)
     return renamed

@@ -12,7 +12,7 @@ from mm_gpt.datasets.samples import Conversation, Record, Sample
 from mm_gpt.document import Document, Image, Text
 
 
-class Stage(Protocol):
+class Filter(Protocol):
     """One step from raw documents to a corpus. A frozen dataclass: it travels to other processes and machines."""
 
     @property
@@ -114,7 +114,7 @@ class Funnel:
     def step(self, name: str, language: str = UNKNOWN) -> Step:
         return self.steps.setdefault(name, {}).setdefault(language, Step())
 
-    def run(self, stage: Stage, document: Document) -> Document | None:
+    def run(self, stage: Filter, document: Document) -> Document | None:
         """A stage, counted."""
         removed: Counter[str] = Counter()
         before = Amount()
@@ -243,7 +243,7 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def run_stages(stages: Iterable[Stage], document: Document, funnel: Funnel) -> Document | None:
+def run_stages(stages: Iterable[Filter], document: Document, funnel: Funnel) -> Document | None:
     """The document behind all stages, or None at the first that drops it."""
     current: Document | None = document
     for stage in stages:

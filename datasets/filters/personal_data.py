@@ -36,9 +36,9 @@ _API_KEY = re.compile(
     | gh[pousr]_[A-Za-z0-9]{36} | github_pat_\w{82}   # GitHub
     | glpat-[\w-]{20}                                 # GitLab
     | hf_[A-Za-z0-9]{34}                              # Hugging Face
-    | sk-(?:[a-z]{2,8}\d{0,2}-){0,2}[A-Za-z0-9_-]{32,200}   # OpenAI, Anthropic
+    | sk-(?:[a-z]{1,8}\d{0,2}-){0,2}[\w-]{32,200}      # OpenAI, Anthropic, if `_is_drawn`
     | [rs]k_(?:live|test)_[A-Za-z0-9]{20,100}         # Stripe
-    | xox[abeoprs]-[A-Za-z0-9-]{10,200}               # Slack
+    | xox[abeoprs]-\d[A-Za-z0-9-]{9,200}              # Slack
     | npm_[A-Za-z0-9]{36}
     | pypi-AgE[\w-]{50,300}
     | SG\.[\w-]{22}\.[\w-]{43}                        # SendGrid
@@ -72,8 +72,9 @@ _PHONE = re.compile(
 )
 _BEFORE_PHONE = re.compile(
     r"(?i)(?:\b(?:tel|t[ée]l[ée]ph?on[eo]?|telefone?|phone|ph|mobile?|handy|cell|fax|call(?: us)?(?: at| on)?|whatsapp"
-    r"|contact|hotline|sms|тел|телефон|факс)|電話|电话|手机|전화)[\w.]{0,5}[\s:.#(№-]{0,4}$"
+    r"|contact|hotline|sms|тел|телефон|факс)|電話|电话|手机|전화)[\w.]{0,5}[\s:：.#(№-]{0,4}$"
 )
+_COORDINATES = re.compile(r"[+-]?\d{1,3}\.\d{3,7}(?:[ /]+[+-]?\d{1,3}\.\d{3,7})?")
 _DATE = re.compile(r"(?<!\d)(?:\d{1,2}([-./ ])\d{1,2}\1(?:19|20)\d\d|(?:19|20)\d\d([-./ ])\d{1,2}\2\d{1,2})(?!\d)")
 _INTERNATIONAL = re.compile(r"(?:\+|\(\+|00(?=[1-9]\d? ))")
 _NORTH_AMERICAN = re.compile(r"(?:1[-. ])?(?:\([2-9]\d\d\) ?[2-9]\d\d[-. ]|[2-9]\d\d([-.])[2-9]\d\d\1)\d{4}")
@@ -129,10 +130,12 @@ def _ip_address(match: re.Match[str]) -> str | None:
 
 def _phone(match: re.Match[str]) -> str | None:
     number = _DASHES.sub("-", match[0].replace("\u00a0", " "))
+    opening = "(" if number[0] == "(" and number.count("(") > number.count(")") else ""  # (all of it in brackets)
+    number = number.removeprefix(opening)
     digits = _digits(number)
     if not 7 <= len(digits) <= 15 or _DATE.search(number) or _ZIP_CODE.fullmatch(number):
         return None
-    if number.count("(") != number.count(")"):
+    if number.count("(") != number.count(")") or _COORDINATES.fullmatch(number):
         return None
     before = match.string[max(0, match.start() - 24) : match.start()]
     if re.search(r"(?i)\bisbn\w{0,3}[\s:-]{0,3}$", before):
@@ -143,7 +146,7 @@ def _phone(match: re.Match[str]) -> str | None:
         or (_NATIONAL.fullmatch(number) and 9 <= len(digits) <= 12)
         or _BEFORE_PHONE.search(before)
     )
-    return "<PHONE>" if is_phone else None
+    return f"{opening}<PHONE>" if is_phone else None
 
 
 def _always(placeholder: str, match: re.Match[str]) -> str:
@@ -154,7 +157,20 @@ def _credentials(match: re.Match[str]) -> str:
     return f"{match[1]}<CREDENTIALS>@"
 
 
-def _api_key(match: re.Match[str]) -> str:
+_BEFORE_KEY = re.compile(r"sk-(?:[a-z]{1,8}\d{0,2}-){0,2}")
+_HEXADECIMAL = re.compile(r"(?=.*\d)[0-9a-f]{32,}")
+
+
+def _is_drawn(key: str) -> bool:
+    """Whether what stands behind `sk-` was drawn at random, and is no list of words as in the address of a page."""
+    secret = key[_BEFORE_KEY.match(key).end() :]  # type: ignore[union-attr]
+    kinds = (str.islower, str.isupper, str.isdigit)
+    return bool(_HEXADECIMAL.fullmatch(secret)) or all(any(map(kind, secret)) for kind in kinds)
+
+
+def _api_key(match: re.Match[str]) -> str | None:
+    if match[0].startswith("sk-") and not _is_drawn(match[0]):
+        return None
     name, equals, _ = match[0].partition("=")
     is_parameter = equals and name.islower() and "-" not in name
     return f"{name}=<API_KEY>" if is_parameter else "<API_KEY>"

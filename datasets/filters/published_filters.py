@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from mm_gpt.datasets.building.pipeline import Stage
+from mm_gpt.datasets.building.pipeline import Filter
 from mm_gpt.datasets.filters.document_filters import ImageCount, ImageLimit, Interspersed, OneImageSample
 from mm_gpt.datasets.filters.image_filters import ImageFilter, URLFilter
 from mm_gpt.datasets.filters.language_id import Language
@@ -17,13 +17,13 @@ from mm_gpt.errors import ConfigError
 class Filters:
     """Stages in order. Between the two lists the images are fetched; without URLs run one after the other."""
 
-    before_fetch: tuple[Stage, ...]
+    before_fetch: tuple[Filter, ...]
     """Need text and URLs only."""
-    after_fetch: tuple[Stage, ...]
+    after_fetch: tuple[Filter, ...]
     """Read image files, or decide by which images are left."""
 
     @property
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[Filter]:
         return [*self.before_fetch, *self.after_fetch]
 
 

@@ -1,12 +1,14 @@
-"""Finding near-duplicates: speed and quality against datasketch and datatrove, and how time and memory grow.
+"""Finding near-duplicates: speed and quality against datasketch, datatrove and rensa; how time and memory grow.
 
 Compared, on the same documents, with 128 hashes and shingles of five words, on one core, taking turns:
 
 - signatures: from the text to the signature. datasketch gets words from a regular expression, with its default SHA-1
-  and with xxHash; datatrove splits at spaces here (its tokenizer for English, spaCy, is slower).
+  and with xxHash, and so does rensa, which is written in Rust (R-MinHash, and C-MinHash of one permutation that is
+  turned); datatrove splits at spaces here (its tokenizer for English, spaCy, is slower).
 - permutations: from shingle hashes to the signature alone.
 - quality: which of the planted pairs are found. A pair is one from an exact Jaccard similarity of 0.8 on. datasketch:
-  MinHashLSH with this threshold; datatrove: 16 buckets of 8 hashes, linked as its second stage does.
+  MinHashLSH with this threshold; datatrove: 16 buckets of 8 hashes, linked as its second stage does; rensa: 16 bands
+  of 8 hashes, and of the pairs that share one those whose signatures agree by the threshold.
 
 Growth: from a thousand documents of about 100 words on, a tenth of them exact copies and a tenth near copies, through
 both phases, each size in a process of its own. Time is that of the processor, which other work on the machine hardly
@@ -15,6 +17,7 @@ stretches; for fingerprints it includes making up the documents. Memory is the m
 
     python examples/benchmarks/duplicates.py
     python examples/benchmarks/duplicates.py --largest 1000000 --out result.json --plot result.png
+    python examples/benchmarks/duplicates.py --largest 0 --out result.json  # the comparison alone; growth stays
 """
 
 import argparse
@@ -73,9 +76,13 @@ def planted(count: int) -> tuple[list[str], list[float]]:
     return texts, similarities
 
 
-def word_shingles(text: str) -> list[bytes]:
+def word_shingles(text: str) -> list[str]:
     words = WORD.findall(text.lower())
-    return [" ".join(words[i : i + NUM_WORDS]).encode() for i in range(len(words) - NUM_WORDS + 1)]
+    return [" ".join(words[i : i + NUM_WORDS]) for i in range(len(words) - NUM_WORDS + 1)]
+
+
+def encoded_shingles(text: str) -> list[bytes]:
+    return [shingle.encode() for shingle in word_shingles(text)]
 
 
 class SplitAtSpaces:
@@ -111,6 +118,7 @@ def seconds(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def compare_speed(texts: list[str], rounds: int, folder: str) -> dict[str, Any]:
+    import rensa
     import xxhash
     from datasketch import MinHash as Sketch
 
@@ -124,11 +132,18 @@ def compare_speed(texts: list[str], rounds: int, folder: str) -> dict[str, Any]:
     def sketch(hashfunc: Callable[[Any], int] | None, part: list[Any]) -> None:
         Sketch(num_perm=128, hashfunc=hashfunc).update_batch(part)
 
+    def rusty(kind: Any, text: str) -> None:
+        made = kind(128, 1)
+        made.update(word_shingles(text))
+        made.digest()
+
     signatures = seconds(
         {
             "mm-gpt": lambda: [ours.signature(text) for text in texts],
-            "datasketch": lambda: [sketch(None, word_shingles(text)) for text in texts],
-            "datasketch, xxHash": lambda: [sketch(xxhash.xxh32_intdigest, word_shingles(text)) for text in texts],
+            "datasketch": lambda: [sketch(None, encoded_shingles(text)) for text in texts],
+            "datasketch, xxHash": lambda: [sketch(xxhash.xxh32_intdigest, encoded_shingles(text)) for text in texts],
+            "rensa": lambda: [rusty(rensa.RMinHash, text) for text in texts],
+            "rensa, C-MinHash": lambda: [rusty(rensa.CMinHash, text) for text in texts],
             "datatrove": lambda: [signer.get_signature(signer.get_shingles(text)) for text in texts],
         },
         rounds,
@@ -163,9 +178,23 @@ def datasketch_finds(texts: list[str]) -> set[tuple[int, int]]:
     index, found = MinHashLSH(threshold=THRESHOLD, num_perm=128), set()
     for number, text in enumerate(texts):
         sketch = Sketch(num_perm=128)
-        sketch.update_batch(word_shingles(text))
+        sketch.update_batch(encoded_shingles(text))
         found |= {(other, number) for other in index.query(sketch)}
         index.insert(number, sketch)
+    return found
+
+
+def rensa_finds(texts: list[str]) -> set[tuple[int, int]]:
+    import rensa
+
+    index, found = rensa.RMinHashLSH(THRESHOLD, 128, 16), set()
+    made = []
+    for number, text in enumerate(texts):
+        made.append(rensa.RMinHash(128, 1))
+        made[-1].update(word_shingles(text))
+        similar = [other for other in index.query(made[-1]) if made[-1].jaccard(made[other]) >= THRESHOLD]
+        found |= {(other, number) for other in similar}
+        index.insert(number, made[-1])
     return found
 
 
@@ -187,6 +216,7 @@ def compare_quality(count: int, folder: str) -> dict[str, Any]:
         ("mm-gpt", ours_finds(texts, Path(folder))),
         ("datasketch", datasketch_finds(texts)),
         ("datatrove", datatrove_finds(texts, folder)),
+        ("rensa", rensa_finds(texts)),
     ):
         right = len(found & true)
         result[name] = {
@@ -279,9 +309,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def write(result: dict[str, Any], out: Path | None) -> None:
+    if out:
+        out.write_text(json.dumps(result, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--largest", type=int, default=100_000, help="documents (default: %(default)s)")
+    parser.add_argument("--largest", type=int, default=100_000, help="documents; 0: no growth (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=2000, help="planted pairs (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scratch", help="where gigabytes go for a while (default: the system's temporary folder)")
@@ -295,6 +330,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         speed = compare_speed(planted(200)[0], args.rounds, folder)
         quality = compare_quality(args.pairs, folder)
+    result: dict[str, Any] = {
+        "what": " ".join((__doc__ or "").split("\n\n    python")[0].split()),
+        "processor": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("numpy", "datasketch", "datatrove", "rensa")},
+        "documents_compared": {"speed": 400, "quality": 2 * args.pairs},
+        **speed,
+        "quality": quality,
+    }
+    if args.largest < 1000 and args.out and args.out.is_file():
+        result["growth"] = json.loads(args.out.read_text()).get("growth")
     rows: list[dict[str, Any]] = []
     counts = [10**power for power in range(3, 10) if 10**power <= args.largest]
     for count in tqdm(counts, desc="growth"):
@@ -308,23 +353,16 @@ def main() -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
         rows.append(json.loads(output.splitlines()[-1]))
-        result = {
-            "what": " ".join((__doc__ or "").split("\n\n    python")[0].split()),
-            "processor": platform.processor() or platform.machine(),
-            "versions": {name: version(name) for name in ("numpy", "datasketch", "datatrove")},
-            **speed,
-            "quality": quality,
-            "growth": {
-                "memory_limit_bytes": MEMORY,
-                "exponent_fingerprints": exponent(rows, "fingerprints_cpu_s"),
-                "exponent_find": exponent(rows, "find_cpu_s"),
-                "rows": rows,
-            },
+        result["growth"] = {
+            "memory_limit_bytes": MEMORY,
+            "exponent_fingerprints": exponent(rows, "fingerprints_cpu_s"),
+            "exponent_find": exponent(rows, "find_cpu_s"),
+            "rows": rows,
         }
-        if args.out:  # after each size: the largest takes long
-            args.out.write_text(json.dumps(result, indent=2) + "\n")
+        write(result, args.out)  # after each size: the largest takes long
         if args.plot:
             plot(rows, args.plot)
+    write(result, args.out)
     print(json.dumps(result, indent=2))
 
 

@@ -36,8 +36,9 @@ def add_build(parser: argparse.ArgumentParser) -> None:
 
 def run_build(args: argparse.Namespace) -> int:
     from mm_gpt.config import override
-    from mm_gpt.datasets.building.corpus import Runner, build_corpus
+    from mm_gpt.datasets.building.corpus import build_corpus
     from mm_gpt.datasets.building.corpus_config import CorpusConfig
+    from mm_gpt.datasets.building.runner import Runner
 
     settings = [word for word in args.words if _is_setting(word)]
     sources = [word for word in args.words if not _is_setting(word)]
