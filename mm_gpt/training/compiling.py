@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_gpt.model.cache import Pass
+from mm_gpt.model.cache import ForwardContext
 from mm_gpt.model.decoder import Block, Decoder
 
 
@@ -26,7 +26,7 @@ def compile_blocks(decoder: Decoder, *, backend: str | Callable[..., Any] = "ind
 def _while_training(block: Block, compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     plain = type(block).forward
 
-    def forward(x: Tensor, step: Pass, memory: Tensor | None = None) -> Tensor:
+    def forward(x: Tensor, step: ForwardContext, memory: Tensor | None = None) -> Tensor:
         return (compiled if block.training else plain)(block, x, step, memory)
 
     return forward
