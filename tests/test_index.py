@@ -31,6 +31,8 @@ from mm_gpt.images import to_file
 from mm_gpt.processor import Batch, Processor
 from mm_gpt.templates.chat_template import ChatTemplate
 from mm_gpt.tokenizer import Tokenizer
+from mm_gpt.training import language
+from mm_gpt.training.language import learn_tokenizer
 
 PROCESSOR = make_tiny()[1]
 PICTURES = [to_file(make_picture(n, size)) for n, size in enumerate([(40, 30), (96, 32), (32, 64)])]
@@ -307,6 +309,23 @@ def test_derived_questions_come_from_sets_that_are_planned(tmp_path: Path) -> No
                 texts.append([s.text for branch in document.branches for s in branch if isinstance(s, Text)])
     assert len(texts) == DERIVED_SETS + 1
     assert len({str(sorted(each)) for each in texts}) > 2
+
+
+def test_a_tokenizer_is_learned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stops: a run that goes on and reads all of its data first; and the tokenizer of what the data was before."""
+
+    def learned() -> Tokenizer:
+        return learn_tokenizer([open_store(str(tmp_path / "a.tar"), ErrorCounter())], 400)
+
+    write_tar(tmp_path / "a.tar", 20)
+    first = learned()
+    with monkeypatch.context() as patched:
+        patched.setattr(language, "_texts_to_learn", None)
+        again = learned()
+    assert again.fingerprint == first.fingerprint
+    assert again.encode("A red circle number 7.<|im_end|>") == first.encode("A red circle number 7.<|im_end|>")
+    write_tar(tmp_path / "a.tar", 30)
+    assert learned().fingerprint != first.fingerprint
 
 
 # ---- a reader that can be sent ----

@@ -1,7 +1,9 @@
 """The language stage: connector alignment, low-rank adaptation or full training on next-token prediction."""
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from mm_gpt.datasets.loading.packing import pack
 from mm_gpt.datasets.loading.plan import Plan, SourceWeight
 from mm_gpt.datasets.loading.reader import Reader
 from mm_gpt.datasets.loading.sources import IndexedSource, SourceConfig, open_sources
+from mm_gpt.datasets.loading.store import cache_of, exclusive
 from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, Sample
 from mm_gpt.document import Document, Text
 from mm_gpt.errors import ConfigError, MMGPTError
@@ -37,6 +40,7 @@ from mm_gpt.training.distributed import ranks
 from mm_gpt.training.loop import TrainConfig, use_bf16
 from mm_gpt.training.stage import ParameterGroup
 from mm_gpt.vision.transforms import ImageTransformConfig
+from mm_gpt.writing import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -267,17 +271,31 @@ class LanguageTask:
 
 
 def learn_tokenizer(stores: Sequence[ShardFolder], vocab_size: int) -> Tokenizer:
-    """A tokenizer of what is written in the sources, up to `TOKENIZER_CHARACTERS` of it."""
-    texts: list[str] = []
+    """A tokenizer of what is written in the sources, up to `TOKENIZER_CHARACTERS` of it.
+
+    It is kept beside the first source: a run that goes on, and other ranks, learn nothing again.
+    """
+    content = [[shard.digest for shard in store.shards] for store in stores]
+    about = [vocab_size, TOKENIZER_CHARACTERS, CAPTION_PROMPT, OTHER_CAPTION_PROMPTS, content]
+    name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    path = cache_of(stores[0]) / f"tokenizer-{name}.json"
+    with exclusive(path.with_suffix(".lock")):
+        if path.is_file():
+            return Tokenizer.from_file(path, end_of_text="<|endoftext|>", end_of_turn="<|im_end|>")
+        tokenizer = Tokenizer.train(_texts_to_learn(stores), vocab_size)
+        write_text(path, tokenizer.backend.to_str())
+    return tokenizer
+
+
+def _texts_to_learn(stores: Sequence[ShardFolder]) -> Iterator[str]:
     left = TOKENIZER_CHARACTERS
     for sample in itertools.chain.from_iterable(store.samples(ErrorCounter()) for store in stores):
         written = written_texts(sample)
-        texts += written
+        yield from written
         left -= sum(map(len, written))
         if left < 0:
             break
-    prompts = [*ROLES, CAPTION_PROMPT, *OTHER_CAPTION_PROMPTS] * 4  # often enough to be learned as words
-    return Tokenizer.train([*texts, *prompts], vocab_size)
+    yield from [*ROLES, CAPTION_PROMPT, *OTHER_CAPTION_PROMPTS] * 4  # often enough to be learned as words
 
 
 def written_texts(sample: Sample) -> list[str]:
