@@ -74,14 +74,16 @@ def _settings() -> str:
     from mm_gpt.datasets.building.corpus_config import CorpusConfig
 
     hints, docs = typing.get_type_hints(CorpusConfig), field_docs(CorpusConfig)
-    lines = []
+    lines, indent = [], " " * 6
     for field in dataclasses.fields(CorpusConfig):
         options = [option for option in typing.get_args(hints[field.name]) if option is not Ellipsis]
         kinds = [_kind(option) for option in options or [hints[field.name]]]
         default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
         many = ", ..." if typing.get_origin(hints[field.name]) is tuple else ""
         lines.append(f"  {field.name}={default}  ({', '.join(kinds)}{many})")
-        lines += textwrap.wrap(docs.get(field.name, ""), 108, initial_indent="      ", subsequent_indent="      ")
+        lines += textwrap.wrap(
+            docs.get(field.name, ""), 108, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 
