@@ -262,9 +262,7 @@ class _Directory:
         if entry is None or entry.type not in (1, 3, 4, 13):
             return []
         size, end = _TYPE_BYTES[entry.type], min(len(self.data), entry.start + _TYPE_BYTES[entry.type] * entry.count)
-        return [
-            int.from_bytes(self.data[at : at + size], self.order) for at in range(entry.start, end - size + 1, size)
-        ]
+        return [int.from_bytes(self.data[at : at + size], self.order) for at in range(entry.start, end - size + 1, size)]
 
 
 def _directory(data: bytes, *, offset: int | None = None, strict: bool) -> _Directory:
