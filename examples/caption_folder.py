@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import mm_gpt
-from mm_gpt.captioning import caption_images
+from mm_gpt.captioning import caption_images, share_cores
 
 
 def main() -> int:
@@ -18,12 +18,13 @@ def main() -> int:
     parser.add_argument("--model", default="default")
     parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
+    share_cores()
     try:
         summary = caption_images(lambda: mm_gpt.load(args.model), [args.folder], args.out, batch_size=args.batch_size)
     except mm_gpt.MMGPTError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{summary.written} new rows, {summary.before} from before, {summary.errors} errors: {args.out}")
+    print(f"{args.out}: {summary}")
     return 130 if summary.stopped else 0
 
 

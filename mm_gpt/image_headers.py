@@ -98,8 +98,11 @@ OTHER_KINDS = (
     OtherKind("PNM", ("ppm", "pgm", "pbm", "pnm"), "Pillow's Image.open opens it", rb"P[1-7]\s"),
 )  # fmt: skip
 
+OTHER_SUFFIXES = tuple(suffix for kind in OTHER_KINDS for suffix in kind.suffixes)
+
 # What a file may ask for. Ordinary files stay far below.
 _MAX_JPEG_SCANS = 100  # encoders write about 10; each one costs a pass over the whole image
+_MAX_JPEG_SCANNED = 2**30  # scans times pixels: 16 of the largest picture
 _MAX_JPEG_SEGMENTS = 600  # Pillow joins EXIF segments one by one: time grows with their square
 _MAX_JPEG_FILL = 2**16  # bytes between the segments of its head, which Pillow skips one by one
 _MAX_PNG_CHUNKS = 2**16  # Pillow takes them one by one; an encoder that writes 64 MB in pieces of 8 KB needs 8192
@@ -142,7 +145,7 @@ def check_file(format: ImageFormat, data: bytes) -> None:
 
 
 def _check_jpeg(data: bytes) -> None:
-    num_scans = num_segments = fill = 0
+    num_scans = num_segments = fill = pixels = 0
     frames: list[tuple[int, bytes]] = []  # (code, number of components) of each
     exif = b""
     position = 2
@@ -154,11 +157,13 @@ def _check_jpeg(data: bytes) -> None:
             break
         num_segments += 1
         num_scans += code == 0xDA
-        if num_scans > _MAX_JPEG_SCANS or num_segments > _MAX_JPEG_SEGMENTS:
+        if num_scans > min(_MAX_JPEG_SCANS, _MAX_JPEG_SCANNED // max(1, pixels)) or num_segments > _MAX_JPEG_SEGMENTS:
             raise ImageError(f"a JPEG of {num_scans} scans in {num_segments} segments or more")
         end = start + int.from_bytes(data[start : start + 2], "big")
         if code in _JPEG_FRAMES:
             frames.append((code, data[start + 7 : start + 8]))
+            height, width = (int.from_bytes(data[at : at + 2], "big") for at in (start + 3, start + 5))
+            pixels = max(pixels, height * width)
         elif code == 0xDA and frames in ([(0xC0, data[start + 2 : start + 3])], [(0xC1, data[start + 2 : start + 3])]):
             break  # not progressive, and all components in the first scan: libjpeg takes a second one for an error
         elif code == 0xE1 and data[start + 2 : start + 8] == b"Exif\0\0":
@@ -231,7 +236,7 @@ def _check_tiff(data: bytes) -> None:
         raise ImageError(f"a TIFF in {num_pieces:,} strips or tiles; at most {_MAX_TIFF_PIECES:,} are read")
     if number(322, 0) * number(323, 0) > _MAX_TIFF_TILE:
         raise ImageError(f"a TIFF with tiles of {number(322, 0)} x {number(323, 0)} pixels")
-    if sum(directory.numbers(279)) + sum(directory.numbers(325)) > 2 * len(data):
+    if sum(min(size, len(data)) for tag in (279, 325) for size in directory.numbers(tag)) > 2 * len(data):
         raise ImageError("a TIFF whose strips or tiles lie over each other")
     for tag in (34665, 34853, 40965):  # EXIF, GPS, interoperability: read after the pixels
         for offset in directory.numbers(tag)[:1]:
@@ -261,8 +266,9 @@ class _Directory:
         entry = self.entries.get(tag)
         if entry is None or entry.type not in (1, 3, 4, 13):
             return []
-        size, end = _TYPE_BYTES[entry.type], min(len(self.data), entry.start + _TYPE_BYTES[entry.type] * entry.count)
-        return [int.from_bytes(self.data[at : at + size], self.order) for at in range(entry.start, end - size + 1, size)]
+        size = _TYPE_BYTES[entry.type]
+        values = self.data[entry.start : entry.start + size * entry.count]
+        return [int.from_bytes(values[at : at + size], self.order) for at in range(0, len(values) - size + 1, size)]
 
 
 def _directory(data: bytes, *, offset: int | None = None, strict: bool) -> _Directory:

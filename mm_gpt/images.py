@@ -96,6 +96,7 @@ def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
 
     Arrays are (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 or float in [0, 1]. 16-bit greyscale is scaled, not
     clipped, to 8 bits. The format is told by content, never by file name: JPEG, PNG, WEBP, GIF, BMP, TIFF or AVIF.
+    A file takes at most 20 bytes for each of its pixels (BYTES_PER_PIXEL) while it is decoded, the image 4.
 
     A string that is no URL is read as a path. A server must not pass a stranger's string here without `is_url`.
     Raises ImageError (URLError for URLs), one line that names the source.
@@ -183,6 +184,10 @@ def image_bytes(source: "str | os.PathLike[str] | bytes", *, limits: ImageLimits
             headers={"Accept": "image/*,*/*;q=0.5"},
         )
     return _read_file(source, source_name(source), limits)
+
+
+STORED_FORMATS = ("jpg", "png", "webp")
+"""What `to_file` writes, and shards hold: every program that reads them knows these."""
 
 
 def to_file(image: PILImage.Image, suffix: str = "png") -> bytes:

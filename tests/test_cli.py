@@ -403,6 +403,22 @@ def test_caption_to_stdout_and_to_a_file(picture: str, model: list[str], capsys:
     assert "done 2 of 2 (2 from before), errors 0" in capsys.readouterr().err
 
 
+def test_caption_counts_what_it_leaves_out_and_takes_threads(
+    picture: str, model: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    Path("notes.txt").write_text("a cat")
+    Path("photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    counts: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", counts.append)
+    assert main(["caption", ".", *model, "--threads", "3"]) == 0
+    assert counts == [3]
+    assert capsys.readouterr().err == "mm-gpt: done 1 of 1, errors 0; left out: 1 .heic, 1 .txt\n"
+    assert main(["caption", "notes.txt", "photo.heic", picture, *model]) == 3  # as a shell expands *
+    captured = capsys.readouterr()
+    assert "HEIC is not read" in json.loads(captured.out.splitlines()[0])["error"]
+    assert captured.err == "mm-gpt: done 2 of 2, errors 1; left out: 1 .txt\n"
+
+
 def test_errors_of_an_earlier_run_still_count(picture: str, model: list[str], capsys: Capture) -> None:
     """A run that was continued must end with the same exit code as one that was not interrupted."""
     Path("broken.png").write_bytes(b"")

@@ -46,7 +46,6 @@ from mm_gpt.datasets.filters.published_filters import Filters
 from mm_gpt.datasets.formats.interleaved import each_of
 from mm_gpt.datasets.reading import files
 from mm_gpt.datasets.samples import (
-    IMAGE_SUFFIXES,
     BadRecordError,
     Conversation,
     ErrorCounter,
@@ -57,7 +56,16 @@ from mm_gpt.datasets.sources import FORMATS, Format, detect, read_samples
 from mm_gpt.datasets.web import pages, warc
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ConfigError, ImageError, MMGPTError, unknown_name
-from mm_gpt.images import DEFAULT_LIMITS, ImageSource, image_bytes, image_format, is_url, load_image, to_file
+from mm_gpt.images import (
+    DEFAULT_LIMITS,
+    STORED_FORMATS,
+    ImageSource,
+    image_bytes,
+    image_format,
+    is_url,
+    load_image,
+    to_file,
+)
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -358,7 +366,7 @@ def _stored(source: ImageSource, side: int | None) -> bytes:
     image = load_image(source)
     large = side is not None and max(image.size) > side
     suffix = image_format(source) if isinstance(source, bytes) else ""
-    if isinstance(source, bytes) and not large and suffix in IMAGE_SUFFIXES:
+    if isinstance(source, bytes) and not large and suffix in STORED_FORMATS:
         return source
     if large:
         assert side is not None

@@ -20,7 +20,7 @@ from mm_gpt.datasets.samples import (
     Sample,
 )
 from mm_gpt.document import Document, Image, Message, Segment, Text
-from mm_gpt.images import image_format
+from mm_gpt.images import STORED_FORMATS, image_format
 
 
 def to_members(sample: Sample) -> dict[str, bytes]:
@@ -36,7 +36,7 @@ def to_members(sample: Sample) -> dict[str, bytes]:
         if not isinstance(data, bytes):
             raise BadRecordError("an image that is not fetched yet")
         suffix = image_format(data)
-        if suffix not in IMAGE_SUFFIXES:
+        if suffix not in STORED_FORMATS:
             raise BadRecordError(f"an image of format {suffix or 'unknown'}")
         name = f"{len(members)}.{suffix}"
         members[name] = data

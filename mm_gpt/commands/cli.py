@@ -276,11 +276,12 @@ def _print_stream(stream: Iterator[str]) -> None:
 
 def _add_caption(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Caption many images. Each becomes a row with `image` and `caption` or `error`.\n"
-        "Rows are on the disk after each batch: a run that was stopped or killed continues\n"
-        "with the same command, and no image is done twice.\n\n"
+        "Caption many images. Each becomes a line with `image` and `caption` or `error`.\n"
+        "Lines are on the disk after each batch: a run that was stopped or killed continues\n"
+        "with the same command, and no image is done twice. Files that are no images are\n"
+        "left out and counted at the end.\n\n"
         "Exit codes: 0 all images have captions, 1 the run failed, 2 wrong usage,\n"
-        "3 complete, but some rows hold an error, 130 stopped by Ctrl-C or SIGTERM."
+        "3 complete, but some lines hold an error, 130 stopped by Ctrl-C or SIGTERM."
     )
     parser.add_argument(
         "input",
@@ -294,21 +295,27 @@ def _add_caption(parser: argparse.ArgumentParser) -> None:
         "--prompt", metavar="TEXT", default=CAPTION_PROMPT, help='what to ask about each image (default: "%(default)s")'
     )
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--retry-errors", action="store_true", help="try the images again whose row is an error")
+    again.add_argument("--retry-errors", action="store_true", help="try the images again whose line is an error")
     again.add_argument("--overwrite", action="store_true", help="start anew instead of continuing FILE")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="of the model on CPUs (default: one per core)")
     _add_model(parser)
     _add_generation(parser, beams=3, tokens=40)
 
 
 def _run_caption(args: argparse.Namespace) -> int:
-    from mm_gpt.captioning import caption_images
+    from mm_gpt.captioning import caption_images, share_cores
 
+    share_cores()
     if args.out is None and (args.overwrite or args.retry_errors):
         raise UsageError("--overwrite and --retry-errors need -o FILE")
 
     def load() -> "Assistant":
+        import torch
+
         import mm_gpt
 
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
         return mm_gpt.load(args.model, device=args.device)
 
     summary = caption_images(
@@ -321,9 +328,7 @@ def _run_caption(args: argparse.Namespace) -> int:
         retry_errors=args.retry_errors,
         options=_generation_options(args),
     )
-    done = summary.before + summary.written
-    before = f" ({summary.before} from before)" if summary.before else ""
-    print(f"mm-gpt: done {done} of {summary.total}{before}, errors {summary.errors}", file=sys.stderr)
+    print(f"mm-gpt: {summary}", file=sys.stderr)
     if summary.stopped:
         if args.out is not None:
             again = " without --overwrite" if args.overwrite else ""
