@@ -7,7 +7,7 @@ from typing import Any
 
 from mm_gpt.datasets.samples import BadRecordError
 from mm_gpt.datasets.web.html_tree import join_url
-from mm_gpt.image_headers import IMAGE_SUFFIXES, OTHER_KINDS
+from mm_gpt.image_headers import IMAGE_SUFFIXES, OTHER_SUFFIXES
 from mm_gpt.network.urls import data_url_bytes
 
 # Where scripts find the picture that `src` only holds a place for, commonest first.
@@ -27,7 +27,7 @@ LAZY_SOURCES = (
 MAX_DATA_URL_BYTES = 16 * 2**20
 _MIN_DATA_URL_BYTES = 200  # below that it is a placeholder: one transparent or grey pixel
 
-_OTHER_SUFFIXES = frozenset(suffix for kind in OTHER_KINDS for suffix in kind.suffixes)
+
 _MEDIA_TYPES = frozenset(f"image/{name}" for name in (*IMAGE_SUFFIXES, "pjpeg", "x-png", "x-ms-bmp", "x-bmp", "*"))
 
 _TOKEN = re.compile(r"[^\s,]\S*")
@@ -76,7 +76,7 @@ def _is_readable(address: str, media_type: str) -> bool:
     path = address.partition("?")[0].partition("#")[0].lower()
     suffix = path.rpartition("/")[2].rpartition(".")[2]
     named = media_type.partition(";")[0].strip().lower()
-    return suffix not in _OTHER_SUFFIXES and (not named or named in _MEDIA_TYPES)
+    return suffix not in OTHER_SUFFIXES and (not named or named in _MEDIA_TYPES)
 
 
 def _candidates(element: Any) -> Iterator[tuple[str, str]]:
