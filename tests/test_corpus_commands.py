@@ -132,8 +132,8 @@ def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert setting in text
     assert "none, basic, kosmos, obelics" in text
     # what stands under each field in the source
-    assert "Fetch images behind URLs, from public addresses only; False: they are left out." in text
-    assert "Documents whose words agree by more than this are one." in text
+    assert "Fetch images behind URLs, from public addresses only; false: they are left out." in text
+    assert "Documents whose words agree by more than this are one (0 to 1, by MinHash)." in text
     with pytest.raises(SystemExit) as unknown:
         run(capsys, "bild", "x")
     assert unknown.value.code == 2
