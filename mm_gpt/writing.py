@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -29,20 +29,36 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = str(error.filename or path).replace("/.tmp-", "/")  # the name that it would have had
-        raise MMGPTError(f"{where}: cannot be written ({error.strerror or error})") from None
+        # numpy's has no number, but two counts of what was to be written.
+        reason = error.strerror or f"is the disk full? {error}"
+        raise MMGPTError(f"{where}: cannot be written ({reason})") from None
     except SafetensorError as error:
         reason = " ".join(str(error).split()).removeprefix("Error while serializing: ").removeprefix("I/O error: ")
         where = str(path).replace("/.tmp-", "/")
         raise MMGPTError(f"{where}: cannot be written ({reason})") from None
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write what is to be called `path`: it takes the place of what was there at one moment, when it is whole.
+
+    Raises MMGPTError naming the file when it cannot be written; nothing of it is left then.
+    """
+    temporary = _hidden("tmp", path)
+    try:
+        with naming(path):
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Put a file in the place of what was there, at one moment."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with naming(path):
+    """Raises what `whole_file` does."""
+    with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        temporary.replace(path)
 
 
 @contextmanager

@@ -876,6 +876,18 @@ def test_bf16_keeps_master_weights_in_float32(data: Path) -> None:
     assert isinstance(exact.model, MMGPT)
 
 
+def test_what_is_frozen_is_saved_as_it_was(tmp_path: Path, data: Path) -> None:
+    """Stops: a base whose weights lose half their digits by a run that does not even train them."""
+    config = dataclasses.replace(tiny_config(make_tokenizer().vocab_size), lora=LORA)
+    task = tiny_task(tiny_recipe(data, train={"precision": "bf16"}, decoder="frozen", model=config))
+    before = {name: p.detach().clone() for name, p in task.model.decoder.named_parameters() if ".lora_" not in name}
+    task.prepare()
+    task.save(tmp_path)
+    again = load_model(tmp_path)[0]
+    for name, weight in before.items():
+        assert torch.equal(again.decoder.get_parameter(name), weight.half().float() if weight.dim() > 1 else weight)
+
+
 def test_validation_does_not_disturb_training(tmp_path: Path, data: Path) -> None:
     """Evaluation mode left on, or random numbers used up: the curve would depend on how often one looks."""
     curves = []

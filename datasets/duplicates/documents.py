@@ -1,6 +1,6 @@
 """Duplicates over a whole corpus: the same documents and nearly the same ones, whatever the corpus's size.
 
-First each process turns its part of the corpus into fingerprints (`datasets.fingerprints`). Then `find_duplicates`
+First each process turns its part of the corpus into fingerprints (`duplicates.fingerprints`). Then `find_duplicates`
 looks at all of them:
 
 1. Documents with equal words and images are linked, and so are those with equal MinHash signatures.

@@ -2,7 +2,7 @@
 
 Each rule is one bound of `TextBounds`, off where it is None. A measure is a small function of `Words`, which splits a
 text once for all of them. OBELICS: https://arxiv.org/abs/2306.16527, KOSMOS-1: https://arxiv.org/abs/2302.14045. Their
-values are in `datasets.published_filters`.
+values are in `filters.published_filters`.
 """
 
 import math

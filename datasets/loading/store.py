@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +31,7 @@ from mm_gpt.datasets.reading import files
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
 from mm_gpt.datasets.sources import detect, read_samples
 from mm_gpt.errors import MMGPTError
-from mm_gpt.writing import naming, new_folder
+from mm_gpt.writing import naming, new_folder, whole_file, write_text
 
 VERSION = 1
 """Of what is kept: another one when the readers of sources change what they give."""
@@ -185,22 +184,17 @@ def _listing(location: str, format: str) -> list[Any]:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """A `.npy` file, whole or not at all. Raises MMGPTError naming the file, when the disk is full say."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                np.save(file, array, allow_pickle=False)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
 
 
 def write_skipped(path: Path, errors: ErrorCounter) -> None:
     """What was skipped, for the runs to come. Raises MMGPTError naming the file."""
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"counts": errors.counts, "examples": errors.examples}), encoding="utf-8")
+    write_text(path, json.dumps({"counts": errors.counts, "examples": errors.examples}))
 
 
 def read_skipped(path: Path) -> ErrorCounter:

@@ -27,15 +27,14 @@ from mm_gpt.hub.weights import (
     read_json,
     read_text,
     unfilled,
-    whole_file,
     write_json,
-    write_text,
 )
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
 from mm_gpt.templates.chat_template import ChatTemplate
 from mm_gpt.tokenizer import Tokenizer
+from mm_gpt.writing import whole_file, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +160,7 @@ def save_model(
                 shapes = f"{tuple(tensor.shape)}, not {tuple(state[name].shape)}"
                 raise CheckpointError(f"the frozen {name} has shape {shapes}")
             state[name] = tensor
-    state = {name: _compact(tensor, name) for name, tensor in state.items()}
+    state = {name: compact(tensor, name) for name, tensor in state.items()}
     with whole_file(folder / "model.safetensors") as partial:
         save_file(state, partial)
         partial.chmod(0o644)  # the library writes for the owner alone; a model is to be shared
@@ -298,7 +297,7 @@ def _is_base(name: str) -> bool:
     return name.startswith("decoder.") and ".lora_" not in name
 
 
-def _compact(tensor: Tensor, name: str) -> Tensor:
+def compact(tensor: Tensor, name: str) -> Tensor:
     """How a tensor is stored."""
     tensor = tensor.detach()
     if tensor.dim() < 2 or not tensor.is_floating_point():

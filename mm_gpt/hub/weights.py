@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from itertools import pairwise
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mm_gpt.errors import CheckpointError, MMGPTError
+from mm_gpt.writing import write_text
 
 CHUNK_BYTES = 256 << 10
 """Read at a time where the type changes: little enough to stay in a core's cache."""
@@ -443,32 +444,6 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not readable as text ({error})") from None
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write what is to be called `path`: it gets that name when all of it is written.
-
-    Raises CheckpointError naming the file when it cannot be written, on a full disk, say; nothing of it is left then.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        reason = str(error)
-        if isinstance(error, OSError):  # numpy's has no number, but two counts of what was to be written
-            reason = error.strerror or f"is the disk full? {error}"
-        raise CheckpointError(f"{path}: cannot be written ({reason})") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Raises what `whole_file` does."""
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

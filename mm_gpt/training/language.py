@@ -27,10 +27,10 @@ from mm_gpt.datasets.loading.store import cache_of, exclusive
 from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, Sample
 from mm_gpt.document import Document, Text
 from mm_gpt.errors import ConfigError, MMGPTError
-from mm_gpt.hub.checkpoint import fill, load_decoder, load_model, save_model
+from mm_gpt.hub.checkpoint import compact, fill, load_decoder, load_model, save_model
 from mm_gpt.hub.vision_towers import load_open_clip
 from mm_gpt.model.decoder import Decoder
-from mm_gpt.model.lora import LoRAConfig, merge_lora
+from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import ROLES, Batch, Example, Processor, ProcessorConfig
 from mm_gpt.templates.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
@@ -168,6 +168,7 @@ class LanguageTask:
             workers=recipe.workers,
             errors=self.errors,
         )
+        self._frozen: dict[str, Tensor] = {}
         if self.errors.total:
             logger.warning(self.errors.summary())
 
@@ -185,7 +186,7 @@ class LanguageTask:
         if model.config.lora is None:
             model.decoder.requires_grad_(recipe.decoder == "full")
         if use_bf16(recipe.train.precision, model.device):
-            _frozen_to_bf16(model.decoder)
+            self._frozen = _frozen_to_bf16(model)
         if recipe.compile:
             compile_blocks(model.decoder)
         groups = [ParameterGroup("decoder", [p for p in model.decoder.parameters() if p.requires_grad])]
@@ -267,7 +268,7 @@ class LanguageTask:
         return [f"{record.key}: {answer.text}" for record, answer in zip(records, answers, strict=True)]
 
     def save(self, folder: Path) -> None:
-        save_model(self.model, self.processor, folder)
+        save_model(self.model, self.processor, folder, frozen=self._frozen)
 
 
 def learn_tokenizer(stores: Sequence[ShardFolder], vocab_size: int) -> Tokenizer:
@@ -327,8 +328,7 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
         if recipe.lora is not None and model.config.lora is None and recipe.decoder != "full":
             model.add_lora(recipe.lora)
         if recipe.model is None and recipe.decoder == "full" and model.config.lora is not None:
-            merge_lora(model.decoder)
-            model.config = dataclasses.replace(model.config, lora=None)
+            model.merge_lora()
     else:
         assert recipe.model is not None
         decoder: Decoder | None = None
@@ -357,25 +357,31 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
 def load_vision(vision: nn.Module, name: str) -> None:
     """Weights for a vision tower: a registry name (ImageNet trunk), the folder of a contrastive run, or an open_clip
     tag such as ViT-L-14/laion2b_s32b_b82k."""
-    if Path(name).is_dir():
-        fill(vision, Path(name) / "model.safetensors", prefix="vision.")
-        return
-    if "/" in name:
-        vision.load_state_dict(load_open_clip(name)[0].state_dict(), strict=True)
-        return
-    from mm_gpt.hub.fetching import download
+    from mm_gpt.hub.fetching import download, registry
     from mm_gpt.vision.encoder import load_efficientnet_lite
 
-    path = next(iter(download.fetch(name).values()))
-    vision.tower.trunk.load_state_dict(load_efficientnet_lite(path), strict=True)  # type: ignore[union-attr]
+    if name not in registry.REGISTRY and Path(name).is_dir():  # a folder must not hide what a name stands for
+        fill(vision, Path(name) / "model.safetensors", prefix="vision.")
+    elif "/" in name:
+        vision.load_state_dict(load_open_clip(name)[0].state_dict(), strict=True)
+    else:
+        path = next(iter(download.fetch(name).values()))
+        vision.tower.trunk.load_state_dict(load_efficientnet_lite(path), strict=True)  # type: ignore[union-attr]
 
 
 def _user(record: Record, text: str) -> dict[str, object]:
     return {"role": "user", "content": [{"type": "image", "image": record.image}, {"type": "text", "text": text}]}
 
 
-def _frozen_to_bf16(decoder: nn.Module) -> None:
-    """Frozen weights are only read: bf16 halves their memory and saves autocast its casts."""
-    for parameter in decoder.parameters():
+def _frozen_to_bf16(model: MMGPT) -> dict[str, Tensor]:
+    """Frozen weights are only read: bf16 halves their memory and saves autocast its casts.
+
+    Gives what is to be saved in their place: the weights as they were, in the form that a model folder stores.
+    """
+    kept = {}
+    for name, parameter in model.decoder.named_parameters(prefix="decoder"):
         if not parameter.requires_grad:
+            if not isinstance(model.config.decoder, str):  # else the name stands for them, and they are not saved
+                kept[name] = compact(parameter.detach().cpu(), name).clone()
             parameter.data = parameter.data.to(torch.bfloat16)
+    return kept

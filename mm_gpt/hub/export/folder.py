@@ -18,10 +18,11 @@ from mm_gpt.hub.decoders import decoder_table, part_sizes
 from mm_gpt.hub.export.decoders import CLASSES, decoder_values
 from mm_gpt.hub.export.layout import Export, template_source
 from mm_gpt.hub.export.models import check, whole_export
-from mm_gpt.hub.weights import Table, whole_file, write_json, write_text, written
+from mm_gpt.hub.weights import Table, write_json, written
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Processor
 from mm_gpt.tokenizer import Tokenizer
+from mm_gpt.writing import whole_file, write_text
 
 SHARD_BYTES = 5 * 10**9
 """A file of weights is not larger."""
