@@ -115,7 +115,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, name: str, limi
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(CheckpointError, match=rf"{name}: cannot be written \(.*[Ff]ile too large") as error:
+        with pytest.raises(MMGPTError, match=rf"{name}: cannot be written \(.*[Ff]ile too large") as error:
             save_model(model, processor, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -309,7 +309,7 @@ def test_a_full_disk(format: str, name: str, spare: int, llama: Path, tmp_path: 
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[name]) - 1 - spare, hard))
     try:
         message = rf"out/{re.escape(name)}: cannot be written \((.*[Ff]ile too large|is the disk full\? )"
-        with pytest.raises(CheckpointError, match=message) as error:
+        with pytest.raises(MMGPTError, match=message) as error:
             export_model(llama, out, format=format, overwrite=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

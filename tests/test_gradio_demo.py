@@ -313,7 +313,7 @@ def test_conversation_in_a_browser(
     send(page, "And this?", broken)
     toast = page.locator(".toast-body")
     toast.wait_for()
-    assert "not a JPEG, PNG, WEBP, GIF or BMP image" in toast.inner_text()
+    assert "not a JPEG, PNG, WEBP, GIF, BMP, TIFF or AVIF image" in toast.inner_text()
     assert bot(page).count() == 2
     assert page.input_value("#box textarea") == "And this?"
     page.click(".toast-close")

@@ -381,14 +381,6 @@ def test_wrong_inputs():
 # ---- The torchvision backend elsewhere ----
 
 
-def test_lanczos_needs_a_recent_torchvision(monkeypatch):
-    # Stops: the far-off message of an older torch, which knows no such filter for tensors.
-    monkeypatch.setattr("torchvision.__version__", "0.26.0+cpu")
-    config = ImageTransformConfig(24, interpolation="lanczos", backend="torchvision")
-    with pytest.raises(ConfigError, match=r"torchvision 0\.27"):
-        ImageTransform(config)(noise((9, 9)))
-
-
 @pytest.mark.parametrize("mode", ["crop", "pad"])
 def test_slivers_are_refused_before_they_are_blown_up(mode):
     # Stops: a 1 x 300,000 image taking gigabytes, which is what the original processors do.

@@ -607,7 +607,7 @@ def test_batches_are_a_function_of_their_number(data: Path) -> None:
 
 def test_an_epoch_shows_everything_once(data: Path) -> None:
     task = tiny_task(tiny_recipe(data))
-    wanted = Counter([str(n) for n in range(5)] + [f"chats.jsonl:{n + 1}" for n in range(NUM_CHATS)])
+    wanted = Counter([str(n) for n in range(5)] + [f"{data.name}/chats.jsonl:{n + 1}" for n in range(NUM_CHATS)])
     start, orders, pixels = 0, [], []
     for epoch in range(3):
         batches = shown(task, start, epoch_rows(task, epoch))
@@ -643,8 +643,8 @@ def test_half_an_epoch_each_time(data: Path) -> None:
     pictures: list[str] = []
     for epoch in range(5):
         ids = epoch_ids(task, epoch)
-        assert sum(id.startswith("chats") for id in ids) == 2 * NUM_CHATS
-        pictures += sorted(id for id in ids if not id.startswith("chats"))
+        assert sum("chats" in id for id in ids) == 2 * NUM_CHATS
+        pictures += sorted(id for id in ids if "chats" not in id)
     assert Counter(pictures) == Counter({str(n): 2 for n in range(5)})
     assert len(set(pictures[:4])) == 4
 
@@ -658,9 +658,9 @@ def test_documents_too_long_are_left_out(data: Path, caplog: pytest.LogCaptureFi
     task = tiny_task(recipe)
     batches = shown(task, 0, epoch_rows(task))
     assert sum(len(row.split()) for batch in batches for row in batch.ids) == NUM_CHATS
-    assert "skipped long.jsonl:1: longer than the context" in caplog.text
+    assert f"skipped {data.name}/long.jsonl:1: longer than the context" in caplog.text
     assert task.validate()["loss"] == 0.0
-    with pytest.raises(MMGPTError, match=r"no usable record: .* longer than the context \(long\.jsonl:1"):
+    with pytest.raises(MMGPTError, match=r"no usable record: .* longer than the context \(data.*/long\.jsonl:1"):
         tiny_task(dataclasses.replace(recipe, sources=(source,)))
 
 
@@ -672,7 +672,7 @@ def test_a_document_longer_than_a_row_has_one_of_its_own(data: Path) -> None:
     task = tiny_task(dataclasses.replace(tiny_recipe(data, sources=sources), row_length=64))
     batches = shown(task, 0, epoch_rows(task))
     (row,) = [row for batch in batches for row in batch.ids if "long" in row]
-    assert row == "long.jsonl:1"
+    assert row == f"{data.name}/long.jsonl:1"
     assert max(batch.input_ids.shape[1] for batch in batches) > 64
 
 
@@ -682,7 +682,7 @@ def test_a_broken_image_is_counted_not_fatal(tmp_path: Path) -> None:
     (tmp_path / "pictures" / "2.png").write_bytes(b"not a picture")
     task = tiny_task(tiny_recipe(tmp_path))
     ids = [id for batch in shown(task, 0, epoch_rows(task)) for row in batch.ids for id in row.split()]
-    assert {id for id in ids if not id.startswith("chats")} == {"0", "1", "3", "4"}
+    assert {id for id in ids if "chats" not in id} == {"0", "1", "3", "4"}
     assert task.errors.counts == {"broken image": 1}
     assert "2.png" in task.errors.summary()
 

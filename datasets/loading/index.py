@@ -269,7 +269,7 @@ def table_of(pieces: list[tuple[int, ...]], records: list[tuple[int, ...]], text
 def _full_name(source: str, sample: Sample, number: int) -> str:
     """Some samples are called by their file and line already."""
     own = sample_name(sample) or str(number)
-    return own if own.startswith(f"{Path(source).name}:") else f"{source}:{own}"
+    return own if Path(source).name in own.partition(":")[0].split("/") else f"{source}:{own}"
 
 
 def index_tables(store: ShardFolder, measure: Measured, name: str, errors: ErrorCounter) -> list[Table]:
