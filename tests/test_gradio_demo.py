@@ -315,7 +315,7 @@ def test_conversation_in_a_browser(
     toast.wait_for()
     assert "not a JPEG, PNG, WEBP, GIF, BMP, TIFF or AVIF image" in toast.inner_text()
     assert bot(page).count() == 2
-    assert page.input_value("#box textarea") == "And this?"
+    wait_until(lambda: page.input_value("#box textarea") == "And this?")
     page.click(".toast-close")
     toast.wait_for(state="detached")
 
