@@ -278,16 +278,18 @@ def open_sources(
     sampling: RecordSampling = RecordSampling(),  # noqa: B008 (frozen)
     *,
     seed: int = 0,
+    folder: Path = Path(),
     errors: ErrorCounter,
 ) -> list[IndexedSource]:
-    """The sources of a mixture, indexed. Raises MMGPTError when an index cannot be made or kept."""
+    """The sources of a mixture below `folder`, indexed. Raises MMGPTError when an index cannot be made or kept."""
     found = []
     for config, store in zip(configs, stores, strict=True):
         name = config.path
         own = Measure(measure.processor, measure.max_tokens, sampling.max_questions if config.derived_share else 0)
         how = RecordSampling(**(vars(sampling) | {"derived_share": config.derived_share}))
-        tables = index_tables(store, own, name, errors)
+        tables = index_tables(store, own, config.label(folder), errors)
         source = IndexedSource(name, store, tables, own, how, seed=seed, errors=errors)
-        logger.info("%s: %d units, about %.0f tokens, %d images", name, len(source), source.tokens, source.images)
+        about = (config.label(folder), len(source), source.tokens, source.images)
+        logger.info("%s: %d units, about %.0f tokens, %d images", *about)
         found.append(source)
     return found

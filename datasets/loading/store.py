@@ -31,7 +31,7 @@ from mm_gpt.datasets.reading import files
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
 from mm_gpt.datasets.sources import detect, read_samples
 from mm_gpt.errors import MMGPTError
-from mm_gpt.writing import naming, new_folder, whole_file, write_text
+from mm_gpt.writing import naming, new_folder, remove_folder, whole_file, write_text
 
 VERSION = 1
 """Of what is kept: another one when the readers of sources change what they give."""
@@ -143,10 +143,12 @@ def _tar_index(path: Path, errors: ErrorCounter) -> tuple[Path, np.ndarray, str]
 
 def _kept(location: str, errors: ErrorCounter, *, format: str, images: str | None) -> Corpus:
     """A source of any other format, read once and kept as shards in the user's cache."""
-    folder = files.cache_folder() / "samples" / _hash([VERSION, location, format, images, _listing(location, format)])
-    with exclusive(folder.parent / f".{folder.name}.lock"):
+    of_source = files.cache_folder() / "samples" / _hash([location, format, images])
+    folder = of_source / _hash([VERSION, _listing(location, format)])
+    with exclusive(of_source / ".lock"):
         if not (folder / "corpus.json").is_file():
             _keep(location, folder, format=format, images=images)
+            _remove_old(of_source)
     corpus = Corpus(folder, refer=True)
     corpus.location = str(folder)
     errors.merge(read_skipped(folder / "skipped.json"))
@@ -166,6 +168,13 @@ def _keep(location: str, folder: Path, *, format: str, images: str | None) -> No
         shards = writer.close()
         write_skipped(place / "skipped.json", own)
         write_corpus_file(place, shards, {"source": location})
+
+
+def _remove_old(of_source: Path) -> None:
+    """A run may still read what was kept before the source changed: one version beside the newest stays."""
+    kept = sorted((path for path in of_source.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    for path in kept[:-2]:
+        remove_folder(path)
 
 
 def _listing(location: str, format: str) -> list[Any]:

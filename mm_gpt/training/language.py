@@ -137,7 +137,8 @@ class LanguageTask:
         separate = self.model.config.prefix_lm or self.model.decoder.config.positions == "relative"
         sampling = RecordSampling(recipe.max_captions, recipe.max_questions, recipe.augment, separate)
         measure, seed = Measure(self.processor, self.row_length), recipe.train.seed
-        sources = open_sources(configs, stores, measure, sampling, seed=seed, errors=self.errors)
+        folder = Path(recipe.data)
+        sources = open_sources(configs, stores, measure, sampling, seed=seed, folder=folder, errors=self.errors)
         self.sources = sources[: len(recipe.sources)]
         self.held_out = [source.plain() for source in sources[len(recipe.sources) :]]
         if recipe.holdout:
