@@ -46,6 +46,15 @@ def sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def refuse_a_second_run() -> None:
+    """Raises RuntimeError in a spawned process that has yet to run its task, and runs its parent's script before.
+
+    A script without `if __name__ == "__main__":` would do there all that it does; and wait for its parent's locks.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError('this script starts processes, which run it again: put it under if __name__ == "__main__":')
+
+
 def watch_parent() -> None:
     """Called in a process of `multiprocessing`, whatever its start method: it ends when the one that started it does.
 
@@ -71,13 +80,17 @@ def _end_with(parent: BaseProcess, started_by: int) -> None:
 
 @contextmanager
 def process_pool(
-    workers: int, initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = ()
+    workers: int,
+    initializer: Callable[..., object] | None = None,
+    initargs: tuple[Any, ...] = (),
+    *,
+    start_method: str | None = "spawn",
 ) -> Iterator[ProcessPoolExecutor]:
     """Processes that end with this one. Left by an exception, they are ended at once, whatever they work on.
 
-    They are spawned: a fork of a process with threads may hang.
+    They are spawned: a fork of a process with threads may hang. `start_method` None: as this system does.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(start_method)
     with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(initializer, initargs)) as pool:
         try:
             yield pool

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -225,6 +228,32 @@ def test_an_index_in_several_processes_is_that_of_one(tmp_path: Path, monkeypatc
     index_tables(open_store(str(tmp_path / "tars"), later), Measure(PROCESSOR, 65), "tars", later)
     assert later.counts == {"bad JSON": 1}
     assert "2.tar:0" in later.summary()
+
+
+def test_a_script_without_a_guard(tmp_path: Path) -> None:
+    """Stops: a spawned process that runs the script again, and waits there for its parent's lock for ever."""
+    write_tar(tmp_path / "a.tar", 12)
+    script = f"""
+import multiprocessing, sys
+multiprocessing.set_start_method(sys.argv[1])
+from conftest import make_tiny
+from mm_gpt.datasets.loading import index
+from mm_gpt.datasets.loading.store import open_store
+from mm_gpt.datasets.samples import ErrorCounter
+index.CHUNK = 2
+store = open_store({str(tmp_path / "a.tar")!r}, ErrorCounter())
+print(len(index.index_tables(store, index.Measure(make_tiny()[1], 64), "a", ErrorCounter())[0]))
+"""
+    (tmp_path / "script.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    results = []
+    for start_method in ("spawn", "fork"):
+        command = [sys.executable, str(tmp_path / "script.py"), start_method]
+        results.append(subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120))
+    spawned, forked = results
+    assert spawned.returncode == 1
+    assert 'lacks if __name__ == "__main__"' in spawned.stderr
+    assert forked.stdout == "12\n"
 
 
 # ---- stores ----

@@ -383,10 +383,12 @@ def _results(
         yield from ((chunk, indexer(chunk)) for chunk in chunks)
         return
     try:
-        with process_pool(processes, _start, (indexer,)) as pool:
+        # Where the system forks, scripts without `if __name__ == "__main__":` work; nothing else has started yet.
+        with process_pool(processes, _start, (indexer,), start_method=None) as pool:
             yield from zip(chunks, pool.map(_run, chunks), strict=True)
     except BrokenProcessPool:
-        raise MMGPTError("a process that indexes the data has died, for want of memory perhaps") from None
+        why = 'for want of memory perhaps, or the script that started it lacks if __name__ == "__main__":'
+        raise MMGPTError(f"a process that indexes the data has died, {why}") from None
 
 
 def _load_table(path: Path) -> Table | None:

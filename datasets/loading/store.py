@@ -31,6 +31,7 @@ from mm_gpt.datasets.reading import files
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
 from mm_gpt.datasets.sources import detect, read_samples
 from mm_gpt.errors import MMGPTError
+from mm_gpt.processes import refuse_a_second_run
 from mm_gpt.writing import naming, new_folder, remove_folder, whole_file, write_text
 
 VERSION = 1
@@ -98,6 +99,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
     Raises MMGPTError when the folder cannot be written.
     """
+    refuse_a_second_run()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.open("w")

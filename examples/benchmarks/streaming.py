@@ -165,12 +165,9 @@ def main() -> None:
         print(json.dumps({key: round(value, 3) for key, value in rows[-1].items()}))
     values: dict[str, object] = {"rows": rows}
     if len(rows) > 1:
-        pairs = [(row["records"], row["index_s"]) for row in rows if row["records"] >= 10_000] or [
-            (row["records"], row["index_s"]) for row in rows
-        ]
-        (small, fast), (large, slow) = pairs[0], pairs[-1]
-        if small < large:
-            values["index_exponent"] = math.log(slow / fast) / math.log(large / small)
+        small, large = rows[-2:]  # of fewer records, starting the processes takes longer than they work
+        steeper = math.log(large["index_s"] / small["index_s"])
+        values["index_exponent"] = steeper / math.log(large["records"] / small["records"])
         values["more_memory_mb"] = rows[-1]["peak_mb"] - rows[0]["peak_mb"]
         print({key: value for key, value in values.items() if key != "rows"})
     if options.out:
