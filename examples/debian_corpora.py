@@ -36,7 +36,7 @@ from mm_gpt.datasets.web.pages import page_files
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import MMGPTError
 from mm_gpt.hub.checkpoint import load_decoder
-from mm_gpt.processes import watch_parent
+from mm_gpt.system.processes import watch_parent
 from mm_gpt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

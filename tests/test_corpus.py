@@ -35,7 +35,7 @@ from mm_gpt.datasets.contamination.report import search_contamination
 from mm_gpt.datasets.samples import Conversation, ErrorCounter, QuestionAnswer, Record, Sample
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, MMGPTError
-from mm_gpt.processes import EXIT_TERMINATED
+from mm_gpt.system.processes import EXIT_TERMINATED
 
 pytest.importorskip("trafilatura")
 pytest.importorskip("py3langid")

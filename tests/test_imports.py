@@ -17,8 +17,7 @@ CONTRACTS = {
     "document",
     "image_headers",
     "images",
-    "processes",
-    "writing",
+    "system",
     "templates",
     "tokenizer",
     "processor",
@@ -27,13 +26,10 @@ CONTRACTS = {
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
-    "locks": {"errors"},
-    "stopping": set(),
     "network": {"errors"},
     "image_headers": {"errors"},
     "images": {"errors", "network", "image_headers"},
-    "processes": set(),
-    "writing": {"errors"},
+    "system": {"errors"},
     "document": {"errors", "images"},
     "tokenizer": {"errors"},
     "vision": {"errors", "images"},
@@ -43,7 +39,7 @@ MAY_IMPORT = {
     "model": CONTRACTS | {"vision"},
     "hub": CONTRACTS | {"vision", "model"},
     "inference": CONTRACTS | {"vision", "model", "hub"},
-    "training": CONTRACTS | {"locks", "stopping", "writing", "vision", "model", "hub", "datasets", "inference"},
+    "training": CONTRACTS | {"vision", "model", "hub", "datasets", "inference"},
     "eval": CONTRACTS | {"vision", "model", "hub", "datasets", "inference"},
 }
 HEAVY = ("torch", "open_clip", "timm", "transformers", "torchvision", "matplotlib", "gradio", "tokenizers", "numpy")

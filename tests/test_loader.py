@@ -6,6 +6,9 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +21,7 @@ import torch
 from conftest import make_picture, make_tiny, make_tokenizer
 from test_pieces import tiled
 from test_plan import Numbers
+from test_processes import is_running
 from test_training import tiny_recipe
 
 from mm_gpt.datasets.building.shards import Corpus, ShardWriter, index_path, write_corpus_file
@@ -255,6 +259,32 @@ def test_a_worker_that_dies_is_an_error(how: str) -> None:
     with pytest.raises(MMGPTError, match=message):
         [loader.micro_batches(step) for step in range(9)]
     assert len(loader.micro_batches(0)) == 1  # and the loader is usable
+
+
+ORPHANS = """
+import time
+from test_loader import numbers_loader
+loader = numbers_loader(2, workers=2)
+loader.micro_batches(0)
+print(*loader._pool._processes, flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_a_run_that_is_killed(number: int) -> None:
+    """Stops: processes that wait for their next rows for ever, and keep their memory."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    run = subprocess.Popen([sys.executable, "-c", ORPHANS], env=environment, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    workers = [int(pid) for pid in run.stdout.readline().split()]
+    assert len(workers) == 2
+    run.send_signal(number)
+    run.wait(timeout=20)
+    deadline = time.monotonic() + 20
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline, "workers outlive the run"
+        time.sleep(0.05)
 
 
 def test_workers_leave_the_random_numbers_alone() -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from mm_gpt.processes import EXIT_TERMINATED, Terminated, process_pool, sigterm_raises
+from mm_gpt.system.processes import EXIT_TERMINATED, Terminated, process_pool, sigterm_raises
 
 PATIENCE = 60.0
 """Seconds that a loaded machine may take; what is waited for takes one or two."""
 WORK = """
 import multiprocessing, os, re, sys, time
 from pathlib import Path
-from mm_gpt.processes import process_pool, sigterm_raises, watch_parent
+from mm_gpt.system.processes import process_pool, sigterm_raises, watch_parent
 
 
 def work(kind):
@@ -136,6 +136,6 @@ def test_sigterm_raises_and_is_given_back() -> None:
 
 
 def test_who_has_no_parent_cannot_watch_it() -> None:
-    code = "from mm_gpt.processes import watch_parent; watch_parent()"
+    code = "from mm_gpt.system.processes import watch_parent; watch_parent()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "RuntimeError: this process has no parent to watch" in done.stderr

@@ -17,7 +17,7 @@ from toy_stage import ToyStage, losses, toy_config
 
 from mm_gpt import writing
 from mm_gpt.errors import MMGPTError
-from mm_gpt.locks import open_locked
+from mm_gpt.system.locks import open_locked
 from mm_gpt.training import checkpoint
 from mm_gpt.training.checkpoint import Progress
 from mm_gpt.training.loop import make_optimizer, train

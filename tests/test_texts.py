@@ -4,22 +4,28 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import make_picture, make_tokenizer
+from conftest import make_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
 from mm_gpt.config import override
-from mm_gpt.datasets.formats.texts import is_text_source, read_texts
 from mm_gpt.datasets.loading.pieces import piece_document, sample_pieces
-from mm_gpt.datasets.samples import ErrorCounter
+from mm_gpt.datasets.samples import ErrorCounter, Sample
+from mm_gpt.datasets.sources import detect, read_samples
 from mm_gpt.document import Document, Text
+from mm_gpt.errors import MMGPTError
 from mm_gpt.processor import IGNORE_INDEX, Processor, ProcessorConfig
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.language import LanguageTask
 from mm_gpt.training.recipes import recipe
 
 TOKENIZER = make_tokenizer()
+
+
+def texts_of(sample: Sample) -> list[str]:
+    assert isinstance(sample, Document)
+    return [segment.text for segment in sample.segments if isinstance(segment, Text)]
 
 
 def pieces_of(text: str, processor: Processor, room: int) -> list[Document]:
@@ -58,9 +64,11 @@ def test_what_is_a_source_of_texts(tmp_path: Path, files: list[str], is_text: bo
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-        assert is_text_source(tmp_path / name) == name.lower().endswith(".txt")
-    assert is_text_source(tmp_path) == is_text
-    assert not is_text_source(tmp_path / "gone")
+    try:
+        found = detect(str(tmp_path)).name
+    except MMGPTError:
+        found = "none"
+    assert (found == "text") == is_text
 
 
 def test_files_are_read_by_name_and_bad_ones_counted(tmp_path: Path) -> None:
@@ -71,9 +79,16 @@ def test_files_are_read_by_name_and_bad_ones_counted(tmp_path: Path) -> None:
     (tmp_path / "e.txt").mkdir()
     (tmp_path / "f.md").write_text("no text")
     errors = ErrorCounter()
-    assert list(read_texts(tmp_path, errors)) == [("a.TXT", "öne"), ("b.txt", "two\nlines")]
-    assert errors.counts == {"unreadable text": 1, "empty text": 1}
-    assert list(read_texts(tmp_path / "a.TXT", errors)) == [("a.TXT", "öne")]
+    assert [texts_of(sample) for sample in read_samples(str(tmp_path), errors)] == [["öne"], ["two\nlines"]]
+    assert errors.counts == {"text is not UTF-8": 1, "empty text": 1}
+
+
+def test_what_is_indented_stays_so(tmp_path: Path) -> None:
+    """Stops: programs whose blocks lose the indentation of their first line, which then mean something else."""
+    program = "def f():\n    one()\n\n    two()\n\n\ndef g():\n    pass"
+    (tmp_path / "a.txt").write_text(program + "\n\n")
+    (sample,) = read_samples(str(tmp_path / "a.txt"), ErrorCounter())
+    assert texts_of(sample) == ["def f():\n    one()", "    two()", "def g():\n    pass"]
 
 
 TEXT = st.lists(st.sampled_from(["a", "one ", "😀", "  ", "\n", "image", "é", "<|endoftext|>", "<|im_"]), max_size=60)
@@ -126,10 +141,3 @@ def test_a_tokenizer_is_learned_from_chats(tmp_path: Path) -> None:
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     task = LanguageTask(override(recipe("gpt2-small", str(tmp_path)), [*SMALL, "sources=chats.jsonl"]))
     assert len(task.processor.tokenizer.encode(word)) == 1
-
-
-def test_a_folder_of_texts_and_pictures_is_captions(tmp_path: Path) -> None:
-    make_picture().save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("a picture")
-    assert not is_text_source(tmp_path)
-    assert list(read_texts(tmp_path, ErrorCounter())) == [("a.txt", "a picture")]

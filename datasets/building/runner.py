@@ -8,7 +8,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from mm_gpt.errors import ConfigError, MMGPTError
-from mm_gpt.processes import process_pool
+from mm_gpt.system.processes import process_pool
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")

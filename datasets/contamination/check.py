@@ -27,7 +27,7 @@ from mm_gpt.datasets.samples import Conversation, Record, Sample
 from mm_gpt.document import Image, Segment, Text
 from mm_gpt.errors import ImageError
 from mm_gpt.images import ImageSource, load_image
-from mm_gpt.processes import process_pool
+from mm_gpt.system.processes import process_pool
 
 METHODS = ("n-gram", "13-gram", "substring", "image", "same file")
 COMMON_DOCUMENTS = 10

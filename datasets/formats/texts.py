@@ -1,14 +1,14 @@
 """Plain text: `.txt` files, and rows with a text."""
 
+import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from mm_gpt.datasets.formats.interleaved import document_id, each_file, paragraphs
+from mm_gpt.datasets.formats.interleaved import document_id, each_file
 from mm_gpt.datasets.reading.files import base_name, suffix_of
 from mm_gpt.datasets.reading.rows import ROW_SUFFIXES, decode_text, first_value, plain_text, read_rows
 from mm_gpt.datasets.reading.unpacked import open_unpacked
-from mm_gpt.datasets.samples import IMAGE_SUFFIXES, UNREAD_PICTURES, BadRecordError, ErrorCounter
+from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
 from mm_gpt.document import Document, Text
 
 MAX_TEXT_BYTES = 64 * 2**20
@@ -51,7 +51,7 @@ def _text_file(file: str) -> Document:
 
 def text_document(row: Mapping[str, Any], id: str) -> Document:
     """A row with a text as a document; its `url`, `title`, `language`, ... go to `metadata`. Raises BadRecordError."""
-    blocks = paragraphs(plain_text(first_value(row, TEXT_COLUMNS)).replace("\r\n", "\n"))
+    blocks = _paragraphs(plain_text(first_value(row, TEXT_COLUMNS)).replace("\r\n", "\n"))
     if not blocks:
         raise BadRecordError("empty text")
     inner = row.get("meta") or row.get("metadata")  # RedPajama and Dolma keep them there
@@ -60,27 +60,7 @@ def text_document(row: Mapping[str, Any], id: str) -> Document:
     return Document(tuple(map(Text, blocks)), id=id, metadata=metadata)
 
 
-def is_text_source(path: Path) -> bool:
-    """A `.txt` file, or a folder that has some and no image: captions stand beside their images."""
-    if path.is_file():
-        return path.suffix.lower() == ".txt"
-    if not path.is_dir():
-        return False
-    suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
-    return ".txt" in suffixes and not suffixes & {*(f".{s}" for s in IMAGE_SUFFIXES), *UNREAD_PICTURES, ".tar"}
-
-
-def read_texts(path: Path, errors: ErrorCounter) -> Iterator[tuple[str, str]]:
-    """(name, text) of each file, sorted by name. What is not UTF-8 or empty is counted in `errors` and skipped."""
-    for file in [path] if path.is_file() else sorted(path.rglob("*")):
-        if file.suffix.lower() != ".txt" or not file.is_file():
-            continue
-        try:
-            text = file.read_text(encoding="utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            errors.add("unreadable text", f"{file}: {error}")
-            continue
-        if text:
-            yield file.name, text
-        else:
-            errors.add("empty text", str(file))
+def _paragraphs(text: str) -> list[str]:
+    """The blocks between blank lines; what is indented stays so, programs and poems are texts as well."""
+    blocks = re.split(r"\n(?:[^\S\n]*\n)+", text.strip())
+    return [block.rstrip() for block in blocks if block.strip()]

@@ -31,8 +31,8 @@ from mm_gpt.datasets.loading.store import cache_of, exclusive, read_skipped, wri
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, QuestionAnswer, Record, Sample, sample_name
 from mm_gpt.document import Document, Image
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
-from mm_gpt.processes import process_pool
 from mm_gpt.processor import Processor
+from mm_gpt.system.processes import process_pool
 from mm_gpt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

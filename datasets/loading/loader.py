@@ -22,8 +22,8 @@ import torch
 from mm_gpt.datasets.loading.plan import Cursor, Plan, Row
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.errors import ConfigError, MMGPTError
-from mm_gpt.processes import watch_parent
 from mm_gpt.processor import Batch
+from mm_gpt.system.processes import watch_parent
 
 
 @dataclass

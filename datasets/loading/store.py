@@ -31,8 +31,8 @@ from mm_gpt.datasets.reading import files
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
 from mm_gpt.datasets.sources import detect, read_samples
 from mm_gpt.errors import MMGPTError
-from mm_gpt.processes import refuse_a_second_run
-from mm_gpt.writing import naming, new_folder, remove_folder, whole_file, write_text
+from mm_gpt.system.processes import refuse_a_second_run
+from mm_gpt.system.writing import naming, new_folder, remove_folder, whole_file, write_text
 
 VERSION = 1
 """Of what is kept: another one when the readers of sources change what they give."""

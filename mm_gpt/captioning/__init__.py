@@ -22,7 +22,7 @@ from mm_gpt.captioning.output import CaptionFile, CaptionLine, CaptionStream
 from mm_gpt.document import Image
 from mm_gpt.errors import ImageError
 from mm_gpt.images import BYTES_PER_PIXEL, ByteBudget, image_size
-from mm_gpt.stopping import Stopper
+from mm_gpt.system.stopping import Stopper
 from mm_gpt.templates.prompts import CAPTION_PROMPT
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from mm_gpt.captioning.inputs import identity
 from mm_gpt.errors import MMGPTError, unknown_name
-from mm_gpt.locks import open_locked
+from mm_gpt.system.locks import open_locked
 
 
 @dataclass(frozen=True)

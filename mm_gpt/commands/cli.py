@@ -22,7 +22,7 @@ from mm_gpt.commands.command import (
     complain,
 )
 from mm_gpt.errors import MMGPTError, closest, unknown_name
-from mm_gpt.processes import EXIT_TERMINATED, Terminated, sigterm_raises
+from mm_gpt.system.processes import EXIT_TERMINATED, Terminated, sigterm_raises
 
 COMMANDS: dict[str, Command] = {
     **ask.COMMANDS,

@@ -32,9 +32,9 @@ from mm_gpt.hub.weights import (
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
+from mm_gpt.system.writing import whole_file, write_text
 from mm_gpt.templates.chat_template import ChatTemplate
 from mm_gpt.tokenizer import Tokenizer
-from mm_gpt.writing import whole_file, write_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mm_gpt.errors import CheckpointError, MMGPTError
-from mm_gpt.writing import write_text
+from mm_gpt.system.writing import write_text
 
 CHUNK_BYTES = 256 << 10
 """Read at a time where the type changes: little enough to stay in a core's cache."""

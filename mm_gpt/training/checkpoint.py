@@ -2,7 +2,7 @@
 
 `OUT/step-000200/` holds the complete model and `training_state.safetensors` (optimizer moments and every trainable
 parameter in its training precision). `OUT/best` is the model with the lowest validation loss. What has one of these
-names is whole (`mm_gpt.writing`).
+names is whole (`mm_gpt.system.writing`).
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mm_gpt.errors import CheckpointError
+from mm_gpt.system.writing import naming, new_folder, remove_folder
 from mm_gpt.training.stage import Stage
-from mm_gpt.writing import naming, new_folder, remove_folder
 
 STATE_FILE = "training_state.safetensors"
 PROGRESS_FILE = "training_state.json"

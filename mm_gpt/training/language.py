@@ -33,6 +33,7 @@ from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import ROLES, Batch, Example, Processor, ProcessorConfig
+from mm_gpt.system.writing import write_text
 from mm_gpt.templates.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.compiling import compile_blocks
@@ -40,7 +41,6 @@ from mm_gpt.training.distributed import ranks
 from mm_gpt.training.loop import TrainConfig, use_bf16
 from mm_gpt.training.stage import ParameterGroup
 from mm_gpt.vision.transforms import ImageTransformConfig
-from mm_gpt.writing import write_text
 
 logger = logging.getLogger(__name__)
 

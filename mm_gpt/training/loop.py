@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from mm_gpt.config import check_numbers
 from mm_gpt.errors import ConfigError, MMGPTError
-from mm_gpt.locks import open_locked
 from mm_gpt.model.mmgpt import pick_device
-from mm_gpt.stopping import Stopper
+from mm_gpt.system.locks import open_locked
+from mm_gpt.system.stopping import Stopper
+from mm_gpt.system.writing import naming, recover, write_text
 from mm_gpt.training import checkpoint
 from mm_gpt.training.checkpoint import Progress
 from mm_gpt.training.distributed import (
@@ -39,7 +40,6 @@ from mm_gpt.training.distributed import (
 )
 from mm_gpt.training.run_log import RunLog
 from mm_gpt.training.stage import DataState, ParameterGroup, Stage
-from mm_gpt.writing import naming, recover, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mm_gpt.errors import MMGPTError
+from mm_gpt.system.writing import naming, write_text
 from mm_gpt.training import plot
-from mm_gpt.writing import naming, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from mm_gpt.hub.gguf.mmproj import write_mmproj
 from mm_gpt.hub.gguf.writer import GGUF_TYPES, write_decoder
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Processor
-from mm_gpt.writing import whole_file
+from mm_gpt.system.writing import whole_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = {"hf": tuple(DTYPES), "gguf": tuple(GGUF_TYPES)}

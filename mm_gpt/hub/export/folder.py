@@ -21,8 +21,8 @@ from mm_gpt.hub.export.models import check, whole_export
 from mm_gpt.hub.weights import Table, write_json, written
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Processor
+from mm_gpt.system.writing import whole_file, write_text
 from mm_gpt.tokenizer import Tokenizer
-from mm_gpt.writing import whole_file, write_text
 
 SHARD_BYTES = 5 * 10**9
 """A file of weights is not larger."""
