@@ -15,8 +15,8 @@ from test_ranks import Run, rows, write_corpus
 from torch import Tensor
 from toy_stage import ToyStage, losses, toy_config
 
-from mm_gpt.system import writing
 from mm_gpt.errors import MMGPTError
+from mm_gpt.system import writing
 from mm_gpt.system.locks import open_locked
 from mm_gpt.training import checkpoint
 from mm_gpt.training.checkpoint import Progress

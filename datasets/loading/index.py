@@ -31,24 +31,22 @@ from mm_gpt.datasets.loading.store import cache_of, exclusive, read_skipped, wri
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, QuestionAnswer, Record, Sample, sample_name
 from mm_gpt.document import Document, Image
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
+from mm_gpt.images import is_url
 from mm_gpt.processor import Processor
 from mm_gpt.system.processes import process_pool
 from mm_gpt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 PIECE = ("sample", "start_segment", "start_char", "end_segment", "end_char", "tokens", "images")
 """Columns of a piece. It ends before (end_segment, end_char)."""
 RECORD = (
-    "sample",
-    "image_tokens",
-    "first_text",
-    "captions",
-    "questions",
+    *("sample", "image_tokens", "height", "width", "first_text", "captions", "questions"),
     *(f"derived_{n}" for n in range(DERIVED_SETS)),
 )
-"""Columns of a record. Its texts, from `first_text` on, are its captions, its questions, and each derived set."""
+"""Columns of a record. The size of an image behind a URL is 0. Its texts, from `first_text` on, are its captions, its
+questions, and each derived set."""
 CHUNK = 512
 """Samples that a process indexes at a time."""
 MAPPED_BYTES = 2**20
@@ -60,7 +58,7 @@ class Table:
     """What is known of one shard, int32."""
 
     pieces: np.ndarray  # (P, 7), see PIECE
-    records: np.ndarray  # (R, 9), see RECORD
+    records: np.ndarray  # (R, 11), see RECORD
     texts: np.ndarray  # (T,) the tokens that a caption, or a question with its answer, adds to what it shares
 
     def __len__(self) -> int:
@@ -103,7 +101,7 @@ class Table:
         pieces, records, texts, count = [np.zeros((0, len(PIECE)))], [np.zeros((0, len(RECORD)))], [np.zeros(0)], 0
         for table in tables:
             shifted = table.records.copy()
-            shifted[:, 2] += count
+            shifted[:, RECORD.index("first_text")] += count
             pieces.append(table.pieces)
             records.append(shifted)
             texts.append(table.texts)
@@ -136,7 +134,7 @@ class PairMeasure:
         records, texts = list[tuple[int, ...]](), list[int]()
         for number, sample in samples:
             if isinstance(sample, Record) and sample.captions:
-                records.append((number, 0, len(texts), len(sample.captions), 0, *[0] * DERIVED_SETS))
+                records.append((number, 0, 0, 0, len(texts), len(sample.captions), 0, *[0] * DERIVED_SETS))
                 texts += [len(self.tokenizer.encode(clean_caption(text))) for text in sample.captions]
             else:
                 errors.add("no captions", _full_name(name, sample, number))
@@ -233,7 +231,7 @@ class Measure:
                     if self.processor.config.image is None:
                         raise MMGPTError(f"{name}:{sample_name(sample)} is an image, and this model reads text alone")
                     row, own = self._record(sample)
-                    records.append((number, row[0], len(texts), *row[1:]))
+                    records.append((number, *row[:3], len(texts), *row[3:]))
                     texts += own
                 else:
                     found = sample_pieces(sample, self.processor, self.max_tokens)
@@ -243,19 +241,21 @@ class Measure:
         return table_of(pieces, records, texts)
 
     def _record(self, record: Record) -> tuple[list[int], list[int]]:
-        """Columns of a record from `image_tokens` on, without `first_text`; and the tokens of its texts."""
+        """Columns of a record from `image_tokens` on, but `first_text`; and the tokens of its texts."""
         sets = [derived_questions(record, n, self.derived) if self.derived else [] for n in range(DERIVED_SETS)]
         try:
-            image = self.image_tokens(Image(record.image))
+            image = Image(record.image)
+            size = (0, 0) if is_url(record.image) else image.size()  # what is broken is known before hours of training
+            tokens = self.image_tokens(image)
             texts = [self.caption(text) for text in record.captions]
             texts += [self.question(pair) for pairs in (record.questions, *sets) for pair in pairs]
         except ContextOverflowError:
             raise BadRecordError("longer than the context") from None
-        except ImageError as error:
-            raise BadRecordError(f"broken image ({str(error)[:120]})") from None
+        except ImageError:
+            raise BadRecordError("broken image") from None
         except MMGPTError as error:
             raise BadRecordError(f"cannot be written ({str(error)[:80]})") from None
-        return [image, len(record.captions), len(record.questions), *map(len, sets)], texts
+        return [tokens, *size, len(record.captions), len(record.questions), *map(len, sets)], texts
 
 
 def table_of(pieces: list[tuple[int, ...]], records: list[tuple[int, ...]], texts: list[int]) -> Table:

@@ -174,12 +174,12 @@ class IndexedSource:
     def _lengths(self, table: Table, record: list[int], sample: int, number: int) -> list[int]:
         """Tokens of each document that pass `number` draws from a record."""
         measure, how = self.measure, self.sampling
-        _, image, first, num_captions, num_questions, *num_derived = record
+        _, image, _, _, first, num_captions, num_questions, *num_derived = record
         used = number % len(num_derived)
         drawn = choose(
             self._rng(number, sample), num_captions, num_questions, num_derived[used] if how.derived_share else 0, how
         )
-        texts = table.texts[first : first + sum(record[3:])].tolist()
+        texts = table.texts[first : first + num_captions + num_questions + sum(num_derived)].tolist()
         behind = sum(num_derived[:used])  # the sets before this one
         captions = [texts[n] for n in drawn.captions]
         questions = [texts[num_captions + n + (behind if n >= num_questions else 0)] for n in drawn.questions]
