@@ -89,6 +89,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def done() -> set[str]:
+    """The commands that were run in the checkout, and what they made is there."""
+    return set()
+
+
 def write_data(folder: Path) -> None:
     """Tars of the names and the form that the default model's recipes read, with a few photos each."""
     photos = [path.read_bytes() for path in sorted((ROOT / "mm_gpt/serving/samples").glob("*.jpg"))]
@@ -130,8 +136,8 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
-def test_commands_run(document: Path, checkout: Path) -> None:
-    run_all(commands(document, "bash"), checkout)
+def test_commands_run(document: Path, checkout: Path, done: set[str]) -> None:
+    run_all(commands(document, "bash"), checkout, done)
 
 
 @pytest.mark.slow
@@ -142,15 +148,20 @@ def test_commands_on_data_of_their_own_run(document: Path, checkout: Path) -> No
     (checkout / "DATA/texts").mkdir(exist_ok=True)
     (checkout / "DATA/texts/cat.txt").write_text("The cat sat on the mat, and looked at the dog.\n" * 400)
     (checkout / "english.txt").write_text("The cat sat on the mat, and looked at the dog.\n" * 40)
-    run_all(commands(document, ""), checkout)
+    run_all(commands(document, ""), checkout, set())
 
 
-def run_all(lines: list[str], folder: Path) -> None:
+def run_all(lines: list[str], folder: Path, done: set[str]) -> None:
+    """Each once: what another page has run already, with its results still there, is not run again."""
     for line in lines:
-        done = run(line, folder)
-        assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
-    for made in ("runs", "corpus", "tokenizer", "contamination"):
-        shutil.rmtree(folder / made, ignore_errors=True)
+        if line in done:
+            continue
+        if out := re.search(r" --out \S+", line):
+            shutil.rmtree(folder / out[0].split()[1], ignore_errors=True)
+            done -= {other for other in done if f"{out[0]} " in f"{other} "}
+        found = run(line, folder)
+        assert found.returncode == 0, f"{line}\n{found.stderr[-2000:]}"
+        done.add(line)
 
 
 @pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)

@@ -15,10 +15,11 @@ from mm_gpt.system.processes import EXIT_TERMINATED, Terminated, process_pool, s
 PATIENCE = 60.0
 """Seconds that a loaded machine may take; what is waited for takes one or two."""
 WORK = """
-import multiprocessing, os, re, sys, time
+import multiprocessing, os, re, signal, sys, time
 from pathlib import Path
 from mm_gpt.system.processes import process_pool, sigterm_raises, watch_parent
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs the tests may ignore it, under nohup say
 
 def work(kind):
     watch_parent() if kind != "pool" else None
