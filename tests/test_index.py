@@ -292,8 +292,13 @@ def test_photos_in_files_stay_where_they_are(tmp_path: Path) -> None:
         changed = store.shard(0).sample(1)
         assert isinstance(changed, Record)
         assert changed.captions == (caption,)
-    kept = [path for path in Path(store.location).parent.iterdir() if path.is_dir()]
+    of_source = Path(store.location).parent
+    kept = [path for path in of_source.iterdir() if path.is_dir()]
     assert len(kept) == 2  # a copy for each change of the data would fill the disk
+    os.utime(of_source, (0, 0))
+    (tmp_path / "text.txt").write_text("Another source.")
+    open_store(str(tmp_path / "text.txt"), ErrorCounter())
+    assert not of_source.exists()  # nobody has opened it for long
 
 
 def test_a_shard_of_strangers_names_no_files(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from mm_gpt.system.writing import naming, new_folder, remove_folder, whole_file,
 VERSION = 1
 """Of what is kept: another one when the readers of sources change what they give."""
 INDEX_FOLDER = ".index"
+KEPT_DAYS = 30
+"""That a source is kept in the cache after it was last opened."""
 
 
 class TarFolder(ShardFolder):
@@ -151,6 +154,7 @@ def _kept(location: str, errors: ErrorCounter, *, format: str, images: str | Non
         if not (folder / "corpus.json").is_file():
             _keep(location, folder, format=format, images=images)
             _remove_old(of_source)
+        os.utime(of_source)
     corpus = Corpus(folder, refer=True)
     corpus.location = str(folder)
     errors.merge(read_skipped(folder / "skipped.json"))
@@ -173,10 +177,16 @@ def _keep(location: str, folder: Path, *, format: str, images: str | None) -> No
 
 
 def _remove_old(of_source: Path) -> None:
-    """A run may still read what was kept before the source changed: one version beside the newest stays."""
+    """What nobody is likely to read again: sources that were last opened long ago, and versions of this one.
+
+    A run may still read what was kept before the source changed: one version beside the newest stays.
+    """
     kept = sorted((path for path in of_source.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    for path in kept[:-2]:
-        remove_folder(path)
+    long_ago = time.time() - KEPT_DAYS * 86_400
+    others = [path for path in of_source.parent.iterdir() if path.is_dir() and path.stat().st_mtime < long_ago]
+    for path in (*kept[:-2], *others):
+        with suppress(MMGPTError, FileNotFoundError):  # another process may remove the same
+            remove_folder(path)
 
 
 def _listing(location: str, format: str) -> list[Any]:
