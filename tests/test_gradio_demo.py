@@ -322,6 +322,7 @@ def test_conversation_in_a_browser(
     send(page, "long " * 300)
     toast.wait_for()
     assert "too long for the model" in toast.inner_text()
+    wait_until(lambda: page.input_value("#box textarea").startswith("long"))  # it comes back, before what is typed next
     assert bot(page).count() == 2
 
     assert conversations == [1, 5]  # the overflow got the history, the broken file never came so far
