@@ -42,7 +42,7 @@ ELSEWHERE = (
 )
 SHORTER = {  # what makes an hour's training a step, and a minute's, which test_recipes.py has, some seconds
     "python examples/make_shapes.py shapes": "--count 32",
-    "mm-gpt train tiny": "train.steps=40 train.validate_every=40 train.save_every=40",
+    "mm-gpt train tiny": "train.steps=10 train.validate_every=10 train.save_every=10",
     "mm-gpt train finetune": "train.accumulate=1 validation_images=4 rows=1 row_length=256",
     "mm-gpt train default_vision": "train.steps=1 batch_size=4 validation_images=4",
     "mm-gpt train default_joint": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
