@@ -17,7 +17,7 @@ set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT
 python3 -m venv "$room/venv"
-"$room/venv/bin/pip" install --quiet --disable-pip-version-check pycocoevalcap==1.2 numpy==2.4.6
+"$room/venv/bin/python" -m pip install --quiet --disable-pip-version-check pycocoevalcap==1.2 numpy==2.4.6
 cd "$room"
 "$room/venv/bin/python" - <<'EOF'
 from importlib.metadata import version

@@ -17,7 +17,7 @@ set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT
 python3 -m venv "$room/venv"
-"$room/venv/bin/pip" install --quiet --disable-pip-version-check datasets==5.2.0 transformers==5.24.0 jinja2==3.1.6
+"$room/venv/bin/python" -m pip install --quiet --disable-pip-version-check datasets==5.2.0 transformers==5.24.0 jinja2==3.1.6
 cd "$room"
 "$room/venv/bin/python" - <<'EOF'
 import datasets

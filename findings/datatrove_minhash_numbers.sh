@@ -19,7 +19,7 @@ set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT
 python3 -m venv "$room/venv"
-"$room/venv/bin/pip" install --quiet --disable-pip-version-check \
+"$room/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
   datatrove==0.10.1 xxhash==3.5.0 spacy==3.8.18 tokenizers==0.23.3 regex==2026.11.19 numpy==2.4.6
 cd "$room"
 "$room/venv/bin/python" - <<'EOF'

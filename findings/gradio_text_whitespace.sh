@@ -17,7 +17,7 @@ set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT
 python3 -m venv "$room/venv"
-"$room/venv/bin/pip" install --quiet --disable-pip-version-check gradio==6.31.0
+"$room/venv/bin/python" -m pip install --quiet --disable-pip-version-check gradio==6.31.0
 cd "$room"
 "$room/venv/bin/python" - <<'EOF'
 import os

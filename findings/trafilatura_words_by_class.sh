@@ -24,7 +24,7 @@ set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT
 python3 -m venv "$room/venv"
-"$room/venv/bin/pip" install --quiet --disable-pip-version-check trafilatura==2.3.1 lxml==6.1.3 lxml_html_clean==0.4.6
+"$room/venv/bin/python" -m pip install --quiet --disable-pip-version-check trafilatura==2.3.1 lxml==6.1.3 lxml_html_clean==0.4.6
 cd "$room"
 "$room/venv/bin/python" - <<'EOF'
 from importlib.metadata import version

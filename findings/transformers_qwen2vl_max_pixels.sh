@@ -18,7 +18,7 @@ set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT
 python3 -m venv "$room/venv"
-"$room/venv/bin/pip" install --quiet --disable-pip-version-check transformers==5.24.0 pillow==12.3.0
+"$room/venv/bin/python" -m pip install --quiet --disable-pip-version-check transformers==5.24.0 pillow==12.3.0
 cd "$room"
 "$room/venv/bin/python" - <<'EOF'
 import os

@@ -17,7 +17,7 @@ set -euo pipefail
 room="$(mktemp -d)"
 trap 'rm -rf "$room"' EXIT
 python3 -m venv "$room/venv"
-"$room/venv/bin/pip" install --quiet --disable-pip-version-check warcio==1.8.1 brotli==1.2.1
+"$room/venv/bin/python" -m pip install --quiet --disable-pip-version-check warcio==1.8.1 brotli==1.2.1
 cd "$room"
 "$room/venv/bin/python" - <<'EOF'
 import gzip
