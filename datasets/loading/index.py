@@ -27,7 +27,7 @@ from mm_gpt.datasets.building.shards import ShardFolder
 from mm_gpt.datasets.formats.captioned import clean_caption
 from mm_gpt.datasets.loading.draws import DERIVED_SETS, PROMPTS, derived_questions, training_prompt
 from mm_gpt.datasets.loading.pieces import sample_pieces
-from mm_gpt.datasets.loading.store import cache_of, exclusive, read_skipped, write_array, write_skipped
+from mm_gpt.datasets.loading.store import cache_of, only_here, read_skipped, write_array, write_skipped
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, QuestionAnswer, Record, Sample, sample_name
 from mm_gpt.document import Document, Image
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
@@ -218,18 +218,13 @@ class Measure:
     # ---- tables ----
 
     def table(self, samples: Iterable[tuple[int, Sample]], name: str, errors: ErrorCounter) -> Table:
-        """Of (number in the shard, sample) pairs. What cannot be trained on is counted.
-
-        Raises MMGPTError for a record where the model reads text alone: none of them could be trained on.
-        """
+        """Of (number in the shard, sample) pairs. What cannot be trained on is counted."""
         pieces: list[tuple[int, ...]] = []
         records: list[tuple[int, ...]] = []
         texts: list[int] = []
         for number, sample in samples:
             try:
                 if isinstance(sample, Record):
-                    if self.processor.config.image is None:
-                        raise MMGPTError(f"{name}:{sample_name(sample)} is an image, and this model reads text alone")
                     row, own = self._record(sample)
                     records.append((number, *row[:3], len(texts), *row[3:]))
                     texts += own
@@ -242,6 +237,8 @@ class Measure:
 
     def _record(self, record: Record) -> tuple[list[int], list[int]]:
         """Columns of a record from `image_tokens` on, but `first_text`; and the tokens of its texts."""
+        if self.processor.config.image is None:
+            raise BadRecordError("an image, and this model reads text alone")
         sets = [derived_questions(record, n, self.derived) if self.derived else [] for n in range(DERIVED_SETS)]
         try:
             image = Image(record.image)
@@ -275,11 +272,11 @@ def _full_name(source: str, sample: Sample, number: int) -> str:
 def index_tables(store: ShardFolder, measure: Measured, name: str, errors: ErrorCounter) -> list[Table]:
     """The table of each shard, made now if nobody has yet. `name` is what progress and errors call the source.
 
-    Raises MMGPTError when tables cannot be kept, and for images where the model reads text alone.
+    Raises MMGPTError when tables cannot be kept.
     """
     folder = cache_of(store) / measure.fingerprint
     names = [f"{shard.name}.{shard.digest}" if shard.digest else shard.name for shard in store.shards]
-    with exclusive(folder.parent / f".{folder.name}.lock"):
+    with only_here(folder.parent / f".{folder.name}.lock"):
         missing = [number for number, own in enumerate(names) if _load_table(folder / f"{own}.npy") is None]
         if missing:
             _make_tables(store, measure, name, errors, missing, [folder / own for own in names])

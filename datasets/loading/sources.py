@@ -232,16 +232,16 @@ class IndexedSource:
         first, first_char, last, last_char = rest
         return piece_document(sample, Piece((first, first_char), (last, last_char)), processor)
 
-    def some(self, count: int) -> list[Unit]:
-        """Up to `count` units, evenly from all, the same each time, with every document of each."""
+    def some(self, count: int) -> list[tuple[Unit, int]]:
+        """Up to `count` units with their tokens, evenly from all, the same each time, with every document of each."""
         size = len(self)
         ends = np.cumsum(list(map(len, self.tables)))
-        found: list[Unit] = []
+        found: list[tuple[Unit, int]] = []
         for n in range(min(count, size)):
             place = n * size // min(count, size)
             shard = int(np.searchsorted(ends, place, side="right"))
             row = place - int(ends[shard]) + len(self.tables[shard])
-            found += [unit for unit, _ in self._unit(shard, row, 0)]
+            found += self._unit(shard, row, 0)
         return found
 
 

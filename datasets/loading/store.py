@@ -5,7 +5,6 @@ begin. Anything else (lists, folders of photos, texts, parquet, a hub's data set
 kept as shards in the cache. Photos in files of their own, and those behind URLs, stay where they are.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ from mm_gpt.datasets.reading import files
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
 from mm_gpt.datasets.sources import detect, read_samples
 from mm_gpt.errors import MMGPTError
+from mm_gpt.system.locks import exclusive
 from mm_gpt.system.processes import refuse_a_second_run
 from mm_gpt.system.writing import naming, new_folder, remove_folder, whole_file, write_text
 
@@ -97,19 +97,16 @@ def cache_of(store: ShardFolder) -> Path:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """One process of this machine (or of those that share the file system) at a time; the others wait.
+def only_here(path: Path) -> Iterator[None]:
+    """One process of this machine (or of those that share the file system) makes what the others wait for.
 
-    Raises MMGPTError when the folder cannot be written.
+    Raises MMGPTError when the lock `path` cannot be written.
     """
     refuse_a_second_run()
-    try:
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("w")
-    except OSError as error:
-        raise MMGPTError(f"{path}: {error.strerror or error}") from None
-    with stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        path.touch()
+    with exclusive(path):
         yield
 
 
@@ -134,7 +131,7 @@ def _tar_index(path: Path, errors: ErrorCounter) -> tuple[Path, np.ndarray, str]
     if not os.access(path.parent, os.W_OK):
         folder = files.cache_folder() / "index"
     index = folder / name
-    with exclusive(folder / f".{name}.lock"):
+    with only_here(folder / f".{name}.lock"):
         offsets = _load(index)
         if offsets is None:
             own = ErrorCounter()
@@ -150,7 +147,7 @@ def _kept(location: str, errors: ErrorCounter, *, format: str, images: str | Non
     """A source of any other format, read once and kept as shards in the user's cache."""
     of_source = files.cache_folder() / "samples" / _hash([location, format, images])
     folder = of_source / _hash([VERSION, _listing(location, format)])
-    with exclusive(of_source / ".lock"):
+    with only_here(of_source / ".lock"):
         if not (folder / "corpus.json").is_file():
             _keep(location, folder, format=format, images=images)
             _remove_old(of_source)

@@ -7,7 +7,6 @@ Environment: `MM_GPT_OFFLINE` (no network at all), `MM_GPT_PRIVATE_ADDRESSES` (r
 `MM_GPT_CACHE` and `XDG_CACHE_HOME` (where `local_copy` keeps what it fetched).
 """
 
-import fcntl
 import glob
 import hashlib
 import io
@@ -22,7 +21,6 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -30,6 +28,7 @@ from mm_gpt.datasets.reading.http_files import PIECE_BYTES, HttpFile, HttpLimits
 from mm_gpt.datasets.reading.store_files import StoreFile, reason_of, store_errors, store_of
 from mm_gpt.errors import MMGPTError
 from mm_gpt.images import source_name
+from mm_gpt.system.locks import exclusive
 
 logger = logging.getLogger(__name__)
 
@@ -309,7 +308,7 @@ def local_copy(
     target = home / f"{hashlib.sha256(location.encode()).hexdigest()[:24]}-{plain}"
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with _lock(home / f".{target.name}.lock"):
+        with exclusive(home / f".{target.name}.lock"):
             return _fresh_copy(location, target, max_cache_bytes, limits)
     except MMGPTError:
         raise
@@ -395,14 +394,6 @@ def _make_room(folder: Path, max_bytes: int) -> None:
         if total > max_bytes and age > (86_400 if path.suffix == ".partial" else 60):
             path.unlink(missing_ok=True)
             total -= size
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One process at a time. The lock ends with the process; the file stays, since another may wait on it."""
-    with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _spooled(file: HttpFile) -> BinaryIO:

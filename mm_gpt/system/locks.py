@@ -4,9 +4,22 @@ import errno
 import fcntl
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mm_gpt.errors import MMGPTError
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """One process at a time, the others wait. The lock ends with the process; the file stays, another may wait on it.
+
+    Raises OSError when the file cannot be opened.
+    """
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def open_locked(path: Path, name: Path) -> io.FileIO:

@@ -22,8 +22,8 @@ from mm_gpt.datasets.loading.loader import Loader
 from mm_gpt.datasets.loading.packing import pack
 from mm_gpt.datasets.loading.plan import Plan, SourceWeight
 from mm_gpt.datasets.loading.reader import Reader
-from mm_gpt.datasets.loading.sources import IndexedSource, SourceConfig, open_sources
-from mm_gpt.datasets.loading.store import cache_of, exclusive
+from mm_gpt.datasets.loading.sources import IndexedSource, SourceConfig, Unit, open_sources
+from mm_gpt.datasets.loading.store import cache_of, only_here
 from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, Sample
 from mm_gpt.document import Document, Text
 from mm_gpt.errors import ConfigError, MMGPTError
@@ -232,22 +232,22 @@ class LanguageTask:
         return {"loss": total / max(1, count), **values}
 
     def _held_out_batches(self, held: IndexedSource) -> Iterator[Batch]:
-        """The same held-out documents each time, a row a batch."""
-        waiting: list[tuple[Example, list[Tensor]]] = []
-        for unit in held.some(self.recipe.validation_images):
-            skipped: list[tuple[str, str]] = []
-            try:
-                read = self.reader.read(held.document(unit), skipped)
-            except (BadRecordError, MMGPTError) as error:
-                read, skipped = None, [(str(error), str(unit[0]))]
-            for reason, record in skipped:
-                logger.warning("not validated on %s:%s: %s", held.name, record, reason)
-            if read is not None:
-                waiting.append(read)
-        lengths = [len(example) for example, _ in waiting]
+        """The same held-out documents each time, a row a batch, with no more images in memory than that."""
+        units = held.some(self.recipe.validation_images)
+        lengths = [tokens for _, tokens in units]
         for row in pack(lengths, max(self.row_length, *lengths, 1)):
-            tiles = [tile for i in row for tile in waiting[i][1]]
-            yield self.reader.batch([[waiting[i][0] for i in row]], tiles)
+            read = [found for i in row if (found := self._read_held_out(held, units[i][0])) is not None]
+            yield self.reader.batch([[example for example, _ in read]], [tile for _, tiles in read for tile in tiles])
+
+    def _read_held_out(self, held: IndexedSource, unit: Unit) -> tuple[Example, list[Tensor]] | None:
+        skipped: list[tuple[str, str]] = []
+        try:
+            read = self.reader.read(held.document(unit), skipped)
+        except (BadRecordError, MMGPTError) as error:
+            read, skipped = None, [(str(error), str(unit[0]))]
+        for reason, record in skipped:
+            logger.warning("not validated on %s:%s: %s", held.name, record, reason)
+        return read
 
     def samples(self) -> list[str]:
         """Greedy captions of the first validation photos."""
@@ -255,7 +255,7 @@ class LanguageTask:
 
         records: list[Record] = []
         for held in self.held_out:
-            for number in dict.fromkeys(unit[0] for unit in held.some(4)):
+            for number in dict.fromkeys(unit[0] for unit, _ in held.some(4)):
                 try:
                     sample = held.sample(number)
                 except (BadRecordError, MMGPTError):
@@ -281,7 +281,7 @@ def learn_tokenizer(stores: Sequence[ShardFolder], vocab_size: int) -> Tokenizer
     about = [vocab_size, TOKENIZER_CHARACTERS, CAPTION_PROMPT, OTHER_CAPTION_PROMPTS, content]
     name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     path = cache_of(stores[0]) / f"tokenizer-{name}.json"
-    with exclusive(path.with_suffix(".lock")):
+    with only_here(path.with_suffix(".lock")):
         if path.is_file():
             return Tokenizer.from_file(path, end_of_text="<|endoftext|>", end_of_turn="<|im_end|>")
         tokenizer = Tokenizer.train(_texts_to_learn(stores), vocab_size)
