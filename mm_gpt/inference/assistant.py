@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
@@ -16,7 +16,9 @@ from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.images import ImageSource
 from mm_gpt.inference.chat_session import ChatSession
-from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream
+from mm_gpt.inference.constraints import Constraint
+from mm_gpt.inference.engine import Engine, Stream
+from mm_gpt.inference.generation import Answer, GenerationConfig
 from mm_gpt.model.mmgpt import MMGPT, pick_device
 from mm_gpt.processor import IGNORE_INDEX, Processor, collate
 from mm_gpt.templates.prompts import CAPTION_PROMPT
@@ -31,15 +33,24 @@ class GenerationOptions(TypedDict, total=False):
     """Keyword arguments of `ask`, `caption`, `chat` and `complete`; `GenerationConfig` describes them."""
 
     max_new_tokens: int
+    n: int
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
     num_beams: int
     length_penalty: float
     no_repeat_ngram_size: int
     stop: tuple[str, ...]
     seed: int
     logprobs: bool
+    top_logprobs: int
+    prompt_logprobs: bool
+    constraint: Constraint
 
 
 def load(name: str | Path = "default", *, device: str = "auto") -> Assistant:

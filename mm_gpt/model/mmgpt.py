@@ -102,15 +102,16 @@ class MMGPT(nn.Module):
         inside = self.config.image_token_id
         return self.decoder.config.vocab_size + 1 if inside is None else inside
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Embeddings (B, T, D), text and images in place.
+    def embed(self, batch: Batch, images: list[Tensor] | None = None) -> Tensor:
+        """Embeddings (B, T, D), text and images in place. `images`: what `image_tokens` gave of them, if it was asked.
 
         Raises MMGPTError naming the row when its placeholders do not match its images.
         """
         vocab, ids = self.decoder.config.vocab_size, batch.input_ids
         x = self.decoder.embed(ids.where(ids < vocab, 0))
         placeholders = ids == self.placeholder_id
-        images = self.image_tokens(batch)
+        if images is None:
+            images = self.image_tokens(batch)
         self._check_rows(placeholders, images, batch)
         if not images:
             return x
