@@ -102,3 +102,18 @@ def dequantize(data: np.ndarray, name: str, out: np.ndarray | None = None) -> np
 
         blocks.decode(name, data.reshape(-1, format.block_bytes), out.reshape(-1, format.block))
     return out
+
+
+CHUNK = 1 << 17
+"""Values that pass from blocks to bfloat16 at a time: half of what a core's cache holds."""
+
+
+def expand_bf16(data: np.ndarray, name: str, out: np.ndarray) -> None:
+    """Blocks (rows, row_bytes) as the bits of bfloat16 in `out`, (rows, columns) of uint16: `dequantize`, rounded."""
+    from mm_gpt.kernels import blocks
+
+    step = max(1, CHUNK // out.shape[1])
+    buffer = np.empty((min(step, len(out)), out.shape[1]), np.float32)
+    for start in range(0, len(out), step):
+        piece = dequantize(data[start : start + step], name, buffer[: len(out) - start])
+        blocks.encode_bf16(piece.view(np.uint32).reshape(-1), out[start : start + step].reshape(-1))
