@@ -1,0 +1,1 @@
+"""What runs below torch: storage formats of weights, and the kernels that multiply with them."""
