@@ -36,6 +36,8 @@ class ChatSession:
         if self.memory_length and (engine.processor.template is not None or engine.model.config.prefix_lm):
             raise ConfigError("segment memory goes with ChatML and causal prompts: other forms need the whole chat")
         self._cache: KVCache | None = None
+        self._last = torch.zeros(1, 1, dtype=torch.long)
+        """The position of the last token that was read."""
         # What the next prompt may share with what was read: ids, the images in them, and where in the cache they begin.
         # With memory the next prompt begins with the last answer.
         self._seen: list[int] = []
@@ -61,9 +63,8 @@ class ChatSession:
         row = _Row(example, self.engine.processor, self.config, self._room(example))
         hidden, cache = self._read(example, row.limit)
         end = cache.length
-        last = torch.full((1, 1), end - 1, device=self.engine.model.device)
         try:
-            for (piece,) in self.engine.continue_from(hidden, cache, last, [row], self.config):
+            for (piece,) in self.engine.continue_from(hidden, cache, self._last, [row], self.config):
                 if piece:
                     yield piece
         finally:  # an answer that was interrupted was given as far as it went
@@ -112,7 +113,7 @@ class ChatSession:
         batch = collate([[new]], self.engine.processor.pixels([new])).to(model.device)
         masks = model.masks(batch) if model.config.prefix_lm else {}
         embedded = model.embed(batch)
-        hidden = embedded[:, -1]
+        hidden = embedded.x[:, -1]
         self.tokens_read = len(new)
         segment = model.decoder.config.max_length if self.memory_length else len(new)
         cache = self._cache = self._prepared_cache(start, segment, room)
@@ -122,9 +123,12 @@ class ChatSession:
                 cache.keep_last(self.memory_length)
             # Said before and after each segment, so that what is interrupted here is still known for what it is.
             self._seen, self._start = ids[:at], cache.length - at
-            x = embedded[:, at - start : at - start + segment]
-            positions = torch.arange(cache.length, cache.length + x.shape[1], device=model.device)[None]
-            hidden = model.decoder(x, positions, **masks, cache=cache)[:, -1]
+            x = embedded.x[:, at - start : at - start + segment]
+            positions = batch.position_ids
+            if self.memory_length:
+                positions = torch.arange(cache.length, cache.length + x.shape[1], device=model.device)[None]
+            hidden = model.decoder(x, positions, **masks, cache=cache, added=embedded.added)[:, -1]
+            self._last = positions.flatten(1).amax(dim=1, keepdim=True)
             self._seen = ids[: at + segment]
         return hidden, cache
 

@@ -242,7 +242,7 @@ class Engine:
         batch, cache = self._prefill(rows)
         hidden = self.model(batch, cache)[:, -1]
         yield from self.continue_from(
-            hidden, cache, batch.position_ids[:, -1:], rows, config, keys=_visible_keys(batch, cache)
+            hidden, cache, last_positions(batch), rows, config, keys=_visible_keys(batch, cache)
         )
 
     @torch.inference_mode()
@@ -318,7 +318,7 @@ class Engine:
         cache.select_rows(each)
         keys = _visible_keys(batch, cache)
         keys = None if keys is None else keys[each]
-        positions = batch.position_ids[each, -1:]
+        positions = last_positions(batch)[each]
         hidden = hidden[each]
         rows = [[prompt] * W for prompt in prompts]
         scores = torch.full((B, W), -torch.inf, device=device)
@@ -397,6 +397,11 @@ class Stream(Iterator[str]):
     def answer(self) -> Answer:
         """The answer so far; complete when the pieces are used up."""
         return self._row.answer()
+
+
+def last_positions(batch: Batch) -> Tensor:
+    """(B, 1), the position from which each row goes on: with M-RoPE the largest of all components."""
+    return batch.position_ids.flatten(1).amax(dim=1, keepdim=True)
 
 
 def _visible_keys(batch: Batch, cache: KVCache) -> Tensor | None:
