@@ -127,7 +127,7 @@ def make_theirs(folder: Path, kind: str) -> Theirs:
     if kind == "qwen2_5_vl":
         vision |= {"window_size": 4 * PATCH, "fullatt_block_indexes": [1]}
     if kind == "qwen3_vl":
-        vision |= {"num_position_embeddings": 25, "deepstack_visual_indexes": [1, 0]}
+        vision |= {"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 1]}
         text["head_dim"] = 16
         rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
     names = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}

@@ -53,7 +53,7 @@ class NativeViTConfig:
     full_layers: tuple[int, ...] = ()
     """With `window`: the layers, from 0, that see the whole image all the same."""
     deepstack: tuple[int, ...] = ()
-    """Layers, from 0, whose output is given out as well, in this order."""
+    """Layers, from 0 and in this order, whose output is given out as well."""
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "merge", "width", "num_layers", "num_heads", "mlp_width", "frames"):
@@ -71,8 +71,8 @@ class NativeViTConfig:
             wrong = [layer for layer in getattr(self, name) if not 0 <= layer < self.num_layers]
             if wrong:
                 raise ConfigError(f"{name} names layer {wrong[0]}, but there are {self.num_layers}")
-        if len(set(self.deepstack)) < len(self.deepstack):
-            raise ConfigError(f"deepstack names a layer twice: {list(self.deepstack)}")
+        if sorted(set(self.deepstack)) != list(self.deepstack):
+            raise ConfigError(f"deepstack must name layers in their order, not {list(self.deepstack)}")
 
     @property
     def image_size(self) -> int:
@@ -160,14 +160,13 @@ class NativeViT(nn.Module):
         if self.position_embedding is not None:
             x = x + torch.cat([self._stretched(self.position_embedding, grid) for grid in grids]).to(x.dtype)
         layout = self._layout(grids, x.device)
-        features = []
+        features: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             sees_window = config.window and layer not in config.full_layers
             x = block(x, layout, layout.windows if sees_window else layout.whole)
             if layer in config.deepstack:
-                features.append((config.deepstack.index(layer), x))
-        levels = [x, *(feature for _, feature in sorted(features, key=lambda found: found[0]))]
-        return rearrange(torch.cat(levels, dim=-1), "(n p) d -> n p d", p=config.num_patches)
+                features.append(x)
+        return rearrange(torch.cat([x, *features], dim=-1), "(n p) d -> n p d", p=config.num_patches)
 
     def _patches(self, pixel_values: Tensor) -> Tensor:
         """(P, D). All frames are the same image, so that their weights may be added up before."""
