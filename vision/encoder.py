@@ -10,6 +10,7 @@ whose ImageNet weights `load_efficientnet_lite` reads.
 import difflib
 import pickle
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,21 +30,22 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mm_gpt.errors import CheckpointError, ConfigError
+from mm_gpt.vision.native_vit import Grid, NativeViT, NativeViTConfig
 from mm_gpt.vision.transforms import MAX_SIZE
 from mm_gpt.vision.vit import ViT, ViTConfig
 
 TIMM_PREFIX = "timm/"
 
-Tower: TypeAlias = ViT | TimmModel | VisionTransformer | ModifiedResNet
+Tower: TypeAlias = ViT | NativeViT | TimmModel | VisionTransformer | ModifiedResNet
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    model: str | ViTConfig
+    model: str | ViTConfig | NativeViTConfig
     """An open_clip model ("ViT-B-32", "RN50", "ViT-B-16-SigLIP", ...), "timm/" and the name of a timm trunk, or a
-    complete config of the plain ViT, as the towers of Hugging Face checkpoints have it."""
+    complete config of the plain ViT or of one for images of any size, as towers of Hugging Face checkpoints have it."""
     image_size: int
-    """Height and width of the images, in pixels."""
+    """Height and width of the images, in pixels; for images of any size those of a cell."""
     include_class_token: bool = False
     """Put the class token (and the registers, where there are some) before the patches, as KOSMOS-2 does. ViT only."""
     l2_normalize: bool = False
@@ -55,7 +57,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.image_size <= MAX_SIZE:
             raise ConfigError(f"image_size must be 1 to {MAX_SIZE}, not {self.image_size}")
-        if isinstance(self.model, ViTConfig):
+        if isinstance(self.model, ViTConfig | NativeViTConfig):
             if self.model.image_size != self.image_size:
                 raise ConfigError(f"image_size is {self.image_size}, but that of model is {self.model.image_size}")
             return
@@ -92,15 +94,18 @@ class VisionEncoder(nn.Module):
         self.num_patches, self.width = self._output_shape()
         self.train()
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Tensor:
         """Normalised pixels (N, 3, H, W) to patch tokens (N, P, D_v), rows of the image from top to bottom.
 
-        H = W = `config.image_size`; anything else raises ValueError, for P is fixed.
+        H = W = `config.image_size`; anything else raises ValueError, for P is fixed. A NativeViT needs `grids`, rows
+        and columns of the cells that each image has: N is their sum.
         """
         size = self.config.image_size
         if pixel_values.shape[1:] != (3, size, size):
             raise ValueError(f"expected pixel_values (N, 3, {size}, {size}), got {tuple(pixel_values.shape)}")
-        if isinstance(self.tower, ViT):
+        if isinstance(self.tower, NativeViT):
+            tokens = self.tower(pixel_values, grids)
+        elif isinstance(self.tower, ViT):
             tokens = self.tower(pixel_values)
             if self.tower.config.class_token and not self.config.include_class_token:
                 tokens = tokens[:, 1:]
@@ -143,6 +148,9 @@ class VisionEncoder(nn.Module):
         """(P, D_v): a ViT of ours knows, of the others a forward pass on the meta device tells."""
         if self.config.include_class_token and not _has_class_token(self.tower):
             raise ConfigError(f"{self.config.model_name} has no class token: include_class_token must be false")
+        if isinstance(self.tower, NativeViT):
+            native = self.tower.config
+            return native.num_patches, native.width * (1 + len(native.deepstack))
         if isinstance(self.tower, ViT):
             return self.tower.config.num_patches + self.config.include_class_token, self.tower.config.width
         size = self.config.image_size
@@ -210,6 +218,8 @@ def _build_tower(config: VisionConfig) -> tuple[Tower, frozenset[str]]:
     """The tower without its heads, and the names of the weights that the heads had."""
     if isinstance(config.model, ViTConfig):
         return ViT(config.model), frozenset()
+    if isinstance(config.model, NativeViTConfig):
+        return NativeViT(config.model), frozenset()
     if config.model.startswith(TIMM_PREFIX):
         tower = TimmModel(config.model.removeprefix(TIMM_PREFIX), 0, config.image_size, pool="", proj="none")
     else:
@@ -258,6 +268,8 @@ def _has_class_token(tower: Tower) -> bool:
 def _blocks(tower: Tower) -> list[nn.Module]:
     if isinstance(tower, ViT):
         return list(tower.blocks[: tower.config.depth])
+    if isinstance(tower, NativeViT):
+        return list(tower.blocks)
     if isinstance(tower, VisionTransformer):
         return list(tower.transformer.resblocks)
     if isinstance(tower, ModifiedResNet):

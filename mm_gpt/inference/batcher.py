@@ -15,7 +15,6 @@ from mm_gpt.inference.generation import GenerationConfig, Piece, TokenLogprob
 from mm_gpt.inference.rows import Row
 from mm_gpt.processor import Example
 
-
 logger = logging.getLogger(__name__)
 
 

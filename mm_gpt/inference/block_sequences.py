@@ -14,6 +14,7 @@ from mm_gpt.inference.compiled import CompiledDecoder
 from mm_gpt.kernels.kv_blocks import BLOCK
 from mm_gpt.model.cache import KVCache
 from mm_gpt.model.decoder import Decoder
+from mm_gpt.model.mmgpt import Embedded
 
 
 @dataclass(eq=False)
@@ -35,9 +36,9 @@ class BlockSequences:
         self._bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_size * kv_dtype.itemsize
 
     def read(
-        self, before: BlockSequence | None, length: int, x: Tensor, positions: Tensor, masks: dict[str, Any]
+        self, before: BlockSequence | None, length: int, embedded: Embedded, positions: Tensor, masks: dict[str, Any]
     ) -> tuple[BlockSequence, Tensor]:
-        T = x.shape[1]
+        x, T = embedded.x, embedded.x.shape[1]
         cache = KVCache(self.decoder.config, 1, length + T, dtype=x.dtype, device=x.device)
         new = BlockSequence([], 0, int(positions.max()) + 1)
         if before is not None and length:
@@ -49,7 +50,7 @@ class BlockSequences:
             cache.keys[:, 0, :, :length], cache.values[:, 0, :, :length] = keys, values
             cache.length = length
         try:
-            hidden = self.decoder(x, positions, **masks, cache=cache)[0]
+            hidden = self.decoder(x, positions, **masks, cache=cache, added=embedded.added)[0]
             while len(new.blocks) * BLOCK < length + T:
                 new.blocks.append(self._fresh())
             self.pool.write(new.blocks, length, cache.keys[:, 0, :, length:], cache.values[:, 0, :, length:])

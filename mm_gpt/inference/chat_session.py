@@ -143,7 +143,7 @@ class _MemoryJob(Job):
         ids = prompt.example.input_ids.tolist()
         start = common_start(ids[:-1], memory.seen)
         batch = collate([[prompt.tail(start)]], self.engine.processor.pixels([prompt.tail(start)])).to(model.device)
-        embedded = model.embed(batch)
+        embedded = model.embed(batch).x
         hidden, segment = embedded[0], model.decoder.config.max_length
         room = min(self.config.max_new_tokens, segment)
         cache = memory.prepared(start, segment, room)

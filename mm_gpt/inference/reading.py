@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mm_gpt.inference.sequences import Sequences
-from mm_gpt.model.mmgpt import MMGPT
+from mm_gpt.model.mmgpt import MMGPT, ImageFeatures
 from mm_gpt.processor import Example, Processor, collate
 
 MAX_IMAGE_BYTES = 64 << 20
@@ -41,7 +41,7 @@ class Prompt:
     """Of each image, a digest of its pixels, their shape, and how it was cut."""
     spans: list[tuple[int, int]]
     """The first and the last place of each image's tokens: a prompt is never cut between them."""
-    features: dict[Key, list[Tensor]] = field(default_factory=dict)
+    features: dict[Key, ImageFeatures] = field(default_factory=dict)
     """What the vision encoder made of the images, until the prompt is read."""
 
     def __len__(self) -> int:
@@ -96,11 +96,11 @@ class Reader:
         new = prompt.tail(start)
         first = len(prompt.pixels) - len(new.images)
         self.see([prompt], first=first)
-        features = [part for key in prompt.keys[first:] for part in prompt.features[key]]
+        features = [prompt.features[key] for key in prompt.keys[first:]]
         prompt.features, prompt.pixels = {}, [None] * len(prompt.pixels)
         batch = collate([[new]], self.processor.pixels([])).to(self.model.device)
-        x = self.model.embed(batch, features)
-        sequence, hidden = self.sequences.read(before, start, x, batch.position_ids, self._masks(prompt, start))
+        embedded = self.model.embed(batch, features)
+        sequence, hidden = self.sequences.read(before, start, embedded, batch.position_ids, self._masks(prompt, start))
         return Reading(sequence, hidden, start)
 
     def _masks(self, prompt: Prompt, start: int) -> dict[str, Any]:
@@ -144,12 +144,11 @@ class Reader:
         rows = [[only_image(prompt.example, number)] for prompt, number in group.values()]
         pixels = torch.cat([self._tiles(prompt, number) for prompt, number in group.values()])
         batch = collate(rows, pixels).to(self.model.device)
-        features = self.model.image_tokens(batch)
-        owners = batch.image_rows.tolist()
-        for row, (key, (prompt, _)) in enumerate(group.items()):
-            parts = [part.clone() for part, owner in zip(features, owners, strict=True) if owner == row]
-            prompt.features[key] = parts
-            self.images.keep(key, parts)
+        for (key, (prompt, _)), image in zip(group.items(), self.model.image_tokens(batch), strict=True):
+            # A part of all images' features would keep the others in memory as well.
+            own = ImageFeatures(image.tokens.clone(), tuple(level.clone() for level in image.deepstack))
+            prompt.features[key] = own
+            self.images.keep(key, own)
 
     def forget(self) -> None:
         """To be called when the model's weights have changed."""
@@ -163,29 +162,29 @@ class KeptFeatures:
     def __init__(self, max_bytes: int):
         self.max_bytes, self.bytes = max_bytes, 0
         self.queries = self.hits = 0
-        self._parts: OrderedDict[Key, list[Tensor]] = OrderedDict()
+        self._kept: OrderedDict[Key, ImageFeatures] = OrderedDict()
 
-    def find(self, key: Key) -> list[Tensor] | None:
+    def find(self, key: Key) -> ImageFeatures | None:
         self.queries += 1
-        parts = self._parts.get(key)
-        if parts is not None:
+        image = self._kept.get(key)
+        if image is not None:
             self.hits += 1
-            self._parts.move_to_end(key)
-        return parts
+            self._kept.move_to_end(key)
+        return image
 
-    def keep(self, key: Key, parts: list[Tensor]) -> None:
-        self._parts[key] = parts
-        self.bytes += _bytes(parts)
+    def keep(self, key: Key, image: ImageFeatures) -> None:
+        self._kept[key] = image
+        self.bytes += _bytes(image)
         while self.bytes > self.max_bytes:
-            self.bytes -= _bytes(self._parts.popitem(last=False)[1])
+            self.bytes -= _bytes(self._kept.popitem(last=False)[1])
 
     def clear(self) -> None:
-        self._parts.clear()
+        self._kept.clear()
         self.bytes = 0
 
 
-def _bytes(parts: Many[Tensor]) -> int:
-    return sum(part.numel() * part.element_size() for part in parts)
+def _bytes(image: ImageFeatures) -> int:
+    return sum(part.numel() * part.element_size() for part in (image.tokens, *image.deepstack))
 
 
 @dataclass(eq=False)

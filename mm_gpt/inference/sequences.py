@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mm_gpt.model.cache import KVCache
 from mm_gpt.model.decoder import Decoder
+from mm_gpt.model.mmgpt import Embedded
 
 ROOM = 64
 """Tokens for which a new cache has room beyond those that are there."""
@@ -33,10 +34,10 @@ class Sequence(Protocol):
 class Sequences(Protocol):
     """The sequences of one decoder. Not for several threads at a time."""
 
-    def read(self, before: Any, length: int, x: Tensor, positions: Tensor, masks: dict[str, Any]) -> tuple[Any, Tensor]:
+    def read(self, before: Any, length: int, embedded: Embedded, positions: Tensor, masks: dict[str, Any]) -> tuple[Any, Tensor]:
         """A new sequence: the first `length` tokens of `before` (None for 0), and T more.
 
-        x (1, T, D): their embeddings; positions (1, T), or with more axes behind; masks: of `Decoder.forward`.
+        embedded: a row of T tokens; positions (1, T), with M-RoPE (1, T, 3); masks: of `Decoder.forward`.
         Returns it and the hidden states (T, D) of its T tokens. `before` stays as it is."""
 
     def step(self, rows: Many[Any], ids: Many[int]) -> Tensor:
@@ -81,13 +82,14 @@ class TorchSequences:
         return next(self.decoder.parameters()).device
 
     def read(
-        self, before: TorchSequence | None, length: int, x: Tensor, positions: Tensor, masks: dict[str, Any]
+        self, before: TorchSequence | None, length: int, embedded: Embedded, positions: Tensor, masks: dict[str, Any]
     ) -> tuple[TorchSequence, Tensor]:
+        x = embedded.x
         cache = KVCache(self.decoder.config, 1, length + x.shape[1] + ROOM, dtype=x.dtype, device=x.device)
         if before is not None:
             _copy(before, cache, 0, length=length, at=0)
         cache.length = length
-        hidden = self.decoder(x, positions, **masks, cache=cache)[0]
+        hidden = self.decoder(x, positions, **masks, cache=cache, added=embedded.added)[0]
         return TorchSequence(cache, 0, cache.length, cache.length, int(positions.max()) + 1), hidden
 
     def step(self, rows: Many[TorchSequence], ids: Many[int]) -> Tensor:

@@ -5,7 +5,9 @@ D width. An image is one tile, or several: its parts at full resolution and the 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,23 @@ class ModelConfig:
             raise ConfigError("vision and connector go together: give both, or neither for a model of text alone")
         if self.vision is None and (self.image_token_id is not None or self.tiling is not None):
             raise ConfigError("image_token_id and tiling need a vision encoder")
+
+
+class ImageFeatures(NamedTuple):
+    """One image, as the decoder sees it."""
+
+    tokens: Tensor  # (k, D)
+    deepstack: tuple[Tensor, ...] = ()
+    """(k, D) each: what is added to its tokens behind the first layers of the decoder (DeepStack, 2406.04334)."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What goes into the decoder."""
+
+    x: Tensor  # (B, T, D)
+    added: tuple[Tensor, ...] = ()
+    """(B, T, D) each: what is added behind the first layers."""
 
 
 class MMGPT(nn.Module):
@@ -102,8 +121,8 @@ class MMGPT(nn.Module):
         inside = self.config.image_token_id
         return self.decoder.config.vocab_size + 1 if inside is None else inside
 
-    def embed(self, batch: Batch, images: list[Tensor] | None = None) -> Tensor:
-        """Embeddings (B, T, D), text and images in place. `images`: what `image_tokens` gave of them, if it was asked.
+    def embed(self, batch: Batch, images: Sequence[ImageFeatures] | None = None) -> Embedded:
+        """Text and images in place; `images` are those of `image_tokens`, where they are known already.
 
         Raises MMGPTError naming the row when its placeholders do not match its images.
         """
@@ -114,16 +133,21 @@ class MMGPT(nn.Module):
             images = self.image_tokens(batch)
         self._check_rows(placeholders, images, batch)
         if not images:
-            return x
+            return Embedded(x)
         if self.image_marks is not None:
             marks = self.image_marks.to(x.dtype)
             x = torch.where((ids == vocab).unsqueeze(-1), marks[0], x)
             x = torch.where((ids == vocab + 2).unsqueeze(-1), marks[1], x)
         # Rows and images come in the same order, so the n-th run of placeholders is the n-th image.
-        return x.masked_scatter(placeholders.unsqueeze(-1), torch.cat(images).to(x.dtype))
+        placed = lambda into, parts: into.masked_scatter(  # noqa: E731
+            placeholders.unsqueeze(-1), torch.cat(parts).to(x.dtype)
+        )
+        levels = zip(*(image.deepstack for image in images), strict=True)
+        added = tuple(placed(torch.zeros_like(x), level) for level in levels)
+        return Embedded(placed(x, [image.tokens for image in images]), added)
 
-    def image_tokens(self, batch: Batch) -> list[Tensor]:
-        """The tokens of each image of the batch, (tokens, D), in order."""
+    def image_tokens(self, batch: Batch) -> list[ImageFeatures]:
+        """Each image of the batch, in order: what an image gives does not depend on the others."""
         if len(batch.pixel_values) != int(batch.image_tiles.sum()):
             raise MMGPTError(
                 f"{len(batch.pixel_values)} image tiles came for {int(batch.image_tiles.sum())} places in the batch"
@@ -132,34 +156,41 @@ class MMGPT(nn.Module):
             return []
         if self.vision is None or self.connector is None:
             raise MMGPTError("this model reads text alone: it has no vision encoder for the images")
-        tiles = self.connector(self._see(batch.pixel_values)).split(batch.image_tiles.tolist())  # of (tiles, k, D)
-        sizes, grids = batch.image_sizes.tolist(), batch.image_grids.tolist()
-        return [
-            assemble(tile, self.config.tiling, size=tuple(size), grid=tuple(grid), newline=self.image_newline)
-            for tile, size, grid in zip(tiles, sizes, grids, strict=True)
-        ]
+        sizes, grids = ([(a, b) for a, b in pairs.tolist()] for pairs in (batch.image_sizes, batch.image_grids))
+        features = self.connector(self._see(batch.pixel_values, grids))  # (N, k, D), with DeepStack (N, k, layers · D)
+        images = []
+        for tiles, size, grid in zip(features.split(batch.image_tiles.tolist()), sizes, grids, strict=True):
+            tokens = assemble(tiles, self.config.tiling, size=size, grid=grid, newline=self.image_newline)
+            tokens, *deepstack = tokens.split(self.decoder.config.width, dim=-1)
+            images.append(ImageFeatures(tokens, tuple(deepstack)))
+        return images
 
-    def _see(self, pixel_values: Tensor) -> Tensor:
+    def _see(self, pixel_values: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Patch tokens (N, P, D_v). On the CPU in float32, also inside autocast: bf16 convolutions are slower there."""
         assert self.vision is not None
         with torch.autocast(pixel_values.device.type, enabled=pixel_values.is_cuda and torch.is_autocast_enabled()):
-            return self.vision(pixel_values.to(next(self.vision.parameters()).dtype))
+            return self.vision(pixel_values.to(next(self.vision.parameters()).dtype), grids)
 
-    def _check_rows(self, placeholders: Tensor, images: list[Tensor], batch: Batch) -> None:
+    def _check_rows(self, placeholders: Tensor, images: Sequence[ImageFeatures], batch: Batch) -> None:
         given = [0] * len(placeholders)
         for row, image in zip(batch.image_rows.tolist(), images, strict=True):
-            given[row] += len(image)
+            given[row] += len(image.tokens)
         for row, (wanted, got) in enumerate(zip(placeholders.sum(dim=1).tolist(), given, strict=True)):
             if wanted != got:
                 name = f" ({batch.ids[row]})" if row < len(batch.ids) and batch.ids[row].strip() else ""
                 raise MMGPTError(f"row {row}{name}: {wanted} image placeholders, but its images give {got} tokens")
 
-    def forward(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
-        """Hidden states (B, T, D); logits are `decoder.logits` of the positions that need them."""
+    def forward(
+        self, batch: Batch, cache: KVCache | None = None, images: Sequence[ImageFeatures] | None = None
+    ) -> Tensor:
+        """Hidden states (B, T, D); logits are `decoder.logits` of the positions that need them.
+
+        `images` are those of `image_tokens`, where they are known already: the batch then needs no pixels."""
         masks = self.masks(batch)
-        x, positions, length = self.embed(batch), batch.position_ids, self.decoder.config.memory_length
+        embedded = self.embed(batch, images)
+        x, positions, length = embedded.x, batch.position_ids, self.decoder.config.memory_length
         if not length or cache is not None:
-            return self.decoder(x, positions, **masks, cache=cache)
+            return self.decoder(x, positions, **masks, cache=cache, added=embedded.added)
         # Transformer-XL: segment after segment, each with the states of those before as its memory.
         states, memory = [], None
         segment = min(length, self.decoder.config.max_length)

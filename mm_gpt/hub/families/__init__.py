@@ -49,6 +49,7 @@ FAMILIES = {
     **dict.fromkeys(("llava", "llava_next", "llava_onevision"), "llava"),
     **dict.fromkeys(("idefics3", "smolvlm"), "idefics3"),
     "internvl": "internvl",
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "qwen_vl"),
     "nanovlm": "nanovlm",
 }
 """`model_type` of a Hugging Face configuration -> the module here that reads it."""
@@ -147,7 +148,7 @@ def _read_tokenizer(folder: Path, values: dict[str, Any], family: Any) -> Tokeni
     return Tokenizer.from_hf_folder(folder)
 
 
-_LAYERS = ("num_hidden_layers", "n_layer", "layers", "lm_n_blocks", "vit_n_blocks")
+_LAYERS = ("num_hidden_layers", "n_layer", "layers", "depth", "lm_n_blocks", "vit_n_blocks")
 
 
 def _check_layers(values: dict[str, Any]) -> None:
