@@ -110,7 +110,7 @@ class ChatSession:
         start = 0 if model.config.prefix_lm else self._shared(example, ids)
         new = _from(example, start)
         batch = collate([[new]], self.engine.processor.pixels([new])).to(model.device)
-        masks = model.masks(batch) if model.config.prefix_lm else {}
+        masks = {} if self.memory_length else model.masks(batch, past=start)
         embedded = model.embed(batch)
         hidden = embedded[:, -1]
         self.tokens_read = len(new)
