@@ -173,7 +173,8 @@ class Processor:
         `answer_starts` opens the assistant's next turn. Raises MMGPTError naming the message that is malformed.
         """
         if self.template is not None:
-            token = None if self.config.image_text is None else self.config.image_text.token
+            how = self.config.image_text
+            token = None if how is None else how.written or how.token
             return Document(
                 tuple(self.template.render(messages, add_generation_prompt=answer_starts, image_token=token))
             )

@@ -99,15 +99,9 @@ class Reader:
         features = [prompt.features[key] for key in prompt.keys[first:]]
         prompt.features, prompt.pixels = {}, [None] * len(prompt.pixels)
         batch = collate([[new]], self.processor.pixels([])).to(self.model.device)
-        embedded = self.model.embed(batch, features)
-        sequence, hidden = self.sequences.read(before, start, embedded, batch.position_ids, self._masks(prompt, start))
+        embedded, masks = self.model.embed(batch, features), self.model.masks(batch, past=start)
+        sequence, hidden = self.sequences.read(before, start, embedded, batch.position_ids, masks)
         return Reading(sequence, hidden, start)
-
-    def _masks(self, prompt: Prompt, start: int) -> dict[str, Any]:
-        """What the tokens from `start` on may look at."""
-        batch = collate([[prompt.example]], self.processor.pixels([])).to(self.model.device)
-        masks = self.model.masks(batch)
-        return {name: None if mask is None else mask[:, :, start:] for name, mask in masks.items()}
 
     def see(self, prompts: Many[Prompt], *, first: int = 0) -> None:
         """Encode the images of several prompts, from their image `first` on: those with few tiles together."""

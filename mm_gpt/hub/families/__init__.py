@@ -46,6 +46,7 @@ FAMILIES = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2"), "text"),
     "kosmos-2": "kosmos2",
     "paligemma": "paligemma",
+    "gemma3": "gemma3",
     **dict.fromkeys(("llava", "llava_next", "llava_onevision"), "llava"),
     **dict.fromkeys(("idefics3", "smolvlm"), "idefics3"),
     "internvl": "internvl",
