@@ -21,6 +21,7 @@ from mm_gpt.hub.fetching import download, registry
 from mm_gpt.hub.fetching.repository import fetch_repository, is_repository_name
 from mm_gpt.hub.gguf import reader as gguf
 from mm_gpt.hub.weights import (
+    NothingDrawn,
     naming,
     open_safetensors,
     read_header,
@@ -222,7 +223,7 @@ def _load_folder(folder: Path, *, dtype: torch.dtype, above: tuple[Path, ...] = 
         plan = MMGPT(dataclasses.replace(config, decoder=decoder_config))
         check_shapes(plan, weights, skip=skip)
     _check_images(plan, processor_config, f"{folder}/processor.json")
-    with naming(f"{folder}/config.json"):
+    with naming(f"{folder}/config.json"), NothingDrawn():
         model = MMGPT(config, decoder or Decoder(decoder_config))
     fill(model, weights, skip=skip)
     template = None

@@ -94,9 +94,10 @@ class MMGPT(nn.Module):
         self.connector = build_connector(config.connector, self.vision.width, width, self.vision.num_patches)
         scale = decoder.embedding.weight.float().std().item() if not decoder.embedding.weight.is_meta else 0.02
         if config.image_token_id is None:
-            self.image_marks = nn.Parameter(torch.randn(2, width) * scale)  # embeddings of <image> and </image>
+            marks = torch.empty(2, width)  # embeddings of <image> and </image>
+            self.image_marks = nn.Parameter(nn.init.normal_(marks, std=scale))
         if config.tiling is not None:
-            self.image_newline = nn.Parameter(torch.randn(width) * scale)
+            self.image_newline = nn.Parameter(nn.init.normal_(torch.empty(width), std=scale))
 
     def add_lora(self, config: LoRAConfig) -> None:
         """Freeze the decoder and put low-rank updates on the linear layers of its blocks."""
