@@ -1,1 +1,1 @@
-"""What runs below torch: storage formats of weights, and the kernels that multiply with them."""
+"""Compiled kernels for the CPU, and the formats that weights are stored in."""
