@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm_gpt.inference.compiled import CompiledDecoder
 from mm_gpt.kernels.kv_blocks import BLOCK
@@ -27,10 +27,13 @@ class BlockSequence:
 class BlockSequences:
     """Keys and values in blocks of 16 tokens, which several sequences may share, and steps that are compiled."""
 
-    def __init__(self, decoder: Decoder, *, kv_dtype: torch.dtype, threads: int | None = None):
+    def __init__(self, decoder: Decoder, *, threads: int | None = None, make_room: Callable[[], bool] = lambda: False):
+        """`make_room` lets go of a sequence that nobody needs, when memory is used up; False when there is none."""
         self.decoder, config = decoder, decoder.config
+        is_exact = isinstance(decoder.embedding, nn.Embedding) and decoder.embedding.weight.dtype == torch.float32
+        kv_dtype = torch.float32 if is_exact else torch.bfloat16
         self.compiled = CompiledDecoder(decoder, kv_dtype=kv_dtype, threads=threads)
-        self.pool: BlockPool = self.compiled.pool
+        self.pool, self.make_room = self.compiled.pool, make_room
         self._users: dict[int, int] = {}
         """How many sequences hold each block."""
         self._bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_size * kv_dtype.itemsize
@@ -42,11 +45,9 @@ class BlockSequences:
         cache = KVCache(self.decoder.config, 1, length + T, dtype=x.dtype, device=x.device)
         new = BlockSequence([], 0, int(positions.max()) + 1)
         if before is not None and length:
-            new.blocks = [self._shared(block) for block in before.blocks[: length // BLOCK]]
-            if length % BLOCK:
-                new.blocks.append(self._copied(before.blocks[length // BLOCK]))
-            new.length = length
-            keys, values = self.pool.read(before.blocks, length)
+            new = self.fork(before, length)
+            new.position = int(positions.max()) + 1
+            keys, values = self.pool.read(new.blocks, length)
             cache.keys[:, 0, :, :length], cache.values[:, 0, :, :length] = keys, values
             cache.length = length
         try:
@@ -75,19 +76,23 @@ class BlockSequences:
             row.length, row.position = row.length + 1, row.position + 1
         return logits
 
-    def fork(self, row: BlockSequence) -> BlockSequence:
-        full = row.length // BLOCK
-        blocks = [self._shared(block) for block in row.blocks[:full]]
-        if row.length % BLOCK:
-            blocks.append(self._copied(row.blocks[full]))
-        return BlockSequence(blocks, row.length, row.position)
+    def fork(self, row: BlockSequence, length: int | None = None) -> BlockSequence:
+        """A second sequence of the same tokens, or of the first `length` of them."""
+        length = row.length if length is None else length
+        new = BlockSequence([], length, row.position)
+        for block in row.blocks[: -(-length // BLOCK)]:
+            self._users[block] += 1
+            new.blocks.append(block)
+        if length % BLOCK:  # the last one will be written to
+            old, own = new.blocks[-1], self._fresh()
+            self.pool.copy(old, own)
+            new.blocks[-1] = own
+            self._release(old)
+        return new
 
     def release(self, row: BlockSequence) -> None:
         for block in row.blocks:
-            self._users[block] -= 1
-            if not self._users[block]:
-                del self._users[block]
-                self.pool.release(block)
+            self._release(block)
         row.blocks = []
 
     def own(self, row: BlockSequence) -> BlockSequence:
@@ -101,15 +106,18 @@ class BlockSequences:
         return len(self._users)
 
     def _fresh(self) -> int:
-        block = self.pool.allocate()
-        self._users[block] = 1
-        return block
+        while True:
+            try:
+                block = self.pool.allocate()
+            except MMGPTError:
+                if not self.make_room():
+                    raise
+                continue
+            self._users[block] = 1
+            return block
 
-    def _shared(self, block: int) -> int:
-        self._users[block] += 1
-        return block
-
-    def _copied(self, block: int) -> int:
-        new = self._fresh()
-        self.pool.copy(block, new)
-        return new
+    def _release(self, block: int) -> None:
+        self._users[block] -= 1
+        if not self._users[block]:
+            del self._users[block]
+            self.pool.release(block)

@@ -45,10 +45,11 @@ class Engine:
 
             self.plain_because = missing(model.decoder.config)
             if self.plain_because is None:
-                self.sequences = BlockSequences(model.decoder)
+                self.sequences = BlockSequences(model.decoder, make_room=self._make_room)
         self.reader = Reader(model, processor, self.sequences)
         self.tokens = TokenBytes(processor.tokenizer)
-        self.grammars = Grammars(processor.tokenizer, model.decoder.config.vocab_size)
+        self._grammars: Grammars | None = None
+        self._making = threading.Lock()
         self.lock = threading.RLock()
         """Held while the model runs."""
 
@@ -87,6 +88,16 @@ class Engine:
             document = self.processor(document)
         return Job(self, document, config)
 
+    def _make_room(self) -> bool:
+        return self.reader.prompts.make_room()
+
+    def grammars(self) -> Grammars:
+        """What compiles constraints; made when the first one is asked for, for it looks at every token."""
+        with self._making:
+            if self._grammars is None:
+                self._grammars = Grammars(self.processor.tokenizer, self.model.decoder.config.vocab_size)
+            return self._grammars
+
     def forget(self) -> None:
         """To be called when the model's weights have changed: nothing that was read before is used any more."""
         with self.lock:
@@ -102,7 +113,7 @@ class Job:
         """`known`: digests of images that were met before, see `Reader.prompt`."""
         self.engine, self.example, self.config, self.known = engine, example, config, known
         self.context = self._room()
-        self.grammar = None if config.constraint is None else engine.grammars.compile(config.constraint)
+        self.grammar = None if config.constraint is None else engine.grammars().compile(config.constraint)
         self.rows: list[Row] = []
         """Those that are sampled; empty until the prompt was read."""
         self.beams: BeamSearch | None = None
