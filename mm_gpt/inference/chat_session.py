@@ -146,14 +146,14 @@ class ChatSession:
     def _prepared_cache(self, start: int, segment: int, room: int) -> KVCache:
         """A cache with room for the turn, holding what was read before."""
         model, memory = self.engine.model, self.memory_length
-        config, weight = model.decoder.config, model.decoder.embedding.weight
+        config = model.decoder.config
         cache = self._cache
         if cache is not None:
             cache.length = max(0, self._start + start)
         needed = (memory or start) + segment + room
         if cache is None or cache.keys.shape[3] < needed:
             capacity = needed if memory else min(config.max_length, 2 * needed)
-            cache = KVCache(config, 1, capacity, dtype=weight.dtype, device=model.device)
+            cache = KVCache(config, 1, capacity, dtype=model.decoder.dtype, device=model.device)
             if self._cache is not None:
                 self._cache.keep_last(memory or start)
                 cache.copy_from(self._cache)

@@ -300,7 +300,7 @@ class Engine:
         rows_of_one = [[example] for example in examples]
         batch = collate(rows_of_one, self.processor.pixels(examples), pad_left=True).to(self.model.device)
         capacity = len(longest) + max(row.limit for row in rows)
-        dtype = self.model.decoder.embedding.weight.dtype
+        dtype = self.model.decoder.dtype
         cache = KVCache(config, len(examples), capacity, dtype=dtype, device=self.model.device)
         return batch, cache
 
