@@ -194,7 +194,9 @@ class NativeViT(nn.Module):
             start += rows * cols
             whole.append(cells.flatten())
             if config.window:
-                windows += [part.flatten() for band in cells.split(config.window) for part in band.split(config.window, 1)]
+                windows += [
+                    part.flatten() for band in cells.split(config.window) for part in band.split(config.window, 1)
+                ]
         inside = torch.arange(patches)
         to_groups = lambda groups: [  # noqa: E731
             (torch.stack(equal)[:, :, None] * patches + inside).flatten(1).to(device) for equal in _by_length(groups)

@@ -3,6 +3,7 @@
 Shapes: R sequences in one step, T new tokens, D width, V vocabulary.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm_gpt.errors import MMGPTError
 from mm_gpt.inference.compiled import CompiledDecoder
 from mm_gpt.kernels.kv_blocks import BLOCK
 from mm_gpt.model.cache import KVCache

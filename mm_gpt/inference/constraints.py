@@ -114,13 +114,17 @@ class Grammars:
         """Ids that are not text."""
         tokens = TokenBytes(tokenizer)
         self.table = [b"" if id in never else piece for id, piece in enumerate(tokens.table(vocab_size))]
-        changes = (id for id, piece in enumerate(self.table) if piece.startswith(b" ") and tokens(id, first=True) != piece)
+        changes = (
+            id for id, piece in enumerate(self.table) if piece.startswith(b" ") and tokens(id, first=True) != piece
+        )
         self.not_first = np.array(sorted(changes), dtype=np.int64)
         """Ids whose space is lost at the start of an answer."""
         self._longest = {piece: id for id, piece in enumerate(self.table) if piece}
         self._longest_size = max(map(len, self._longest))
         self._tokenizer = tokenizer
-        self._matchers = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary(self)), eos_token=[*self.end_ids])
+        self._matchers = llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(_Vocabulary(self)), eos_token=[*self.end_ids]
+        )
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -120,9 +120,7 @@ class _Writer:
         if isinstance(written, bool):
             written = {} if written else {"enum": []}
         if self.definitions:
-            written["$defs"] = {
-                self.names[place]: _named(value, place) for place, value in self.definitions.items()
-            }
+            written["$defs"] = {self.names[place]: _named(value, place) for place, value in self.definitions.items()}
         return written
 
     def schema(self, value: Any, path: str, *, inlined: tuple[str, ...]) -> Any:
@@ -166,7 +164,12 @@ class _Writer:
             raise _fail(path, "must be a list of schemas with at least one")
         out = []
         for i, option in enumerate(value):
-            if key == "oneOf" and isinstance(option, dict) and "$ref" in option and not option.keys() - {"$ref", *ANNOTATIONS}:
+            if (
+                key == "oneOf"
+                and isinstance(option, dict)
+                and "$ref" in option
+                and not option.keys() - {"$ref", *ANNOTATIONS}
+            ):
                 # Options are told apart by what they hold, which a reference hides.
                 place = self._place(option["$ref"], f"{path}/{i}/$ref")
                 if place not in inlined:
@@ -380,7 +383,9 @@ def _check_ends(root: Schema) -> None:
             waiting += [inner for key in ("allOf", "anyOf", "oneOf") for inner in schema.get(key, ())]
             target = schema.get("$ref", "").removeprefix("#/$defs/")
             if target == name:
-                raise _fail(definitions[name]["$comment"], "a $ref leads back to itself, with no object or list between")
+                raise _fail(
+                    definitions[name]["$comment"], "a $ref leads back to itself, with no object or list between"
+                )
             if target and target not in seen:
                 seen.add(target)
                 waiting.append(definitions[target])

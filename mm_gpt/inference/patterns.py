@@ -58,7 +58,7 @@ def portable(pattern: str, *, whole: bool = False) -> str:
     repeatable = False
     while at < len(pattern):
         match = _TOKEN.match(pattern, at)
-        if match is None or ends[-1] and depth == 0 and match.lastgroup != "or":
+        if match is None or (ends[-1] and depth == 0 and match.lastgroup != "or"):
             raise _refused(pattern, at)
         kind, text = match.lastgroup, match.group()
         piece = ""

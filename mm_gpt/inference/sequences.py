@@ -34,7 +34,9 @@ class Sequence(Protocol):
 class Sequences(Protocol):
     """The sequences of one decoder. Not for several threads at a time."""
 
-    def read(self, before: Any, length: int, embedded: Embedded, positions: Tensor, masks: dict[str, Any]) -> tuple[Any, Tensor]:
+    def read(
+        self, before: Any, length: int, embedded: Embedded, positions: Tensor, masks: dict[str, Any]
+    ) -> tuple[Any, Tensor]:
         """A new sequence: the first `length` tokens of `before` (None for 0), and T more.
 
         embedded: a row of T tokens; positions (1, T), with M-RoPE (1, T, 3); masks: of `Decoder.forward`.

@@ -236,14 +236,14 @@ _SCALES = {
     "Q6_K": (208, 1),
 }
 """Where a block's half precision scales begin, and how many there are."""
-_ENCODERS = {
+_ENCODERS: dict[str, Callable[..., None]] = {
     "Q8_0": _encode_q8_0,
     "Q4_0": _symmetric(4),
     "Q5_0": _symmetric(5),
     "Q4_1": _affine(4),
     "Q5_1": _affine(5),
 }
-_DECODERS = {
+_DECODERS: dict[str, Callable[..., None]] = {
     "Q8_0": _decode_q8_0,
     "Q4_0": _decoder(4, affine=False),
     "Q5_0": _decoder(5, affine=False),

@@ -107,10 +107,7 @@ def _q4_k(code: Code, block: Value) -> list[Part]:
         packed = code.load(block, vector(I8, 32), 16 + 32 * pair)
         parts += [packed & 15, packed >> 4]
     scales = _scales_of_k(code, block)
-    return [
-        Part(numbers.to(I16, signed=False), *scale)
-        for numbers, scale in zip(parts, scales, strict=True)
-    ]
+    return [Part(numbers.to(I16, signed=False), *scale) for numbers, scale in zip(parts, scales, strict=True)]
 
 
 def _q5_k(code: Code, block: Value) -> list[Part]:
@@ -123,10 +120,7 @@ def _q5_k(code: Code, block: Value) -> list[Part]:
             (packed >> 4) | (((high >> (2 * pair + 1)) & 1) << 4),
         ]
     scales = _scales_of_k(code, block)
-    return [
-        Part(numbers.to(I16, signed=False), *scale)
-        for numbers, scale in zip(parts, scales, strict=True)
-    ]
+    return [Part(numbers.to(I16, signed=False), *scale) for numbers, scale in zip(parts, scales, strict=True)]
 
 
 def _q6_k(code: Code, block: Value) -> list[Part]:
@@ -249,9 +243,7 @@ def _multiply_pairs(code: Code, a: Value, b: Value) -> Value:
             for start in (0, 16)
         )
         return low.shuffle(range(16), high)
-    even, odd = (
-        a.shuffle(range(start, 32, 2)).to(I32) * b.shuffle(range(start, 32, 2)).to(I32) for start in (0, 1)
-    )
+    even, odd = (a.shuffle(range(start, 32, 2)).to(I32) * b.shuffle(range(start, 32, 2)).to(I32) for start in (0, 1))
     return even + odd
 
 
@@ -301,9 +293,7 @@ def _float_product(code: Code, kind: str, weight: Value, row: Value, total: Valu
     return code.fma(*even, code.fma(*odd, total))
 
 
-def _float_tile(
-    code: Code, kind: str, weights: list[Value], rows: list[Value], columns: Value
-) -> list[list[Value]]:
+def _float_tile(code: Code, kind: str, weights: list[Value], rows: list[Value], columns: Value) -> list[list[Value]]:
     lanes = 32 if kind == "BF16" else 16
     stored: ir.Type = {"F32": F32, "F16": F16, "BF16": I16}[kind]
     size, row_size = FLOAT_BYTES[kind], 2 if kind == "BF16" else 4
@@ -316,7 +306,9 @@ def _float_tile(
         loaded = []
         for weight in weights:
             place = weight + i * size
-            loaded.append(code.load(place, kind_of_load) if count is None else code.load_first(place, kind_of_load, count))
+            loaded.append(
+                code.load(place, kind_of_load) if count is None else code.load_first(place, kind_of_load, count)
+            )
         for r, row in enumerate(rows):
             values = code.load(row, vector(I16 if kind == "BF16" else F32, lanes), i * row_size)
             for n, weight in enumerate(loaded):

@@ -18,7 +18,6 @@ from mm_gpt.model.cache import KVCache
 from mm_gpt.model.decoder import Decoder, init_weights
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig, add_lora, merge_lora
-from mm_gpt.model.loss import next_token_loss
 from mm_gpt.processor import IGNORE_INDEX, Batch
 from mm_gpt.vision.connectors import ConnectorConfig, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
@@ -92,7 +91,8 @@ class MMGPT(nn.Module):
         self.vision = VisionEncoder(config.vision)
         width = decoder.config.width
         self.connector = build_connector(config.connector, self.vision.width, width, self.vision.num_patches)
-        scale = decoder.embedding.weight.float().std().item() if not decoder.embedding.weight.is_meta else 0.02
+        empty = decoder.packed_head or decoder.embedding.weight.is_meta  # what is drawn now is replaced by what is read
+        scale = 0.02 if empty else decoder.embedding.weight.float().std().item()
         if config.image_token_id is None:
             marks = torch.empty(2, width)  # embeddings of <image> and </image>
             self.image_marks = nn.Parameter(nn.init.normal_(marks, std=scale))
@@ -118,7 +118,7 @@ class MMGPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.decoder.embedding.weight.device
+        return self.decoder.device
 
     @property
     def placeholder_id(self) -> int:
@@ -225,8 +225,7 @@ class MMGPT(nn.Module):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed next-token cross-entropy in nats, and the number of supervised positions."""
-        softcap = self.decoder.config.logit_softcap
-        return next_token_loss(self(batch), self.decoder.head_weight, batch.labels, softcap=softcap)
+        return self.decoder.loss(self(batch), batch.labels)
 
 
 def attention_mask(

@@ -53,6 +53,12 @@ class Matrix:
         format = FORMATS[self.kind]
         return self.data.shape[1] // format.block_bytes * format.block
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Matrix":
+        """A tensor of floats (rows, columns), as it is where its type is one of the kinds, else in float32."""
+        kind = next((kind for kind, dtype in PLAIN_DTYPES.items() if dtype == tensor.dtype), "F32")
+        return cls(kind, tensor.to(PLAIN_DTYPES[kind]).contiguous())
+
     @property
     def num_bytes(self) -> int:
         return self.data.numel() * self.data.element_size()
@@ -63,13 +69,18 @@ class Matrix:
         if self.kind in PLAIN:
             return data.to(dtype)
         out = torch.empty(len(data), self.columns, dtype=dtype)
-        threads = torch.get_num_threads()
-        size = -(-len(data) // threads)
+        self._expand(data, out)
+        return out
+
+    def _shared_values(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """`values` by several threads. Not for one of `workers`: it would wait for itself."""
+        data = self.data[start:stop]
+        size = -(-len(data) // torch.get_num_threads())
         parts = [slice(at, at + size) for at in range(0, len(data), size)]
-        if len(parts) < 2 or out.numel() < TILE // 64:
-            self._expand(data, out)
-        else:
-            list(_pool(os.getpid(), threads).map(lambda part: self._expand(data[part], out[part]), parts))
+        if self.kind in PLAIN or len(parts) < 2 or len(data) * self.columns < TILE // 64:
+            return self.values(start, stop, dtype)
+        out = torch.empty(len(data), self.columns, dtype=dtype)
+        list(workers().map(lambda part: self._expand(data[part], out[part]), parts))
         return out
 
     def _expand(self, data: Tensor, out: Tensor) -> None:
@@ -77,6 +88,9 @@ class Matrix:
             expand_bf16(data.numpy(), self.kind, out.view(torch.uint16).numpy())
         else:
             dequantize(data.numpy(), self.kind, out.numpy())
+
+    def whole(self) -> "Matrix":
+        return self
 
     def tiles(self) -> Iterator[tuple[int, int]]:
         """Ranges of rows, each of at most TILE values."""
@@ -87,14 +101,19 @@ class Matrix:
     def product(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """x (R, columns) -> (R, rows), multiplied in `dtype`; both in float32."""
         x = x.to(dtype)
-        products = [F.linear(x, self.values(start, stop, dtype)).float() for start, stop in self.tiles()]
+        products = [F.linear(x, self._shared_values(start, stop, dtype)).float() for start, stop in self.tiles()]
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+
+def workers() -> ThreadPoolExecutor:
+    """As many threads as torch has, for loops that hold no lock."""
+    return _pool(os.getpid(), torch.get_num_threads())
 
 
 @functools.lru_cache(1)
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """Of this process: a fork has none of its parent's threads."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="expand")
+    return ThreadPoolExecutor(threads, thread_name_prefix="rows")
 
 
 class PackedLinear(nn.Module):
@@ -145,8 +164,8 @@ def product_dtype(kind: str) -> torch.dtype:
     return torch.bfloat16 if kind not in ("F32", "F16") and multiplies_bf16() else torch.float32
 
 
-def stacked(parts: Sequence[Matrix], x: Tensor) -> Tensor:
-    """Logits: x (…, columns) -> (…, rows of all parts) in float32."""
+def stacked_product(parts: Sequence[Matrix], x: Tensor) -> Tensor:
+    """x (…, columns) -> (…, rows of all parts), multiplied in float32."""
     flat = x.reshape(-1, x.shape[-1])
     return torch.cat([part.product(flat) for part in parts], dim=-1).view(*x.shape[:-1], -1)
 
