@@ -1,0 +1,1 @@
+"""Kernels for the CPU, compiled at run time by numba."""
