@@ -17,25 +17,26 @@ TILES = 2
 _ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "quick_gelu": QUICK_GELU}
 
 
-class PackedViT(nn.Module):
+class PackedViT(ViT):
     """Normalised pixels (N, 3, H, W) to tokens (N, T, D), as the `ViT` that it is made of, which it takes apart.
 
-    An image's tokens do not depend on the other images. There is nothing to train, and no state dict to save.
+    An image's tokens do not depend, bit for bit, on the other images or the number of threads. There is nothing to
+    train, and no state dict to save.
     """
 
     def __init__(self, vit: ViT, kind: Kind):
-        super().__init__()
+        nn.Module.__init__(self)
         self.config = vit.config
         self.patches = _pack(vit.patch_embedding.weight.flatten(1), vit.patch_embedding.bias, "bf16")
-        self.class_token = vit.class_token
-        self.position_embedding = vit.position_embedding
+        self.class_token, self.position_embedding = vit.class_token, vit.position_embedding
         self.pre_norm, self.post_norm = vit.pre_norm, vit.post_norm
-        self.blocks = []
+        self.float()
+        self.packed: list[VisionBlock] = []
         blocks, vit.blocks = list(vit.blocks[: vit.config.depth]), nn.ModuleList()
         while blocks:  # each is freed when it is packed
-            self.blocks.append(_pack_block(blocks.pop(0), kind))
+            self.packed.append(_pack_block(blocks.pop(0), kind))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = torch.cat([self._tokens(some) for some in pixel_values.float().split(TILES)])
         return self.post_norm(x) if self.config.post_norm else x
@@ -46,12 +47,12 @@ class PackedViT(nn.Module):
         pixels = pixel_values[..., : side * size, : side * size]
         patches = rearrange(pixels, "n c (h a) (w b) -> (n h w) (c a b)", a=size, b=size)
         x = torch.from_numpy(gemm(patches.numpy(), self.patches, threads=threads))
-        x = rearrange(x, "(n p) d -> n p d", n=len(pixels))
+        x = rearrange(x, "(n p) d -> n p d", p=side * side)
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
         x = self.pre_norm(x + self.position_embedding).contiguous()
         tokens = x.numpy()
-        for block in self.blocks:
+        for block in self.packed:
             block(tokens, threads)
         return x
 

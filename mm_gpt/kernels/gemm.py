@@ -106,8 +106,8 @@ def _bf16(values: np.ndarray) -> np.ndarray:
 
 
 def gemm(x: np.ndarray, packed: PackedWeight, *, threads: int = 1) -> np.ndarray:
-    """x (M, K) float32, rows contiguous, times the weights, plus the bias: (M, N) float32."""
-    if x.ndim != 2 or x.shape[1] != packed.columns or x.dtype != np.float32 or x.strides[1] != x.itemsize:
+    """x (M, K) float32, contiguous, times the weights, plus the bias: (M, N) float32."""
+    if x.ndim != 2 or x.shape[1] != packed.columns or x.dtype != np.float32 or not x.flags.c_contiguous:
         raise ValueError(f"expected rows of {packed.columns} contiguous float32, got {x.dtype} {x.shape}")
     out = np.empty((len(x), packed.rows), np.float32)
     rows = Rows(len(x), packed.row_bytes)
@@ -261,7 +261,7 @@ def multiply_rows(rows, weights, start, stop, first, last, activation, add, out,
 @njit(inline="never", fastmath=_FAST, **_options)
 def _finish(tile, activation, add, out):  # type: ignore[no-untyped-def]
     if activation:
-        _activate(tile.reshape(-1), activation)
+        activate(tile.reshape(-1), activation)
     for i in range(out.shape[0]):
         if add:
             for j in range(out.shape[1]):
@@ -272,7 +272,7 @@ def _finish(tile, activation, add, out):  # type: ignore[no-untyped-def]
 
 
 @njit(fastmath=_FAST, **_options)
-def _activate(values, activation):  # type: ignore[no-untyped-def]
+def activate(values, activation):  # type: ignore[no-untyped-def]
     if activation == GELU_TANH:
         for i in range(len(values)):
             x = values[i]
