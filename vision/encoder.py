@@ -9,14 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from mm_gpt.errors import ConfigError
+from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.vision.efficientnet import STRIDE, EfficientNetLite
 from mm_gpt.vision.native_vit import Grid, NativeViT, NativeViTConfig
 from mm_gpt.vision.towers import (
@@ -75,6 +75,8 @@ class VisionEncoder(nn.Module):
         self.config = config
         self._unfolded: dict[str, Tensor] = {}
         """The tower's weights before BatchNorm was folded, if it was."""
+        self._packed: str | None = None
+        """What the tower's weights are packed in, if they are."""
         self.tower: ViT | NativeViT | Trunk | OpenClipTower
         if isinstance(config.model, ViTConfig):
             self.tower, self.left_out = ViT(config.model), frozenset[str]()
@@ -140,6 +142,8 @@ class VisionEncoder(nn.Module):
         counts as one); blocks behind the layer that gives the tokens do not count. KOSMOS-1 trains the last block of
         its ViT only. Raises ConfigError if there are fewer blocks.
         """
+        if self._packed:
+            raise ConfigError(f"{self.config.model_name} is packed in {self._packed}: to train it, load it in fp32")
         blocks = _blocks(self.tower)
         if num_blocks is not None and not 0 <= num_blocks <= len(blocks):
             raise ConfigError(f"cannot unfreeze {num_blocks} blocks: {self.config.model_name} has {len(blocks)}")
@@ -148,13 +152,37 @@ class VisionEncoder(nn.Module):
             block.requires_grad_(True)
 
     def state_dict(self, *args: Any, prefix: str = "", **options: Any) -> Any:
-        """As `config` has it, also after `fold_batch_norm`."""
+        """As `config` has it, also after `fold_batch_norm`. Raises MMGPTError where `prepare` has packed the weights."""
+        if self._packed:
+            raise MMGPTError(f"{self.config.model_name} is packed in {self._packed}: to save it, load it in fp32")
         state = super().state_dict(*args, prefix=prefix, **options)
         if self._unfolded:
             for name in [name for name in state if name.startswith(f"{prefix}tower.")]:
                 del state[name]
             state |= {f"{prefix}tower.{name}": tensor for name, tensor in self._unfolded.items()}
         return state
+
+    def prepare(self, dtype: Literal["fp32", "bf16", "int8", "int4"]) -> str | None:
+        """Make ready for inference alone on the CPU, where the decoder's weights are stored in `dtype`.
+
+        In fp32, and in all towers but the plain ViT, BatchNorm is folded and nothing else changes. A ViT's weights are
+        packed for fast products in bf16, or in int8 for int8 and int4; nothing else keeps them, so that it can neither
+        be saved nor trained any more. Returns why the tower stays in fp32, in a few words, if it does against `dtype`.
+        """
+        self.fold_batch_norm()
+        if dtype == "fp32" or self._packed:
+            return None
+        if not isinstance(self.tower, ViT):
+            return f"{self.config.model_name} has no products in {dtype}"
+        # Imported here: numba takes a third of a second
+        from mm_gpt.kernels.tiles import missing
+        from mm_gpt.vision.packed_vit import PackedViT
+
+        if lack := missing():
+            return lack
+        self._packed = "bf16" if dtype == "bf16" else "int8"
+        self.tower = PackedViT(self.tower, self._packed)
+        return None
 
     def fold_batch_norm(self) -> None:
         """Fold BatchNorm into the convolution before it, for inference only: same tokens up to rounding, in less time.

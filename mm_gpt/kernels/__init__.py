@@ -1,1 +1,1 @@
-"""Compiled kernels for the CPU, and the formats that weights are stored in."""
+"""What runs below torch: formats that weights are stored in, and kernels that multiply with them."""
