@@ -324,11 +324,17 @@ class Processor:
 
         first = segments[0] if segments else None
         is_template = isinstance(first, Text) and first.is_control
-        wanted = self.config.begin_of_text and (self.config.begin_of_chat or not is_template)
+        has_ids = isinstance(first, Text) and first.ids is not None  # whoever chose the tokens chose the first one
+        wanted = self.config.begin_of_text and (self.config.begin_of_chat or not is_template) and not has_ids
         if wanted and not begins_with(segments, self.tokenizer.names.get("bos_token")):
             part.ids += self.tokenizer.prefix_ids
             part.targets += [False] * len(part.ids)
         for segment in segments:
+            if isinstance(segment, Text) and segment.ids is not None:
+                flush()
+                part.ids += segment.ids
+                part.targets += [segment.is_target] * len(segment.ids)
+                continue
             if isinstance(segment, Text):
                 runs.append((segment.text, segment.is_target, segment.is_control))
                 continue
