@@ -49,7 +49,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 def run_demo(args: argparse.Namespace) -> int:
     from mm_gpt.serving.gradio_demo import launch
 
-    launch(args.model, args.host, args.port, args.device)
+    launch(args.model, args.host, args.port, args.device, args.dtype)
     return 0
 
 

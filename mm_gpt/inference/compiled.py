@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mm_gpt.errors import ConfigError
 from mm_gpt.kernels.attention import HeadSpec, PatternSpec
-from mm_gpt.kernels.kv_blocks import BLOCK, BlockPool, padded_head
+from mm_gpt.kernels.kv_blocks import BLOCK, BlockPool
 from mm_gpt.kernels.matmul import BLOCK_FORMATS, KINDS, kernels, prepared_for, row_bytes
 from mm_gpt.kernels.memory import Arena, huge
 from mm_gpt.kernels.simd import isa as find_isa
@@ -191,9 +191,7 @@ class CompiledDecoder:
             for product in PRODUCTS[:-1]:
                 values[f"{product}_parts"] = tables[product][layer]
                 values[f"{product}_count"] = len(products[product][layer])
-            records += LAYER.values(
-                **values, pattern=layer_patterns[layer], is_local=int(self.config.is_local(layer))
-            )
+            records += LAYER.values(**values, pattern=layer_patterns[layer], is_local=int(self.config.is_local(layer)))
         self._arguments = dict.fromkeys(ARGUMENTS.names, 0)
         self._arguments |= {
             "layers": self._keep(torch.tensor(records, dtype=torch.int64)),

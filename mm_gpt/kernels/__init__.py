@@ -1,1 +1,1 @@
-"""Compiled code for decoding on the CPU: vector products, key-value blocks, a team of threads, one call a step."""
+"""What runs below torch: formats that weights are stored in, and kernels that multiply with them."""

@@ -76,7 +76,9 @@ def write_keep(module: Module, spec: HeadSpec) -> ir.Function:
             _keep(code, spec, code.load(key, F32, c * 4), keys, c * BLOCK + slot)
         for c in range(0, padded, LANES):
             whole = C - c >= LANES
-            numbers = code.load(value, FLOATS, c * 4) if whole else code.load_first(value + c * 4, FLOATS, code.i64(C - c))
+            numbers = (
+                code.load(value, FLOATS, c * 4) if whole else code.load_first(value + c * 4, FLOATS, code.i64(C - c))
+            )
             _keep(code, spec, numbers, values, slot * padded + c)
     return module.ir.globals["keep"]
 

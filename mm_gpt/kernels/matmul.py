@@ -104,10 +104,7 @@ def _q4_k(code: Code, block: Value) -> list[Part]:
         packed = code.load(block, vector(I8, 32), 16 + 32 * pair)
         parts += [packed & 15, packed >> 4]
     scales = _scales_of_k(code, block)
-    return [
-        Part(numbers.to(I16, signed=False), *scale)
-        for numbers, scale in zip(parts, scales, strict=True)
-    ]
+    return [Part(numbers.to(I16, signed=False), *scale) for numbers, scale in zip(parts, scales, strict=True)]
 
 
 def _q5_k(code: Code, block: Value) -> list[Part]:
@@ -120,10 +117,7 @@ def _q5_k(code: Code, block: Value) -> list[Part]:
             (packed >> 4) | (((high >> (2 * pair + 1)) & 1) << 4),
         ]
     scales = _scales_of_k(code, block)
-    return [
-        Part(numbers.to(I16, signed=False), *scale)
-        for numbers, scale in zip(parts, scales, strict=True)
-    ]
+    return [Part(numbers.to(I16, signed=False), *scale) for numbers, scale in zip(parts, scales, strict=True)]
 
 
 def _q6_k(code: Code, block: Value) -> list[Part]:
@@ -246,9 +240,7 @@ def _multiply_pairs(code: Code, a: Value, b: Value) -> Value:
             for start in (0, 16)
         )
         return low.shuffle(range(16), high)
-    even, odd = (
-        a.shuffle(range(start, 32, 2)).to(I32) * b.shuffle(range(start, 32, 2)).to(I32) for start in (0, 1)
-    )
+    even, odd = (a.shuffle(range(start, 32, 2)).to(I32) * b.shuffle(range(start, 32, 2)).to(I32) for start in (0, 1))
     return even + odd
 
 

@@ -136,7 +136,18 @@ class _Step:
                     inputs, stride = prepared + form * form_stride, (columns + 63) // 64 * 256
                     target = out + first * 4
                     code.call_address(
-                        kernel, weights, row_bytes, columns, low, high, inputs, stride, num_rows, target, out_stride, bias
+                        kernel,
+                        weights,
+                        row_bytes,
+                        columns,
+                        low,
+                        high,
+                        inputs,
+                        stride,
+                        num_rows,
+                        target,
+                        out_stride,
+                        bias,
                     )
         return self.module.ir.globals["multiply"]
 
@@ -221,9 +232,7 @@ class _Step:
         layout = ARGUMENTS if product == "head" else LAYER
         parts, count = (layout.get(self.code, record, f"{product}_{what}") for what in ("parts", "count"))
         form_stride, stride = self.argument("form_stride"), line_bytes(out_size)
-        self.code.call(
-            self.multiply, parts, count, start, end, self.prepared, form_stride, self.num_rows, out, stride
-        )
+        self.code.call(self.multiply, parts, count, start, end, self.prepared, form_stride, self.num_rows, out, stride)
 
     # ---- a layer ----
 
