@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.kernels.memory import huge
 
 BLOCK = 16
 """Tokens in a block."""
@@ -71,7 +72,7 @@ class BlockPool:
         if count <= 0:
             used = self.max_blocks * self.block_bytes >> 20
             raise MMGPTError(f"no room for more keys and values: {self.max_blocks} blocks ({used} MiB) are in use")
-        chunk = torch.zeros(count, self.num_layers, self.layer_values, dtype=self.dtype)
+        chunk = huge(count * self.block_bytes).view(self.dtype).view(count, self.num_layers, self.layer_values)
         self._chunks.append(chunk)
         new = chunk.data_ptr() + np.arange(count, dtype=np.int64) * self.block_bytes
         self.addresses = np.concatenate([self.addresses, new])
