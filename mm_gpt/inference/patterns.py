@@ -58,7 +58,7 @@ def portable(pattern: str, *, whole: bool = False) -> str:
     repeatable = False
     while at < len(pattern):
         match = _TOKEN.match(pattern, at)
-        if match is None or ends[-1] and depth == 0 and match.lastgroup != "or":
+        if match is None or (ends[-1] and depth == 0 and match.lastgroup != "or"):
             raise _refused(pattern, at)
         kind, text = match.lastgroup, match.group()
         piece = ""
@@ -165,6 +165,6 @@ def literal(text: str) -> str:
 
 def _refused(pattern: str, at: int) -> ConfigError:
     return ConfigError(
-        f"{pattern!r}: {pattern[at : at + 4]!r} at {at} cannot be enforced (no look-around, back-reference, word border, "
-        r"named class, flag, or \D, \S, \W in a set; ^ and $ only at the ends)"
+        f"{pattern!r}: {pattern[at : at + 4]!r} at {at} cannot be enforced (no look-around, back-reference, word border,"
+        r" named class, flag, or \D, \S, \W in a set; ^ and $ only at the ends)"
     )
