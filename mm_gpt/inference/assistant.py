@@ -217,8 +217,8 @@ class Assistant:
         return self.is_public or options.get("constraint") is not None
 
     def samples(self, messages: Sequence[Message], n: int, **options: Unpack[GenerationOptions]) -> list[Answer]:
-        """`n` answers to a chat, as `chat` takes it, that share its prompt: each drawn by a seed of its own, which follows
-        from `seed` and its place. Raises ConfigError for an impossible option."""
+        """`n` answers to a chat, as `chat` takes it. They share its prompt, and each is drawn by a seed of its own, which
+        follows from `seed` and its place. Raises ConfigError for an impossible option."""
         config = self.chat_config({**options, "n": n})
         return self.engine.generate([self.processor.chat(messages)], config)
 

@@ -165,6 +165,6 @@ def literal(text: str) -> str:
 
 def _refused(pattern: str, at: int) -> ConfigError:
     return ConfigError(
-        f"{pattern!r}: {pattern[at : at + 4]!r} at {at} cannot be enforced (no look-around, back-reference, word border, "
-        r"named class, flag, or \D, \S, \W in a set; ^ and $ only at the ends)"
+        f"{pattern!r}: {pattern[at : at + 4]!r} at {at} cannot be enforced (no look-around, back-reference, word border,"
+        r" named class, flag, or \D, \S, \W in a set; ^ and $ only at the ends)"
     )
