@@ -6,17 +6,19 @@ Weights are never downloaded here: a tower is built with random ones and a state
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from mm_gpt.errors import ConfigError
+from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.vision.efficientnet import STRIDE, EfficientNetLite
+from mm_gpt.vision.native_vit import Grid, NativeViT, NativeViTConfig
 from mm_gpt.vision.towers import (
     OpenClipTower,
     Trunk,
@@ -32,11 +34,11 @@ from mm_gpt.vision.vit import ViT, ViTConfig
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    model: str | ViTConfig
+    model: str | ViTConfig | NativeViTConfig
     """An open_clip model ("ViT-B-32", "RN50", "ViT-B-16-SigLIP", ...), "timm/" and the name of a timm trunk, or a
-    complete config of the plain ViT, as the towers of Hugging Face checkpoints have it."""
+    complete config of the plain ViT or of one for images of any size, as towers of Hugging Face checkpoints have it."""
     image_size: int
-    """Height and width of the images, in pixels."""
+    """Height and width of the images, in pixels; for images of any size those of a cell."""
     include_class_token: bool = False
     """Put the class token (and the registers, where there are some) before the patches, as KOSMOS-2 does. ViT only."""
     l2_normalize: bool = False
@@ -48,7 +50,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.image_size <= MAX_SIZE:
             raise ConfigError(f"image_size must be 1 to {MAX_SIZE}, not {self.image_size}")
-        if isinstance(self.model, ViTConfig):
+        if isinstance(self.model, ViTConfig | NativeViTConfig):
             if self.model.image_size != self.image_size:
                 raise ConfigError(f"image_size is {self.image_size}, but that of model is {self.model.image_size}")
             return
@@ -73,24 +75,31 @@ class VisionEncoder(nn.Module):
         self.config = config
         self._unfolded: dict[str, Tensor] = {}
         """The tower's weights before BatchNorm was folded, if it was."""
-        self.tower: ViT | Trunk | OpenClipTower
+        self._packed: str | None = None
+        """What the tower's weights are packed in, if they are."""
+        self.tower: ViT | NativeViT | Trunk | OpenClipTower
         if isinstance(config.model, ViTConfig):
             self.tower, self.left_out = ViT(config.model), frozenset[str]()
+        elif isinstance(config.model, NativeViTConfig):
+            self.tower, self.left_out = NativeViT(config.model), frozenset[str]()
         else:
             self.tower, self.left_out = build_tower(config.model, config.image_size)
         self.eval()
         self.num_patches, self.width = self._output_shape()
         self.train()
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Tensor:
         """Normalised pixels (N, 3, H, W) to patch tokens (N, P, D_v), rows of the image from top to bottom.
 
-        H = W = `config.image_size`; anything else raises ValueError, for P is fixed.
+        H = W = `config.image_size`; anything else raises ValueError, for P is fixed. A NativeViT needs `grids`, rows
+        and columns of the cells that each image has: N is their sum.
         """
         size = self.config.image_size
         if pixel_values.shape[1:] != (3, size, size):
             raise ValueError(f"expected pixel_values (N, 3, {size}, {size}), got {tuple(pixel_values.shape)}")
-        if isinstance(self.tower, ViT):
+        if isinstance(self.tower, NativeViT):
+            tokens = self.tower(pixel_values, grids)
+        elif isinstance(self.tower, ViT):
             tokens = self.tower(pixel_values)
             if self.tower.config.class_token and not self.config.include_class_token:
                 tokens = tokens[:, 1:]
@@ -104,6 +113,9 @@ class VisionEncoder(nn.Module):
         """(P, D_v): of towers that are not ours, a forward pass on the meta device tells."""
         if self.config.include_class_token and not _has_class_token(self.tower):
             raise ConfigError(f"{self.config.model_name} has no class token: include_class_token must be false")
+        if isinstance(self.tower, NativeViT):
+            native = self.tower.config
+            return native.num_patches, native.width * (1 + len(native.deepstack))
         if isinstance(self.tower, ViT):
             return self.tower.config.num_patches + self.config.include_class_token, self.tower.config.width
         size = self.config.image_size
@@ -130,6 +142,8 @@ class VisionEncoder(nn.Module):
         counts as one); blocks behind the layer that gives the tokens do not count. KOSMOS-1 trains the last block of
         its ViT only. Raises ConfigError if there are fewer blocks.
         """
+        if self._packed:
+            raise ConfigError(f"{self.config.model_name} is packed in {self._packed}: to train it, load it in fp32")
         blocks = _blocks(self.tower)
         if num_blocks is not None and not 0 <= num_blocks <= len(blocks):
             raise ConfigError(f"cannot unfreeze {num_blocks} blocks: {self.config.model_name} has {len(blocks)}")
@@ -138,13 +152,37 @@ class VisionEncoder(nn.Module):
             block.requires_grad_(True)
 
     def state_dict(self, *args: Any, prefix: str = "", **options: Any) -> Any:
-        """As `config` has it, also after `fold_batch_norm`."""
+        """As `config` has it, also after `fold_batch_norm`. Raises MMGPTError where `prepare` has packed the weights."""
+        if self._packed:
+            raise MMGPTError(f"{self.config.model_name} is packed in {self._packed}: to save it, load it in fp32")
         state = super().state_dict(*args, prefix=prefix, **options)
         if self._unfolded:
             for name in [name for name in state if name.startswith(f"{prefix}tower.")]:
                 del state[name]
             state |= {f"{prefix}tower.{name}": tensor for name, tensor in self._unfolded.items()}
         return state
+
+    def prepare(self, dtype: Literal["fp32", "bf16", "int8", "int4"]) -> str | None:
+        """Make ready for inference alone on the CPU, where the decoder's weights are stored in `dtype`.
+
+        In fp32, and in all towers but the plain ViT, BatchNorm is folded and nothing else changes. A ViT's weights are
+        packed for fast products in bf16, or in int8 for int8 and int4; nothing else keeps them, so that it can neither
+        be saved nor trained any more. Returns why the tower stays in fp32, in a few words, if it does against `dtype`.
+        """
+        self.fold_batch_norm()
+        if dtype == "fp32" or self._packed:
+            return None
+        if not isinstance(self.tower, ViT):
+            return f"{self.config.model_name} has no products in {dtype}"
+        # Imported here: numba takes a third of a second
+        from mm_gpt.kernels.tiles import missing
+        from mm_gpt.vision.packed_vit import PackedViT
+
+        if lack := missing():
+            return lack
+        self._packed = "bf16" if dtype == "bf16" else "int8"
+        self.tower = PackedViT(self.tower, self._packed)
+        return None
 
     def fold_batch_norm(self) -> None:
         """Fold BatchNorm into the convolution before it, for inference only: same tokens up to rounding, in less time.
@@ -169,13 +207,17 @@ class VisionEncoder(nn.Module):
         self.tower.trunk.to(memory_format=torch.channels_last)
 
 
-def _has_class_token(tower: ViT | Trunk | OpenClipTower) -> bool:
+def _has_class_token(tower: ViT | NativeViT | Trunk | OpenClipTower) -> bool:
     if isinstance(tower, ViT):
         return tower.config.class_token
+    if isinstance(tower, NativeViT):
+        return False
     return tower.has_class_token if isinstance(tower, Trunk) else is_transformer(tower)
 
 
-def _blocks(tower: ViT | Trunk | OpenClipTower) -> list[nn.Module]:
+def _blocks(tower: ViT | NativeViT | Trunk | OpenClipTower) -> list[nn.Module]:
     if isinstance(tower, ViT):
         return list(tower.blocks[: tower.config.depth])
+    if isinstance(tower, NativeViT):
+        return list(tower.blocks)
     return tower.block_list() if isinstance(tower, Trunk) else open_clip_blocks(tower)

@@ -75,7 +75,7 @@ def run_caption(args: argparse.Namespace) -> int:
 
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        loaded.append(mm_gpt.load(args.model, device=args.device))
+        loaded.append(mm_gpt.load(args.model, device=args.device, dtype=args.dtype))
         return loaded[0]
 
     summary = caption_images(

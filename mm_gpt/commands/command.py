@@ -45,6 +45,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "-m", "--model", default="default", metavar="NAME", help="a model's name or folder (default: %(default)s)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="auto, fp32, bf16, int8 or int4 (default: %(default)s)")
 
 
 def add_generation(parser: argparse.ArgumentParser, *, beams: int | None, tokens: int) -> None:

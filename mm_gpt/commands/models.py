@@ -50,7 +50,7 @@ def run_demo(args: argparse.Namespace) -> int:
     import_once("mm_gpt.serving.gradio_demo")
     from mm_gpt.serving.gradio_demo import launch
 
-    launch(args.model, args.host, args.port, args.device)
+    launch(args.model, args.host, args.port, args.device, args.dtype)
     return 0
 
 

@@ -251,7 +251,8 @@ class LanguageTask:
 
     def samples(self) -> list[str]:
         """Greedy captions of the first validation photos."""
-        from mm_gpt.inference.engine import Engine, GenerationConfig
+        from mm_gpt.inference.engine import Engine
+        from mm_gpt.inference.generation import GenerationConfig
 
         records: list[Record] = []
         for held in self.held_out:
