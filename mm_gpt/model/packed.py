@@ -63,8 +63,15 @@ class Matrix:
     def num_bytes(self) -> int:
         return self.data.numel() * self.data.element_size()
 
-    def values(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows [start, stop), (stop − start, columns), in float32 or bfloat16. May share memory with the matrix."""
+    def values(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop), (stop − start, columns), in float32. May share memory with the matrix."""
+        data = self.data[start:stop]
+        if self.kind in PLAIN:
+            return data.float()
+        return torch.from_numpy(dequantize(data.numpy(), self.kind))
+
+    def _expanded(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """`values` by all threads, in float32 or bfloat16."""
         data = self.data[start:stop]
         if self.kind in PLAIN:
             return data.to(dtype)
@@ -95,12 +102,12 @@ class Matrix:
     def product(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """x (R, columns) -> (R, rows), multiplied in `dtype`; both in float32."""
         x = x.to(dtype)
-        products = [F.linear(x, self.values(start, stop, dtype)).float() for start, stop in self.tiles()]
+        products = [F.linear(x, self._expanded(start, stop, dtype)).float() for start, stop in self.tiles()]
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
 def workers() -> ThreadPoolExecutor:
-    """As many threads as torch has, for loops that hold no lock."""
+    """As many threads as torch has, for loops that hold no lock. A job must not wait for another."""
     return _pool(os.getpid(), torch.get_num_threads())
 
 
