@@ -21,6 +21,7 @@ CONTRACTS = {
     "templates",
     "tokenizer",
     "processor",
+    "kernels",
 }
 # Package -> the packages of mm_gpt that it may import, at the top or inside a function.
 MAY_IMPORT = {

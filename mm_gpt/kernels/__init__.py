@@ -1,1 +1,1 @@
-"""Kernels for the CPU, compiled at run time by numba."""
+"""What runs below torch: formats that weights are stored in, and kernels that multiply with them."""
