@@ -26,7 +26,8 @@ from tqdm import tqdm
 from mm_gpt.document import Image, Message
 from mm_gpt.inference.assistant import transpose_for_cpu
 from mm_gpt.inference.chat_session import ChatSession
-from mm_gpt.inference.engine import Engine, GenerationConfig
+from mm_gpt.inference.engine import Engine
+from mm_gpt.inference.generation import GenerationConfig
 from mm_gpt.model.decoder import DecoderConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig

@@ -57,6 +57,10 @@ class TokenBytes:
         text = self._decode([token]) if first else self._decode([ANCHOR, token])[len(ANCHOR) :]
         return text.encode()
 
+    def name(self, id: int) -> str:
+        """The token as text; special ones by their names."""
+        return self._tokenizer.decode([id], keep_special=True)
+
     def table(self, size: int) -> list[bytes]:
         """Those of the ids below `size`, behind other text."""
         return [self(id) for id in range(size)]

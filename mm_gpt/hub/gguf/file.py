@@ -95,7 +95,7 @@ def read_gguf(path: Path) -> GGUFFile:
     """The metadata, and the tensors mapped into memory. Raises CheckpointError naming the file when it is broken."""
     try:
         with path.open("rb") as stream:
-            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:  # ValueError: an empty file
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{path}: not a readable GGUF file ({reason})") from None
