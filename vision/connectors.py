@@ -26,8 +26,8 @@ class ConnectorConfig:
     2310.03744). pixel_shuffle: `scale` x `scale` neighbours side by side, then a Linear (k = P / scale**2; Idefics3,
     arXiv 2408.12637). pixel_shuffle_mlp: LayerNorm, Linear, GELU, Linear instead of that Linear (InternVL 1.5, arXiv
     2404.16821). merger: a norm of each patch, then all patches of a cell side by side, Linear, GELU, Linear (k = 1;
-    Qwen2-VL, arXiv 2409.12191). resampler: Flamingo's perceiver (k = num_latents; arXiv 2204.14198). xconnector: KOSMOS-2's one
-    cross-attention (k = num_latents; arXiv 2306.14824)."""
+    Qwen2-VL, arXiv 2409.12191). resampler: Flamingo's perceiver (k = num_latents; arXiv 2204.14198). xconnector:
+    KOSMOS-2's one cross-attention (k = num_latents; arXiv 2306.14824)."""
     scale: int = 2
     """pixel_shuffle, pixel_shuffle_mlp: how many patches a side go into one token."""
     bias: bool = True

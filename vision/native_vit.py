@@ -1,8 +1,8 @@
 """A vision transformer for images of any size: the towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
 
 An image comes as a grid of cells of `merge` x `merge` patches, which the connector makes one token each. Patches know
-their row and column by rotary positions, and by a learned grid of positions that is stretched to the image's (Qwen3-VL).
-In Qwen2.5-VL most layers see a window of cells, the others the whole image. Images never see each other.
+their row and column by rotary positions, in Qwen3-VL also by a learned grid of positions, stretched to the image's. In
+Qwen2.5-VL most layers see a window of cells, the others the whole image. Images never see each other.
 
 Shapes: N cells of all images, m patches a side of a cell, P = N · m² patches, cell by cell, D width, h heads, c head
 size.
@@ -10,7 +10,6 @@ size.
 Papers: Qwen2-VL (2409.12191), Qwen2.5-VL (2502.13923), Qwen3-VL (2511.21631), DeepStack (2406.04334).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -195,7 +194,9 @@ class NativeViT(nn.Module):
             start += rows * cols
             whole.append(cells.flatten())
             if config.window:
-                windows += [part.flatten() for band in cells.split(config.window) for part in band.split(config.window, 1)]
+                windows += [
+                    part.flatten() for band in cells.split(config.window) for part in band.split(config.window, 1)
+                ]
         inside = torch.arange(patches)
         to_groups = lambda groups: [  # noqa: E731
             (torch.stack(equal)[:, :, None] * patches + inside).flatten(1).to(device) for equal in _by_length(groups)
