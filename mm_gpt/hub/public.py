@@ -47,6 +47,9 @@ PUBLIC_MODELS = (
     PublicModel("llava-hf/llava-v1.6-mistral-7b-hf", "LLaVA-NeXT", 7567, "Apache-2.0"),
     PublicModel("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "LLaVA-OneVision", 894, "Apache-2.0"),
     PublicModel("OpenGVLab/InternVL3-1B-hf", "InternVL", 938.2, "see its page"),
+    PublicModel("Qwen/Qwen2-VL-2B-Instruct", "Qwen2-VL", 2209.0, "Apache-2.0"),
+    PublicModel("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL", 3754.6, "Qwen research licence"),
+    PublicModel("Qwen/Qwen3-VL-2B-Instruct", "Qwen3-VL", 2127.5, "Apache-2.0"),
     PublicModel("microsoft/kosmos-2-patch14-224", "Kosmos-2", 1664, "MIT"),
     PublicModel("google/paligemma-3b-mix-224", "PaliGemma", 2923, GEMMA),
     PublicModel("google/paligemma2-3b-pt-224", "PaliGemma", 3033, GEMMA),
@@ -81,6 +84,9 @@ FAMILY_CHECKS = (
         "PaliGemma 1 and 2", ("paligemma",), "PaliGemmaForConditionalGeneration", "3e-6", "test_family_paligemma"
     ),
     FamilyCheck("InternVL", ("internvl",), "InternVLForConditionalGeneration", "2e-6", "test_family_internvl"),
+    FamilyCheck("Qwen2-VL", ("qwen2_vl",), "Qwen2VLForConditionalGeneration", "5e-6", "test_family_qwen_vl"),
+    FamilyCheck("Qwen2.5-VL", ("qwen2_5_vl",), "Qwen2_5_VLForConditionalGeneration", "5e-6", "test_family_qwen_vl"),
+    FamilyCheck("Qwen3-VL", ("qwen3_vl",), "Qwen3VLForConditionalGeneration", "5e-6", "test_family_qwen_vl"),
     FamilyCheck("Kosmos-2", ("kosmos-2",), "Kosmos2ForConditionalGeneration", "2e-6", "test_family_kosmos2"),
 )
 """Pixel values, tiling and prompt ids are equal, exactly, in all of them."""
