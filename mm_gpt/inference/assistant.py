@@ -14,6 +14,7 @@ from mm_gpt.config import from_dict
 from mm_gpt.document import Document, Image, Message, Text, check_document, interleave
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
+from mm_gpt.hub.choice import chosen_model
 from mm_gpt.images import ImageSource
 from mm_gpt.inference.chat_session import ChatSession
 from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream
@@ -42,9 +43,10 @@ class GenerationOptions(TypedDict, total=False):
     logprobs: bool
 
 
-def load(name: str | Path = "default", *, device: str = "auto") -> Assistant:
-    """A model by name (`default` comes with the package, `owner/name` from the Hugging Face hub) or from a folder: of a
-    training run, or of a public checkpoint.
+def load(name: str | Path | None = None, *, device: str = "auto") -> Assistant:
+    """A model by name (`default` comes with the package, `smolvlm` and `owner/name` from the Hugging Face hub) or from
+    a folder: of a training run, or of a public checkpoint. None is what `MM_GPT_MODEL` says, or the user's setting;
+    where neither does, `default`.
 
     `device` is `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`. The first call may download the decoder's
     weights; see `mm_gpt.hub.fetching.download` for where they go.
@@ -52,6 +54,7 @@ def load(name: str | Path = "default", *, device: str = "auto") -> Assistant:
     reach.
     """
     place = pick_device(device)
+    name = chosen_model() if name is None else name
     model, processor = load_model(name, dtype=torch.bfloat16 if place.type == "cuda" else torch.float32)
     return Assistant(model, processor, device=place)
 
