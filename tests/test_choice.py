@@ -16,7 +16,7 @@ from mm_gpt.hub.choice import VARIABLE, chosen_model, set_default, settings_file
 from mm_gpt.hub.fetching.repository import is_repository_name
 from mm_gpt.hub.public import PUBLIC_MODELS, SHORT_NAMES, long_name
 from mm_gpt.inference.hints import WORDS, Hints, beyond
-from mm_gpt.serving.gradio_demo import EXAMPLES
+from mm_gpt.serving.gradio_demo import EXAMPLES, build
 from mm_gpt.templates.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
 
 Capture = pytest.CaptureFixture[str]
@@ -258,6 +258,15 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_folder:
     monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "shipped")
     make_picture(0).save(tmp_path / "a.png")
     return str(tmp_path / "a.png")
+
+
+def test_the_demo_tells_it_once(packaged: str, capsys: Capture) -> None:
+    demo = build(mm_gpt.load("default", device="cpu"), Hints("default"))
+    answer = next(function.fn for function in demo.fns.values() if function.name == "answer")
+    for question in ("Is there a dog?", "Is there a zebra?", "Or an emu?"):
+        assert list(answer({"text": question, "files": [packaged], "lost_file": False}, [], 0, 1, 0, 2, 0))
+    said = capsys.readouterr().err
+    assert said.count("hint") == said.count("hardly met 'zebra'") == 1
 
 
 @pytest.mark.parametrize("command", ["ask", "chat", "caption"])
