@@ -15,6 +15,7 @@ from mm_gpt.commands.command import (
     check_inputs,
     generation_options,
     positive,
+    tell,
 )
 from mm_gpt.templates.prompts import CAPTION_PROMPT
 
@@ -72,10 +73,12 @@ def run_caption(args: argparse.Namespace) -> int:
         import torch
 
         import mm_gpt
+        from mm_gpt.inference.hints import Hints
 
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         loaded.append(mm_gpt.load(args.model, device=args.device, dtype=args.dtype))
+        tell(Hints(args.model).about(args.prompt, 1))
         return loaded[0]
 
     summary = caption_images(

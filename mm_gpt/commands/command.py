@@ -40,9 +40,17 @@ def complain(error: Exception) -> None:
     print(f"mm-gpt: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
+def tell(line: str | None) -> None:
+    if line is not None:
+        print(line, file=sys.stderr)
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "-m", "--model", default="default", metavar="NAME", help="a model's name or folder (default: %(default)s)"
+        "-m",
+        "--model",
+        metavar="NAME",
+        help="a model's name or folder (default: MM_GPT_MODEL, your setting, `default`)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="auto, fp32, bf16, int8 or int4 (default: %(default)s)")
