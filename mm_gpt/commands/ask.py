@@ -17,6 +17,7 @@ from mm_gpt.commands.command import (
     add_model,
     complain,
     generation_options,
+    tell,
 )
 from mm_gpt.errors import MMGPTError, unknown_name
 
@@ -54,9 +55,11 @@ def run_ask(args: argparse.Namespace) -> int:
     options = generation_options(args)
 
     import mm_gpt
+    from mm_gpt.inference.hints import Hints
 
     assistant = mm_gpt.load(args.model, device=args.device, dtype=args.dtype)
     turn = _user(images, question)
+    tell(Hints(args.model).about(question, len(images)))
     if args.json:
         answer = assistant.chat([turn], **options)
         fields = ("prompt_tokens", "image_tokens", "completion_tokens", "finish_reason")
@@ -139,9 +142,10 @@ def run_chat(args: argparse.Namespace) -> int:
     options = generation_options(args)
 
     import mm_gpt
+    from mm_gpt.inference.hints import Hints
 
     assistant = mm_gpt.load(args.model, device=args.device, dtype=args.dtype)
-    talk = assistant.conversation(**options)
+    talk, hints, shown = assistant.conversation(**options), Hints(args.model), 0
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
         import readline  # noqa: F401 (gives input() its history and editing)
@@ -156,13 +160,15 @@ def run_chat(args: argparse.Namespace) -> int:
             if command == "/quit":
                 break
             if command == "/reset":
-                talk, images = assistant.conversation(**options), []
+                talk, images, shown = assistant.conversation(**options), [], 0
             elif command == "/image":
                 images.append(load_image(rest.strip()))
             elif command.startswith("/"):
                 raise MMGPTError(unknown_name("chat command", command, CHAT_COMMANDS))
             else:
                 check_text(line, "the question")
+                shown += len(images)
+                tell(hints.about(line, shown))
                 try:
                     with closing(talk.stream(_user(images, line)["content"])) as stream:
                         print_stream(stream)

@@ -14,7 +14,7 @@ from mm_gpt.inference.constraints import Grammar
 from mm_gpt.inference.detokenizer import Detokenizer, StopMatcher, TokenBytes
 from mm_gpt.inference.generation import Answer, GenerationConfig, TokenLogprob, TopToken
 from mm_gpt.inference.reading import Prompt
-from mm_gpt.inference.sampling import Sampler, choose, logprobs_of
+from mm_gpt.inference.sampling import Sampler, logprobs_of
 from mm_gpt.inference.sequences import Sequences
 from mm_gpt.model.decoder import Decoder
 
@@ -106,14 +106,9 @@ class Row:
         return new
 
 
-def choose_next(logits: Tensor, rows: Many[Row]) -> list[int]:
-    """An id for each row, by its own settings and seed: logits (R, V)."""
-    return choose(logits, [row.sampler for row in rows], _masks(rows, logits.shape[-1])).tolist()
-
-
 def adjusted(logprobs: Tensor, rows: Many[Row]) -> Tensor:
     """(R, V), a copy where rows have penalties, biases or a grammar."""
-    masks = _masks(rows, logprobs.shape[-1])
+    masks = grammar_masks(rows, logprobs.shape[-1])
     if not any(row.sampler.adjusts for row in rows) and not any(mask is not None for mask in masks):
         return logprobs
     logprobs = logprobs.clone()
@@ -124,7 +119,7 @@ def adjusted(logprobs: Tensor, rows: Many[Row]) -> Tensor:
     return logprobs
 
 
-def _masks(rows: Many[Row], vocab_size: int) -> list[np.ndarray | None]:
+def grammar_masks(rows: Many[Row], vocab_size: int) -> list[np.ndarray | None]:
     """What the rows' grammars allow next, (V,) each."""
     masks: list[np.ndarray | None] = []
     for row in rows:
