@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm_gpt.commands.command import Command, add_model, positive
+from mm_gpt.commands.command import Command, add_model, import_once, positive
 
 if TYPE_CHECKING:
     from mm_gpt.inference.assistant import Assistant
@@ -46,6 +46,7 @@ def _port(text: str) -> int:
 
 
 def run_serve(args: argparse.Namespace) -> int:
+    import_once("mm_gpt.serving.server.run")
     from mm_gpt.serving.server.config import ServerConfig
     from mm_gpt.serving.server.run import listen, serve
 
@@ -67,7 +68,7 @@ def run_serve(args: argparse.Namespace) -> int:
     def load() -> "Assistant":
         import mm_gpt
 
-        return mm_gpt.load(args.model, device=args.device)
+        return mm_gpt.load(args.model, device=args.device, dtype=args.dtype)
 
     with listen(args.host, args.port) as sock:
         serve(load, args.name or _name(args.model), config, sock)
