@@ -17,6 +17,7 @@ from mm_gpt.commands.command import (
     add_model,
     complain,
     generation_options,
+    load_assistant,
 )
 from mm_gpt.errors import MMGPTError, unknown_name
 
@@ -52,10 +53,7 @@ def run_ask(args: argparse.Namespace) -> int:
     # Before the model, so that a wrong path is known at once
     images = [_stdin_image() if source == STDIN else load_image(source) for source in sources]
     options = generation_options(args)
-
-    import mm_gpt
-
-    assistant = mm_gpt.load(args.model, device=args.device, dtype=args.dtype)
+    assistant = load_assistant(args)
     turn = _user(images, question)
     if args.json:
         answer = assistant.chat([turn], **options)
@@ -137,10 +135,7 @@ def run_chat(args: argparse.Namespace) -> int:
         raise UsageError("chat reads its questions from standard input, so - cannot be an image")
     images: list[Any] = [load_image(source) for source in args.images]
     options = generation_options(args)
-
-    import mm_gpt
-
-    assistant = mm_gpt.load(args.model, device=args.device, dtype=args.dtype)
+    assistant = load_assistant(args)
     talk = assistant.conversation(**options)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
