@@ -173,7 +173,8 @@ class Processor:
         `answer_starts` opens the assistant's next turn. Raises MMGPTError naming the message that is malformed.
         """
         if self.template is not None:
-            token = None if self.config.image_text is None else self.config.image_text.token
+            how = self.config.image_text
+            token = None if how is None else how.written or how.token
             return Document(
                 tuple(self.template.render(messages, add_generation_prompt=answer_starts, image_token=token))
             )
@@ -323,11 +324,17 @@ class Processor:
 
         first = segments[0] if segments else None
         is_template = isinstance(first, Text) and first.is_control
-        wanted = self.config.begin_of_text and (self.config.begin_of_chat or not is_template)
+        has_ids = isinstance(first, Text) and first.ids is not None  # whoever chose the tokens chose the first one
+        wanted = self.config.begin_of_text and (self.config.begin_of_chat or not is_template) and not has_ids
         if wanted and not begins_with(segments, self.tokenizer.names.get("bos_token")):
             part.ids += self.tokenizer.prefix_ids
             part.targets += [False] * len(part.ids)
         for segment in segments:
+            if isinstance(segment, Text) and segment.ids is not None:
+                flush()
+                part.ids += segment.ids
+                part.targets += [segment.is_target] * len(segment.ids)
+                continue
             if isinstance(segment, Text):
                 runs.append((segment.text, segment.is_target, segment.is_control))
                 continue

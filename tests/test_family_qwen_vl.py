@@ -493,7 +493,7 @@ def test_slivers_and_videos_are_refused_in_one_line(get_theirs: Callable[[str], 
     _, processor = load_model(get_theirs("qwen2_vl").folder)
     with pytest.raises(ImageError, match="an image of 601 x 3 pixels is too long and thin"):
         processor(processor.chat([user(make_picture(1, (601, 3)), QUESTION)]))
-    with pytest.raises(MMGPTError, match="message 0 has a video; only texts and images are read"):
+    with pytest.raises(MMGPTError, match="message 0 has a video: models read text and images here"):
         processor.chat([user({"type": "video", "video": "x.mp4"}, QUESTION)])
 
 

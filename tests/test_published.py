@@ -15,12 +15,25 @@ import torch
 from safetensors.torch import save_file
 
 from mm_gpt.hub.export.folder import tensors_of
-from mm_gpt.hub.families import FAMILIES, idefics3, is_foreign, kosmos2, llava, nanovlm, paligemma, qwen_vl, text
+from mm_gpt.hub.families import (
+    FAMILIES,
+    gemma3,
+    idefics3,
+    is_foreign,
+    kosmos2,
+    llava,
+    nanovlm,
+    paligemma,
+    qwen_vl,
+    text,
+)
 from mm_gpt.hub.image_processors import read_image_processor
 from mm_gpt.hub.weights import unfilled
 from mm_gpt.model.mmgpt import MMGPT
 
-READERS = {m.__name__.rpartition(".")[2]: m for m in (idefics3, kosmos2, llava, nanovlm, paligemma, qwen_vl, text)}
+READERS = {
+    m.__name__.rpartition(".")[2]: m for m in (gemma3, idefics3, kosmos2, llava, nanovlm, paligemma, qwen_vl, text)
+}
 SIGLIP_MEAN = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 CLIP_MEAN = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -85,6 +98,7 @@ def smolvlm(vision: dict[str, Any], scale: int, image_token_id: int, **text: Any
     }
 
 
+VIDEO_SAMPLING = {"video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 512}}}
 SMALL_TOWER = {
     "hidden_size": 768,
     "image_size": 512,
@@ -195,6 +209,43 @@ def paligemma_images(size: int) -> dict[str, Any]:
     }
 
 
+def gemma3_config(**text: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 255_999,
+        "eoi_token_index": 256_000,
+        "eos_token_id": [1, 106],
+        "image_token_index": 262_144,
+        "initializer_range": 0.02,
+        "mm_tokens_per_image": 256,
+        "model_type": "gemma3",
+        "text_config": {
+            "model_type": "gemma3_text",
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+            **text,
+        },
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0",
+        "vision_config": {**SO400M, "image_size": 896, "vision_use_head": False},
+    }
+
+
+GEMMA3_IMAGES = {
+    **STEPS,
+    **SIGLIP_MEAN,
+    "do_convert_rgb": None,
+    "do_pan_and_scan": None,
+    "image_processor_type": "Gemma3ImageProcessor",
+    "image_seq_length": 256,
+    "pan_and_scan_max_num_crops": None,
+    "pan_and_scan_min_crop_size": None,
+    "pan_and_scan_min_ratio_to_activate": None,
+    "processor_class": "Gemma3Processor",
+    "resample": 2,
+    "size": {"height": 896, "width": 896},
+}
+GEMMA3_SPECIAL = {"<start_of_image>": 255_999, "<end_of_image>": 256_000, "<image_soft_token>": 262_144}
 GEMMA_2B = {
     "hidden_size": 2048,
     "intermediate_size": 16_384,
@@ -303,11 +354,33 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], dict
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": (
         smolvlm(SMALL_TOWER, 4, 49_190, **SMOLLM_360M, rope_theta=100_000, vocab_size=49_280)
         | {"model_type": "smolvlm", "architectures": ["SmolVLMForConditionalGeneration"]},
-        smolvlm_images(512, 2048, "SmolVLMImageProcessor")
-        | {"video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 512}}},
+        smolvlm_images(512, 2048, "SmolVLMImageProcessor") | VIDEO_SAMPLING,
         SMOLVLM_TENSORS,
         {"<image>": 49_190},
         507_482_304,
+    ),
+    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": (
+        smolvlm(SMALL_TOWER | {"model_type": "smolvlm_vision"}, 4, 49_190, **SMOLLM_135M, vocab_size=49_280)
+        | {"model_type": "smolvlm", "architectures": ["SmolVLMForConditionalGeneration"]},
+        smolvlm_images(512, 2048, "SmolVLMImageProcessor") | VIDEO_SAMPLING,
+        SMOLVLM_TENSORS,
+        {"<image>": 49_190},
+        256_484_928,
+    ),
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": (
+        smolvlm(
+            LARGE_TOWER | {"model_type": "smolvlm_vision", "num_attention_heads": 16},
+            3,
+            49_190,
+            **SMOLLM_17B,
+            rope_theta=130_000,
+            vocab_size=49_280,
+        )
+        | {"model_type": "smolvlm", "architectures": ["SmolVLMForConditionalGeneration"]},
+        smolvlm_images(384, 1536, "SmolVLMImageProcessor") | VIDEO_SAMPLING,
+        SMOLVLM_TENSORS,
+        {"<image>": 49_190},
+        2_246_784_880,
     ),
     "HuggingFaceTB/SmolVLM-Instruct": (
         smolvlm(LARGE_TOWER, 3, 49_153, **SMOLLM_17B, rope_theta=273_768.0, vocab_size=49_155),
@@ -444,6 +517,28 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], dict
         LLAVA_TENSORS,
         {"<image>": 257_152},
         3_032_242_416,
+    ),
+    "google/gemma-3-4b-it": (
+        gemma3_config(hidden_size=2560, intermediate_size=10_240, num_hidden_layers=34),
+        GEMMA3_IMAGES,
+        LLAVA_TENSORS,
+        GEMMA3_SPECIAL,
+        4_300_079_472,
+    ),
+    "google/gemma-3-27b-it": (
+        gemma3_config(
+            head_dim=128,
+            hidden_size=5376,
+            intermediate_size=21_504,
+            num_attention_heads=32,
+            num_hidden_layers=62,
+            num_key_value_heads=16,
+            query_pre_attn_scalar=168,
+        ),
+        GEMMA3_IMAGES,
+        LLAVA_TENSORS,
+        GEMMA3_SPECIAL,
+        27_432_406_640,
     ),
     "microsoft/kosmos-2-patch14-224": (
         {

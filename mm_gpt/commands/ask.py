@@ -55,7 +55,7 @@ def run_ask(args: argparse.Namespace) -> int:
 
     import mm_gpt
 
-    assistant = mm_gpt.load(args.model, device=args.device)
+    assistant = mm_gpt.load(args.model, device=args.device, dtype=args.dtype)
     turn = _user(images, question)
     if args.json:
         answer = assistant.chat([turn], **options)
@@ -140,7 +140,7 @@ def run_chat(args: argparse.Namespace) -> int:
 
     import mm_gpt
 
-    assistant = mm_gpt.load(args.model, device=args.device)
+    assistant = mm_gpt.load(args.model, device=args.device, dtype=args.dtype)
     talk = assistant.conversation(**options)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:

@@ -40,6 +40,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "image_std": HALF,
         "size": {"height": 224, "width": 224},
     },
+    "Gemma3ImageProcessor": {
+        **_COMMON,
+        "image_mean": HALF,
+        "image_std": HALF,
+        "resample": 2,
+        "size": {"height": 224, "width": 224},
+    },
     "LlavaImageProcessor": _CLIP,
     "LlavaNextImageProcessor": {
         **_CLIP,
@@ -204,8 +211,10 @@ class _Settings:
 
 
 def _plain(settings: _Settings, name: str) -> ImageTransformConfig:
-    """CLIP, SigLIP and LLaVA: the whole image as one tile."""
+    """CLIP, SigLIP, Gemma 3 and LLaVA: the whole image as one tile."""
     values = settings.values
+    if values.get("do_pan_and_scan"):
+        raise settings.error("do_pan_and_scan", "crops of an image besides the whole are not supported, only false")
     pads = values.get("do_pad") is True
     if pads and name != "LlavaImageProcessor" and values.get("pad_size") is not None:
         raise settings.error("pad_size", f"padding by {name} is not supported")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_gpt.errors import ConfigError, MMGPTError
@@ -17,7 +18,6 @@ from mm_gpt.model.cache import KVCache
 from mm_gpt.model.decoder import Decoder, init_weights
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig, add_lora, merge_lora
-from mm_gpt.model.loss import next_token_loss
 from mm_gpt.processor import IGNORE_INDEX, Batch
 from mm_gpt.vision.connectors import ConnectorConfig, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
@@ -40,12 +40,15 @@ class ModelConfig:
     """LLaVA-NeXT's and OneVision's way to lay the tokens of an image's tiles out, row by row, each with a newline."""
     prefix_lm: bool = False
     """What comes before the first target is read in both directions (PaliGemma)."""
+    bidirectional_images: bool = False
+    """The tokens of an image see each other in both directions (Gemma 3)."""
 
     def __post_init__(self) -> None:
         if (self.vision is None) != (self.connector is None):
             raise ConfigError("vision and connector go together: give both, or neither for a model of text alone")
-        if self.vision is None and (self.image_token_id is not None or self.tiling is not None):
-            raise ConfigError("image_token_id and tiling need a vision encoder")
+        own = (self.image_token_id is not None, self.tiling is not None, self.bidirectional_images)
+        if self.vision is None and any(own):
+            raise ConfigError("image_token_id, tiling and bidirectional_images need a vision encoder")
 
 
 class ImageFeatures(NamedTuple):
@@ -89,11 +92,13 @@ class MMGPT(nn.Module):
         self.vision = VisionEncoder(config.vision)
         width = decoder.config.width
         self.connector = build_connector(config.connector, self.vision.width, width, self.vision.num_patches)
-        scale = decoder.embedding.weight.float().std().item() if not decoder.embedding.weight.is_meta else 0.02
+        empty = decoder.packed_head or decoder.embedding.weight.is_meta  # what is drawn now is replaced by what is read
+        scale = 0.02 if empty else decoder.embedding.weight.float().std().item()
         if config.image_token_id is None:
-            self.image_marks = nn.Parameter(torch.randn(2, width) * scale)  # embeddings of <image> and </image>
+            marks = torch.empty(2, width)  # embeddings of <image> and </image>
+            self.image_marks = nn.Parameter(nn.init.normal_(marks, std=scale))
         if config.tiling is not None:
-            self.image_newline = nn.Parameter(torch.randn(width) * scale)
+            self.image_newline = nn.Parameter(nn.init.normal_(torch.empty(width), std=scale))
 
     def add_lora(self, config: LoRAConfig) -> None:
         """Freeze the decoder and put low-rank updates on the linear layers of its blocks."""
@@ -114,7 +119,7 @@ class MMGPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.decoder.embedding.weight.device
+        return self.decoder.device
 
     @property
     def placeholder_id(self) -> int:
@@ -213,25 +218,37 @@ class MMGPT(nn.Module):
             states.append(hidden)
         return torch.cat(states, dim=1)
 
-    def masks(self, batch: Batch) -> dict[str, Tensor | None]:
-        """What the decoder's layers may look at: its arguments `mask` and `local_mask`."""
+    def masks(self, batch: Batch, *, past: int = 0) -> dict[str, Tensor | None]:
+        """What the decoder's layers may look at: its arguments `mask` and `local_mask`.
+
+        `past`: how many tokens of each row's document are in the cache. No image may begin in them and end here.
+        """
         prefix_lm, window = self.config.prefix_lm, self.decoder.config.window
+        images = batch.input_ids == self.placeholder_id if self.config.bidirectional_images else None
+        if images is not None and not images.any():
+            images = None
         local_mask = None
-        if prefix_lm and window is not None:  # a prefix is read whole, and the window begins behind it
-            local_mask = attention_mask(batch, prefix_lm=True, window=window)
-        return {"mask": attention_mask(batch, prefix_lm=prefix_lm), "local_mask": local_mask}
+        if window is not None and (prefix_lm or images is not None):
+            local_mask = attention_mask(batch, prefix_lm=prefix_lm, images=images, window=window, past=past)
+        return {
+            "mask": attention_mask(batch, prefix_lm=prefix_lm, images=images, past=past),
+            "local_mask": local_mask,
+        }
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed next-token cross-entropy in nats, and the number of supervised positions."""
-        softcap = self.decoder.config.logit_softcap
-        return next_token_loss(self(batch), self.decoder.head_weight, batch.labels, softcap=softcap)
+        return self.decoder.loss(self(batch), batch.labels)
 
 
-def attention_mask(batch: Batch, *, prefix_lm: bool = False, window: int | None = None) -> Tensor | None:
-    """True where a query (B, 1, T, T) may look: back, inside its own document, in the shared part or its own branch.
+def attention_mask(
+    batch: Batch, *, prefix_lm: bool = False, images: Tensor | None = None, window: int | None = None, past: int = 0
+) -> Tensor | None:
+    """True where a query (B, 1, T, past + T) may look: back, inside its own document, in the shared part or its branch.
 
-    With `prefix_lm`, what stands before the first target of a document is seen by all of that part as well. `window`:
-    how many tokens, the last ones, the rest of the document sees.
+    With `prefix_lm`, what stands before the first target of a document is seen by all of that part as well. `images`
+    (B, T) is True at the tokens of images: those of one image, which are one run, see each other. `window`: how far
+    back a query sees, itself included; a prefix is read whole nevertheless, and the end of an image's own run is always
+    in sight, but not its beginning. `past`: tokens in the cache, all of them of the row's one document.
     None when every row is one document without branches or padding on its left: plain causal attention is faster, and
     sparse patterns are only then cheaper in all their forms.
     """
@@ -239,19 +256,26 @@ def attention_mask(batch: Batch, *, prefix_lm: bool = False, window: int | None 
     # Padding on the right is seen by nobody before it, and nobody asks what it sees.
     follows = (documents[:, 1:] == documents[:, :-1]) | (documents[:, 1:] == 0)
     is_plain = not branches.any() and bool(follows.all()) and bool(documents[:, 0].all())
-    if is_plain and not prefix_lm:
+    if is_plain and not prefix_lm and images is None:
         return None
     T = documents.shape[1]
     same = documents.unsqueeze(2) == documents.unsqueeze(1)  # (B, query, key)
     visible = (branches.unsqueeze(1) == 0) | (branches.unsqueeze(2) == branches.unsqueeze(1))
-    causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
+    keys = torch.arange(past + T, device=documents.device)
+    distance = keys[past:, None] - keys  # (T, past + T)
+    looks = distance >= 0
+    if images is not None:
+        starts = images & ~F.pad(images[:, :-1], (1, 0))
+        runs = starts.cumsum(dim=1).where(images, 0)
+        together = images.unsqueeze(2) & (runs.unsqueeze(2) == runs.unsqueeze(1))
+        looks = looks | F.pad(together, (past, 0))
     if window is not None:
-        causal = causal.triu(1 - window)
+        looks = looks & (distance < window)
     if prefix_lm:
         prefix = _before_targets(batch)
-        causal = causal | (prefix.unsqueeze(2) & prefix.unsqueeze(1))
+        looks = looks | F.pad(prefix.unsqueeze(2) & prefix.unsqueeze(1), (past, 0))
     # Padding sees padding only: a row of the mask without any True would make its softmax NaN.
-    return (same & visible & causal).unsqueeze(1)
+    return (F.pad(same & visible, (past, 0), value=True) & looks).unsqueeze(1)
 
 
 def _before_targets(batch: Batch) -> Tensor:

@@ -269,7 +269,9 @@ def check_port(host: str, port: int) -> None:
         raise MMGPTError(f"cannot listen on {host} port {port}: {error}") from error
 
 
-def launch(model: str = "default", host: str = "127.0.0.1", port: int = 7860, device: str = "auto") -> None:
+def launch(
+    model: str = "default", host: str = "127.0.0.1", port: int = 7860, device: str = "auto", dtype: str = "auto"
+) -> None:
     """Load a model (`mm_gpt.load` says which) and serve the page until interrupted.
 
     `host` 0.0.0.0 opens it to the network: whoever reaches the port can use it. Raises MMGPTError when the model
@@ -280,7 +282,7 @@ def launch(model: str = "default", host: str = "127.0.0.1", port: int = 7860, de
     with _signals_raise(), tempfile.TemporaryDirectory(prefix="mm-gpt-demo-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        serve(build(load(model, device=device)), host=host, port=port)
+        serve(build(load(model, device=device, dtype=dtype)), host=host, port=port)
 
 
 @contextmanager

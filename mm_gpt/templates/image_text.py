@@ -23,6 +23,8 @@ class ImageTextConfig:
     tokens of all tiles laid out row by row (LLaVA-NeXT, OneVision)."""
     before: str = ""
     after: str = ""
+    written: str = ""
+    """What the chat template writes where an image belongs; empty: `token`."""
     mark: str = "<fake_token_around_image>"
     whole: str = "<global-img>"
     """idefics3: what stands before and after each tile, and before the whole image. nanovlm has the latter only; where

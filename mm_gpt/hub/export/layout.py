@@ -53,6 +53,8 @@ class Export:
     """Tables of names by the part of the model, as an `Import` has them."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Further JSON files."""
+    tokens: dict[str, str] = field(default_factory=dict)
+    """Special tokens that the processor asks its tokenizer for, by name; none: `image_token` alone."""
     has_template: bool = True
     """The family's processor takes a chat template; others write the prompt themselves."""
     hidden_ids: tuple[int, ...] = ()

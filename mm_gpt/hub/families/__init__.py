@@ -15,9 +15,11 @@ import torch
 from mm_gpt.errors import CheckpointError, unknown_name
 from mm_gpt.hub.decoders import DEFAULTS as DECODERS
 from mm_gpt.hub.image_processors import read_image_processor
+from mm_gpt.hub.packing import packing_of
 from mm_gpt.hub.weights import Checkpoint, Table, naming, read_json, unfilled
 from mm_gpt.model.decoder_config import MAX_LAYERS
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
+from mm_gpt.model.packed import unfill
 from mm_gpt.processor import Processor, ProcessorConfig
 from mm_gpt.templates.chat_template import ChatTemplate
 from mm_gpt.tokenizer import Tokenizer
@@ -46,6 +48,7 @@ FAMILIES = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2"), "text"),
     "kosmos-2": "kosmos2",
     "paligemma": "paligemma",
+    "gemma3": "gemma3",
     **dict.fromkeys(("llava", "llava_next", "llava_onevision"), "llava"),
     **dict.fromkeys(("idefics3", "smolvlm"), "idefics3"),
     "internvl": "internvl",
@@ -81,8 +84,10 @@ def check_foreign(folder: Path, values: dict[str, Any]) -> None:
     _read_tokenizer(folder, values, _family(folder, values))
 
 
-def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) -> tuple[MMGPT, Processor]:
-    """The model in a Hugging Face folder, on the CPU.
+def load_foreign(
+    folder: Path, values: dict[str, Any], *, dtype: torch.dtype, decoder_dtype: str
+) -> tuple[MMGPT, Processor]:
+    """The model in a Hugging Face folder, on the CPU; its decoder is kept as `decoder_dtype` says.
 
     Raises CheckpointError naming the file for an unknown architecture, missing or left-over tensors, or a tokenizer
     that does not fit.
@@ -100,6 +105,9 @@ def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) ->
     if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the decoder {vocab_size}")
     checkpoint = Checkpoint(folder)
+    packing = packing_of(decoder_dtype, checkpoint.kinds(model.decoder, plan.tables["decoder"]))
+    if packing is not None:
+        unfill(model.decoder)
     for part, table in plan.tables.items():
         module = model.get_submodule(part)
         if part == "":
@@ -107,7 +115,8 @@ def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) ->
             others = {name for name, _ in model.named_parameters()} - own
             checkpoint.load(model, table, dtype=dtype, skip=others)
         else:
-            checkpoint.load(module, table, dtype=dtype, skip=plan.skip.get(part, ()))
+            skip, ours = plan.skip.get(part, ()), packing if part == "decoder" else None
+            checkpoint.load(module, table, dtype=dtype, skip=skip, packing=ours)
     checkpoint.finish(plan.left_over)
     return model.eval(), Processor(tokenizer, plan.processor, vocab_size=vocab_size, template=plan.template)
 
