@@ -22,6 +22,8 @@ class EvalConfig:
     seed: int = 0
     """Of the shuffled control and the bootstrap."""
     device: str = "auto"
+    dtype: str = "auto"
+    """How the decoder's weights are kept: auto, fp32, bf16, int8 or int4."""
     contamination: str | None = None
     """A report of what the training corpus holds of the data: scores are split by it."""
 

@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 40 for captions, 32 for answers")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffled control and the bootstrap")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="auto, fp32, bf16, int8 or int4 (default: %(default)s)")
     parser.add_argument(
         "--contamination",
         metavar="REPORT",
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         device=args.device,
+        dtype=args.dtype,
         contamination=args.contamination,
     )
     try:
@@ -128,7 +130,7 @@ def evaluate(
     kind = TASKS[config.task]
     chosen, is_explicit = _controls(config.controls, kind), config.controls is not None
     earlier = None if restart else _read_results(output)
-    assistant = assistant or load(config.model, device=config.device)
+    assistant = assistant or load(config.model, device=config.device, dtype=config.dtype)
     config = dataclasses.replace(
         config,
         controls=chosen,

@@ -11,7 +11,6 @@ import torch
 
 from mm_gpt.errors import MMGPTError
 from mm_gpt.model.decoder import Decoder
-from mm_gpt.model.loss import next_token_loss
 from mm_gpt.processor import IGNORE_INDEX
 
 WINDOW = 512  # tokens predicted in one window
@@ -35,7 +34,7 @@ def windows(ids: Sequence[int], length: int) -> list[list[int]]:
 @torch.inference_mode()
 def window_nats(decoder: Decoder, pieces: Sequence[Sequence[int]]) -> list[float]:
     """The summed negative log-likelihood in nats of the ids of each piece after its first, in one batch."""
-    device = decoder.embedding.weight.device
+    device = decoder.device
     length = max(map(len, pieces)) - 1
     ids = torch.zeros(len(pieces), length, dtype=torch.long)
     labels = torch.full((len(pieces), length), IGNORE_INDEX)
@@ -45,10 +44,4 @@ def window_nats(decoder: Decoder, pieces: Sequence[Sequence[int]]) -> list[float
     ids, labels = ids.to(device), labels.to(device)
     # Padding stands on the right, where no causal attention sees it.
     hidden = decoder(decoder.embed(ids), torch.arange(length, device=device).expand(len(pieces), -1))
-    rows = range(len(pieces))
-    return [
-        next_token_loss(
-            hidden[r : r + 1], decoder.head_weight, labels[r : r + 1], softcap=decoder.config.logit_softcap
-        )[0].item()
-        for r in rows
-    ]
+    return [decoder.loss(hidden[r : r + 1], labels[r : r + 1])[0].item() for r in range(len(pieces))]

@@ -32,7 +32,7 @@ from mm_gpt.eval.perplexity import WINDOW, read_text, window_nats, windows
 from mm_gpt.hub.checkpoint import load_decoder
 from mm_gpt.images import image_bytes
 from mm_gpt.inference.assistant import Assistant, GenerationOptions, load
-from mm_gpt.inference.engine import GenerationConfig
+from mm_gpt.inference.generation import GenerationConfig
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.templates.prompts import CAPTION_PROMPT, question_prompt
 
@@ -395,7 +395,7 @@ class Perplexity(Task):
 
     @classmethod
     def sources(cls, config: EvalConfig, assistant: Assistant | None) -> Iterator[EvaluationItem]:
-        assistant = assistant or load(config.model, device=config.device)
+        assistant = assistant or load(config.model, device=config.device, dtype=config.dtype)
         for id, piece in cls._windows(config, assistant, ErrorCounter()):
             yield EvaluationItem(id, (assistant.processor.tokenizer.decode(piece),))
 
@@ -421,8 +421,8 @@ class Perplexity(Task):
         if self._before is None:
             name = self.assistant.base_decoder
             assert isinstance(name, str)
-            weight = self.assistant.model.decoder.embedding.weight
-            self._before = load_decoder(name)[0].to(weight.device, weight.dtype).eval().requires_grad_(False)
+            ours = self.assistant.model.decoder
+            self._before = load_decoder(name)[0].to(ours.device, ours.dtype).eval().requires_grad_(False)
         return self._before
 
 

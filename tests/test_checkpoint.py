@@ -132,7 +132,7 @@ def named(monkeypatch: pytest.MonkeyPatch) -> Decoder:
     """`load_decoder("smollm2-135m-instruct")` gives this tiny one."""
     model, processor = make_tiny()
 
-    def load(name: str) -> tuple[Decoder, Tokenizer]:
+    def load(name: str, dtype: str) -> tuple[Decoder, Tokenizer]:
         assert name == "smollm2-135m-instruct"
         fresh, _ = make_tiny()
         return fresh.decoder, processor.tokenizer
@@ -376,7 +376,7 @@ def test_a_folder_called_like_a_model(folder: Path, tmp_path: Path, monkeypatch:
     assert model_folder("./default") == model_folder(Path("default")) == Path("default")
     assert model_folder("mine") == Path("mine")
     monkeypatch.setattr(checkpoint.download, "fetch", lambda name: {"asked": Path(f"{name}.gguf")})
-    monkeypatch.setattr(checkpoint.gguf, "load_gguf", lambda path: 1 / 0)
+    monkeypatch.setattr(checkpoint.gguf, "load_gguf", lambda path, dtype: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         load_decoder("smollm2-135m-instruct")
     with pytest.raises(ZeroDivisionError):

@@ -21,6 +21,7 @@ CONTRACTS = {
     "templates",
     "tokenizer",
     "processor",
+    "kernels",
 }
 # Package -> the packages of mm_gpt that it may import, at the top or inside a function.
 MAY_IMPORT = {
@@ -32,7 +33,8 @@ MAY_IMPORT = {
     "system": {"errors"},
     "document": {"errors", "images"},
     "tokenizer": {"errors"},
-    "vision": {"errors", "images"},
+    "kernels": {"errors", "system"},
+    "vision": {"errors", "images", "kernels"},
     "templates": {"errors", "document", "tokenizer", "vision"},
     "processor": CONTRACTS | {"vision"},
     "datasets": CONTRACTS | {"vision"},

@@ -57,7 +57,7 @@ def run_ask(args: argparse.Namespace) -> int:
     import mm_gpt
     from mm_gpt.inference.hints import Hints
 
-    assistant = mm_gpt.load(args.model, device=args.device)
+    assistant = mm_gpt.load(args.model, device=args.device, dtype=args.dtype)
     turn = _user(images, question)
     tell(Hints(args.model).about(question, len(images)))
     if args.json:
@@ -144,7 +144,7 @@ def run_chat(args: argparse.Namespace) -> int:
     import mm_gpt
     from mm_gpt.inference.hints import Hints
 
-    assistant = mm_gpt.load(args.model, device=args.device)
+    assistant = mm_gpt.load(args.model, device=args.device, dtype=args.dtype)
     talk, hints, shown = assistant.conversation(**options), Hints(args.model), 0
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:

@@ -12,6 +12,7 @@ from mm_gpt.commands.command import (
     UsageError,
     add_generation,
     add_model,
+    check_inputs,
     generation_options,
     positive,
     tell,
@@ -64,6 +65,7 @@ def run_caption(args: argparse.Namespace) -> int:
     if "-" in args.input:
         raise UsageError('caption reads files, not standard input; one image: mm-gpt ask - "Describe it." < photo.jpg')
     check_text(args.prompt, "--prompt")
+    check_inputs(args.input)
     options = generation_options(args)
     loaded: list[Assistant] = []
 
@@ -75,7 +77,7 @@ def run_caption(args: argparse.Namespace) -> int:
 
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        loaded.append(mm_gpt.load(args.model, device=args.device))
+        loaded.append(mm_gpt.load(args.model, device=args.device, dtype=args.dtype))
         tell(Hints(args.model).about(args.prompt, 1))
         return loaded[0]
 

@@ -6,7 +6,7 @@ and repositories of the hub by name.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,18 +20,25 @@ from mm_gpt.hub.families import check_foreign, is_foreign, load_foreign
 from mm_gpt.hub.fetching import download, registry
 from mm_gpt.hub.fetching.repository import fetch_repository, is_repository_name
 from mm_gpt.hub.gguf import reader as gguf
+from mm_gpt.hub.packing import PACKINGS, Packing, Update, packing_of, places, repack, stored_kinds
 from mm_gpt.hub.public import SHORT_NAMES, long_name
 from mm_gpt.hub.weights import (
+    Checkpoint,
+    NothingDrawn,
+    Table,
     naming,
     open_safetensors,
     read_header,
     read_json,
     read_text,
+    same,
+    template_of,
     unfilled,
     write_json,
 )
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
+from mm_gpt.model.packed import unfill
 from mm_gpt.processor import Processor, ProcessorConfig
 from mm_gpt.system.writing import whole_file, write_text
 from mm_gpt.templates.chat_template import ChatTemplate
@@ -116,24 +123,24 @@ def read_configs(folder: Path) -> tuple[ModelConfig, ProcessorConfig]:
     return model, configs.from_dict(ProcessorConfig, values, where=f"{folder}/processor.json")
 
 
-def load_decoder(name: str) -> tuple[Decoder, Tokenizer]:
+def load_decoder(name: str, dtype: str = "fp32") -> tuple[Decoder, Tokenizer]:
     """A decoder and its tokenizer by registry name (downloaded on first use) or from a folder.
 
-    Raises MMGPTError for an unknown name, DownloadError or CheckpointError when its files are out of reach or broken.
+    `dtype`: how its matrices are kept (mm_gpt.hub.packing). Raises MMGPTError for an unknown name, DownloadError or CheckpointError when its files are out of reach or broken.
     """
     if (folder := _local_folder(name)) is not None:
-        return _folder_decoder(folder)
+        return _folder_decoder(folder, dtype)
     registry.lookup(name)
     paths = download.fetch(name)
     path = next((p for p in paths.values() if p.suffix == ".gguf"), None)
     if path is None:
         raise MMGPTError(f"{name!r} is in the registry, but is not a decoder")
-    decoder, fields = gguf.load_gguf(path)
+    decoder, fields = gguf.load_gguf(path, dtype)
     return decoder, gguf.read_tokenizer(fields)
 
 
-def _folder_decoder(folder: Path, *, above: tuple[Path, ...] = ()) -> tuple[Decoder, Tokenizer]:
-    model, processor = _load_folder(folder, dtype=torch.float32, above=above)
+def _folder_decoder(folder: Path, dtype: str, *, above: tuple[Path, ...] = ()) -> tuple[Decoder, Tokenizer]:
+    model, processor = _load_folder(folder, dtype=torch.float32, decoder_dtype=dtype, above=above)
     model.merge_lora()
     return model.decoder, processor.tokenizer
 
@@ -151,8 +158,11 @@ def save_model(
     Matrices are stored in half precision, except those whose values are beyond it, which stay as they are; vectors stay
     in float32. `frozen` has weights, by their names in the model, that are stored in place of the model's own: those
     that training does not change, as they were before it rounded them to bfloat16. Each file gets its name when it is
-    whole. Raises CheckpointError naming the weight that is no finite number, or the file that cannot be written.
+    whole. Raises CheckpointError naming the weight that is no finite number, or the file that cannot be written; and
+    for a packed decoder, whose weights are no longer those of the checkpoint.
     """
+    if model.decoder.packed_head:
+        raise CheckpointError(f"{folder}: a packed decoder is not saved; load the model with dtype fp32")
     base_stored = not isinstance(model.config.decoder, str)
     state = {k: v for k, v in model.state_dict().items() if base_stored or not _is_base(k)}
     if (model.config.lora is not None) != any(".lora_" in name for name in state):
@@ -185,34 +195,43 @@ def save_model(
         write_text(folder / "README.md", card)
 
 
-def load_model(name: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[MMGPT, Processor]:
+def load_model(
+    name: str | Path, *, dtype: torch.dtype = torch.float32, decoder_dtype: str = "fp32"
+) -> tuple[MMGPT, Processor]:
     """A model by name or folder, on the CPU. Raises CheckpointError naming what is missing or left over.
+
+    `dtype` is that of all parameters. `decoder_dtype`, one of mm_gpt.hub.packing.DTYPES, packs the matrices of the
+    decoder, which then answers, but is neither trained nor saved; in fp32 they are parameters like the others.
 
     Names: those of the package, decoders of the registry, short ones of public models, `owner/name` on the Hugging Face
     hub. They come first: a folder that is called like one without a slash is given as `./name`, or as a Path.
     """
     if isinstance(name, str) and name in decoder_names():
-        decoder, tokenizer = load_decoder(name)
+        decoder, tokenizer = load_decoder(name, decoder_dtype)
         text = ProcessorConfig(max_length=decoder.config.max_length)
         processor = Processor(tokenizer, text, vocab_size=decoder.config.vocab_size)
         return MMGPT(ModelConfig(decoder=name), decoder).eval(), processor
-    return _load_folder(model_folder(name), dtype=dtype)
+    return _load_folder(model_folder(name), dtype=dtype, decoder_dtype=decoder_dtype)
 
 
-def _load_folder(folder: Path, *, dtype: torch.dtype, above: tuple[Path, ...] = ()) -> tuple[MMGPT, Processor]:
+def _load_folder(
+    folder: Path, *, dtype: torch.dtype, decoder_dtype: str, above: tuple[Path, ...] = ()
+) -> tuple[MMGPT, Processor]:
     """`above`: the folders that name this one as their decoder, each the one before it."""
     if folder.resolve() in above:
         raise CheckpointError(f"{folder}/config.json: the folder names itself as its decoder")
     values = read_json(folder / "config.json")
     if is_foreign(values):
-        return load_foreign(folder, values, dtype=dtype)
+        return load_foreign(folder, values, dtype=dtype, decoder_dtype=decoder_dtype)
     config, processor_config = read_configs(folder)
+    # Low-rank updates are added to what is stored, not to what has been rounded
+    base_dtype = "stored" if decoder_dtype != "fp32" and config.lora is not None else decoder_dtype
     if isinstance(config.decoder, str):
         below, skip = _local_folder(config.decoder), _is_base
         if below is None:
-            decoder, tokenizer = load_decoder(config.decoder)
+            decoder, tokenizer = load_decoder(config.decoder, base_dtype)
         else:
-            decoder, tokenizer = _folder_decoder(below, above=(*above, folder.resolve()))
+            decoder, tokenizer = _folder_decoder(below, base_dtype, above=(*above, folder.resolve()))
         decoder_config = decoder.config
     else:
         decoder, tokenizer, decoder_config, skip = None, _load_tokenizer(folder), config.decoder, _nothing
@@ -225,9 +244,14 @@ def _load_folder(folder: Path, *, dtype: torch.dtype, above: tuple[Path, ...] = 
         plan = MMGPT(dataclasses.replace(config, decoder=decoder_config))
         check_shapes(plan, weights, skip=skip)
     _check_images(plan, processor_config, f"{folder}/processor.json")
-    with naming(f"{folder}/config.json"):
+    if decoder_dtype != "fp32":
+        decoder = _packed_decoder(folder, plan, decoder, decoder_dtype)
+        if decoder is None:
+            return _load_folder(folder, dtype=dtype, decoder_dtype="fp32", above=above)
+        skip = _is_decoder
+    with naming(f"{folder}/config.json"), NothingDrawn():
         model = MMGPT(config, decoder or Decoder(decoder_config))
-    fill(model, weights, skip=skip)
+    _copy(model, weights, skip=skip)
     template = None
     if (folder / TEMPLATE).exists():
         source = read_text(folder / TEMPLATE)
@@ -241,6 +265,55 @@ def _load_folder(folder: Path, *, dtype: torch.dtype, above: tuple[Path, ...] = 
     with naming(f"{folder}/processor.json"):
         processor = Processor(tokenizer, processor_config, vocab_size=decoder_config.vocab_size, template=template)
     return model.eval(), processor
+
+
+def _packed_decoder(folder: Path, plan: MMGPT, base: Decoder | None, dtype: str) -> Decoder | None:
+    """The decoder of a folder, whose tensors are those of `plan`, packed as `dtype` says, with its low-rank updates.
+
+    `base`: the decoder that the folder names, with its matrices as they are stored if there are updates. None: `auto`
+    is float32.
+    """
+    lora = plan.config.lora
+    if base is not None and lora is None:
+        return base
+    stored = PACKINGS["stored"]
+    if base is None:
+        with unfilled():
+            base = Decoder(plan.decoder.config)
+        checkpoint = Checkpoint(folder)
+        table = _own_table(base, checkpoint.names)
+        packing = packing_of(dtype, checkpoint.kinds(base, table), updated=lora is not None)
+        if packing is None:
+            return None
+        unfill(base)
+        checkpoint.load(base, table, packing=packing if lora is None else stored)
+    else:
+        packing = packing_of(dtype, stored_kinds(base), updated=True)
+    if packing is None or lora is None:
+        return base if packing is not None else None
+    if packing is stored:  # sums are of no stored kind
+        packing = Packing("F32", "F32")
+    updates = {}
+    with open_safetensors(folder / "model.safetensors") as file:
+        names = set(file.keys())
+        for name, _ in places(base):
+            a, b = (f"decoder.{name.removesuffix('weight')}lora_{half}" for half in "ab")
+            if a in names:
+                scaled = lora.alpha / lora.rank * file.get_tensor(b).float()
+                updates[name] = Update(scaled, file.get_tensor(a).float())
+    repack(base, packing, updates, str(folder))
+    return base
+
+
+def _own_table(decoder: Decoder, names: Collection[str]) -> Table:
+    """Our names in our own files: that of the parameter, or of the one below a low-rank update."""
+    table = {}
+    for name, _ in decoder.named_parameters():
+        module, _, last = f"decoder.{name}".rpartition(".")
+        inner = f"{module}.base.{last}"
+        template, stored = template_of(name)[0], template_of(inner if inner in names else f"decoder.{name}")[0]
+        table[template] = same(stored)
+    return table
 
 
 def _check_images(model: MMGPT, config: ProcessorConfig, where: str) -> None:
@@ -290,6 +363,10 @@ def fill(module: nn.Module, path: Path, *, prefix: str = "", skip: Callable[[str
     With `prefix`, only the tensors under it are looked at. Raises what `check_shapes` does.
     """
     check_shapes(module, path, prefix=prefix, skip=skip)
+    _copy(module, path, prefix=prefix, skip=skip)
+
+
+def _copy(module: nn.Module, path: Path, *, prefix: str = "", skip: Callable[[str], bool]) -> None:
     with open_safetensors(path) as file, torch.no_grad():
         for name, target in module.state_dict().items():
             if not skip(name):
@@ -297,7 +374,11 @@ def fill(module: nn.Module, path: Path, *, prefix: str = "", skip: Callable[[str
 
 
 def _is_base(name: str) -> bool:
-    return name.startswith("decoder.") and ".lora_" not in name
+    return _is_decoder(name) and ".lora_" not in name
+
+
+def _is_decoder(name: str) -> bool:
+    return name.startswith("decoder.")
 
 
 def compact(tensor: Tensor, name: str) -> Tensor:

@@ -43,6 +43,18 @@ _QWEN = _LLAMA | {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+_QWEN_VL = _QWEN | {
+    "vocab_size": 152_064,
+    "hidden_size": 8192,
+    "intermediate_size": 29_568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "max_window_layers": 80,
+    "rope_theta": 1_000_000.0,
+    "mrope_section": [16, 24, 24],
+}
 _GEMMA = (
     _LLAMA
     | _BIAS
@@ -82,6 +94,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "qwen2": _QWEN,
     "qwen3": _QWEN | _BIAS | {"head_dim": 128},
+    "qwen2_vl_text": _QWEN_VL,
+    "qwen2_5_vl_text": _QWEN_VL,
+    "qwen3_vl_text": _QWEN
+    | _BIAS
+    | {"head_dim": 128, "max_position_embeddings": 128_000, "rope_theta": 500_000.0, "mrope_section": [24, 20, 20]},
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2
@@ -156,7 +173,8 @@ def decoder_config(values: dict[str, Any], where: str) -> DecoderConfig:
     _check(values, where)
     full = DEFAULTS[kind] | values
     for key, default in DEFAULTS[kind].items():
-        _check_type(key, full[key], default, where)
+        if key != "mrope_section":  # which stands among the settings of positions, and is checked there
+            _check_type(key, full[key], default, where)
     ignored = [
         key
         for key, value in values.items()
@@ -204,7 +222,8 @@ def _llama(kind: str, values: dict[str, Any], where: str) -> DecoderConfig:
     gemma = kind.startswith("gemma")
     patterns, window = _patterns(kind, values, where)
     theta, scaling, local_theta = _rope(kind, values, where)
-    biases = kind not in ("mistral", "qwen2") and values["attention_bias"]
+    always_biased = kind in ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
+    biases = kind != "mistral" and not always_biased and values["attention_bias"]
     activation = values["hidden_act" if "hidden_act" in DEFAULTS[kind] else "hidden_activation"]
     if kind == "gemma" and activation == "gelu":
         activation = "gelu_pytorch_tanh"  # the first files named the wrong one; the models were trained with this
@@ -219,12 +238,14 @@ def _llama(kind: str, values: dict[str, Any], where: str) -> DecoderConfig:
         max_length=values["max_position_embeddings"],
         norm_eps=float(values["rms_norm_eps"]),
         norm_place="both" if kind in ("gemma2", "gemma3_text") else "pre",
-        qk_norm=kind in ("qwen3", "gemma3_text"),
+        qk_norm=kind in ("qwen3", "qwen3_vl_text", "gemma3_text"),
         activation=_activation(activation, where),  # type: ignore[arg-type]
-        qkv_bias=biases or kind == "qwen2",
+        qkv_bias=biases or always_biased,
         output_bias=biases,
         rope_theta=theta,
         rope_scaling=scaling,
+        mrope_section=_mrope(kind, values, where),
+        mrope_interleaved=kind == "qwen3_vl_text",
         local_rope_theta=local_theta,
         attention=patterns,
         window=window,
@@ -327,6 +348,20 @@ def _rope(kind: str, values: dict[str, Any], where: str) -> tuple[float, RopeSca
         original_length=int(values.get("original_max_position_embeddings") or original),
     )
     return theta, scaling, local_theta
+
+
+def _mrope(kind: str, values: dict[str, Any], where: str) -> tuple[int, ...]:
+    """How many rotary pairs turn by time, row and column; their order is the family's."""
+    if "mrope_section" not in DEFAULTS[kind]:
+        return ()
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    interleaved = kind == "qwen3_vl_text"
+    if rope.get("mrope_interleaved", interleaved) is not interleaved:
+        raise CheckpointError(f"{where}: mrope_interleaved must be {interleaved} for {kind}")
+    section = rope.get("mrope_section", values["mrope_section"])
+    if not isinstance(section, list | tuple) or not all(type(count) is int for count in section):
+        raise CheckpointError(f"{where}: mrope_section {section!r} is not a list of whole numbers")
+    return tuple(section)
 
 
 def decoder_table(kind: str, *, prefix: str = "model.", head: str = "lm_head.weight") -> Table:

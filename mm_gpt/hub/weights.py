@@ -28,6 +28,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mm_gpt.errors import CheckpointError, MMGPTError
+from mm_gpt.hub.packing import Packing, Rows, packed, places, put, shape_of
+from mm_gpt.kernels.formats import PLAIN
+from mm_gpt.model.packed import Matrix
 from mm_gpt.system.writing import write_text
 
 CHUNK_BYTES = 256 << 10
@@ -44,17 +47,21 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def unfilled() -> Iterator[None]:
     """Modules are built on the meta device, and nothing is drawn for them.
 
-    Without this, `nn.Embedding` on the meta device imports torch's compiler to draw nothing: seconds, and 80 MB.
+    Without this, random numbers on the meta device import torch's compiler to draw nothing: seconds, and 80 MB.
     """
-    with torch.device("meta"), _NothingDrawn():
+    with torch.device("meta"), NothingDrawn():
         yield
 
 
-class _NothingDrawn(TorchFunctionMode):
+class NothingDrawn(TorchFunctionMode):
+    """Where modules are built whose weights are read afterwards: random ones would take time for nothing."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        if func in (torch.rand, torch.randn):
+            func = torch.empty
         if func is torch.linspace:  # older versions of timm ask it for drop rates, as numbers
             kwargs.setdefault("device", "cpu")
         return func(*args, **kwargs)
@@ -130,12 +137,17 @@ class WeightLoader:
         *,
         dtype: torch.dtype = torch.float32,
         skip: Collection[str] = (),
+        packing: Packing | None = None,
+        rows: Callable[[str], Rows] | None = None,
     ) -> None:
         """Give every parameter of `module`, which may be on the meta device, its tensor as `read` gives it.
 
-        `skip` names parameters of ours that come from elsewhere. What is missing is remembered for `finish`. Raises
+        `skip` names parameters of ours that come from elsewhere. `packing` says how the weights of packed modules are
+        kept; `rows` gives them, where `read` would expand them. What is missing is remembered for `finish`. Raises
         CheckpointError for a shape that does not fit.
         """
+        if packing is not None:
+            self._pack(module, table, packing, lambda part, origin: (rows or _rows_of(read, origin))(part))
 
         def put(part: str, origin: Origin, room: Tensor) -> int:
             tensor = origin.read(read(part))
@@ -155,16 +167,9 @@ class WeightLoader:
     ) -> None:
         """`put` writes a part into the first rows of the room that is left, and says how many it took."""
         for ours, parameter in list(module.named_parameters()):
-            if ours in skip:
+            if ours in skip or not (parts := self._parts(ours, table)):
                 continue
-            template, layer = _template(ours)
-            origin = table[template]
-            parts = [part.replace("{i}", layer) for part in origin.parts]
-            absent = [part for part in parts if part not in self.names]
-            self._used.update(parts)
-            if absent:
-                self._missing += absent
-                continue
+            origin = table[template_of(ours)[0]]
             target = self._mapped(parts, origin, parameter, dtype)
             if target is None:
                 target = self._empty(parts[0], parameter, dtype)
@@ -174,6 +179,31 @@ class WeightLoader:
                 if len(parts) > 1 and start != len(target):
                     raise CheckpointError(f"{self.where}: {', '.join(parts)} have {start} rows, not {len(target)}")
             _set_parameter(module, ours, nn.Parameter(target, requires_grad=parameter.requires_grad))
+
+    def _parts(self, ours: str, table: Table) -> list[str]:
+        """The tensors that make up a parameter; none where one is missing, which is remembered."""
+        template, layer = template_of(ours)
+        parts = [part.replace("{i}", layer) for part in table[template].parts]
+        absent = [part for part in parts if part not in self.names]
+        self._used.update(parts)
+        self._missing += absent
+        return [] if absent else parts
+
+    def _pack(self, module: nn.Module, table: Table, packing: Packing, rows: Callable[[str, Origin], Rows]) -> None:
+        """The weights of the packed modules inside `module`."""
+        for ours, place in places(module):
+            if not (parts := self._parts(ours, table)):
+                continue
+            sources = [rows(part, table[template_of(ours)[0]]) for part in parts]
+            height, width = shape_of(place)
+            for part, source in zip(parts, sources, strict=True):
+                if source.columns != width or (len(parts) == 1 and source.rows != height):
+                    wanted = height if len(parts) == 1 else source.rows
+                    shape = (source.rows, source.columns)
+                    raise CheckpointError(f"{self.where}: {part} has shape {shape}, not {(wanted, width)}")
+            if (total := sum(source.rows for source in sources)) != height:
+                raise CheckpointError(f"{self.where}: {', '.join(parts)} have {total} rows, not {height}")
+            put(place, packed(ours, sources, packing, self.where))
 
     def _mapped(self, parts: Sequence[str], origin: Origin, parameter: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The parameter as a piece of a file, where there is one that is the same byte for byte."""
@@ -210,6 +240,10 @@ class WeightLoader:
             raise CheckpointError(f"{self.where}: the checkpoint {' and '.join(problems)}")
 
 
+def _rows_of(read: Callable[[str], Tensor], origin: Origin) -> Callable[[str], Rows]:
+    return lambda part: Matrix.of(origin.read(read(part)))
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor in a file."""
@@ -241,9 +275,17 @@ class Checkpoint(WeightLoader):
         super().__init__(str(folder), self.tensors)
 
     def load(
-        self, module: nn.Module, table: Table, *, dtype: torch.dtype = torch.float32, skip: Collection[str] = ()
+        self,
+        module: nn.Module,
+        table: Table,
+        *,
+        dtype: torch.dtype = torch.float32,
+        skip: Collection[str] = (),
+        packing: Packing | None = None,
     ) -> None:
         """`fill` from the files, which may be replaced by others afterwards, but not written into."""
+        if packing is not None:
+            self._pack(module, table, packing, self._rows)
         jobs: list[Future[None]] = []
         with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
 
@@ -277,15 +319,25 @@ class Checkpoint(WeightLoader):
             or first.start % dtype.itemsize
         ):
             return None
-        offset = first.start % mmap.ALLOCATIONGRANULARITY
-        begin = first.start - offset
-        with first.path.open("rb") as stream:
-            try:
-                # What is written to the pages stays in memory: the file is never changed
-                pages = mmap.mmap(stream.fileno(), last.end - begin, access=mmap.ACCESS_COPY, offset=begin)
-            except (OSError, ValueError):  # a file system without mappings, or a file that has become shorter
-                return None
-        return torch.frombuffer(pages, dtype=dtype, count=parameter.numel(), offset=offset).view(parameter.shape)
+        mapped = _map(first.path, first.start, last.end, dtype)
+        return None if mapped is None else mapped.view(parameter.shape)
+
+    def _rows(self, name: str, origin: Origin) -> Rows:
+        """A matrix, to be read row by row where it is stored as it is needed."""
+        stored = self._stored(name)
+        if origin.read is _as_it_is and len(stored.shape) == 2 and stored.dtype in PLAIN:
+            return _FileRows(stored)
+        tensor = origin.read(self.tensor(name))
+        if tensor.dim() != 2:
+            raise CheckpointError(f"{self.where}: {name} has shape {tuple(tensor.shape)}, which is no matrix's")
+        return Matrix.of(tensor)
+
+    def kinds(self, module: nn.Module, table: Table) -> set[str]:
+        """How the matrices are stored that a module's linear layers and embedding are to be filled with."""
+        layers = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+        templates = [template_of(f"{name}.weight") for name in ("embedding", *layers)]
+        parts = [part.replace("{i}", layer) for template, layer in templates for part in table[template].parts]
+        return {self._stored(part).dtype for part in parts if part in self.names}
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as it is stored."""
@@ -299,6 +351,46 @@ class Checkpoint(WeightLoader):
                 f"{stored.path}: {name} is stored as {stored.dtype}; quantised weights are not read, only {kinds}"
             )
         return stored
+
+
+@dataclass(frozen=True)
+class _FileRows:
+    """A matrix in a file."""
+
+    stored: Stored
+
+    @property
+    def kind(self) -> str:
+        return self.stored.dtype
+
+    @property
+    def rows(self) -> int:
+        return self.stored.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.stored.shape[1]
+
+    def values(self, start: int, stop: int) -> Tensor:
+        place = self.stored.start + start * self.columns * DTYPES[self.kind].itemsize
+        return _whole(Stored(self.stored.path, self.kind, (stop - start, self.columns), place)).float()
+
+    def whole(self) -> Matrix:
+        stored, dtype = self.stored, DTYPES[self.kind]
+        mapped = None if stored.start % dtype.itemsize else _map(stored.path, stored.start, stored.end, dtype)
+        return Matrix(self.kind, _whole(stored) if mapped is None else mapped.view(stored.shape))
+
+
+def _map(path: Path, start: int, end: int, dtype: torch.dtype) -> Tensor | None:
+    """Bytes [start, end) of a file as a flat tensor; None where they cannot be mapped."""
+    offset = start % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as stream:
+        try:
+            # What is written to the pages stays in memory: the file is never changed
+            pages = mmap.mmap(stream.fileno(), end - start + offset, access=mmap.ACCESS_COPY, offset=start - offset)
+        except (OSError, ValueError):  # a file system without mappings, or a file that has become shorter
+            return None
+    return torch.frombuffer(pages, dtype=dtype, count=(end - start) // dtype.itemsize, offset=offset)
 
 
 def _read(stored: Stored, origin: Origin, place: Tensor) -> None:
@@ -342,7 +434,7 @@ def _listed(names: Sequence[str], most: int = 5) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown}{more})"
 
 
-def _template(name: str) -> tuple[str, str]:
+def template_of(name: str) -> tuple[str, str]:
     """`blocks.3.mlp.up.weight` -> (`blocks.{i}.mlp.up.weight`, "3"). Only the first number is a layer's."""
     match = re.search(r"(?<=\.)\d+(?=\.)", name)
     if match is None:
@@ -365,7 +457,7 @@ def written(
     `sizes(ours, num_parts, rows)` gives the rows of each part of a stacked parameter.
     """
     for ours, parameter in module.named_parameters():
-        template, layer = _template(ours)
+        template, layer = template_of(ours)
         origin = table[template]
         tensor, parts = parameter.detach(), [part.replace("{i}", layer) for part in origin.parts]
         tensors = [tensor] if len(parts) == 1 else tensor.split(list(sizes(ours, len(parts), len(tensor))))

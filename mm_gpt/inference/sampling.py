@@ -52,13 +52,49 @@ class Repeats:
         return new
 
 
-def choose(
-    logits: Tensor, *, temperature: float, top_k: int, top_p: float, generators: list[torch.Generator] | None
-) -> Tensor:
-    """One token for each row: (B, V) -> (B,). Each row has its own generator, so that its batch changes nothing."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    assert generators is not None
-    probabilities = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p).cpu()
-    rows = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
-    return torch.cat(rows).to(logits.device)
+class Sampler:
+    def __init__(self, config, prompt_ids, index):
+        self.config = config
+        self.ids = []
+        self.repeats = Repeats(config.no_repeat_ngram_size)
+        self.generator = torch.Generator().manual_seed(config.seed + index)
+
+    @property
+    def adjusts(self):
+        return self.config.no_repeat_ngram_size > 0
+
+    def adjust(self, values):
+        values[list(self.repeats.completed_by(self.ids))] = -torch.inf
+
+    def accept(self, id):
+        self.ids.append(id)
+        self.repeats.add(self.ids)
+
+    def copy(self):
+        new = object.__new__(Sampler)
+        new.__dict__.update(self.__dict__)
+        new.ids = list(self.ids)
+        new.repeats = self.repeats.copy()
+        return new
+
+
+def choose(logits, samplers, masks):
+    out = []
+    for row, s in zip(logits, samplers):
+        if s.adjusts:
+            row = row.clone()
+            s.adjust(row)
+        if s.config.temperature == 0:
+            out.append(row.argmax())
+        else:
+            p = next_token_probabilities(
+                row, temperature=s.config.temperature, top_k=s.config.top_k, top_p=s.config.top_p
+            )
+            out.append(torch.multinomial(p, 1, generator=s.generator)[0])
+    return torch.stack(out)
+
+
+def logprobs_of(logits, ids, top):
+    lp = logits.log_softmax(-1)
+    t = lp.topk(top)
+    return lp.gather(1, ids[:, None])[:, 0], t.values, t.indices

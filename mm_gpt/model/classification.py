@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
 from mm_gpt.model.decoder import Decoder
-from mm_gpt.model.loss import next_token_loss
 from mm_gpt.processor import IGNORE_INDEX
 from mm_gpt.tokenizer import Tokenizer
 
@@ -171,8 +170,7 @@ class Classifier(nn.Module):
         count = torch.tensor(len(batch.labels), device=loss.device)
         if auxiliary:
             targets = self.text_targets(batch)
-            cap = self.decoder.config.logit_softcap
-            nats, tokens = next_token_loss(states, self.decoder.head_weight, targets, softcap=cap)
+            nats, tokens = self.decoder.loss(states, targets)
             loss = loss + auxiliary * count * nats / tokens
         return loss, count
 
@@ -229,9 +227,9 @@ def likeliest_choice(decoder: Decoder, tokenizer: Tokenizer, prompt: str, choice
 def _logprob(decoder: Decoder, prompt: Sequence[int], continuation: Sequence[int]) -> tuple[float, int]:
     if not prompt or not continuation:
         raise MMGPTError("a log-probability needs at least a token before, and one to score")
-    ids = torch.tensor([[*prompt, *continuation]], device=decoder.embedding.weight.device)
+    ids = torch.tensor([[*prompt, *continuation]], device=decoder.device)
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels[0, len(prompt) - 1 : -1] = ids[0, len(prompt) :]
     hidden = decoder(decoder.embed(ids), torch.arange(ids.shape[1], device=ids.device)[None])
-    nats, count = next_token_loss(hidden, decoder.head_weight, labels, softcap=decoder.config.logit_softcap)
+    nats, count = decoder.loss(hidden, labels)
     return -float(nats), int(count)

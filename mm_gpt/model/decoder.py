@@ -9,7 +9,7 @@ Papers: GPT-1, GPT-2, GPT-3 (2005.14165), LLaMA (2302.13971), GQA (2305.13245), 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -21,9 +21,12 @@ from mm_gpt.errors import ContextOverflowError
 from mm_gpt.model.attention import DENSE, attend
 from mm_gpt.model.cache import ForwardContext, KVCache
 from mm_gpt.model.decoder_config import DecoderConfig
+from mm_gpt.model.loss import CHUNK, next_token_loss
 from mm_gpt.model.norms import RMSNorm, make_norm
-from mm_gpt.model.positions import rotate, rotation, sinusoids, xpos_rotation
+from mm_gpt.model.packed import Matrix, PackedEmbedding, PackedLinear, stacked_product
+from mm_gpt.model.positions import mrope_components, rotate, rotation, sinusoids, xpos_rotation
 from mm_gpt.model.relative import RelativeAttention
+from mm_gpt.processor import IGNORE_INDEX
 
 
 class Attention(nn.Module):
@@ -171,8 +174,24 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, D), the matrix that turns a hidden state into logits."""
+        """(V, D), the matrix that turns a hidden state into logits, of a decoder that is not packed."""
         return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def packed_head(self) -> list[Matrix]:
+        """The parts of that matrix in a packed decoder; nothing in another."""
+        if self.head is None:
+            return [self.embedding.matrix] if isinstance(self.embedding, PackedEmbedding) else []
+        return self.head.parts if isinstance(self.head, PackedLinear) else []
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.packed_head else self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return torch.float32 if self.packed_head else self.embedding.weight.dtype
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings (…, D) of token ids (…), before positions."""
@@ -187,18 +206,22 @@ class Decoder(nn.Module):
         mask: Tensor | None = None,
         local_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        added: Sequence[Tensor] = (),
     ) -> Tensor:
         """Hidden states (B, T, D) after the last norm.
 
-        x (B, T, D): embeddings. positions (B, T): each token's place in its document. mask: boolean, True where a
+        x (B, T, D): embeddings. positions (B, T): each token's place in its document; with M-RoPE (B, T, 3) as well.
+        added: what is added behind the first layers, one (B, T, D) for each. mask: boolean, True where a
         query (B, 1, T, S) may look; None means plain causal attention over T tokens (or, for one new token, over the
         whole cache). local_mask: the same for layers with local attention, window and all; None means `mask` within the
         window. Raises ContextOverflowError for more tokens than `max_length`.
         """
         x, step = self._begin(x, positions, mask, cache)
         step.local_mask = local_mask
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
             x = block(x, step)
+            if layer < len(added):
+                x = x + added[layer]
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
@@ -231,10 +254,13 @@ class Decoder(nn.Module):
             )
         step = ForwardContext(mask=mask, cache=cache)
         if config.positions == "rope":
-            turn = rotation(positions, config.head_size, config.rope_theta, config.rope_scaling, x)
+            components = None
+            if positions.dim() == 3:
+                components = mrope_components(config.mrope_section, config.mrope_interleaved, x.device)
+            turned = partial(rotation, positions, config.head_size, x=x, components=components)
+            step.rotation = turned(config.rope_theta, config.rope_scaling)
             local = config.local_rope_theta
-            step.rotation = turn
-            step.local_rotation = turn if local is None else rotation(positions, config.head_size, local, None, x)
+            step.local_rotation = step.rotation if local is None else turned(local, None)
         elif config.positions == "xpos":
             turn = xpos_rotation(positions, config.head_size, config.rope_theta, config.max_length // 2, x)
             step.rotation = step.local_rotation = turn
@@ -250,10 +276,26 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, D) -> (…, V) in float32, or float64 when `hidden` is."""
-        logits = F.linear(hidden, self.head_weight.to(hidden.dtype))
+        if parts := self.packed_head:
+            logits = stacked_product(parts, hidden)
+        else:
+            logits = F.linear(hidden, self.head_weight.to(hidden.dtype))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed next-token cross-entropy in nats, and the number of supervised positions.
+
+        hidden (B, T, D); labels (B, T), already shifted.
+        """
+        if not self.packed_head:
+            return next_token_loss(hidden, self.head_weight, labels, softcap=self.config.logit_softcap)
+        supervised = labels != IGNORE_INDEX
+        total = hidden.new_zeros(())
+        for rows, targets in zip(hidden[supervised].split(CHUNK), labels[supervised].split(CHUNK), strict=True):
+            total += F.cross_entropy(self.logits(rows), targets, reduction="sum")
+        return total, supervised.sum()
 
 
 def init_weights(decoder: Decoder, generator: torch.Generator | None = None) -> None:

@@ -19,7 +19,6 @@ from torch.nn.utils.rnn import pad_sequence
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.model.decoder import Decoder, init_weights
 from mm_gpt.model.decoder_config import DecoderConfig
-from mm_gpt.model.loss import next_token_loss
 from mm_gpt.model.mmgpt import attention_mask
 from mm_gpt.processor import IGNORE_INDEX, Batch
 
@@ -91,9 +90,7 @@ class SemiCausalLM(nn.Module):
 
     def loss(self, batch: Batch, spans: Sequence[Spans]) -> tuple[Tensor, Tensor]:
         """Summed next-token cross-entropy in nats outside of spans, and the number of supervised positions."""
-        hidden, labels = self(batch, spans), outside_labels(batch.labels, spans)
-        softcap = self.config.decoder.logit_softcap
-        return next_token_loss(hidden, self.decoder.head_weight, labels, softcap=softcap)
+        return self.decoder.loss(self(batch, spans), outside_labels(batch.labels, spans))
 
 
 def inside(spans: Sequence[Spans], like: Tensor) -> Tensor:

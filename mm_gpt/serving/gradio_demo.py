@@ -274,7 +274,9 @@ def check_port(host: str, port: int) -> None:
         raise MMGPTError(f"cannot listen on {host} port {port}: {error}") from error
 
 
-def launch(model: str | None = None, host: str = "127.0.0.1", port: int = 7860, device: str = "auto") -> None:
+def launch(
+    model: str | None = None, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", dtype: str = "auto"
+) -> None:
     """Load a model (`mm_gpt.load` says which) and serve the page until interrupted.
 
     `host` 0.0.0.0 opens it to the network: whoever reaches the port can use it. Raises MMGPTError when the model
@@ -286,7 +288,7 @@ def launch(model: str | None = None, host: str = "127.0.0.1", port: int = 7860, 
         os.environ["GRADIO_TEMP_DIR"] = uploads
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         model = chosen_model() if model is None else model
-        serve(build(load(model, device=device), Hints(model)), host=host, port=port)
+        serve(build(load(model, device=device, dtype=dtype), Hints(model)), host=host, port=port)
 
 
 @contextmanager

@@ -15,9 +15,11 @@ import torch
 from mm_gpt.errors import CheckpointError, unknown_name
 from mm_gpt.hub.decoders import DEFAULTS as DECODERS
 from mm_gpt.hub.image_processors import read_image_processor
+from mm_gpt.hub.packing import packing_of
 from mm_gpt.hub.weights import Checkpoint, Table, naming, read_json, unfilled
 from mm_gpt.model.decoder_config import MAX_LAYERS
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
+from mm_gpt.model.packed import unfill
 from mm_gpt.processor import Processor, ProcessorConfig
 from mm_gpt.templates.chat_template import ChatTemplate
 from mm_gpt.tokenizer import Tokenizer
@@ -50,6 +52,7 @@ FAMILIES = {
     **dict.fromkeys(("llava", "llava_next", "llava_onevision"), "llava"),
     **dict.fromkeys(("idefics3", "smolvlm"), "idefics3"),
     "internvl": "internvl",
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "qwen_vl"),
     "nanovlm": "nanovlm",
 }
 """`model_type` of a Hugging Face configuration -> the module here that reads it."""
@@ -81,8 +84,10 @@ def check_foreign(folder: Path, values: dict[str, Any]) -> None:
     _read_tokenizer(folder, values, _family(folder, values))
 
 
-def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) -> tuple[MMGPT, Processor]:
-    """The model in a Hugging Face folder, on the CPU.
+def load_foreign(
+    folder: Path, values: dict[str, Any], *, dtype: torch.dtype, decoder_dtype: str
+) -> tuple[MMGPT, Processor]:
+    """The model in a Hugging Face folder, on the CPU; its decoder is kept as `decoder_dtype` says.
 
     Raises CheckpointError naming the file for an unknown architecture, missing or left-over tensors, or a tokenizer
     that does not fit.
@@ -100,6 +105,9 @@ def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) ->
     if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the decoder {vocab_size}")
     checkpoint = Checkpoint(folder)
+    packing = packing_of(decoder_dtype, checkpoint.kinds(model.decoder, plan.tables["decoder"]))
+    if packing is not None:
+        unfill(model.decoder)
     for part, table in plan.tables.items():
         module = model.get_submodule(part)
         if part == "":
@@ -107,7 +115,8 @@ def load_foreign(folder: Path, values: dict[str, Any], *, dtype: torch.dtype) ->
             others = {name for name, _ in model.named_parameters()} - own
             checkpoint.load(model, table, dtype=dtype, skip=others)
         else:
-            checkpoint.load(module, table, dtype=dtype, skip=plan.skip.get(part, ()))
+            skip, ours = plan.skip.get(part, ()), packing if part == "decoder" else None
+            checkpoint.load(module, table, dtype=dtype, skip=skip, packing=ours)
     checkpoint.finish(plan.left_over)
     return model.eval(), Processor(tokenizer, plan.processor, vocab_size=vocab_size, template=plan.template)
 
@@ -148,7 +157,7 @@ def _read_tokenizer(folder: Path, values: dict[str, Any], family: Any) -> Tokeni
     return Tokenizer.from_hf_folder(folder)
 
 
-_LAYERS = ("num_hidden_layers", "n_layer", "layers", "lm_n_blocks", "vit_n_blocks")
+_LAYERS = ("num_hidden_layers", "n_layer", "layers", "depth", "lm_n_blocks", "vit_n_blocks")
 
 
 def _check_layers(values: dict[str, Any]) -> None:

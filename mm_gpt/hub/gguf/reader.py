@@ -1,4 +1,4 @@
-"""Decoders and their tokenizers from GGUF files: quantised tensors are expanded to float32.
+"""Decoders and their tokenizers from GGUF files: blocks as they lie there, or expanded to float32.
 
 Query, key and value (and gate and up) are separate matrices in the files of the Llama family; the decoder stores each
 group as one.
@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from mm_gpt.errors import CheckpointError
-from mm_gpt.hub.gguf.file import Fields, read_gguf
+from mm_gpt.hub.gguf.file import Fields, GGUFTensor, read_gguf
+from mm_gpt.hub.packing import Rows, packing_of
 from mm_gpt.hub.weights import Table, WeightLoader, naming, same, unfilled
+from mm_gpt.kernels.formats import FORMATS, PLAIN
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.decoder_config import MAX_LAYERS, DecoderConfig
+from mm_gpt.model.packed import PLAIN_DTYPES, Matrix, unfill
 from mm_gpt.model.positions import RopeScaling
 from mm_gpt.tokenizer import GGUF_CONTROL, GGUF_PRE_TOKENIZERS, Tokenizer
 
@@ -52,10 +55,12 @@ _GPT2_TABLE: Table = {
 ARCHITECTURES = {"llama": GGUF_TABLE, "qwen2": GGUF_TABLE, "qwen3": GGUF_TABLE, "gpt2": _GPT2_TABLE}
 
 
-def load_gguf(path: Path) -> tuple[Decoder, Fields]:
-    """A float32 decoder from a GGUF file (quantised tensors are expanded) and the file's metadata.
+def load_gguf(path: Path, dtype: str = "fp32") -> tuple[Decoder, Fields]:
+    """The decoder in a GGUF file, kept as `dtype` says (mm_gpt.hub.packing), and the file's metadata.
 
-    Raises CheckpointError naming the file when it is corrupt, of another architecture, or its tensors don't fit.
+    In `fp32` all is expanded. With `stored`, which is `auto` for all files with blocks, what lies in the file is
+    mapped and used as it is. Raises CheckpointError naming the file when it is corrupt, of another architecture, or
+    its tensors don't fit or are of a type that is not multiplied here.
     """
     file = read_gguf(path)
     fields, tensors = file.fields, file.tensors
@@ -63,26 +68,52 @@ def load_gguf(path: Path) -> tuple[Decoder, Fields]:
     with naming(str(path)):
         config = (_gpt2_config if kind == "gpt2" else _llama_config)(kind, fields, tensors)
 
-    def read(name: str) -> Tensor:
-        from gguf import dequantize
-
-        tensor = tensors[name]
-        try:
-            weight = torch.from_numpy(dequantize(tensor.data, tensor.kind).copy())
-        except NotImplementedError:
-            raise CheckpointError(
-                f"{path}: tensor {name} has the unsupported quantisation {tensor.kind.name}"
-            ) from None
+    def ordered(weight: Tensor, name: str) -> Tensor:
+        """Rows of values or of blocks, in the order of the decoder's heads."""
         if kind == "llama" and name.endswith(("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")):
-            weight = rotary_halves(weight, config.head_size, name, str(path))
+            return rotary_halves(weight, config.head_size, name, str(path))
         return weight
+
+    def read(name: str) -> Tensor:
+        return ordered(_expanded(tensors[name], f"{path}: tensor {name}"), name)
+
+    def rows(name: str) -> Rows:
+        matrix = _as_stored(tensors[name], f"{path}: tensor {name}")
+        return Matrix(matrix.kind, ordered(matrix.data, name))
 
     with naming(str(path)), unfilled():
         decoder = Decoder(config)
+    matrices = {tensor.kind.name for tensor in tensors.values() if tensor.data.ndim > 1}
+    packing = packing_of(dtype, matrices)
+    if packing is not None:
+        unfill(decoder)
     account = WeightLoader(str(path), tensors)
-    account.fill(decoder, ARCHITECTURES[kind], read)
+    account.fill(decoder, ARCHITECTURES[kind], read, packing=packing, rows=rows)
     account.finish()
     return decoder, fields
+
+
+def _expanded(tensor: GGUFTensor, name: str) -> Tensor:
+    """In float32. Raises CheckpointError naming the tensor and its type where nothing here reads it."""
+    if tensor.kind.name in FORMATS and tensor.data.ndim == 2:
+        matrix = _as_stored(tensor, name)
+        return matrix.values(0, matrix.rows)
+    from gguf import dequantize
+
+    try:
+        return torch.from_numpy(dequantize(tensor.data, tensor.kind))
+    except NotImplementedError:
+        raise CheckpointError(f"{name} has the unsupported quantisation {tensor.kind.name}") from None
+
+
+def _as_stored(tensor: GGUFTensor, name: str) -> Matrix:
+    """Raises CheckpointError naming the tensor and its type where nothing here multiplies it."""
+    kind, data = tensor.kind.name, torch.from_numpy(tensor.data)
+    if kind not in FORMATS:
+        raise CheckpointError(f"{name} is stored as {kind}, which is not multiplied here; dtype fp32 expands it")
+    if data.dim() != 2:
+        raise CheckpointError(f"{name} has {data.dim()} dimensions, which is no matrix")
+    return Matrix(kind, data.view(PLAIN_DTYPES[kind]) if kind in PLAIN else data)
 
 
 SIZE = 1 << 24

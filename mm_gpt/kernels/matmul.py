@@ -1,0 +1,401 @@
+"""A few rows of activations times a matrix, as it is stored: floats, or the blocks of GGUF files.
+
+Each number of the result is a dot product over K in an order that depends on K alone: a row's bits are the same alone
+and among others, and whoever of the team computes it. Weights are read and unpacked once for several rows.
+
+Float weights: float32 activations; for BF16 weights activations are rounded to bfloat16, as the processor's bfloat16
+dot product wants them. Blocks: activations become int16 in blocks of 32 with a scale each, and the products of a block
+are summed as integers, exactly, whatever the instruction set; one block's sum is at most 32 · 128 · 32767 < 2^31.
+
+The formats are those of ggml-quants.c (llama.cpp): a float16 scale d, often a float16 minimum m, and the numbers.
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from llvmlite import ir
+
+from mm_gpt.kernels.simd import BF16, F16, F32, I8, I16, I32, ISA, Code, Module, Value, library, vector
+
+BLOCK = 32
+"""Values of activations under one scale."""
+TILE = 4
+"""Rows of weights and of activations that one pass over K works on, where there are several of both."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """32 values of a row of weights: value = scale · number + minimum."""
+
+    numbers: Value
+    """<32 x i16>"""
+    scale: Value
+    """float, or <16 x float> for each pair of numbers."""
+    minimum: Value | None = None
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    block_values: int
+    block_bytes: int
+    unpack: Callable[[Code, Value], list[Part]]
+
+
+def _half(code: Code, address: Value, offset: int = 0) -> Value:
+    return code.load(address, F16, offset).to(F32)
+
+
+def _nibbles(code: Code, packed: Value) -> Value:
+    """<16 x i8> -> <32 x i8>: the low halves of all bytes, then the high ones."""
+    return packed.shuffle(range(32), packed >> 4) & 15
+
+
+def _fifth_bits(code: Code, address: Value) -> Value:
+    """32 bits in memory -> <32 x i8> of 0 or 16."""
+    bits = code.load(address, I32).bits_as_lanes()
+    return bits.where(code.number(vector(I8, 32), 16), 0)
+
+
+def _q8_0(code: Code, block: Value) -> list[Part]:
+    return [Part(code.load(block, vector(I8, 32), 2).to(I16), _half(code, block))]
+
+
+def _q4_0(code: Code, block: Value) -> list[Part]:
+    numbers = _nibbles(code, code.load(block, vector(I8, 16), 2)) - 8
+    return [Part(numbers.to(I16), _half(code, block))]
+
+
+def _q4_1(code: Code, block: Value) -> list[Part]:
+    numbers = _nibbles(code, code.load(block, vector(I8, 16), 4))
+    return [Part(numbers.to(I16, signed=False), _half(code, block), _half(code, block, 2))]
+
+
+def _q5_0(code: Code, block: Value) -> list[Part]:
+    numbers = (_nibbles(code, code.load(block, vector(I8, 16), 6)) | _fifth_bits(code, block + 2)) - 16
+    return [Part(numbers.to(I16), _half(code, block))]
+
+
+def _q5_1(code: Code, block: Value) -> list[Part]:
+    numbers = _nibbles(code, code.load(block, vector(I8, 16), 8)) | _fifth_bits(code, block + 4)
+    return [Part(numbers.to(I16, signed=False), _half(code, block), _half(code, block, 2))]
+
+
+def _scales_of_k(code: Code, block: Value) -> list[tuple[Value, Value]]:
+    """Eight pairs of float scale and minimum from the 12 bytes of 6-bit numbers at 4, and d and dmin at 0."""
+    d, dmin = _half(code, block), _half(code, block, 2)
+    first, second, high = (code.load(block, I32, 4 + 4 * word) for word in range(3))
+    # Bytes 0-3 and 4-7 hold the low six bits' first four scales and minima; their two top bits and the last four
+    # bytes' nibbles make the second four.
+    scales = (first & 0x3F3F3F3F, (high & 0x0F0F0F0F) | ((first >> 2) & 0x30303030))
+    minima = (second & 0x3F3F3F3F, ((high >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030))
+    pairs = []
+    for half in range(2):
+        for index in range(4):
+            scale, minimum = ((word[half] >> (8 * index)) & 63 for word in (scales, minima))
+            pairs.append((scale.to(F32) * d, minimum.to(F32) * dmin * -1.0))
+    return pairs
+
+
+def _q4_k(code: Code, block: Value) -> list[Part]:
+    parts = []
+    for pair in range(4):
+        packed = code.load(block, vector(I8, 32), 16 + 32 * pair)
+        parts += [packed & 15, packed >> 4]
+    scales = _scales_of_k(code, block)
+    return [Part(numbers.to(I16, signed=False), *scale) for numbers, scale in zip(parts, scales, strict=True)]
+
+
+def _q5_k(code: Code, block: Value) -> list[Part]:
+    high = code.load(block, vector(I8, 32), 16)
+    parts = []
+    for pair in range(4):
+        packed = code.load(block, vector(I8, 32), 48 + 32 * pair)
+        parts += [
+            (packed & 15) | (((high >> (2 * pair)) & 1) << 4),
+            (packed >> 4) | (((high >> (2 * pair + 1)) & 1) << 4),
+        ]
+    scales = _scales_of_k(code, block)
+    return [Part(numbers.to(I16, signed=False), *scale) for numbers, scale in zip(parts, scales, strict=True)]
+
+
+def _q6_k(code: Code, block: Value) -> list[Part]:
+    d = _half(code, block, 208)
+    parts = []
+    for half in range(2):
+        first = code.load(block, vector(I8, 32), 64 * half)
+        second = code.load(block, vector(I8, 32), 64 * half + 32)
+        high = code.load(block, vector(I8, 32), 128 + 32 * half)
+        parts += [
+            (first & 15) | ((high & 3) << 4),
+            (second & 15) | (((high >> 2) & 3) << 4),
+            (first >> 4) | (((high >> 4) & 3) << 4),
+            (second >> 4) | ((high >> 6) << 4),
+        ]
+    scales = code.load(block, vector(I8, 16), 192).to(F32) * d
+    return [
+        Part((numbers - 32).to(I16), scales.shuffle([2 * index] * 8 + [2 * index + 1] * 8))
+        for index, numbers in enumerate(parts)
+    ]
+
+
+BLOCK_FORMATS = {
+    "Q8_0": BlockFormat(32, 34, _q8_0),
+    "Q4_0": BlockFormat(32, 18, _q4_0),
+    "Q4_1": BlockFormat(32, 20, _q4_1),
+    "Q5_0": BlockFormat(32, 22, _q5_0),
+    "Q5_1": BlockFormat(32, 24, _q5_1),
+    "Q4_K": BlockFormat(256, 144, _q4_k),
+    "Q5_K": BlockFormat(256, 176, _q5_k),
+    "Q6_K": BlockFormat(256, 210, _q6_k),
+}
+FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+KINDS = (*FLOAT_BYTES, *BLOCK_FORMATS)
+Prepared = str
+"""How activations are stored for a kind of weights: f32, bf16 or i16."""
+
+
+def prepared_for(kind: str) -> Prepared:
+    return {"F32": "f32", "F16": "f32", "BF16": "bf16"}.get(kind, "i16")
+
+
+def row_bytes(kind: str, columns: int) -> int:
+    if kind in FLOAT_BYTES:
+        return FLOAT_BYTES[kind] * columns
+    form = BLOCK_FORMATS[kind]
+    return columns // form.block_values * form.block_bytes
+
+
+def prepared_bytes(columns: int) -> int:
+    """Room for a row of activations in any form, whole cache lines."""
+    return (columns + 63) // 64 * 64 * 4
+
+
+# ---- activations ----
+
+
+def write_prepare(module: Module, form: Prepared, *, exported: bool = False) -> ir.Function:
+    """`prepare_FORM(x, columns, out)`: one row of float32 into the form that kernels read."""
+    with module.function(f"prepare_{form}", 3, exported=exported) as (code, (x, columns, out)):
+        if form == "i16":
+            _quantise(code, x, columns, out)
+        else:
+            lanes = 16 if form == "f32" else 32
+            with code.loop(0, columns, lanes) as i:
+                values = code.load_first(x + i * 4, vector(F32, lanes), columns - i)
+                if form == "f32":
+                    code.store(values, out, i * 4)
+                else:
+                    code.store(round_bf16(values), out, i * 2)
+    return module.ir.globals[f"prepare_{form}"]
+
+
+def round_bf16(values: Value) -> Value:
+    """float -> the bits of bfloat16 as i16, to the nearest, ties to even; NaN stays NaN."""
+    bits = values.bits(I32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    is_nan = values.compare("ord", values)
+    return is_nan.where(rounded, (bits >> 16) | 0x40).to(I16)
+
+
+def widen_bf16(bits: Value) -> Value:
+    """The bits of bfloat16, as i16 -> float."""
+    return (bits.to(I32, signed=False) << 16).bits(F32)
+
+
+def _quantise(code: Code, x: Value, columns: Value, out: Value) -> None:
+    """x -> int16 numbers, then for each block of 32 its scale, then for each the sum of scale · numbers."""
+    scales = out + columns * 2
+    offsets = scales + columns // 8
+    with code.loop(0, columns // BLOCK) as block:
+        values = [code.load(x, vector(F32, 16), block * 128 + half * 64) for half in range(2)]
+        sizes = [code.intrinsic("fabs", part) for part in values]
+        largest = code.max_lanes(code.intrinsic("maximum", *sizes))
+        inverse = (largest > 1e-30).where(code.number(F32, 32767.0) / largest, 0.0)
+        numbers = [code.intrinsic("roundeven", part * inverse).to(I32) for part in values]
+        code.store(numbers[0].to(I16), out, block * 64)
+        code.store(numbers[1].to(I16), out, block * 64 + 32)
+        scale = largest * (1 / 32767)
+        code.store(scale, scales, block * 4)
+        code.store(scale * code.sum_lanes(numbers[0] + numbers[1]).to(F32), offsets, block * 4)
+
+
+# ---- products ----
+
+
+def _multiply_pairs(code: Code, a: Value, b: Value) -> Value:
+    """<32 x i16> · <32 x i16> -> <16 x i32>, the sums of two products next to each other."""
+    if code.module.isa.madd_bits == 512:
+        return code.intrinsic("x86.avx512.pmaddw.d.512", a, b, result=vector(I32, 16), typed=False)
+    if code.module.isa.madd_bits == 256:
+        low, high = (
+            code.intrinsic(
+                "x86.avx2.pmadd.wd",
+                a.shuffle(range(start, start + 16)),
+                b.shuffle(range(start, start + 16)),
+                result=vector(I32, 8),
+                typed=False,
+            )
+            for start in (0, 16)
+        )
+        return low.shuffle(range(16), high)
+    even, odd = (a.shuffle(range(start, 32, 2)).to(I32) * b.shuffle(range(start, 32, 2)).to(I32) for start in (0, 1))
+    return even + odd
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Addresses of rows of weights and of activations that are multiplied with each other."""
+
+    weights: list[Value]
+    rows: list[Value]
+    columns: Value
+    ahead: Value | None
+    """Where the next tile's weights begin, to be fetched meanwhile."""
+
+    def fetch(self, code: Code, offset: Value, size: int) -> None:
+        """The bytes of the next tile that are to this one's as `offset`, of each row, and the `size` behind."""
+        if self.ahead is not None:
+            for line in range(0, size * len(self.weights), 64):
+                code.prefetch(self.ahead + offset * len(self.weights) + line)
+
+
+def _block_tile(code: Code, form: BlockFormat, tile: _Tile) -> list[Value]:
+    """Vectors whose lanes sum to the dot product of each row of activations with each of weights, row by row."""
+    weights, rows, columns = tile.weights, tile.rows, tile.columns
+    zeros = code.number(vector(F32, 16), 0.0)
+    sums = [[code.variable(zeros) for _ in weights] for _ in rows]
+    scales = [row + columns * 2 for row in rows]
+    offsets = [scale + columns // 8 for scale in scales]
+    per_block = form.block_values // BLOCK
+    with code.loop(0, columns // form.block_values) as block:
+        tile.fetch(code, block * form.block_bytes, form.block_bytes)
+        for n, weight in enumerate(weights):
+            for index, part in enumerate(form.unpack(code, weight + block * form.block_bytes)):
+                place = block * per_block + index
+                for r, row in enumerate(rows):
+                    numbers = code.load(row, vector(I16, 32), place * 64)
+                    dots = _multiply_pairs(code, part.numbers, numbers).to(F32) * part.scale
+                    total = code.fma(dots, code.load(scales[r], F32, place * 4), sums[r][n].get())
+                    if part.minimum is not None:
+                        offset = code.first_lane(code.load(offsets[r], F32, place * 4), 16)
+                        total = code.fma(offset, part.minimum, total)
+                    sums[r][n].set(total)
+    return [total.get() for line in sums for total in line]
+
+
+def _float_product(code: Code, kind: str, weight: Value, row: Value, total: Value) -> Value:
+    if kind == "F32":
+        return code.fma(weight, row, total)
+    if kind == "F16":
+        return code.fma(weight.to(F32), row, total)
+    if code.module.isa.dot_bf16:
+        return code.intrinsic(
+            "x86.avx512bf16.dpbf16ps.512", total, weight.bits(BF16), row.bits(BF16), result=total.type, typed=False
+        )
+    pairs = (weight.bits(I32), row.bits(I32))
+    odd, even = ([half(pair).bits(F32) for pair in pairs] for half in (lambda x: x & 0xFFFF0000, lambda x: x << 16))
+    return code.fma(*even, code.fma(*odd, total))
+
+
+def _float_tile(code: Code, kind: str, tile: _Tile) -> list[Value]:
+    """The same for weights that are floats."""
+    weights, rows, columns = tile.weights, tile.rows, tile.columns
+    lanes = 32 if kind == "BF16" else 16
+    stored = vector({"F32": F32, "F16": F16, "BF16": I16}[kind], lanes)
+    size, row_size = FLOAT_BYTES[kind], 2 if kind == "BF16" else 4
+    zeros = code.number(vector(F32, 16), 0.0)
+    sums = [[code.variable(zeros) for _ in weights] for _ in rows]
+
+    def step(i: Value, count: Value | None = None) -> None:
+        """Adds `lanes` products from i on, or only `count`; activations end in zeros."""
+        places = [weight + i * size for weight in weights]
+        loaded = [
+            code.load(place, stored) if count is None else code.load_first(place, stored, count) for place in places
+        ]
+        for r, row in enumerate(rows):
+            values = code.load(row, vector(I16 if kind == "BF16" else F32, lanes), i * row_size)
+            for n, weight in enumerate(loaded):
+                sums[r][n].set(_float_product(code, kind, weight, values, sums[r][n].get()))
+
+    whole = columns // lanes * lanes
+    with code.loop(0, whole, lanes) as i:
+        tile.fetch(code, i * size, lanes * size)
+        step(i)
+    with code.when(whole < columns):
+        step(whole, columns - whole)
+    return [total.get() for line in sums for total in line]
+
+
+def write_matmul(module: Module, kind: str) -> None:
+    """`matmul(weights, row_bytes, columns, start, end, rows, rows_stride, num_rows, out, out_stride, bias)`.
+
+    out[r, n] = weights[n] · rows[r] + bias[n] for n in [start, end); strides in bytes; bias may be 0, none.
+
+    A single row of activations takes the weights one row after the other: the processor fetches one stream ahead of
+    its reader at twice the speed of several that are read in turns. With more rows, tiles of weights are asked for in
+    that order while the tile before is worked on.
+    """
+    with module.function("matmul", 11, exported=True) as (code, args):
+        weights, stride, columns, start, end, rows, rows_stride, num_rows, out, out_stride, bias = args
+
+        def tile(n: Value, num_weights: int, r: Value, size: int) -> None:
+            addresses = _Tile(
+                [weights + (n + i) * stride for i in range(num_weights)],
+                [rows + (r + i) * rows_stride for i in range(size)],
+                columns,
+                weights + (n + num_weights) * stride if num_weights > 1 else None,
+            )
+            if kind in FLOAT_BYTES:
+                sums = _float_tile(code, kind, addresses)
+            else:
+                sums = _block_tile(code, BLOCK_FORMATS[kind], addresses)
+            results = code.sum_lanes_of(sums)
+            extra = code.variable(code.number(results.type if size == 1 else _lanes_type(num_weights), 0.0))
+            with code.when(bias > 0):
+                extra.set(code.load(bias, extra.get().type, n * 4))
+            for j in range(size):
+                line = results if size == 1 else results.part(j * num_weights, num_weights)
+                code.store(line + extra.get(), out + (r + j) * out_stride, n * 4)
+
+        def all_rows(n: Value, num_weights: int) -> None:
+            done = code.i64(0)
+            for size in (TILE, TILE // 2, 1):
+                upto = num_rows // size * size
+                with code.loop(done, upto, size) as r:
+                    tile(n, num_weights, r, size)
+                done = upto
+
+        tiled = (num_rows > 1).where(start + (end - start) // TILE * TILE, start)
+        with code.loop(start, tiled, TILE) as n:
+            all_rows(n, TILE)
+        with code.loop(tiled, end) as n:
+            all_rows(n, 1)
+
+
+def _lanes_type(lanes: int) -> ir.Type:
+    return F32 if lanes == 1 else vector(F32, lanes)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Addresses of the functions for one kind of weights."""
+
+    matmul: int
+    prepare: int
+
+
+@cache
+def kernels(kind: str, level: ISA) -> Kernels:
+    def write(module: Module) -> None:
+        write_prepare(module, prepared_for(kind), exported=True)
+        write_matmul(module, kind)
+
+    made = library(f"matmul {kind}", level, write)
+    return Kernels(made.address("matmul"), made.address(f"prepare_{prepared_for(kind)}"))
+
+
+def callable_at(address: int, num_args: int) -> Callable[..., None]:
+    """A compiled function of i64 arguments; the GIL is released while it runs."""
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * num_args)(address)

@@ -1,0 +1,277 @@
+"""Qwen2-VL, 2.5 and 3 against transformers: pixels, ids, positions, features, logits, greedy answers; training; errors."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import make_picture
+from einops import rearrange
+from family_checks import (
+    CLOSE,
+    as_published,
+    check_account,
+    check_answers,
+    check_finetuning,
+    examples_of,
+    logits_of,
+    roughen,
+    user,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mm_gpt.document import Message
+from mm_gpt.errors import CheckpointError, ConfigError, ImageError
+from mm_gpt.hub.checkpoint import load_model, save_model
+from mm_gpt.hub.families.qwen_vl import read
+from mm_gpt.hub.weights import read_json
+from mm_gpt.model.positions import mrope_components
+from mm_gpt.processor import IGNORE_INDEX, collate, mrope_positions
+from mm_gpt.vision.native_vit import NativeViTConfig
+from mm_gpt.vision.tiling import TilingConfig, nearest_cells
+
+KINDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+PATCH, CELL = 4, 8
+QUESTION = "What is in it?"
+ANSWER: Message = {"role": "assistant", "content": [{"type": "text", "text": "A red ball."}]}
+# Text alone; one image; one of a single window, and a sliver; several sizes between words; two turns
+CHATS: list[list[Message]] = [
+    [user("What is red?")],
+    [user(make_picture(1, (40, 30)), QUESTION)],
+    [user(make_picture(2, (60, 29)), QUESTION)],
+    [user(make_picture(3, (9, 61)), QUESTION)],
+    [user("First ", make_picture(4, (28, 28)), "and ", make_picture(5, (90, 61)), "which is red, é?")],
+    [user(make_picture(6, (31, 57)), QUESTION), ANSWER, user(make_picture(7, (75, 29)), "\n\nand in it?")],
+]
+# What the published ones write for texts and images; the older two begin with a system message of their own
+TEMPLATE = (
+    "{% for message in messages %}SYSTEM<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% if add_vision_id %}Picture: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SYSTEM = (
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+)
+
+
+class Theirs(NamedTuple):
+    folder: Path
+    model: Any
+    processor: Any
+
+    def inputs(self, chat: list[Message]) -> dict[str, Any]:
+        """What their processor makes of one of our chats."""
+        messages = [{"role": m["role"], "content": list(map(self.part, m["content"]))} for m in chat]
+        return dict(
+            self.processor.apply_chat_template(
+                messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        )
+
+    @staticmethod
+    def part(part: Any) -> dict[str, Any]:
+        if isinstance(part, dict):
+            return part
+        return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+
+    def positions(self, inputs: dict[str, Any]) -> Tensor:
+        """(T, 3)"""
+        if "image_grid_thw" not in inputs:
+            return torch.arange(inputs["input_ids"].shape[1])[:, None].expand(-1, 3)
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw")
+        return self.model.model.get_rope_index(**{name: inputs[name] for name in names})[0][:, 0].T
+
+
+def make_tokenizer() -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special += [f"<|{name}|>" for name in ("vision_start", "vision_end", "image_pad", "video_pad")]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["user\nWhat is in it?", "assistant\nA red ball.\n\n"] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def make_theirs(folder: Path, kind: str) -> Theirs:
+    import transformers as hf
+
+    tokenizer = make_tokenizer()
+    text: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": len(tokenizer) + 5}
+    text |= {"max_position_embeddings": 512, "eos_token_id": tokenizer.eos_token_id}
+    text |= {"bos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
+    vision: dict[str, Any] = {"depth": 3, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    if kind == "qwen2_vl":
+        vision |= {"embed_dim": 24, "hidden_size": 32, "mlp_ratio": 2}
+    else:
+        vision |= {"hidden_size": 24, "out_hidden_size": 32, "intermediate_size": 40}
+    if kind == "qwen2_5_vl":
+        vision |= {"window_size": 4 * PATCH, "fullatt_block_indexes": [1]}
+    if kind == "qwen3_vl":
+        vision |= {"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 1]}
+        text["head_dim"] = 16
+        rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    names = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+    config = getattr(hf, names[kind] + "Config")(
+        vision_config=vision,
+        text_config=text | {"rope_parameters": rope},
+        tie_word_embeddings=kind != "qwen2_5_vl",
+        **{
+            f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+            for name, token in (("image", "image_pad"), ("video", "video_pad"))
+        },
+        **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")},
+    )
+    torch.manual_seed(0)
+    model = getattr(hf, names[kind] + "ForConditionalGeneration")(config).eval()
+    roughen(model)
+    sizes = {"patch_size": PATCH, "merge_size": 2, "size": {"shortest_edge": 4 * CELL**2, "longest_edge": 20 * CELL**2}}
+    videos = hf.Qwen3VLVideoProcessor if kind == "qwen3_vl" else hf.Qwen2VLVideoProcessor
+    processor = getattr(hf, names[kind] + "Processor")(
+        hf.Qwen2VLImageProcessor(**sizes),
+        tokenizer,
+        videos(**sizes),
+        chat_template=TEMPLATE.replace("SYSTEM", "" if kind == "qwen3_vl" else SYSTEM),
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return Theirs(folder, model, processor)
+
+
+@pytest.fixture(scope="module")
+def get_theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Theirs]:
+    made: dict[str, Theirs] = {}
+
+    def get(kind: str) -> Theirs:
+        if kind not in made:
+            made[kind] = make_theirs(tmp_path_factory.mktemp(kind), kind)
+        return made[kind]
+
+    return get
+
+
+def check_logits(folder: Path, theirs: Theirs) -> None:
+    """One batch of all chats, padded on the left."""
+    for ours, chat in zip(logits_of(*load_model(folder), CHATS), CHATS, strict=True):
+        theirs.model.model.rope_deltas = None  # it remembers the chat before
+        with torch.inference_mode():
+            expected = theirs.model(**theirs.inputs(chat)).logits[0]
+        assert expected.std() > 0.1
+        torch.testing.assert_close(ours, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_logits_pixels_ids_and_positions(get_theirs: Callable[[str], Theirs], kind: str) -> None:
+    """Stops: rows and columns swapped, positions that count an image's tokens, windows across images or in every layer,
+    features of DeepStack at other layers or places, patches row by row instead of cell by cell."""
+    theirs = get_theirs(kind)
+    model, processor = load_model(theirs.folder)
+    for example, chat in zip(examples_of(processor, CHATS), CHATS, strict=True):
+        expected = theirs.inputs(chat)
+        assert example.input_ids.tolist() == expected["input_ids"][0].tolist()
+        assert torch.equal(example.position_ids, theirs.positions(expected))
+        if not example.images:
+            continue
+        pixels = processor.pixels([example])
+        patches = rearrange(pixels, "n c (a y) (b x) -> (n a b) c y x", y=PATCH, x=PATCH)
+        both = patches[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1)  # they write each image as two frames
+        assert torch.equal(both, expected["pixel_values"])
+        grids = expected["image_grid_thw"]
+        assert [(1, 2 * rows, 2 * cols) for rows, cols in example.grids] == [tuple(grid) for grid in grids.tolist()]
+        with torch.inference_mode():
+            images = model.image_tokens(collate([[example]], pixels))
+            found = theirs.model.model.get_image_features(expected["pixel_values"], grids, return_dict=True)
+        levels = [found.pooler_output, *getattr(found, "deepstack_features", [])]
+        assert len(levels) == 1 + 2 * (kind == "qwen3_vl")
+        for level, parts in enumerate(levels):
+            for image, part in zip(images, parts, strict=True):
+                torch.testing.assert_close([image.tokens, *image.deepstack][level], part, **CLOSE)
+    check_logits(theirs.folder, theirs)
+    one, other = logits_of(model, processor, [[user(make_picture(seed), QUESTION)] for seed in (1, 2)])
+    assert (one - other).abs().max() > 0.1  # the picture matters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_answers(get_theirs: Callable[[str], Theirs], kind: str, tmp_path: Path) -> None:
+    """Stops: a token that is generated at the place after the prompt's tokens, not after its positions."""
+    theirs, picture = get_theirs(kind), make_picture(8, (50, 41))
+    theirs.model.model.rope_deltas = None
+    inputs = theirs.inputs([user(picture, QUESTION)])
+    out = theirs.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+    check_answers(theirs.folder, picture, QUESTION, out[inputs["input_ids"].shape[1] :].tolist(), tmp_path)
+
+
+PUBLISHED = {
+    "qwen2_vl": ({"vision_token_id": 9, "sliding_window": 512, "max_window_layers": 3}, "in_chans", {}),
+    "qwen2_5_vl": ({"vision_token_id": 9, "sliding_window": 512, "max_window_layers": 3}, "in_chans", {}),
+    "qwen3_vl": ({}, "in_channels", {"attention_bias": False, "dtype": "bfloat16", "rope_theta": 1e4}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_published_layout(get_theirs: Callable[[str], Theirs], kind: str, tmp_path: Path) -> None:
+    """As Qwen/Qwen2-VL-2B-Instruct, Qwen2.5-VL-3B-Instruct and Qwen3-VL-2B-Instruct: tensors in shards, the text half
+    between the keys of the whole or, in the last, on its own, and the image processor in a file of its own."""
+    theirs = get_theirs(kind)
+    values = read_json(theirs.folder / "config.json")
+    more, channels, own = PUBLISHED[kind]
+    names = ("hidden_act", "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads")
+    names = (*names, "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "vocab_size", "eos_token_id")
+    if kind == "qwen3_vl":
+        names = (*names, "head_dim")
+    text = {name: values["text_config"][name] for name in names}
+    rope = {"type": "mrope", "mrope_section": [2, 3, 3]}
+    if kind == "qwen3_vl":
+        rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    text |= {"rope_scaling": rope, "rope_theta": 1e4, "use_cache": True, "attention_dropout": 0.0} | own
+    keys = [key for key in values["vision_config"] if key not in ("rope_parameters", "in_channels", "dtype")]
+    vision = {key: values["vision_config"][key] for key in keys} | {channels: 3, "temporal_patch_size": 2}
+    config = {key: values[key] for key in values if key.endswith(("token_id", "type")) or key == "architectures"}
+    config |= {"tie_word_embeddings": kind != "qwen2_5_vl", "vision_config": vision}
+    if kind == "qwen3_vl":
+        config["text_config"] = text | {"model_type": "qwen3_vl_text"}
+        vision["model_type"] = "qwen3_vl"
+    else:
+        config |= text | more | {"torch_dtype": "bfloat16", "use_sliding_window": False}
+        vision |= {"spatial_patch_size": PATCH, "tokens_per_second": 2}
+    images = read_json(theirs.folder / "processor_config.json")["image_processor"]
+    if kind == "qwen2_vl":
+        images |= {"min_pixels": images["size"]["shortest_edge"], "max_pixels": images["size"]["longest_edge"]}
+        images["size"] = {"min_pixels": 1, "max_pixels": 2}
+    if kind == "qwen2_5_vl":
+        images["image_processor_type"] = "Qwen2_5_VLImageProcessor"
+    folder = as_published(theirs.folder, tmp_path / "published", config, {}, json.dumps(images))
+    model, processor = load_model(folder)
+    expected = load_model(theirs.folder)
+    assert (model.config, processor.config) == (expected[0].config, expected[1].config)
+    check_logits(folder, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_as_transformers_has_them_in_memory(
+    get_theirs: Callable[[str], Theirs], kind: str, tmp_path: Path
+) -> None:
+    theirs = get_theirs(kind)
+    folder = shutil.copytree(theirs.folder, tmp_path / "copy")
+    theirs.model.save_pretrained(folder, save_original_format=False)
+    one, other = (load_model(path)[0].state_dict() for path in (theirs.folder, folder))
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,123 @@
+"""Towers with packed weights: close to float32, the same bits in any company, and not dead."""
+
+import copy
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.kernels import tiles
+from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
+from mm_gpt.vision.vit import LayerScale, ViTConfig
+
+needs_instructions = pytest.mark.skipif(tiles.missing() is not None, reason=str(tiles.missing()))
+SIGLIP: dict[str, Any] = {"activation": "gelu_tanh"}
+CLIP: dict[str, Any] = {"activation": "quick_gelu", "class_token": True, "pre_norm": True, "patch_bias": False}
+CLIP |= {"feature_layer": -2, "post_norm": False, "image_size": 50}  # what is behind the last whole patch is not seen
+INTERN: dict[str, Any] = {"norm": "rms", "qkv_bias": False, "qk_norm": True, "layer_scale": True, "last_norm": False}
+NARROW: dict[str, Any] = {"width": 60, "num_heads": 3, "mlp_width": 100}
+
+
+def encoder(**changes: Any) -> VisionEncoder:
+    """With weights of every size and features that stand out, as those of trained towers do."""
+    values = {"image_size": 48, "patch_size": 8, "width": 96, "num_layers": 3, "num_heads": 4, "mlp_width": 200}
+    config = ViTConfig(**values | changes)
+    torch.manual_seed(0)
+    vision = VisionEncoder(VisionConfig(model=config, image_size=config.image_size)).eval()
+    for module in vision.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+        elif isinstance(module, LayerScale):
+            nn.init.uniform_(module.factors, 0.1, 1)
+        if getattr(module, "bias", None) is not None:
+            nn.init.normal_(module.bias, std=0.2)
+    return vision
+
+
+@needs_instructions
+@pytest.mark.parametrize("config", [SIGLIP, CLIP, INTERN, NARROW])
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+@torch.inference_mode()
+def test_tokens_are_close_to_float32(config: dict[str, Any], dtype: Literal["bf16", "int8", "int4"]) -> None:
+    vision = encoder(**config)
+    size = vision.config.image_size
+    pixels = torch.randn(3, 3, size, size)
+    expected = vision(pixels)
+    assert vision.prepare(dtype) is None
+    found = vision(pixels)
+    assert found.dtype == torch.float32
+    similarity = F.cosine_similarity(found, expected, dim=-1)
+    assert similarity.min() > (0.9995 if dtype == "bf16" else 0.999)
+    length = found.norm(dim=-1) / expected.norm(dim=-1)
+    assert (length - 1).abs().max() < 0.03
+    # Its own tokens, whoever is encoded with it
+    for i in range(3):
+        assert torch.equal(vision(pixels[i : i + 1])[0], found[i])
+    assert F.cosine_similarity(found[0], found[1], dim=-1).min() < 0.99  # not dead
+    assert torch.equal(vision(pixels), found)
+    assert vision(pixels[:0]).shape == (0, *found.shape[1:])
+
+
+@needs_instructions
+@torch.inference_mode()
+def test_threads_change_no_bit() -> None:
+    vision = encoder()
+    vision.prepare("int8")
+    pixels = torch.randn(2, 3, 48, 48)
+    before = torch.get_num_threads()
+    tokens = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            tokens.append(vision(pixels))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(tokens[0], tokens[1])
+    assert torch.equal(tokens[0], tokens[2])
+
+
+@needs_instructions
+def test_packed_towers_are_for_inference_alone() -> None:
+    """Stops: a checkpoint without the tower's weights, a tower that does not learn."""
+    vision = encoder()
+    vision.prepare("bf16")
+    vision.prepare("bf16")  # once more changes nothing
+    model = nn.ModuleDict({"vision": vision})
+    with pytest.raises(MMGPTError, match="the ViT is packed in bf16: to save it, load it in fp32"):
+        model.state_dict()
+    with pytest.raises(ConfigError, match="packed in bf16: to train it"):
+        vision.unfreeze(1)
+    # No second copy: what is left are the positions and the norm behind the blocks
+    assert sum(parameter.numel() for parameter in vision.parameters()) == 36 * 96 + 2 * 96
+
+
+def test_float32_stays_as_it_is() -> None:
+    vision = encoder()
+    pixels = torch.randn(1, 3, 48, 48)
+    plain = copy.deepcopy(vision)
+    assert vision.prepare("fp32") is None
+    with torch.inference_mode():
+        assert torch.equal(vision(pixels), plain(pixels))
+    assert vision.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_processors_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles.llvmlite.binding, "get_host_cpu_features", lambda: {"avx512f": True})
+    tiles.missing.cache_clear()
+    vision = encoder()
+    try:
+        assert vision.prepare("int8") == "the processor has no avx512bw"
+    finally:
+        tiles.missing.cache_clear()
+    assert vision.state_dict()
+
+
+def test_other_towers_keep_float32() -> None:
+    vision = VisionEncoder(VisionConfig(model="timm/tf_efficientnet_lite0", image_size=64)).eval()
+    assert vision.prepare("int8") == "timm/tf_efficientnet_lite0 has no products in int8"
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in vision.modules())
