@@ -7,10 +7,10 @@ arguments to a parser, and a function that runs it.
 import argparse
 import gc
 import glob
-import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mm_gpt.errors import MMGPTError
 
 if TYPE_CHECKING:
-    from mm_gpt.inference.assistant import GenerationOptions
+    from mm_gpt.inference.assistant import Assistant, GenerationOptions
 
 EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 3, 130, 141
 
@@ -76,8 +76,8 @@ def add_generation(parser: argparse.ArgumentParser, *, beams: int | None, tokens
 
 def generation_options(args: argparse.Namespace) -> "GenerationOptions":
     """The options that were given, checked before a model is loaded."""
-    import_once("mm_gpt.inference.assistant")
-    from mm_gpt.inference.assistant import generation_config
+    with nothing_collected():
+        from mm_gpt.inference.assistant import generation_config
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "no_repeat_ngram_size", "seed", "stop")
     options: Any = {name: value for name in names if (value := getattr(args, name, None)) is not None}
@@ -85,16 +85,28 @@ def generation_options(args: argparse.Namespace) -> "GenerationOptions":
     return options
 
 
-def import_once(module: str) -> None:
-    """Import what brings torch with it. None of it is garbage: Python does not search there for any, which takes a
-    fifth of the time, neither meanwhile nor later."""
-    if module not in sys.modules:
-        gc.disable()
-        try:
-            importlib.import_module(module)
-        finally:
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """While modules are imported and a model is loaded: none of that is garbage, and to search there for some takes a
+    fifth of the time. What was imported is not searched later either."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():
             gc.freeze()
-            gc.enable()
+        gc.enable()
+
+
+def load_assistant(args: argparse.Namespace) -> "Assistant":
+    """The model that the options of `add_model` name."""
+    with nothing_collected():
+        import mm_gpt
+
+        return mm_gpt.load(args.model, device=args.device, dtype=args.dtype)
 
 
 def positive(text: str) -> int:

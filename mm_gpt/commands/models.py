@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_gpt.commands.command import Command, add_model, check_folder, import_once, positive
+from mm_gpt.commands.command import Command, add_model, check_folder, nothing_collected, positive
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +49,8 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    import_once("mm_gpt.serving.gradio_demo")
-    from mm_gpt.serving.gradio_demo import launch
+    with nothing_collected():
+        from mm_gpt.serving.gradio_demo import launch
 
     launch(args.model, args.host, args.port, args.device, args.dtype)
     return 0

@@ -322,6 +322,8 @@ def _check_images(model: MMGPT, config: ProcessorConfig, where: str) -> None:
     given = None if config.image is None else config.image.size
     if size != given:
         raise CheckpointError(f"{where}: images of {given} pixels are prepared for a model that sees {size}")
+    if config.mrope and not model.decoder.config.mrope_section:
+        raise CheckpointError(f"{where}: mrope is true, but the decoder has no mrope_section")
     if config.tokens_per_image != model.tokens_per_image:
         raise CheckpointError(
             f"{where}: tokens_per_image is {config.tokens_per_image}, but the model makes {model.tokens_per_image}"

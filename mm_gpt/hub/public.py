@@ -194,6 +194,9 @@ FAMILY_CHECKS = (
     ),
     FamilyCheck("Gemma 3 with images", ("gemma3",), "Gemma3ForConditionalGeneration", "2e-6", "test_family_gemma3"),
     FamilyCheck("InternVL", ("internvl",), "InternVLForConditionalGeneration", "2e-6", "test_family_internvl"),
+    FamilyCheck("Qwen2-VL", ("qwen2_vl",), "Qwen2VLForConditionalGeneration", "5e-6", "test_family_qwen_vl"),
+    FamilyCheck("Qwen2.5-VL", ("qwen2_5_vl",), "Qwen2_5_VLForConditionalGeneration", "5e-6", "test_family_qwen_vl"),
+    FamilyCheck("Qwen3-VL", ("qwen3_vl",), "Qwen3VLForConditionalGeneration", "5e-6", "test_family_qwen_vl"),
     FamilyCheck("Kosmos-2", ("kosmos-2",), "Kosmos2ForConditionalGeneration", "2e-6", "test_family_kosmos2"),
 )
 """Pixel values, tiling and prompt ids are equal, exactly, in all of them."""
