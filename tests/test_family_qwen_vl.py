@@ -35,7 +35,8 @@ from mm_gpt.model.positions import mrope_components
 from mm_gpt.processor import IGNORE_INDEX, collate
 from mm_gpt.templates.image_text import mrope_positions
 from mm_gpt.vision.native_vit import NativeViTConfig
-from mm_gpt.vision.tiling import TilingConfig, nearest_cells
+from mm_gpt.vision.tiling import Tiler, TilingConfig, nearest_cells
+from mm_gpt.vision.transforms import ImageTransformConfig
 
 KINDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 PATCH, CELL = 4, 8
@@ -505,6 +506,9 @@ def test_configurations_are_checked() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             TilingConfig(**values)
+    many = TilingConfig(kind="native", whole=False, min_pixels=1, max_pixels=2**26)
+    with pytest.raises(ConfigError, match="makes up to 4194304 tiles of 4 pixels: too many"):
+        Tiler(ImageTransformConfig(4), many)
     sizes: dict[str, Any] = {"patch_size": 4, "width": 24, "num_layers": 2, "num_heads": 2, "mlp_width": 8}
     for changes, message in (
         ({"merge": 0}, "merge must be positive, got 0"),
