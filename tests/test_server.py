@@ -4,24 +4,21 @@ import asyncio
 import base64
 import io
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from conftest import make_picture, make_tiny
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
 from PIL import Image as PILImage
+from running_server import serving
 
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.inference.assistant import Assistant
-
-pytest.importorskip("uvicorn", reason="the server needs its extra")
-openai = pytest.importorskip("openai", reason="its client is what is tested with")
-
-from openai.types import completion_create_params
-from openai.types.chat import completion_create_params as chat_create_params
-from running_server import serving
-
 from mm_gpt.serving.server.service import Service
 
 ASK = [{"role": "user", "content": "Describe the image."}]
@@ -412,12 +409,11 @@ def test_a_broken_image_is_named_before_anything_runs(client: Any) -> None:
     """The header is fine, and what follows is not."""
     buffer = io.BytesIO()
     make_picture(4, (200, 100)).save(buffer, "JPEG")
-    good, cut = (
-        f"data:image/jpeg;base64,{base64.b64encode(d).decode()}" for d in (buffer.getvalue(), buffer.getvalue()[:700])
-    )
+    whole = buffer.getvalue()
+    good, cut = (f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" for data in (whole, whole[:700]))
+    content = [image_part(good), image_part(cut)]
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError, match="broken image") as caught:
-            content = [image_part(good), image_part(cut)]
             client.chat.completions.create(messages=[{"role": "user", "content": content}], stream=stream, **GREEDY)
         assert caught.value.param == "messages[0].content[1].image_url.url"
 
@@ -494,3 +490,64 @@ def test_metrics_count(client: Any, address: str) -> None:
     assert grown["mm_gpt_time_to_first_token_seconds_count"] == 2
     assert grown['vllm:e2e_request_latency_seconds_count{model_name="tiny"}'] == 2
     assert after["mm_gpt_prompts_running"] == after['vllm:num_requests_waiting{model_name="tiny"}'] == 0
+
+
+# ---- the form of answers ----
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def in_form(client: Any, **form: Any) -> str:
+    answer = client.chat.completions.create(
+        model="tiny", messages=ASK, temperature=1.5, seed=3, max_completion_tokens=120, extra_body=form
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    text: str = answer.choices[0].message.content
+    return text
+
+
+def test_answers_have_the_form_that_was_asked_for(client: Any) -> None:
+    schema = {"name": "person", "strict": True, "schema": PERSON}
+    person = json.loads(in_form(client, response_format={"type": "json_schema", "json_schema": schema}))
+    assert sorted(person) == ["age", "name"]
+    assert json.loads(in_form(client, structured_outputs={"json": PERSON})).keys() == person.keys()
+    assert re.fullmatch(r"[A-C]{3}-\d", in_form(client, structured_outputs={"regex": r"[A-C]{3}-\d"}))
+    assert in_form(client, structured_outputs={"choice": ["yes", "no"]}) in ("yes", "no")
+    words = client.completions.create(
+        model="tiny", prompt="A", max_tokens=40, extra_body={"structured_outputs": {"choice": ["a b", "c"]}}
+    )
+    assert words.choices[0].text in ("a b", "c")
+
+
+@pytest.mark.parametrize(
+    ("form", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "response_format.json_schema.name",
+        ),
+        ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
+            "response_format",
+        ),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"grammar": "root"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"guided_regex": "a"}, "guided_regex"),
+    ],
+)
+def test_a_form_that_cannot_be_kept_is_refused_before_the_first_token(client: Any, form: Any, param: str) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model="tiny", messages=ASK, stream=stream, extra_body=form)
+        assert caught.value.param == param
+    assert client.chat.completions.create(messages=ASK, max_completion_tokens=1, **GREEDY).choices
