@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import mm_gpt
 from mm_gpt.document import Image, Message
 from mm_gpt.errors import CheckpointError, ConfigError, ImageError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
@@ -224,6 +225,22 @@ def test_the_same_answers(get_theirs: Callable[[str], Theirs], kind: str, tmp_pa
     inputs = theirs.inputs([user(picture, QUESTION)])
     out = theirs.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
     check_answers(theirs.folder, picture, QUESTION, out[inputs["input_ids"].shape[1] :].tolist(), tmp_path)
+
+
+def test_turns_and_neighbours(get_theirs: Callable[[str], Theirs]) -> None:
+    """A second turn, whose beginning was read before, and pictures of several sizes in one batch: each answer is the
+    one that its prompt gets alone. Stops: a turn that goes on at the number of tokens before it."""
+    assistant = mm_gpt.load(get_theirs("qwen3_vl").folder, device="cpu", dtype="fp32")
+    options: Any = {"max_new_tokens": 6, "no_repeat_ngram_size": 0}
+    talk = assistant.conversation(**options)
+    first, second = [Image(make_picture(1, (70, 30))), QUESTION], ["and ", Image(make_picture(2, (20, 50))), "here?"]
+    answers = [str(talk.say(first)), str(talk.say(second))]
+    turns = [user(*first), {"role": "assistant", "content": answers[0]}, user(*second)]
+    fresh = mm_gpt.load(get_theirs("qwen3_vl").folder, device="cpu", dtype="fp32")
+    assert str(fresh.chat(turns, **options)) == answers[1]
+    pictures = [make_picture(number, size) for number, size in enumerate([(40, 30), (90, 61), (9, 61)])]
+    together = fresh.caption(pictures, prompt=QUESTION, num_beams=2, **options)
+    assert together == [fresh.caption([picture], prompt=QUESTION, num_beams=2, **options)[0] for picture in pictures]
 
 
 PUBLISHED = {
