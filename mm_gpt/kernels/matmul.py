@@ -295,9 +295,10 @@ def _float_product(code: Code, kind: str, weight: Value, row: Value, total: Valu
         return code.intrinsic(
             "x86.avx512bf16.dpbf16ps.512", total, weight.bits(BF16), row.bits(BF16), result=total.type, typed=False
         )
-    pairs = (weight.bits(I32), row.bits(I32))
-    odd, even = ([half(pair).bits(F32) for pair in pairs] for half in (lambda x: x & 0xFFFF0000, lambda x: x << 16))
-    return code.fma(*even, code.fma(*odd, total))
+    low_weight, low_row = (pair.bits(I32) << 16 for pair in (weight, row))
+    high_weight, high_row = (pair.bits(I32) & 0xFFFF0000 for pair in (weight, row))
+    total = code.fma(high_weight.bits(F32), high_row.bits(F32), total)
+    return code.fma(low_weight.bits(F32), low_row.bits(F32), total)
 
 
 def _float_tile(code: Code, kind: str, tile: _Tile) -> list[Value]:
