@@ -75,7 +75,7 @@ class VisionEncoder(nn.Module):
         self.config = config
         self._unfolded: dict[str, Tensor] = {}
         """The tower's weights before BatchNorm was folded, if it was."""
-        self._packed: str | None = None
+        self._packed: Literal["bf16", "int8"] | None = None
         """What the tower's weights are packed in, if they are."""
         self.tower: ViT | NativeViT | Trunk | OpenClipTower
         if isinstance(config.model, ViTConfig):
@@ -152,7 +152,7 @@ class VisionEncoder(nn.Module):
             block.requires_grad_(True)
 
     def state_dict(self, *args: Any, prefix: str = "", **options: Any) -> Any:
-        """As `config` has it, also after `fold_batch_norm`. Raises MMGPTError where `prepare` has packed the weights."""
+        """As `config` has it, also after `fold_batch_norm`. Raises MMGPTError where `prepare` packed the weights."""
         if self._packed:
             raise MMGPTError(f"{self.config.model_name} is packed in {self._packed}: to save it, load it in fp32")
         state = super().state_dict(*args, prefix=prefix, **options)

@@ -61,7 +61,7 @@ def _pack_block(block: Block, kind: Kind) -> VisionBlock:
     attention, mlp = block.attention, block.mlp
 
     def normalise_heads(qkv: np.ndarray) -> None:
-        q, k, _ = torch.from_numpy(qkv).chunk(3, dim=-1)
+        q, k, _ = torch.from_numpy(qkv).chunk(3, dim=-1)  # views
         q.copy_(attention.q_norm(q))
         k.copy_(attention.k_norm(k))
 

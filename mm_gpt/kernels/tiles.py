@@ -89,9 +89,9 @@ def bits_of_float(_context: Any, _value: Any) -> Any:
 def _tile(name: str, operand: ir.Type, total: ir.Type) -> Callable[..., None]:
     """tile(rows, stride, panel, groups, row_scale, zero, scale, sums, bias, out, out_stride), pointers as integers.
 
-    `rows` and `out` are 6 rows of bytes and of floats, `stride` and `out_stride` bytes apart. `panel` lies on a multiple
-    of 64 bytes, and `groups` is at least 1. out = (total - zero sums) row_scale scale + bias in int8, and total + bias
-    in bfloat16. `row_scale` and `zero` hold one value a row, the others one a column.
+    `rows` and `out` are 6 rows of bytes and of floats, `stride` and `out_stride` bytes apart. `panel` lies on a
+    multiple of 64 bytes, and `groups` is at least 1. out = (total - zero sums) row_scale scale + bias in int8, and
+    total + bias in bfloat16. `row_scale` and `zero` hold one value a row, the others one a column.
     """
 
     def emit(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
