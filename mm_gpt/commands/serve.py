@@ -5,12 +5,8 @@ import ipaddress
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mm_gpt.commands.command import Command, add_model, positive
-
-if TYPE_CHECKING:
-    from mm_gpt.inference.assistant import Assistant
+from mm_gpt.commands.command import Command, add_model, load_assistant, positive
 
 KEY = "MM_GPT_API_KEY"
 
@@ -46,9 +42,11 @@ def _port(text: str) -> int:
 
 
 def run_serve(args: argparse.Namespace) -> int:
+    from mm_gpt.hub.choice import chosen_model
     from mm_gpt.serving.server.config import ServerConfig
     from mm_gpt.serving.server.run import listen, serve
 
+    args.model = chosen_model() if args.model is None else args.model
     key = args.api_key if args.api_key is not None else os.environ.get(KEY, "")
     config = ServerConfig(
         api_key=key,
@@ -64,13 +62,8 @@ def run_serve(args: argparse.Namespace) -> int:
     if not key and not _is_loopback(args.host):
         print(f"mm-gpt: anyone who reaches {args.host} can use this server: set {KEY}", file=sys.stderr)
 
-    def load() -> "Assistant":
-        import mm_gpt
-
-        return mm_gpt.load(args.model, device=args.device)
-
     with listen(args.host, args.port) as sock:
-        serve(load, args.name or _name(args.model), config, sock)
+        serve(lambda: load_assistant(args), args.name or _name(args.model), config, sock)
     return 0
 
 
