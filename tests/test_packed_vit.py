@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.kernels import tiles
+from mm_gpt.vision.connectors import ConnectorConfig, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
+from mm_gpt.vision.native_vit import NativeViTConfig
 from mm_gpt.vision.vit import LayerScale, ViTConfig
 
 needs_instructions = pytest.mark.skipif(tiles.missing() is not None, reason=str(tiles.missing()))
@@ -121,3 +123,37 @@ def test_other_towers_keep_float32() -> None:
     vision = VisionEncoder(VisionConfig(model="timm/tf_efficientnet_lite0", image_size=64)).eval()
     assert vision.prepare("int8") == "timm/tf_efficientnet_lite0 has no products in int8"
     assert not any(isinstance(module, nn.BatchNorm2d) for module in vision.modules())
+
+
+@needs_instructions
+@pytest.mark.parametrize("kind", ["linear", "mlp", "pixel_shuffle", "pixel_shuffle_mlp", "resampler", "xconnector"])
+@torch.inference_mode()
+def test_connectors_go_with_the_tower(kind: Any) -> None:
+    torch.manual_seed(0)
+    vision, config = encoder(), ConnectorConfig(kind=kind, num_latents=4, depth=2)
+    connector = build_connector(config, vision.width, 64, vision.num_patches).eval()
+    tokens = torch.randn(2, vision.num_patches, vision.width)
+    expected = connector(tokens)
+    vision.prepare("int8", connector)
+    found = connector(tokens)
+    assert not any(type(module) is nn.Linear for module in connector.modules())
+    assert F.cosine_similarity(found, expected, dim=-1).min() > 0.9995
+    assert not torch.equal(found, expected)
+    assert connector(tokens[:0]).shape == (0, *expected.shape[1:])
+    with pytest.raises(MMGPTError, match="packed in bf16: to save them"):
+        nn.ModuleDict({"connector": connector}).state_dict()
+
+
+@needs_instructions
+@torch.inference_mode()
+def test_towers_of_native_resolution() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"patch_size": 4, "merge": 2, "width": 64, "num_layers": 3, "num_heads": 4, "mlp_width": 96}
+    config = NativeViTConfig(**sizes)
+    vision = VisionEncoder(VisionConfig(model=config, image_size=config.image_size)).eval()
+    cells, grids = torch.randn(10, 3, 8, 8), [(2, 3), (4, 1)]
+    expected = vision(cells, grids)
+    assert vision.prepare("int8") is None
+    assert F.cosine_similarity(vision(cells, grids), expected, dim=-1).min() > 0.999
+    with pytest.raises(MMGPTError, match="packed in bf16"):
+        vision.state_dict()
