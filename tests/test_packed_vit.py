@@ -1,15 +1,23 @@
 """Towers with packed weights: close to float32, the same bits in any company, and not dead."""
 
 import copy
+import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from conftest import make_picture, make_tiny, tiny_config
 from torch import nn
 from torch.nn import functional as F
 
+import mm_gpt
+from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.hub.checkpoint import save_model
 from mm_gpt.kernels import tiles
+from mm_gpt.model.mmgpt import MMGPT
+from mm_gpt.processor import collate
 from mm_gpt.vision.connectors import ConnectorConfig, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
 from mm_gpt.vision.native_vit import NativeViTConfig
@@ -157,3 +165,29 @@ def test_towers_of_native_resolution() -> None:
     assert F.cosine_similarity(vision(cells, grids), expected, dim=-1).min() > 0.999
     with pytest.raises(MMGPTError, match="packed in bf16"):
         vision.state_dict()
+
+
+@needs_instructions
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_a_loaded_model_sees_alike_in_each_dtype(dtype: str, tmp_path: Path) -> None:
+    """From a folder to the tokens that the decoder reads. Stops: a tower that is prepared twice, or not at all."""
+    _, processor = make_tiny()
+    vision = dataclasses.replace(encoder(image_size=32).config)
+    config = dataclasses.replace(tiny_config(processor.tokenizer.vocab_size), vision=vision)
+    model = MMGPT(config)
+    model.vision = encoder(image_size=32)
+    settings = dataclasses.replace(processor.config, tokens_per_image=model.tokens_per_image)
+    save_model(model, type(processor)(processor.tokenizer, settings, vocab_size=processor.vocab_size), tmp_path)
+    plain, packed = (mm_gpt.load(tmp_path, device="cpu", dtype=name) for name in ("fp32", dtype))
+    seen = []
+    for assistant in (plain, packed):
+        documents = [Document((Image(make_picture(seed)), Text("What?"))) for seed in (0, 1)]
+        examples = [assistant.processor(document) for document in documents]
+        batch = collate([[example] for example in examples], assistant.processor.pixels(examples))
+        with torch.inference_mode():
+            seen.append([image.tokens for image in assistant.model.image_tokens(batch)])
+        assert assistant.ask(make_picture(0), "What?", max_new_tokens=2).image_tokens == settings.tokens_per_image + 2
+    for exact, found in zip(*seen, strict=True):
+        assert F.cosine_similarity(exact, found, dim=-1).min() > 0.999
+        assert not torch.equal(exact, found)
+    assert F.cosine_similarity(*seen[1], dim=-1).min() < 0.99

@@ -5,10 +5,8 @@ scores of all the keys stay in the nearest cache, so that the softmax is the pla
 """
 
 import numpy as np
-from numba import njit
 
-from mm_gpt.kernels.gemm import _options
-from mm_gpt.kernels.tiles import GROUP, TILE_COLUMNS, TILE_ROWS, address, aligned, bf16_tile, run, softmax_row
+from mm_gpt.kernels.tiles import GROUP, TILE_COLUMNS, TILE_ROWS, address, aligned, bf16_tile, jit, run, softmax_row
 
 _PAIR = GROUP // 2
 """Values of bfloat16 in a group."""
@@ -61,7 +59,7 @@ def _attend(qkv: np.ndarray, out: np.ndarray, heads: int, some: range) -> None:
         _attend_head(qkv, head * size, size, key_panels, value_panels, absent, scores, weights, out)
 
 
-@njit(**_options)
+@jit()
 def _attend_head(qkv, start, size, keys, values, absent, scores, weights, out):  # type: ignore[no-untyped-def]
     """The head whose queries begin at column `start`."""
     factor = np.float32(1.442695 / np.sqrt(size))

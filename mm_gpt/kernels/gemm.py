@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numba import njit
 
 from mm_gpt.errors import MMGPTError
 from mm_gpt.kernels.tiles import (
@@ -27,6 +26,7 @@ from mm_gpt.kernels.tiles import (
     bits_of_float,
     float_of_bits,
     int8_tile,
+    jit,
     run,
 )
 
@@ -37,10 +37,6 @@ ROW_BLOCK = 8 * TILE_ROWS
 MAX_COLUMNS = 2**16
 """K up to which no sum of 255 · 127 leaves int32."""
 NO_ACTIVATION, GELU, GELU_TANH, QUICK_GELU = range(4)
-
-_FAST = {"reassoc", "contract", "nsz", "arcp"}  # not nnan: a NaN must come out as one
-_options = {"nogil": True, "cache": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-_inner = _options | {"no_cpython_wrapper": True}  # called by compiled code alone; half the time to compile
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +160,7 @@ def weights_of(packed: PackedWeight) -> tuple[bool, np.ndarray, np.ndarray, np.n
     return packed.kind == "int8", packed.panels, packed.scale, packed.sums, packed.bias
 
 
-@njit(fastmath=_FAST, **_options)
+@jit(fast=True)
 def normalise_rows(x, start, stop, norm, out):  # type: ignore[no-untyped-def]
     """Rows start to stop of x into the first rows of `out`, by LayerNorm or RMSNorm.
 
@@ -194,7 +190,7 @@ def quantise_rows(x: np.ndarray, start: int, stop: int, kind: Kind, rows: "Rows"
         to_bf16(x, start, stop, rows.arrays[0].view(np.uint16), to)
 
 
-@njit(**_options)
+@jit()
 def _to_uint8(x, start, stop, values, scales, zeros, to):  # type: ignore[no-untyped-def]
     """A row is scale * (values - zero). NaN and infinity make the scale so."""
     width = x.shape[1]
@@ -222,7 +218,7 @@ def _to_uint8(x, start, stop, values, scales, zeros, to):  # type: ignore[no-unt
             values[place, i] = np.uint8(0)
 
 
-@njit(**_options)
+@jit()
 def to_bf16(x, start, stop, out, to):  # type: ignore[no-untyped-def]
     """Rows start to stop of x as the bits of bfloat16, ties to even, into `out` from `to` on, with zeros behind."""
     width = x.shape[1]
@@ -236,7 +232,7 @@ def to_bf16(x, start, stop, out, to):  # type: ignore[no-untyped-def]
             out[place, i] = np.uint16(0)
 
 
-@njit(**_options)
+@jit()
 def multiply_rows(rows, weights, start, stop, first, last, activation, add, out, to):  # type: ignore[no-untyped-def]
     """Rows start to stop times panels first to last: written to rows of `out` from `to` on, or added to them.
 
@@ -277,7 +273,7 @@ def multiply_rows(rows, weights, start, stop, first, last, activation, add, out,
                         out[target_row + i, column + j] = before + tile[i, j]
 
 
-@njit(fastmath=_FAST, **_options)
+@jit(fast=True)
 def activate(values, activation):  # type: ignore[no-untyped-def]
     """Values (rows, columns) in place."""
     for i in range(values.shape[0]):
@@ -293,7 +289,7 @@ def activate(values, activation):  # type: ignore[no-untyped-def]
                 values[i, j] = _swish(x, x * (linear + cubic * square))
 
 
-@njit(fastmath=_FAST, **_inner)
+@jit(fast=True, inner=True)
 def exp2(x):  # type: ignore[no-untyped-def]
     """2^x for x <= 0, to 2e-7 of itself, in operations that become vector instructions; 2^-126 is the least."""
     x = max(x, np.float32(-126))
@@ -305,14 +301,14 @@ def exp2(x):  # type: ignore[no-untyped-def]
     return p * float_of_bits(np.int32((whole + np.int32(127)) << np.int32(23)))
 
 
-@njit(fastmath=_FAST, **_inner)
+@jit(fast=True, inner=True)
 def _swish(x, y):  # type: ignore[no-untyped-def]
     """x times the logistic function of y."""
     e = exp2(-abs(y) * np.float32(1.442695))
     return x * (np.float32(1) if y > 0 else e) / (np.float32(1) + e)
 
 
-@njit(fastmath=_FAST, **_inner)
+@jit(fast=True, inner=True)
 def _gelu(x):  # type: ignore[no-untyped-def]
     """x Phi(x), the error function after Abramowitz and Stegun, 7.1.26: to 1.5e-7 of Phi."""
     t = np.float32(1) / (np.float32(1) + np.float32(0.23164189) * abs(x))

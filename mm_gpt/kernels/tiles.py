@@ -9,15 +9,17 @@ The order of the sums of one output depends on nothing but K: its bits do not de
 """
 
 import os
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 TILE_ROWS, TILE_COLUMNS = 6, 64
@@ -55,6 +57,24 @@ def missing() -> str | None:
     features = llvmlite.binding.get_host_cpu_features()
     absent = [name for name in ("avx512f", "avx512bw", "avx512vnni", "avx512bf16") if not features.get(name)]
     return f"the processor has no {absent[0]}" if absent else None
+
+
+_VERSION = f"{zlib.crc32(Path(__file__).read_bytes()):x}"
+_FAST = {"reassoc", "contract", "nsz", "arcp"}  # not nnan: a NaN must come out as one
+
+
+def jit(*, fast: bool = False, inner: bool = False) -> Callable[[Any], Any]:
+    """Compiled when it is first called, without the interpreter's lock, and kept on disk.
+
+    `fast`: sums may be taken in the order that is fastest, the same each time. `inner`: only compiled code calls it.
+    """
+
+    def decorate(function: Any) -> Any:
+        function.__qualname__ += f"_{_VERSION}"  # numba keeps it until its own file changes, but this one is part of it
+        options = {"nogil": True, "cache": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+        return njit(fastmath=_FAST if fast else False, no_cpython_wrapper=inner, **options)(function)
+
+    return decorate
 
 
 @intrinsic
