@@ -11,7 +11,7 @@ from mm_gpt.errors import MMGPTError
 from mm_gpt.kernels import gemm as kernels
 from mm_gpt.kernels.full_attention import attend, room_for_heads
 from mm_gpt.kernels.gemm import MAX_COLUMNS, Kind, gemm, pack
-from mm_gpt.kernels.tiles import missing
+from mm_gpt.kernels.tiles import missing, run
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 SIZES = [(1, 1), (3, 5), (64, 64), (65, 63), (127, 130), (200, 768)]
@@ -171,3 +171,20 @@ def test_attention_lets_nan_through() -> None:
     out = attention(qkv, 1)[0]
     assert out[3].isnan().all()
     np.testing.assert_allclose(np.delete(out, 3, axis=0), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_item_is_done_once_and_errors_come_out(threads: int) -> None:
+    done: list[int] = []
+    run(done.append, range(100), threads)
+    assert sorted(done) == list(range(100))
+
+    def fail(item: int) -> None:
+        done.append(item)
+        if item == 7:
+            raise ValueError("seven")
+
+    with pytest.raises(ValueError, match="seven"):
+        run(fail, range(20), threads)
+    run(done.append, [1000], threads)  # the threads live on
+    assert done[-1] == 1000

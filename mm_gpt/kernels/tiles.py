@@ -11,7 +11,7 @@ The order of the sums of one output depends on nothing but K: its bits do not de
 import os
 import zlib
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -260,16 +260,23 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def run(job: Callable[[Any], None], items: Iterable[Any], threads: int) -> None:
-    """`job(item)` for every item, by `threads` threads that take the next one as they become free.
+    """`job(item)` for every item, by `threads` threads, the caller's among them, each taking the next when it is free.
 
     `job` calls what gives up the interpreter's lock. Raises what a job raised, after all have ended.
     """
-    if threads == 1:
-        for item in items:
+    waiting = iter(list(items))  # a list's: the next item of it can be taken by any thread
+
+    def work() -> None:
+        for item in waiting:
             job(item)
-        return
-    for _ in _pool(threads, os.getpid()).map(job, items):
-        pass
+
+    others = [_pool(threads, os.getpid()).submit(work) for _ in range(threads - 1)]
+    try:
+        work()
+    finally:
+        wait(others)
+    for other in others:
+        other.result()
 
 
 @cache
