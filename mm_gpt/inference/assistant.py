@@ -99,7 +99,7 @@ class Assistant:
         model.eval().requires_grad_(False)
         if device.type == "cpu":
             if model.vision is not None:
-                model.vision.prepare(weights_dtype(model.decoder))
+                model.vision.prepare(weights_dtype(model.decoder), model.connector)
         else:
             if model.vision is not None:
                 model.vision.fold_batch_norm()
