@@ -175,7 +175,7 @@ def _converted(name: str, sources: Sequence[Rows], kind: str, update: Update | N
         if kind in PLAIN:
             out[place : place + len(values)] = values
         else:
-            out[place : place + len(values)] = torch.from_numpy(quantize(values.numpy(), kind))
+            out[place : place + len(values)] = torch.from_numpy(quantize(values.numpy(), kind, fit=True))
 
     step = max(1, TILE // max(1, columns))
     jobs, place = [], 0
