@@ -185,9 +185,7 @@ class WeightLoader:
         self._missing += absent
         return [] if absent else parts
 
-    def _pack(
-        self, module: nn.Module, table: Table, packing: Packing, rows: Callable[[str, Origin], Rows]
-    ) -> None:
+    def _pack(self, module: nn.Module, table: Table, packing: Packing, rows: Callable[[str, Origin], Rows]) -> None:
         """The weights of the packed modules inside `module`."""
         for ours, place in places(module):
             if not (parts := self._parts(ours, table)):
