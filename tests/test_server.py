@@ -5,7 +5,9 @@ import base64
 import io
 import json
 import re
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,6 +23,7 @@ from mm_gpt.document import Document, Image, Text
 from mm_gpt.inference.assistant import Assistant
 from mm_gpt.serving.server.service import Service
 
+ROOT = Path(__file__).resolve().parent.parent
 ASK = [{"role": "user", "content": "Describe the image."}]
 GREEDY = {"model": "tiny", "temperature": 0}
 
@@ -551,3 +554,17 @@ def test_a_form_that_cannot_be_kept_is_refused_before_the_first_token(client: An
             client.chat.completions.create(model="tiny", messages=ASK, stream=stream, extra_body=form)
         assert caught.value.param == param
     assert client.chat.completions.create(messages=ASK, max_completion_tokens=1, **GREEDY).choices
+
+
+# ---- the page about it ----
+
+
+def test_the_examples_of_the_page_run(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/server.md").read_text().replace("http://127.0.0.1:8000", address)
+    monkeypatch.chdir(ROOT)
+    code = "\n".join(re.findall(r"```py\n(.*?)```", page, re.S)).replace('model="default"', 'model="tiny"')
+    assert code.count('model="tiny"') == 3
+    exec(compile(code, "server.md", "exec"), {})
+    (command,) = re.findall(r"```sh\n(curl .*?)```", page, re.S)
+    done = subprocess.run(["sh", "-c", command.replace('"default"', '"tiny"')], capture_output=True, check=True)
+    assert json.loads(done.stdout)["choices"][0]["finish_reason"] in ("stop", "length")

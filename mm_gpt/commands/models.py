@@ -1,6 +1,7 @@
 """`mm-gpt models`, `export` and `demo`: what models there are, for other programs, in a browser."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,13 +45,16 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens it to the network (default: %(default)s)")
     parser.add_argument("-p", "--port", type=positive, default=7860, metavar="N", help="default: %(default)s")
+    parser.add_argument("--server", metavar="URL", help="of a server whose model is to answer: none is loaded here")
+    parser.add_argument("--api-key", metavar="KEY", help="of that server (default: what MM_GPT_API_KEY says)")
 
 
 def run_demo(args: argparse.Namespace) -> int:
     import_once("mm_gpt.serving.gradio_demo")
     from mm_gpt.serving.gradio_demo import launch
 
-    launch(args.model, args.host, args.port, args.device, args.dtype)
+    key = args.api_key if args.api_key is not None else os.environ.get("MM_GPT_API_KEY", "")
+    launch(args.model, args.host, args.port, args.device, args.dtype, server=args.server, api_key=key)
     return 0
 
 
@@ -106,7 +110,7 @@ COMMANDS = {
     ),
     "demo": Command(
         "Open a web page to try a model.",
-        ("mm-gpt demo", "mm-gpt demo --model runs/tiny/best --port 8000"),
+        ("mm-gpt demo", "mm-gpt demo --model runs/tiny/best --port 8000", "mm-gpt demo --server http://127.0.0.1:8000"),
         add_demo,
         run_demo,
     ),

@@ -27,6 +27,7 @@ except ImportError as missing:
 from mm_gpt.document import Image, Message, check_text
 from mm_gpt.images import load_image, source_name
 from mm_gpt.inference.assistant import Assistant, GenerationOptions, load
+from mm_gpt.serving.remote import RemoteAssistant
 from mm_gpt.templates.prompts import CAPTION_PROMPT
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ _WATCH_LOST_FILES = """
 _TELL_LOST_FILE = "(entry, _) => { const lost = window.lostFile; window.lostFile = false; return [entry, !!lost]; }"
 
 
-def build(assistant: Assistant) -> gr.Blocks:
+def build(assistant: Assistant | RemoteAssistant) -> gr.Blocks:
     """The page, not yet served.
 
     What was entered leaves the box at once, before the model is free: what is typed meanwhile stays. A message that is
@@ -270,19 +271,32 @@ def check_port(host: str, port: int) -> None:
 
 
 def launch(
-    model: str = "default", host: str = "127.0.0.1", port: int = 7860, device: str = "auto", dtype: str = "auto"
+    model: str = "default",
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    server: str | None = None,
+    api_key: str = "",
 ) -> None:
     """Load a model (`mm_gpt.load` says which) and serve the page until interrupted.
 
-    `host` 0.0.0.0 opens it to the network: whoever reaches the port can use it. Raises MMGPTError when the model
-    cannot be loaded or the port is taken.
+    With `server`, the URL of one that is running, its model answers (`model`, if it is not "default") and none is
+    loaded. `host` 0.0.0.0 opens it to the network: whoever reaches the port can use it. Raises MMGPTError when the
+    model cannot be loaded, the server does not answer, or the port is taken.
     """
     check_port(host, port)
     # Uploads go into a folder that only this user can read, and are gone at the end, by whatever signal it comes.
     with _signals_raise(), tempfile.TemporaryDirectory(prefix="mm-gpt-demo-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        serve(build(load(model, device=device, dtype=dtype)), host=host, port=port)
+        assistant: Assistant | RemoteAssistant
+        if server is None:
+            assistant = load(model, device=device, dtype=dtype)
+        else:
+            assistant = RemoteAssistant(server, api_key=api_key, model=None if model == "default" else model)
+        serve(build(assistant), host=host, port=port)
 
 
 @contextmanager
