@@ -48,7 +48,7 @@ class Update:
 
     def add(self, values: Tensor, start: int) -> Tensor:
         """To the rows from `start` on."""
-        return values + self.b[start : start + len(values)] @ self.a
+        return torch.addmm(values, self.b[start : start + len(values)], self.a)
 
 
 @dataclass(frozen=True)

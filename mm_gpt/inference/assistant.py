@@ -13,6 +13,7 @@ from mm_gpt.config import from_dict
 from mm_gpt.document import Document, Image, Message, Text, check_document, interleave
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
+from mm_gpt.hub.choice import chosen_model
 from mm_gpt.hub.packing import check_dtype, weights_dtype
 from mm_gpt.images import ImageSource
 from mm_gpt.inference.chat_session import ChatSession
@@ -53,9 +54,10 @@ class GenerationOptions(TypedDict, total=False):
     constraint: Constraint
 
 
-def load(name: str | Path = "default", *, device: str = "auto", dtype: str = "auto") -> Assistant:
-    """A model by name (`default` comes with the package, `owner/name` from the Hugging Face hub) or from a folder: of a
-    training run, or of a public checkpoint.
+def load(name: str | Path | None = None, *, device: str = "auto", dtype: str = "auto") -> Assistant:
+    """A model by name (`default` comes with the package, `smolvlm` and `owner/name` from the Hugging Face hub) or from
+    a folder: of a training run, or of a public checkpoint. None is what `MM_GPT_MODEL` says, or the user's setting;
+    where neither does, `default`.
 
     `device` is `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`. `dtype` says how the decoder's weights are
     kept: `fp32`, `bf16`, `int8`, `int4`, or `auto`, which is how they are stored where the processor multiplies that
@@ -66,6 +68,7 @@ def load(name: str | Path = "default", *, device: str = "auto", dtype: str = "au
     """
     check_dtype(dtype)
     place = pick_device(device)
+    name = chosen_model() if name is None else name
     if place.type == "cpu":
         model, processor = load_model(name, decoder_dtype=dtype)
         return Assistant(model, processor)

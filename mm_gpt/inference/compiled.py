@@ -272,8 +272,10 @@ class CompiledDecoder:
         tables: the numbers of each row's blocks, with room for the new token, whose key and value are written there.
         """
         rows, config = len(ids), self.config
-        longest = int(lengths.max())
-        self._reserve(rows, longest + 1)
+        for length, table in zip(lengths.tolist(), tables, strict=True):
+            if not 0 <= length < len(table) * BLOCK:
+                raise ValueError(f"a row of {length} tokens has {len(table)} blocks, and no room for one more")
+        self._reserve(rows, int(lengths.max()) + 1)
         width = max(len(table) for table in tables)
         numbers = np.zeros((rows, width), dtype=np.int64)
         for row, table in enumerate(tables):

@@ -21,6 +21,7 @@ from mm_gpt.kernels.simd import BF16, F16, F32, I8, I16, I32, ISA, Code, Module,
 
 BLOCK = 32
 """Values of activations under one scale."""
+LANES = 16
 TILE = 4
 """Rows of weights and of activations that one pass over K works on, where there are several of both."""
 
@@ -83,19 +84,19 @@ def _q5_1(code: Code, block: Value) -> list[Part]:
 
 
 def _scales_of_k(code: Code, block: Value) -> list[tuple[Value, Value]]:
-    """Eight pairs of float scale and minimum from the 12 bytes of 6-bit numbers at 4, and d and dmin at 0."""
-    d, dmin = _half(code, block), _half(code, block, 2)
+    """Eight pairs of scale and minimum from the 12 bytes of 6-bit numbers at 4, and d and dmin at 0."""
     first, second, high = (code.load(block, I32, 4 + 4 * word) for word in range(3))
     # Bytes 0-3 and 4-7 hold the low six bits' first four scales and minima; their two top bits and the last four
     # bytes' nibbles make the second four.
-    scales = (first & 0x3F3F3F3F, (high & 0x0F0F0F0F) | ((first >> 2) & 0x30303030))
-    minima = (second & 0x3F3F3F3F, ((high >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030))
-    pairs = []
-    for half in range(2):
-        for index in range(4):
-            scale, minimum = ((word[half] >> (8 * index)) & 63 for word in (scales, minima))
-            pairs.append((scale.to(F32) * d, minimum.to(F32) * dmin * -1.0))
-    return pairs
+    words = (
+        (first & 0x3F3F3F3F, (high & 0x0F0F0F0F) | ((first >> 2) & 0x30303030), _half(code, block)),
+        (second & 0x3F3F3F3F, ((high >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030), _half(code, block, 2) * -1.0),
+    )
+    scales, minima = (
+        low.splat(1).shuffle([0, 1], upper.splat(1)).bits(I8).to(F32, signed=False) * factor
+        for low, upper, factor in words
+    )
+    return [(scales.shuffle([index] * LANES), minima.shuffle([index] * LANES)) for index in range(8)]
 
 
 def _q4_k(code: Code, block: Value) -> list[Part]:
@@ -361,7 +362,7 @@ def write_matmul(module: Module, kind: str) -> None:
 
         def all_rows(n: Value, num_weights: int) -> None:
             done = code.i64(0)
-            for size in (TILE, TILE // 2, 1):
+            for size in (TILE, TILE // 2, 1) if num_weights > 1 else (1,):
                 upto = num_rows // size * size
                 with code.loop(done, upto, size) as r:
                     tile(n, num_weights, r, size)

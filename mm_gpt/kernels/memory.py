@@ -1,6 +1,7 @@
 """Memory in huge pages: weights that are streamed from ordinary ones come at little more than half the speed."""
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -11,12 +12,11 @@ LINE = 64
 
 def huge(num_bytes: int) -> Tensor:
     """Zeros, uint8, that begin at a huge page where the system has them; touched pages alone cost memory."""
-    pages = mmap.mmap(-1, (num_bytes + HUGE_PAGE - 1) // HUGE_PAGE * HUGE_PAGE + HUGE_PAGE)
+    size = (num_bytes + HUGE_PAGE - 1) // HUGE_PAGE * HUGE_PAGE + HUGE_PAGE
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without them
-            pass
     whole = torch.frombuffer(pages, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
     return whole[start : start + num_bytes]

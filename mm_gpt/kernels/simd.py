@@ -337,7 +337,7 @@ class Code:
         return x
 
     def sum_lanes_of(self, vectors: Sequence[Value]) -> Value:
-        """`sum_lanes` of each, to the same bits, as the lanes of one vector. A power of two of them, up to their lanes."""
+        """`sum_lanes` of each, to the same bits, as lanes of one vector. Vectors: a power of two, up to their lanes."""
         lanes = vectors[0].lanes
         parts, group = list(vectors), lanes
         while len(parts) > 1:

@@ -63,24 +63,25 @@ class Matrix:
     def num_bytes(self) -> int:
         return self.data.numel() * self.data.element_size()
 
-    def values(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows [start, stop), (stop − start, columns), in float32 or bfloat16. May share memory with the matrix."""
+    def values(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop), (stop − start, columns), in float32. May share memory with the matrix."""
+        data = self.data[start:stop]
+        if self.kind in PLAIN:
+            return data.float()
+        return torch.from_numpy(dequantize(data.numpy(), self.kind))
+
+    def _expanded(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """`values` by all threads, in float32 or bfloat16."""
         data = self.data[start:stop]
         if self.kind in PLAIN:
             return data.to(dtype)
         out = torch.empty(len(data), self.columns, dtype=dtype)
-        self._expand(data, out)
-        return out
-
-    def _shared_values(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """`values` by several threads. Not for one of `workers`: it would wait for itself."""
-        data = self.data[start:stop]
         size = -(-len(data) // torch.get_num_threads())
         parts = [slice(at, at + size) for at in range(0, len(data), size)]
-        if self.kind in PLAIN or len(parts) < 2 or len(data) * self.columns < TILE // 64:
-            return self.values(start, stop, dtype)
-        out = torch.empty(len(data), self.columns, dtype=dtype)
-        list(workers().map(lambda part: self._expand(data[part], out[part]), parts))
+        if len(parts) < 2 or out.numel() < TILE // 64:
+            self._expand(data, out)
+        else:
+            list(workers().map(lambda part: self._expand(data[part], out[part]), parts))
         return out
 
     def _expand(self, data: Tensor, out: Tensor) -> None:
@@ -101,12 +102,12 @@ class Matrix:
     def product(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """x (R, columns) -> (R, rows), multiplied in `dtype`; both in float32."""
         x = x.to(dtype)
-        products = [F.linear(x, self._shared_values(start, stop, dtype)).float() for start, stop in self.tiles()]
+        products = [F.linear(x, self._expanded(start, stop, dtype)).float() for start, stop in self.tiles()]
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
 def workers() -> ThreadPoolExecutor:
-    """As many threads as torch has, for loops that hold no lock."""
+    """As many threads as torch has, for loops that hold no lock. A job must not wait for another."""
     return _pool(os.getpid(), torch.get_num_threads())
 
 
