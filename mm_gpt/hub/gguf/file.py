@@ -23,6 +23,8 @@ MAX_ARRAY = 1 << 24
 """Values in a field: the largest vocabularies have 2^18 tokens."""
 MAX_NESTING = 4
 MAX_DIMENSIONS = 4
+LENGTH = struct.Struct("<Q")
+"""Of a text, in bytes, before it."""
 
 
 class Fields(dict[str, Any]):
@@ -92,21 +94,23 @@ class GGUFFile:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """The metadata, and the tensors mapped into memory. Raises CheckpointError naming the file when it is broken."""
+    """The metadata, and the tensors, each mapped into memory by itself: its pages go when it does.
+
+    Raises CheckpointError naming the file when it is broken.
+    """
     try:
-        with path.open("rb") as stream:
-            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Parser(data, stream.fileno(), str(path)).file()
     except (OSError, ValueError) as error:  # ValueError: an empty file
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{path}: not a readable GGUF file ({reason})") from None
-    return _Parser(data, str(path)).file()
 
 
 class _Parser:
     """Reads from the beginning of a file to its tensors."""
 
-    def __init__(self, data: mmap.mmap, where: str):
-        self.data, self.where, self.at = data, where, 0
+    def __init__(self, data: mmap.mmap, file_number: int, where: str):
+        self.data, self.file_number, self.where, self.at = data, file_number, where, 0
 
     def error(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: not a readable GGUF file ({what})")
@@ -163,7 +167,24 @@ class _Parser:
         if kind in SCALARS:
             dtype = np.dtype(SCALARS[kind])
             return np.frombuffer(self.take(dtype.itemsize * length), dtype).tolist()
+        if kind == STRING:
+            return self.texts(length)
         return [self.value(kind, depth + 1) for _ in range(length)]
+
+    def texts(self, count: int) -> list[str]:
+        """`text`, so many times, in a fraction of the time: vocabularies have a hundred thousand."""
+        data, size, length, texts = self.data, len(self.data), LENGTH.unpack_from, list[str]()
+        try:
+            for _ in range(count):
+                start = self.at + LENGTH.size
+                end = start + length(data, self.at)[0] if start <= size else start
+                if end > size:
+                    self.text()  # which says what is missing
+                texts.append(data[start:end].decode())
+                self.at = end
+        except UnicodeDecodeError:
+            raise self.error(f"a text before {end} that is no UTF-8") from None
+        return texts
 
     def tensor_entry(self, name: str) -> tuple[Any, tuple[int, ...], int]:
         """Type, shape with the rows outermost, and offset in the data."""
@@ -189,8 +210,17 @@ class _Parser:
         begin, count = start + offset, math.prod(shape[:-1]) * row
         if begin + count > len(self.data):
             raise self.error(f"{name[:80]} of shape {shape} reaches beyond the end")
-        data = np.frombuffer(self.data, np.uint8, count, begin) if count else np.empty(0, np.uint8)
+        data = self.mapped(begin, count) if count else np.empty(0, np.uint8)
         plain = {"F32": np.float32, "F16": np.float16}.get(kind.name)
         if plain is not None:
             return GGUFTensor(data.view(plain).reshape(shape), kind)
         return GGUFTensor(data.reshape(*shape[:-1], row), kind)
+
+    def mapped(self, begin: int, count: int) -> np.ndarray:
+        """Bytes of the file: a mapping of their own, or a copy where they are less than a page."""
+        if count < mmap.PAGESIZE:
+            return np.frombuffer(bytearray(self.data[begin : begin + count]), np.uint8)
+        offset = begin % mmap.ALLOCATIONGRANULARITY
+        # What is written to the pages stays in memory: the file is never changed
+        pages = mmap.mmap(self.file_number, offset + count, access=mmap.ACCESS_COPY, offset=begin - offset)
+        return np.frombuffer(pages, np.uint8, count, offset)
