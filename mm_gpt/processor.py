@@ -17,7 +17,7 @@ from torch import Tensor
 from mm_gpt.document import Document, Image, Message, Segment, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
 from mm_gpt.templates.chat_template import ChatTemplate, begins_with, content_part
-from mm_gpt.templates.image_text import ImageTextConfig, image_text
+from mm_gpt.templates.image_text import ImageTextConfig, image_text, mrope_positions
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.tiling import Tiled, Tiler, TilingConfig
 from mm_gpt.vision.transforms import ImageTransform, ImageTransformConfig
@@ -389,24 +389,6 @@ def _common(parts: Sequence[_Part]) -> int:
     while inside := [at for part in parts for at, last, *_ in part.images if at < length <= last]:
         length = min(inside)
     return max(0, length)
-
-
-def mrope_positions(length: int, images: Sequence[tuple[int, Size]]) -> Tensor:
-    """(T, 3), the time, row and column of each of T tokens (Qwen2-VL, 2409.12191).
-
-    images: the first token of each, and the rows and columns of its tokens. In text the three are equal and count on,
-    behind an image from the largest of its own; an image is one moment.
-    """
-    parts: list[Tensor] = []
-    at = place = 0
-    for first, (rows, cols) in images:
-        parts.append((place + torch.arange(first - at))[:, None].expand(-1, 3))
-        place += first - at
-        inside = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(cols))
-        parts.append(place + inside)
-        place += max(rows, cols)
-        at = first + rows * cols
-    return torch.cat([*parts, (place + torch.arange(length - at))[:, None].expand(-1, 3)])
 
 
 def _next_token_labels(ids: list[int], targets: list[bool]) -> list[int]:

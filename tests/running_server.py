@@ -43,10 +43,10 @@ def serving(make: Callable[[ServerConfig], Service], **config: Any) -> Iterator[
 
 
 class ScriptedBatcher:
-    """Answers every prompt with the pieces of a script, some or all of them when `go` is set."""
+    """Answers every prompt with the pieces of a script."""
 
-    def __init__(self, script: Sequence[Piece] = (), *, held: int = 0):
-        """The first `held` pieces come when `go` is set; what comes after them, then as well."""
+    def __init__(self, script: Sequence[Piece], *, held: int | None = None):
+        """Pieces from number `held` on wait until `go` is set."""
         self.script, self.held = list(script), held
         self.go = threading.Event()
         self.tickets: list[Any] = []

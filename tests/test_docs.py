@@ -35,9 +35,9 @@ ELSEWHERE = (
     "mm-gpt train kosmos-1 --data corpora",
     "torchrun",
     # From the hub: test_repository.py runs such commands with a server of its own.
-    "mm-gpt ask --model HuggingFaceTB",
-    "mm-gpt caption --model llava-hf",
-    "mm-gpt chat --model Qwen",
+    "mm-gpt ask --model smolvlm",
+    "mm-gpt caption --model llava-onevision",
+    "mm-gpt chat --model qwen3",
     "mm-gpt train finetune --data my-photos/ start=HuggingFaceTB",
 )
 SHORTER = {  # what makes an hour's training a step, and a minute's, which test_recipes.py has, some seconds

@@ -23,7 +23,7 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 import mm_gpt
-from mm_gpt.document import Image
+from mm_gpt.document import Document, Image, interleave
 from mm_gpt.errors import CheckpointError
 from mm_gpt.hub.checkpoint import load_model, save_model
 from mm_gpt.hub.families.gemma3 import read
@@ -317,6 +317,20 @@ def test_answers_of_a_batch_and_of_a_conversation(theirs: Theirs) -> None:
     said = [user(C, "What colour?"), {"role": "assistant", "content": first}, user("And ", A, "here?")]
     assert second == assistant.chat(said, **options)
     assert talk.tokens_read < second.prompt_tokens - TOKENS
+
+
+def test_a_base_model_continues_what_is_there(theirs: Theirs, tmp_path: Path) -> None:
+    """As google/gemma-3-4b-pt: no chat template. And `complete`, for any of them: text and images as they stand."""
+    for path in theirs.folder.iterdir():
+        if path.name != "chat_template.jinja":
+            (tmp_path / path.name).symlink_to(path)
+    _, processor = load_model(tmp_path)
+    text = "First <start_of_image>, then <start_of_image> is"
+    expected = theirs.processor(text=text, images=[[A, B]], return_tensors="pt")["input_ids"][0].tolist()
+    parts = ["First ", Image(A), ", then ", Image(B), " is"]
+    assert processor(processor.chat([user(*parts)])).input_ids.tolist() == expected
+    _, processor = load_model(theirs.folder)
+    assert processor(Document(tuple(interleave(parts)))).input_ids.tolist() == expected
 
 
 def test_training_labels(theirs: Theirs) -> None:

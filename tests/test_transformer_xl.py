@@ -520,14 +520,14 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     script: list[int] = []
     replay: Iterator[int] = itertools.cycle([0])
 
-    def choose(logits: Tensor, rows: Any) -> list[int]:
+    def choose(logits: Tensor, *_: Any) -> Tensor:
         nonlocal replay
         if script:
             replay = itertools.cycle(list(script))
             script.clear()
-        return [next(replay)]
+        return torch.tensor([next(replay)])
 
-    monkeypatch.setattr(engine_module, "choose_next", choose)
+    monkeypatch.setattr(engine_module, "choose", choose)
     return script
 
 

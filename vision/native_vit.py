@@ -1,8 +1,8 @@
 """A vision transformer for images of any size: the towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
 
 An image comes as a grid of cells of `merge` x `merge` patches, which the connector makes one token each. Patches know
-their row and column by rotary positions, and by a learned grid of positions that is stretched to the image's (Qwen3-VL).
-In Qwen2.5-VL most layers see a window of cells, the others the whole image. Images never see each other.
+their row and column by rotary positions, in Qwen3-VL also by a learned grid of positions, stretched to the image's. In
+Qwen2.5-VL most layers see a window of cells, the others the whole image. Images never see each other.
 
 Shapes: N cells of all images, m patches a side of a cell, P = N · m² patches, cell by cell, D width, h heads, c head
 size.

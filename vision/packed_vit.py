@@ -57,15 +57,6 @@ class PackedViT(ViT):
         return x
 
 
-def _pack(weight: Tensor, bias: Tensor | None, kind: Kind, scale: nn.Module | None = None) -> PackedWeight:
-    """With the factors of a `LayerScale` behind it, which may as well be the weights'."""
-    weight, bias = weight.detach().float(), None if bias is None else bias.detach().float()
-    if isinstance(scale, LayerScale):
-        factors = scale.factors.detach().float()
-        weight, bias = weight * factors[:, None], None if bias is None else bias * factors
-    return pack(weight.numpy(), None if bias is None else bias.numpy(), kind)
-
-
 def _pack_block(block: Block, kind: Kind) -> VisionBlock:
     attention, mlp = block.attention, block.mlp
 
@@ -74,21 +65,48 @@ def _pack_block(block: Block, kind: Kind) -> VisionBlock:
         q.copy_(attention.q_norm(q))
         k.copy_(attention.k_norm(k))
 
+    attention_norm, qkv = _pack_norm(block.attention_norm, attention.qkv, kind)
+    mlp_norm, up = _pack_norm(block.mlp_norm, mlp.up, kind)
     return VisionBlock(
         heads=attention.num_heads,
         activation=_ACTIVATIONS[mlp.activation],
-        attention_norm=_norm(block.attention_norm),
-        qkv=_pack(attention.qkv.weight, attention.qkv.bias, kind),
+        attention_norm=attention_norm,
+        qkv=qkv,
         normalise_heads=None if isinstance(attention.q_norm, nn.Identity) else normalise_heads,
-        out=_pack(attention.out.weight, attention.out.bias, kind, block.attention_scale),
-        mlp_norm=_norm(block.mlp_norm),
-        up=_pack(mlp.up.weight, mlp.up.bias, kind),
-        down=_pack(mlp.down.weight, mlp.down.bias, kind, block.mlp_scale),
+        out=_pack_scaled(attention.out, block.attention_scale, kind),
+        mlp_norm=mlp_norm,
+        up=up,
+        down=_pack_scaled(mlp.down, block.mlp_scale, kind),
     )
 
 
-def _norm(norm: nn.Module) -> Norm:
+def _pack_norm(norm: nn.Module, linear: nn.Linear, kind: Kind) -> tuple[Norm, PackedWeight]:
+    """A norm and the product behind it.
+
+    In int8, features whose gain stands out would leave the others few of the 256 steps: a part of their gain goes over
+    to the weights, as in SmoothQuant (2211.10438), here by the gains alone, and never the other way round.
+    """
     assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
-    gain = norm.weight.detach().float().numpy()
-    offset = norm.bias.detach().float().numpy() if isinstance(norm, nn.LayerNorm) else np.zeros_like(gain)
-    return isinstance(norm, nn.LayerNorm), gain, offset, float(norm.eps or 0)
+    gain, weight = norm.weight.detach().float(), linear.weight.detach().float()
+    offset = norm.bias.detach().float() if isinstance(norm, nn.LayerNorm) else torch.zeros_like(gain)
+    if kind == "int8":
+        reach, size = gain.abs() + offset.abs(), weight.abs().amax(dim=0)
+        balance = (reach / reach.median()) / (size / size.median()).clamp(min=1e-3)
+        factors = balance.nan_to_num(1, 1, 1).clamp(min=1).sqrt()
+        gain, offset, weight = gain / factors, offset / factors, weight * factors
+    packed = _pack(weight, linear.bias, kind)
+    return (isinstance(norm, nn.LayerNorm), gain.numpy(), offset.numpy(), float(norm.eps or 0)), packed
+
+
+def _pack_scaled(linear: nn.Linear, scale: nn.Module, kind: Kind) -> PackedWeight:
+    """A product and the `LayerScale` behind it, whose factors may as well be the weights'."""
+    weight, bias = linear.weight.detach().float(), linear.bias.detach().float()
+    if isinstance(scale, LayerScale):
+        factors = scale.factors.detach().float()
+        weight, bias = weight * factors[:, None], bias * factors
+    return _pack(weight, bias, kind)
+
+
+def _pack(weight: Tensor, bias: Tensor | None, kind: Kind) -> PackedWeight:
+    bias = None if bias is None else bias.detach().float()
+    return pack(weight.detach().float().numpy(), None if bias is None else bias.numpy(), kind)

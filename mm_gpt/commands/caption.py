@@ -16,6 +16,7 @@ from mm_gpt.commands.command import (
     generation_options,
     load_assistant,
     positive,
+    tell,
 )
 from mm_gpt.templates.prompts import CAPTION_PROMPT
 
@@ -72,9 +73,12 @@ def run_caption(args: argparse.Namespace) -> int:
     def load() -> "Assistant":
         import torch
 
+        from mm_gpt.inference.hints import Hints
+
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         loaded.append(load_assistant(args))
+        tell(Hints(args.model).about(args.prompt, 1))
         return loaded[0]
 
     summary = caption_images(

@@ -22,6 +22,7 @@ from mm_gpt.commands.command import (
     complain,
 )
 from mm_gpt.errors import MMGPTError, closest, unknown_name
+from mm_gpt.hub.choice import chosen_model
 from mm_gpt.system.processes import EXIT_TERMINATED, Terminated, sigterm_raises
 
 COMMANDS: dict[str, Command] = {
@@ -67,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = parser.parse_known_intermixed_args(rest)
         if unknown:
             parser.error(_unknown_arguments(parser, unknown))
+        if getattr(args, "model", "") is None:
+            args.model = chosen_model()
         logging.basicConfig(format="mm-gpt: %(message)s", stream=sys.stderr)
         try:
             code = command.run(args)

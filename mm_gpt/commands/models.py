@@ -1,6 +1,8 @@
 """`mm-gpt models`, `export` and `demo`: what models there are, for other programs, in a browser."""
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,11 +59,21 @@ def run_demo(args: argparse.Namespace) -> int:
 def add_models(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "List the models in the package, the weights that are fetched when something needs them,\n"
-        "and the public checkpoints that --model takes by name. `mm-gpt train --list` has the presets."
+        "and the public models that --model takes by name. `mm-gpt train --list` has the presets."
+    )
+    parser.add_argument(
+        "--set-default", metavar="NAME", help="from now on take this model where none is named; `default`: the packaged"
     )
 
 
 def run_models(args: argparse.Namespace) -> int:
+    from mm_gpt.hub.choice import VARIABLE, describe_choice, set_default
+
+    if args.set_default is not None:
+        print(f"{set_default(args.set_default)}: {args.set_default}")
+        if os.environ.get(VARIABLE):
+            print(f"mm-gpt: {VARIABLE} is set and comes first: {describe_choice()}", file=sys.stderr)
+        return 0
     from mm_gpt.hub.checkpoint import decoder_names, model_folder, shipped_models
     from mm_gpt.hub.fetching.download import cache_folder
     from mm_gpt.hub.fetching.registry import REGISTRY
@@ -78,6 +90,7 @@ def run_models(args: argparse.Namespace) -> int:
         about = f"{entry.description} A model for --model." if entry.name in decoder_names() else entry.description
         rows.append((entry.name, _size(sum(paths.values())), where, entry.licence, about))
     _print_table(rows)
+    print(f"\nTaken where none is named: {describe_choice()}")
     for title, table in tables().items():
         print(f"\n{title}\n")
         _print_table(table)
@@ -112,7 +125,7 @@ COMMANDS = {
     ),
     "models": Command(
         "List the models that there are.",
-        ("mm-gpt models",),
+        ("mm-gpt models", "mm-gpt models --set-default smolvlm"),
         add_models,
         run_models,
     ),

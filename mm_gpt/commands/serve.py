@@ -42,9 +42,11 @@ def _port(text: str) -> int:
 
 
 def run_serve(args: argparse.Namespace) -> int:
+    from mm_gpt.hub.choice import chosen_model
     from mm_gpt.serving.server.config import ServerConfig
     from mm_gpt.serving.server.run import listen, serve
 
+    args.model = chosen_model() if args.model is None else args.model
     key = args.api_key if args.api_key is not None else os.environ.get(KEY, "")
     config = ServerConfig(
         api_key=key,

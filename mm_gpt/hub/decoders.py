@@ -53,7 +53,6 @@ _QWEN_VL = _QWEN | {
     "rms_norm_eps": 1e-5,
     "max_window_layers": 80,
     "rope_theta": 1_000_000.0,
-    "mrope_section": [16, 24, 24],
 }
 _GEMMA = (
     _LLAMA
@@ -96,9 +95,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": _QWEN | _BIAS | {"head_dim": 128},
     "qwen2_vl_text": _QWEN_VL,
     "qwen2_5_vl_text": _QWEN_VL,
-    "qwen3_vl_text": _QWEN
+    "qwen3_vl_text": _LLAMA
     | _BIAS
-    | {"head_dim": 128, "max_position_embeddings": 128_000, "rope_theta": 500_000.0, "mrope_section": [24, 20, 20]},
+    | {
+        "vocab_size": 151_936,
+        "intermediate_size": 22_016,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 128_000,
+        "rope_theta": 500_000.0,
+    },
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2
@@ -124,6 +130,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 """What a key that is not in `config.json` stands for, by model type; None is decided by other keys."""
+MROPE = {"qwen2_vl_text": (16, 24, 24), "qwen2_5_vl_text": (16, 24, 24), "qwen3_vl_text": (24, 20, 20)}
+"""The rotary pairs that turn by time, row and column, where a file does not say."""
 _FRACTIONS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim", "n_inner", "sliding_window", *_FRACTIONS[1:])
 
@@ -173,8 +181,7 @@ def decoder_config(values: dict[str, Any], where: str) -> DecoderConfig:
     _check(values, where)
     full = DEFAULTS[kind] | values
     for key, default in DEFAULTS[kind].items():
-        if key != "mrope_section":  # which stands among the settings of positions, and is checked there
-            _check_type(key, full[key], default, where)
+        _check_type(key, full[key], default, where)
     ignored = [
         key
         for key, value in values.items()
@@ -295,7 +302,7 @@ def _activation(name: str, where: str) -> str:
 def _patterns(kind: str, values: dict[str, Any], where: str) -> tuple[tuple[PatternName, ...], int | None]:
     """Which layers see a window only, and its size. Older files have a rule of the family instead of a list."""
     layers, window = values["num_hidden_layers"], values.get("sliding_window")
-    if kind in ("llama", "gemma") or (kind.startswith("qwen") and not values["use_sliding_window"]):
+    if kind in ("llama", "gemma") or (kind.startswith("qwen") and not values.get("use_sliding_window")):
         window = None
     types = None if kind == "mistral" else values.get("layer_types")
     if types is not None and len(types) < layers:
@@ -307,7 +314,7 @@ def _patterns(kind: str, values: dict[str, Any], where: str) -> tuple[tuple[Patt
         elif kind == "gemma3_text":
             every = values.get("_sliding_window_pattern") or values["sliding_window_pattern"]
             types = ["sliding_attention"] * (every - 1) + ["full_attention"]
-        elif kind.startswith("qwen"):
+        elif "max_window_layers" in values:
             full = min(layers, values["max_window_layers"])
             types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     names: dict[str, PatternName] = {"full_attention": "dense", "sliding_attention": "local"}
@@ -352,13 +359,13 @@ def _rope(kind: str, values: dict[str, Any], where: str) -> tuple[float, RopeSca
 
 def _mrope(kind: str, values: dict[str, Any], where: str) -> tuple[int, ...]:
     """How many rotary pairs turn by time, row and column; their order is the family's."""
-    if "mrope_section" not in DEFAULTS[kind]:
+    if kind not in MROPE:
         return ()
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     interleaved = kind == "qwen3_vl_text"
     if rope.get("mrope_interleaved", interleaved) is not interleaved:
         raise CheckpointError(f"{where}: mrope_interleaved must be {interleaved} for {kind}")
-    section = rope.get("mrope_section", values["mrope_section"])
+    section = rope.get("mrope_section", MROPE[kind])
     if not isinstance(section, list | tuple) or not all(type(count) is int for count in section):
         raise CheckpointError(f"{where}: mrope_section {section!r} is not a list of whole numbers")
     return tuple(section)

@@ -269,13 +269,14 @@ def _qwen(settings: _Settings) -> tuple[ImageTransformConfig, TilingConfig]:
     size = settings.values["size"]
     if not isinstance(size, dict) or size.keys() - {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}:
         raise settings.error("size", "expected shortest_edge and longest_edge, in pixels of the whole image")
-    pixels = {}
+    pixels: list[int] = []
     for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        pixels[key] = settings.values.get(key, size.get(edge, size.get(key)))
-        if type(pixels[key]) is not int:
-            raise settings.error("size", f"{edge} must be a whole number of pixels, not {pixels[key]!r}")
+        pixels.append(settings.values.get(key, size.get(edge, size.get(key))))  # type: ignore[arg-type]
+        if type(pixels[-1]) is not int:
+            raise settings.error("size", f"{edge} must be a whole number of pixels, not {pixels[-1]!r}")
     patch, merge = (settings.integer(key, settings.values[key]) for key in ("patch_size", "merge_size"))
-    return settings.image(patch * merge), TilingConfig(kind="native", whole=False, **pixels)
+    tiling = TilingConfig(kind="native", whole=False, min_pixels=pixels[0], max_pixels=pixels[1])
+    return settings.image(patch * merge), tiling
 
 
 def _idefics3(settings: _Settings) -> tuple[ImageTransformConfig, TilingConfig]:

@@ -51,6 +51,7 @@ class BlockSequences:
             new.position = int(positions.max()) + 1
             keys, values = self.pool.read(new.blocks, length)
             cache.keys[:, 0, :, :length], cache.values[:, 0, :, :length] = keys, values
+            cache.positions[:, :length] = torch.arange(length)  # for patterns that go by them
             cache.length = length
         try:
             hidden = self.decoder(x, positions, **masks, cache=cache, added=embedded.added)[0]

@@ -4,7 +4,7 @@ Shapes: R rows, L layers, K key-value heads, C head size, D width, V vocabulary.
 """
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from mm_gpt.errors import ConfigError
 from mm_gpt.kernels.attention import HeadSpec, PatternSpec
 from mm_gpt.kernels.kv_blocks import BLOCK, BlockPool
 from mm_gpt.kernels.matmul import BLOCK_FORMATS, KINDS, kernels, prepared_for, row_bytes
+from mm_gpt.kernels.memory import Arena, huge
 from mm_gpt.kernels.simd import isa as find_isa
 from mm_gpt.kernels.simd import library
 from mm_gpt.kernels.step import (
@@ -31,6 +32,7 @@ from mm_gpt.kernels.step import (
 from mm_gpt.kernels.team import default_threads, team
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.decoder_config import DecoderConfig
+from mm_gpt.model.packed import Matrix, PackedEmbedding, PackedLinear
 from mm_gpt.model.positions import rotation, sinusoids, xpos_rotation
 
 FLOAT_KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -66,8 +68,8 @@ class CompiledDecoder:
     ):
         """threads: None is what the machine has. isa: an instruction set below the machine's, by name.
 
-        Weights are used where they are: the decoder must not move or change its type afterwards. Raises ConfigError
-        for a decoder that cannot run here.
+        The decoder's matrices are moved into huge pages, one after the other, and used there by torch as well; it must
+        not change its type afterwards. Raises ConfigError for a decoder that cannot run here.
         """
         config = decoder.config
         reason = missing(config)
@@ -83,6 +85,7 @@ class CompiledDecoder:
         self._isa = find_isa(isa)
         self._kept: list[Any] = []  # what the records point to
         self._patterns, layer_patterns = _patterns(config)
+        _move_matrices(decoder)
         products = self._products()
         forms = {name: sorted({part[1] for parts in products[name] for part in parts}) for name in PRODUCTS}
         spec = self._spec(kv_dtype, forms)
@@ -137,10 +140,8 @@ class CompiledDecoder:
             if weight.dtype not in FLOAT_KINDS or weight.device.type != "cpu":
                 raise ConfigError(f"{name} cannot be compiled: its weights are {weight.dtype} on {weight.device}")
             found = [(FLOAT_KINDS[weight.dtype], weight, *weight.shape)]
-        elif hasattr(module, "parts"):
-            found = [(part.kind, part.data, part.rows, part.columns) for part in module.parts]
-        elif hasattr(module, "matrix"):
-            found = [(module.matrix.kind, module.matrix.data, module.matrix.rows, module.matrix.columns)]
+        elif isinstance(module, (PackedLinear, PackedEmbedding)):
+            found = [(matrix.kind, matrix.data, matrix.rows, matrix.columns) for matrix in _matrices(module)]
         else:
             raise ConfigError(f"{name} cannot be compiled: it is a {type(module).__name__}")
         parts, first = [], 0
@@ -271,8 +272,10 @@ class CompiledDecoder:
         tables: the numbers of each row's blocks, with room for the new token, whose key and value are written there.
         """
         rows, config = len(ids), self.config
-        longest = int(lengths.max())
-        self._reserve(rows, longest + 1)
+        for length, table in zip(lengths.tolist(), tables, strict=True):
+            if not 0 <= length < len(table) * BLOCK:
+                raise ValueError(f"a row of {length} tokens has {len(table)} blocks, and no room for one more")
+        self._reserve(rows, int(lengths.max()) + 1)
         width = max(len(table) for table in tables)
         numbers = np.zeros((rows, width), dtype=np.int64)
         for row, table in enumerate(tables):
@@ -303,9 +306,30 @@ class CompiledDecoder:
         return hidden[:, : config.width], logits[:, : config.vocab_size]
 
 
+def _move_matrices(decoder: Decoder) -> None:
+    """Into huge pages. What a matrix had before is given back before the next one is copied."""
+    modules = [module for module in decoder.modules() if type(module) in (nn.Linear, nn.Embedding)]
+    packed = [module for module in decoder.modules() if isinstance(module, (PackedLinear, PackedEmbedding))]
+    matrices = [matrix for module in packed for matrix in _matrices(module)]
+    sizes = [Arena.room(module.weight) for module in modules] + [Arena.room(matrix.data) for matrix in matrices]
+    arena = Arena(sum(sizes))
+    for module in modules:
+        module.weight.data = arena.take(module.weight.detach())
+    for module in packed:
+        moved = [replace(matrix, data=arena.take(matrix.data)) for matrix in _matrices(module)]
+        if isinstance(module, PackedLinear):
+            module.parts = moved
+        else:
+            module.matrix = moved[0]
+
+
+def _matrices(module: PackedLinear | PackedEmbedding) -> list[Matrix]:
+    return module.parts if isinstance(module, PackedLinear) else [module.matrix]
+
+
 def _zeros(num_bytes: int) -> Tensor:
     """With a vector's room behind, that whole vectors may be read to the end."""
-    return torch.zeros(num_bytes + 128, dtype=torch.uint8)
+    return huge(num_bytes + 128)
 
 
 def _norms(block: nn.Module) -> list[nn.Module | None]:

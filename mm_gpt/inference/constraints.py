@@ -5,14 +5,16 @@
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+import llguidance
 import numpy as np
 
 from mm_gpt.document import check_text
-from mm_gpt.errors import ConfigError, MMGPTError, not_installed
+from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.inference.detokenizer import TokenBytes
 from mm_gpt.inference.json_schema import enforceable, subschemas
 from mm_gpt.inference.patterns import literal, portable
@@ -21,12 +23,14 @@ from mm_gpt.tokenizer import Tokenizer
 MAX_GRAMMARS = 64
 """Compiled grammars that are kept."""
 MAX_CHOICES = 1000
-MAX_CHOICES_TEXT = 100_000
-"""Characters of all choices together."""
+MAX_CHOICE, MAX_CHOICES_TEXT = 10_000, 100_000
+"""Characters of one choice, and of all together."""
+PLACE_SECONDS = 0.2
+"""How long the place of what is refused is looked for."""
 UNTOLD = "options of oneOf that neither their type nor a constant of a required property tells apart; try anyOf"
-LIMITS = {
-    "max_items_in_row": 2000,
-    "initial_lexer_fuel": 500_000,
+LIMITS: dict[str, Any] = {
+    "max_items_in_row": 20_000,
+    "initial_lexer_fuel": 100_000,
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
     "max_lexer_states": 20_000,
@@ -73,10 +77,10 @@ class Constraint:
             if not self.choices or not all(self.choices):
                 raise ConfigError("choices: needs at least one text, and none may be empty")
             size = sum(map(len, self.choices))
-            if len(self.choices) > MAX_CHOICES or size > MAX_CHOICES_TEXT:
+            if len(self.choices) > MAX_CHOICES or size > MAX_CHOICES_TEXT or max(map(len, self.choices)) > MAX_CHOICE:
                 raise ConfigError(
-                    f"choices: {len(self.choices)} texts of {size} characters; "
-                    f"at most {MAX_CHOICES} of {MAX_CHOICES_TEXT} are enforced"
+                    f"choices: {len(self.choices)} texts of {size} characters; at most {MAX_CHOICES} of "
+                    f"{MAX_CHOICES_TEXT} together and {MAX_CHOICE} each are enforced"
                 )
 
     @property
@@ -97,16 +101,10 @@ def _check_text(value: Any, name: str) -> None:
 class Grammars:
     """Compiles constraints for a tokenizer, and keeps the last of them. Any thread may call it.
 
-    vocab_size: V of the model's logits, which may be more than the tokenizer has. Compiling holds no lock: others go on.
-    Raises ConfigError where llguidance is not installed.
+    vocab_size: V of the model's logits, which may be more than the tokenizer has. Others go on while one compiles.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
-        try:
-            import llguidance
-        except ImportError:
-            raise ConfigError(not_installed("llguidance", "structured")) from None
-        self._library = llguidance
         self.vocab_size = vocab_size
         self.end_ids = tuple(id for id in tokenizer.end_ids if id < vocab_size)
         never = {id for id in tokenizer.special.values() if id < vocab_size}.union(self.end_ids)
@@ -122,9 +120,8 @@ class Grammars:
         self._longest = {piece: id for id, piece in enumerate(self.table) if piece}
         self._longest_size = max(map(len, self._longest))
         self._tokenizer = tokenizer
-        self._matchers = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_Vocabulary(self)), eos_token=[*self.end_ids]
-        )
+        wrapper = llguidance.TokenizerWrapper(_Vocabulary(self))
+        self._matchers = llguidance.LLTokenizer(wrapper, eos_token=[*self.end_ids])
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -161,12 +158,12 @@ class Grammars:
             raise ConfigError(f"json_schema{self._culprit(schema)}: {why}") from None
 
     def _from_schema(self, schema: dict[str, Any]) -> str:
-        grammar: str = self._library.LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
-        return grammar
+        style: Any = JSON_STYLE
+        return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=style)
 
     def _grammar(self, grammar: str) -> "Grammar":
-        limits = self._library.LLParserLimits(**LIMITS)
-        matcher = self._library.LLMatcher(self._matchers, grammar, log_level=0, limits=limits)
+        limits = llguidance.LLParserLimits(**LIMITS)
+        matcher = llguidance.LLMatcher(self._matchers, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise ConfigError(_first_line(matcher.get_error()))
         compiled = Grammar(self, matcher)
@@ -180,7 +177,10 @@ class Grammars:
     def _culprit(self, schema: dict[str, Any]) -> str:
         """The place of the smallest part that is refused by itself."""
         definitions = schema.get("$defs", {})
+        end = time.monotonic() + PLACE_SECONDS
         for path, part in subschemas(schema):  # the innermost first
+            if time.monotonic() > end:
+                break
             try:
                 self._grammar(self._from_schema({"$defs": definitions, **part}))
             except ConfigError:

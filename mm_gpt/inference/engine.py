@@ -9,8 +9,10 @@ Shapes: R rows in one step, T prompt tokens, D width, V vocabulary.
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +23,8 @@ from mm_gpt.inference.constraints import Grammars
 from mm_gpt.inference.detokenizer import TokenBytes
 from mm_gpt.inference.generation import Answer, GenerationConfig
 from mm_gpt.inference.reading import Key, Prompt, Reader, Reading
-from mm_gpt.inference.rows import Row, choose_next, prompt_logprobs, token_logprobs
+from mm_gpt.inference.rows import Row, grammar_masks, prompt_logprobs, token_logprobs
+from mm_gpt.inference.sampling import choose
 from mm_gpt.inference.sequences import Sequences, TorchSequences
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Example, Processor
@@ -270,17 +273,27 @@ class Run:
     def _add(self, after: Sequence[tuple[Job, Tensor]]) -> list[tuple[Job, Row, str]]:
         """Choose the next token of every row: all that are sampled at once, beams prompt by prompt."""
         added: list[tuple[Job, Row, str]] = []
-        sampled = [(job, logits) for job, logits in after if job.beams is None]
-        rows = [(job, row) for job, _ in sampled for row in _live(job)]
+        rows: list[tuple[Job, Row]] = []
+        masks: list[np.ndarray | None] = []
+        parts: list[Tensor] = []
+        for job, logits in after:
+            if job.beams is None:
+                allowed = _tried(job, partial(grammar_masks, _live(job), logits.shape[-1]))
+                if allowed is not None:  # a grammar that has grown too large is the matter of its own answer
+                    rows += [(job, row) for row in _live(job)]
+                    masks += allowed
+                    parts.append(logits)
         if rows:
-            logits = torch.cat([logits for _, logits in sampled])
-            ids = choose_next(logits, [row for _, row in rows])
+            logits = torch.cat(parts)
+            ids = choose(logits, [row.sampler for _, row in rows], masks).tolist()
             logprobs = token_logprobs(logits, ids, [row for _, row in rows])
             for (job, row), id, logprob in zip(rows, ids, logprobs, strict=True):
-                added.append((job, row, row.add(id, logprob)))
+                text = _tried(job, partial(row.add, id, logprob))
+                if text is not None:
+                    added.append((job, row, text))
         for job, logits in after:
             if job.beams is not None:
-                job.beams.advance(logits)
+                _tried(job, partial(job.beams.advance, logits))
         return added
 
     def _leave(self) -> None:

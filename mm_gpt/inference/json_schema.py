@@ -15,14 +15,17 @@ from mm_gpt.errors import ConfigError, unknown_name
 from mm_gpt.inference.patterns import UNWRITABLE, portable
 
 Schema = dict[str, Any]
-MAX_TEXT = 200_000
+MAX_TEXT = 100_000
 """Characters of a schema, written as JSON."""
 MAX_DEPTH = 64
 """Objects and lists inside each other in a schema."""
-MAX_SCHEMAS = 5000
+MAX_SCHEMAS = 2000
 """Schemas inside a schema."""
+MAX_PATTERN_PROPERTIES = 50
+MAX_NAME = 1000
+"""Characters of a property's name."""
 MAX_LENGTH = 10_000
-"""Of minLength and maxLength."""
+"""Of minLength, maxLength, and a text in const or enum."""
 MAX_ITEMS = 1000
 """Of minItems, maxItems, minProperties and maxProperties."""
 MAX_MULTIPLE = 1000
@@ -181,6 +184,9 @@ class _Writer:
     def _map(self, key: str, value: Any, path: str, inlined: tuple[str, ...]) -> Schema:
         if not isinstance(value, dict):
             raise _fail(path, "must be an object")
+        if key == "patternProperties" and len(value) > MAX_PATTERN_PROPERTIES:
+            raise _fail(path, f"{len(value)} patterns; at most {MAX_PATTERN_PROPERTIES} are enforced")
+        _names(list(value), path)
         out = {}
         for name, inner in value.items():
             at = f"{path}/{name}"
@@ -298,6 +304,8 @@ def _types(value: Any, path: str) -> None:
 def _names(value: Any, path: str) -> None:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise _fail(path, "must be a list of names")
+    if any(len(name) > MAX_NAME for name in value):
+        raise _fail(path, f"a name of more than {MAX_NAME} characters")
 
 
 def _text(value: Any, path: str) -> None:
@@ -318,6 +326,8 @@ def _constant(value: Any, path: str) -> None:
             _number(value, path)
         if isinstance(value, str) and (found := UNWRITABLE.search(value)):
             raise _fail(path, f"the character {found.group()!a} cannot be enforced")
+        if isinstance(value, str) and len(value) > MAX_LENGTH:
+            raise _fail(path, f"a text of {len(value)} characters; at most {MAX_LENGTH} are enforced")
         values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 

@@ -163,8 +163,10 @@ def literal(text: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
+NEVER = (
+    r"no look-around, back-reference, word border, named class, flag, or \D, \S, \W in a set; ^ and $ only at the ends"
+)
+
+
 def _refused(pattern: str, at: int) -> ConfigError:
-    return ConfigError(
-        f"{pattern!r}: {pattern[at : at + 4]!r} at {at} cannot be enforced (no look-around, back-reference, word border, "
-        r"named class, flag, or \D, \S, \W in a set; ^ and $ only at the ends)"
-    )
+    return ConfigError(f"{pattern!r}: {pattern[at : at + 4]!r} at {at} cannot be enforced ({NEVER})")

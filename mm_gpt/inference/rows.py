@@ -14,7 +14,7 @@ from mm_gpt.inference.constraints import Grammar
 from mm_gpt.inference.detokenizer import Detokenizer, StopMatcher, TokenBytes
 from mm_gpt.inference.generation import Answer, GenerationConfig, TokenLogprob, TopToken
 from mm_gpt.inference.reading import Prompt
-from mm_gpt.inference.sampling import Sampler, choose, logprobs_of
+from mm_gpt.inference.sampling import Sampler, constrain, logprobs_of
 from mm_gpt.inference.sequences import Sequences
 from mm_gpt.model.decoder import Decoder
 
@@ -72,13 +72,13 @@ class Row:
         if self.grammar is not None and not ended:
             self.grammar.accept(id)
         is_last = ended or len(self.ids) == self.limit
-        new, stopped = self._stops.add(self._words.add(id) + (self._words.finish() if is_last else ""))
+        new, stopped = self._stops.add(self._words.add(id))
         if stopped or ended:
             self.finish_reason = "stop"
         elif is_last:
             self.finish_reason = "length"
         if is_last and not stopped:
-            new += self._stops.finish()
+            new += self._stops.finish() + self._words.finish()  # half a character is no stop text
         self.text += new
         return new
 
@@ -106,25 +106,18 @@ class Row:
         return new
 
 
-def choose_next(logits: Tensor, rows: Many[Row]) -> list[int]:
-    """An id for each row, by its own settings and seed: logits (R, V)."""
-    return choose(logits, [row.sampler for row in rows], _masks(rows, logits.shape[-1])).tolist()
-
-
 def adjusted(logprobs: Tensor, rows: Many[Row]) -> Tensor:
     """(R, V), a copy where rows have penalties, biases or a grammar."""
-    masks = _masks(rows, logprobs.shape[-1])
+    masks = grammar_masks(rows, logprobs.shape[-1])
     if not any(row.sampler.adjusts for row in rows) and not any(mask is not None for mask in masks):
         return logprobs
     logprobs = logprobs.clone()
     for values, row, mask in zip(logprobs, rows, masks, strict=True):
-        row.sampler.adjust(values)
-        if mask is not None:
-            values[~torch.from_numpy(mask).to(values.device)] = -torch.inf
+        constrain(values, row.sampler, mask)
     return logprobs
 
 
-def _masks(rows: Many[Row], vocab_size: int) -> list[np.ndarray | None]:
+def grammar_masks(rows: Many[Row], vocab_size: int) -> list[np.ndarray | None]:
     """What the rows' grammars allow next, (V,) each."""
     masks: list[np.ndarray | None] = []
     for row in rows:

@@ -18,12 +18,7 @@ LIMIT = np.float32(1 << 20)
 
 
 def encode(name: str, values: np.ndarray, out: np.ndarray) -> None:
-    """Values (n, block) in float32 into blocks (n, bytes)."""
-    if name in _K_LEVELS or name == "Q6_K":
-        from mm_gpt.kernels import k_blocks
-
-        k_blocks.encode(name, values, out)
-        return
+    """Values (n, block) in float32 into blocks (n, bytes); those of the K formats are for `k_blocks`."""
     scales = np.empty((len(values), 2), np.float32)
     _ENCODERS[name](values, values.view(np.int32), out, scales)
     num = 2 if name in ("Q4_1", "Q5_1") else 1
@@ -229,7 +224,6 @@ def _decode_q6_k(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> Non
                     out[b, 32 * group + j] = d * np.float32(np.int32(code) - np.int32(32))
 
 
-_K_LEVELS = {"Q4_K": 15, "Q5_K": 31}
 _SCALES = {
     **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0"), (0, 1)),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),

@@ -80,7 +80,12 @@ def quantize(values: np.ndarray, name: str) -> np.ndarray:
     if name == "BF16":
         blocks.encode_bf16(values.view(np.uint32).reshape(-1), out.view(np.uint16).reshape(-1))
         return out
-    blocks.encode(name, values.reshape(-1, format.block), out.reshape(-1, format.block_bytes))
+    if name.endswith("_K"):
+        from mm_gpt.kernels import k_blocks
+
+        k_blocks.encode(name, values.reshape(-1, format.block), out.reshape(-1, format.block_bytes))
+    else:
+        blocks.encode(name, values.reshape(-1, format.block), out.reshape(-1, format.block_bytes))
     return out
 
 

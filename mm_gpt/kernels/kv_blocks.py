@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.kernels.memory import huge
 
 BLOCK = 16
 """Tokens in a block."""
 LANES = 16
 CHUNK_BYTES = 64 << 20
-LINE_BYTES = 64
-"""What the chunks are aligned to."""
 
 
 def padded_head(head_size: int) -> int:
@@ -73,10 +72,7 @@ class BlockPool:
         if count <= 0:
             used = self.max_blocks * self.block_bytes >> 20
             raise MMGPTError(f"no room for more keys and values: {self.max_blocks} blocks ({used} MiB) are in use")
-        # Zeros of the system take memory only where something is written
-        memory = np.zeros(count * self.block_bytes + LINE_BYTES, np.uint8)
-        flat = torch.from_numpy(memory[-memory.ctypes.data % LINE_BYTES :][: count * self.block_bytes])
-        chunk = flat.view(self.dtype).view(count, self.num_layers, self.layer_values)
+        chunk = huge(count * self.block_bytes).view(self.dtype).view(count, self.num_layers, self.layer_values)
         self._chunks.append(chunk)
         new = chunk.data_ptr() + np.arange(count, dtype=np.int64) * self.block_bytes
         self.addresses = np.concatenate([self.addresses, new])

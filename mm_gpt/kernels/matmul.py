@@ -21,11 +21,9 @@ from mm_gpt.kernels.simd import BF16, F16, F32, I8, I16, I32, ISA, Code, Module,
 
 BLOCK = 32
 """Values of activations under one scale."""
-NUM_WEIGHT_ROWS = 2
-ROW_TILES = (4, 2, 1)
-"""Rows of weights and of activations that one pass over K works on."""
-NUM_SUMS = 2
-"""Partial sums of a float dot product, for the latency of additions."""
+LANES = 16
+TILE = 4
+"""Rows of weights and of activations that one pass over K works on, where there are several of both."""
 
 
 @dataclass(frozen=True)
@@ -86,19 +84,19 @@ def _q5_1(code: Code, block: Value) -> list[Part]:
 
 
 def _scales_of_k(code: Code, block: Value) -> list[tuple[Value, Value]]:
-    """Eight pairs of float scale and minimum from the 12 bytes of 6-bit numbers at 4, and d and dmin at 0."""
-    d, dmin = _half(code, block), _half(code, block, 2)
+    """Eight pairs of scale and minimum from the 12 bytes of 6-bit numbers at 4, and d and dmin at 0."""
     first, second, high = (code.load(block, I32, 4 + 4 * word) for word in range(3))
     # Bytes 0-3 and 4-7 hold the low six bits' first four scales and minima; their two top bits and the last four
     # bytes' nibbles make the second four.
-    scales = (first & 0x3F3F3F3F, (high & 0x0F0F0F0F) | ((first >> 2) & 0x30303030))
-    minima = (second & 0x3F3F3F3F, ((high >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030))
-    pairs = []
-    for half in range(2):
-        for index in range(4):
-            scale, minimum = ((word[half] >> (8 * index)) & 63 for word in (scales, minima))
-            pairs.append((scale.to(F32) * d, minimum.to(F32) * dmin * -1.0))
-    return pairs
+    words = (
+        (first & 0x3F3F3F3F, (high & 0x0F0F0F0F) | ((first >> 2) & 0x30303030), _half(code, block)),
+        (second & 0x3F3F3F3F, ((high >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030), _half(code, block, 2) * -1.0),
+    )
+    scales, minima = (
+        low.splat(1).shuffle([0, 1], upper.splat(1)).bits(I8).to(F32, signed=False) * factor
+        for low, upper, factor in words
+    )
+    return [(scales.shuffle([index] * LANES), minima.shuffle([index] * LANES)) for index in range(8)]
 
 
 def _q4_k(code: Code, block: Value) -> list[Part]:
@@ -247,36 +245,45 @@ def _multiply_pairs(code: Code, a: Value, b: Value) -> Value:
     return even + odd
 
 
-def _block_tile(
-    code: Code, form: BlockFormat, weights: list[Value], rows: list[Value], columns: Value
-) -> list[list[Value]]:
-    """The dot product of each row of weights with each of activations."""
+@dataclass(frozen=True)
+class _Tile:
+    """Addresses of rows of weights and of activations that are multiplied with each other."""
+
+    weights: list[Value]
+    rows: list[Value]
+    columns: Value
+    ahead: Value | None
+    """Where the next tile's weights begin, to be fetched meanwhile."""
+
+    def fetch(self, code: Code, offset: Value, size: int) -> None:
+        """The bytes of the next tile that are to this one's as `offset`, of each row, and the `size` behind."""
+        if self.ahead is not None:
+            for line in range(0, size * len(self.weights), 64):
+                code.prefetch(self.ahead + offset * len(self.weights) + line)
+
+
+def _block_tile(code: Code, form: BlockFormat, tile: _Tile) -> list[Value]:
+    """Vectors whose lanes sum to the dot product of each row of activations with each of weights, row by row."""
+    weights, rows, columns = tile.weights, tile.rows, tile.columns
     zeros = code.number(vector(F32, 16), 0.0)
-    sums = [[code.variable(zeros) for _ in rows] for _ in weights]
-    minima = [[code.variable(code.number(F32, 0.0)) for _ in rows] for _ in weights]
+    sums = [[code.variable(zeros) for _ in weights] for _ in rows]
     scales = [row + columns * 2 for row in rows]
     offsets = [scale + columns // 8 for scale in scales]
-    has_minima = False
     per_block = form.block_values // BLOCK
     with code.loop(0, columns // form.block_values) as block:
+        tile.fetch(code, block * form.block_bytes, form.block_bytes)
         for n, weight in enumerate(weights):
             for index, part in enumerate(form.unpack(code, weight + block * form.block_bytes)):
                 place = block * per_block + index
                 for r, row in enumerate(rows):
                     numbers = code.load(row, vector(I16, 32), place * 64)
-                    dots = _multiply_pairs(code, part.numbers, numbers).to(F32)
-                    scale = part.scale * code.load(scales[r], F32, place * 4)
-                    sums[n][r].set(code.fma(dots, scale, sums[n][r].get()))
+                    dots = _multiply_pairs(code, part.numbers, numbers).to(F32) * part.scale
+                    total = code.fma(dots, code.load(scales[r], F32, place * 4), sums[r][n].get())
                     if part.minimum is not None:
-                        has_minima = True
-                        offset = code.load(offsets[r], F32, place * 4)
-                        minima[n][r].set(code.fma(part.minimum, offset, minima[n][r].get()))
-    if not has_minima:
-        return [[code.sum_lanes(x.get()) for x in line] for line in sums]
-    return [
-        [code.sum_lanes(x.get()) + y.get() for x, y in zip(*lines, strict=True)]
-        for lines in zip(sums, minima, strict=True)
-    ]
+                        offset = code.first_lane(code.load(offsets[r], F32, place * 4), 16)
+                        total = code.fma(offset, part.minimum, total)
+                    sums[r][n].set(total)
+    return [total.get() for line in sums for total in line]
 
 
 def _float_product(code: Code, kind: str, weight: Value, row: Value, total: Value) -> Value:
@@ -293,75 +300,83 @@ def _float_product(code: Code, kind: str, weight: Value, row: Value, total: Valu
     return code.fma(*even, code.fma(*odd, total))
 
 
-def _float_tile(code: Code, kind: str, weights: list[Value], rows: list[Value], columns: Value) -> list[list[Value]]:
+def _float_tile(code: Code, kind: str, tile: _Tile) -> list[Value]:
+    """The same for weights that are floats."""
+    weights, rows, columns = tile.weights, tile.rows, tile.columns
     lanes = 32 if kind == "BF16" else 16
-    stored: ir.Type = {"F32": F32, "F16": F16, "BF16": I16}[kind]
+    stored = vector({"F32": F32, "F16": F16, "BF16": I16}[kind], lanes)
     size, row_size = FLOAT_BYTES[kind], 2 if kind == "BF16" else 4
     zeros = code.number(vector(F32, 16), 0.0)
-    sums = [[[code.variable(zeros) for _ in range(NUM_SUMS)] for _ in rows] for _ in weights]
+    sums = [[code.variable(zeros) for _ in weights] for _ in rows]
 
-    def step(i: Value, which: int, count: Value | None = None) -> None:
+    def step(i: Value, count: Value | None = None) -> None:
         """Adds `lanes` products from i on, or only `count`; activations end in zeros."""
-        kind_of_load = vector(stored, lanes)
-        loaded = []
-        for weight in weights:
-            place = weight + i * size
-            loaded.append(
-                code.load(place, kind_of_load) if count is None else code.load_first(place, kind_of_load, count)
-            )
+        places = [weight + i * size for weight in weights]
+        loaded = [
+            code.load(place, stored) if count is None else code.load_first(place, stored, count) for place in places
+        ]
         for r, row in enumerate(rows):
             values = code.load(row, vector(I16 if kind == "BF16" else F32, lanes), i * row_size)
             for n, weight in enumerate(loaded):
-                total = sums[n][r][which]
-                total.set(_float_product(code, kind, weight, values, total.get()))
+                sums[r][n].set(_float_product(code, kind, weight, values, sums[r][n].get()))
 
     whole = columns // lanes * lanes
-    paired = columns // (NUM_SUMS * lanes) * (NUM_SUMS * lanes)
-    with code.loop(0, paired, NUM_SUMS * lanes) as i:
-        for which in range(NUM_SUMS):
-            step(i + which * lanes, which)
-    with code.loop(paired, whole, lanes) as i:
-        step(i, 0)
+    with code.loop(0, whole, lanes) as i:
+        tile.fetch(code, i * size, lanes * size)
+        step(i)
     with code.when(whole < columns):
-        step(whole, 0, columns - whole)
-    return [[code.sum_lanes(cell[0].get() + cell[1].get()) for cell in line] for line in sums]
+        step(whole, columns - whole)
+    return [total.get() for line in sums for total in line]
 
 
 def write_matmul(module: Module, kind: str) -> None:
     """`matmul(weights, row_bytes, columns, start, end, rows, rows_stride, num_rows, out, out_stride, bias)`.
 
     out[r, n] = weights[n] · rows[r] + bias[n] for n in [start, end); strides in bytes; bias may be 0, none.
+
+    A single row of activations takes the weights one row after the other: the processor fetches one stream ahead of
+    its reader at twice the speed of several that are read in turns. With more rows, tiles of weights are asked for in
+    that order while the tile before is worked on.
     """
     with module.function("matmul", 11, exported=True) as (code, args):
         weights, stride, columns, start, end, rows, rows_stride, num_rows, out, out_stride, bias = args
 
         def tile(n: Value, num_weights: int, r: Value, size: int) -> None:
-            weight_rows = [weights + (n + i) * stride for i in range(num_weights)]
-            row_addresses = [rows + (r + i) * rows_stride for i in range(size)]
+            addresses = _Tile(
+                [weights + (n + i) * stride for i in range(num_weights)],
+                [rows + (r + i) * rows_stride for i in range(size)],
+                columns,
+                weights + (n + num_weights) * stride if num_weights > 1 else None,
+            )
             if kind in FLOAT_BYTES:
-                results = _float_tile(code, kind, weight_rows, row_addresses, columns)
+                sums = _float_tile(code, kind, addresses)
             else:
-                results = _block_tile(code, BLOCK_FORMATS[kind], weight_rows, row_addresses, columns)
-            for i, line in enumerate(results):
-                extra = code.variable(code.number(F32, 0.0))
-                with code.when(bias > 0):
-                    extra.set(code.load(bias, F32, (n + i) * 4))
-                for j, result in enumerate(line):
-                    code.store(result + extra.get(), out + (r + j) * out_stride, (n + i) * 4)
+                sums = _block_tile(code, BLOCK_FORMATS[kind], addresses)
+            results = code.sum_lanes_of(sums)
+            extra = code.variable(code.number(results.type if size == 1 else _lanes_type(num_weights), 0.0))
+            with code.when(bias > 0):
+                extra.set(code.load(bias, extra.get().type, n * 4))
+            for j in range(size):
+                line = results if size == 1 else results.part(j * num_weights, num_weights)
+                code.store(line + extra.get(), out + (r + j) * out_stride, n * 4)
 
         def all_rows(n: Value, num_weights: int) -> None:
             done = code.i64(0)
-            for size in ROW_TILES:
+            for size in (TILE, TILE // 2, 1) if num_weights > 1 else (1,):
                 upto = num_rows // size * size
                 with code.loop(done, upto, size) as r:
                     tile(n, num_weights, r, size)
                 done = upto
 
-        paired = start + (end - start) // NUM_WEIGHT_ROWS * NUM_WEIGHT_ROWS
-        with code.loop(start, paired, NUM_WEIGHT_ROWS) as n:
-            all_rows(n, NUM_WEIGHT_ROWS)
-        with code.loop(paired, end) as n:
+        tiled = (num_rows > 1).where(start + (end - start) // TILE * TILE, start)
+        with code.loop(start, tiled, TILE) as n:
+            all_rows(n, TILE)
+        with code.loop(tiled, end) as n:
             all_rows(n, 1)
+
+
+def _lanes_type(lanes: int) -> ir.Type:
+    return F32 if lanes == 1 else vector(F32, lanes)
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,12 @@ class Value:
         second = self.ir if other is None else other.ir
         return Value(self.code, self.code.builder.shuffle_vector(self.ir, second, mask))
 
+    def part_of(self, lanes: Sequence[int]) -> "Value":
+        return self.lane(lanes[0]) if len(lanes) == 1 else self.shuffle(lanes)
+
+    def part(self, start: int, count: int) -> "Value":
+        return self.part_of(range(start, start + count))
+
     def lane(self, index: int) -> "Value":
         return Value(self.code, self.code.builder.extract_element(self.ir, ir.Constant(I32, index)))
 
@@ -299,6 +305,12 @@ class Code:
         pointer = self.builder.inttoptr((address + offset).ir, value.type.as_pointer())
         self.builder.store(value.ir, pointer, align=1)
 
+    def prefetch(self, address: Value) -> None:
+        """Asks for a cache line that will be read soon, for the second cache; the address may be anything."""
+        pointer = self.builder.inttoptr(address.ir, I8.as_pointer())
+        function = self.module.declare("llvm.prefetch.p0", VOID, [pointer.type, I32, I32, I32])
+        self.builder.call(function, [pointer, *(ir.Constant(I32, number) for number in (0, 2, 1))])
+
     def iota(self, element: ir.Type, lanes: int) -> Value:
         return self.numbers(element, range(lanes))
 
@@ -321,18 +333,36 @@ class Code:
         """Always halves onto halves."""
         while x.lanes > 1:
             half = x.lanes // 2
-            if half == 1:
-                return x.lane(0) + x.lane(1)
-            x = x.shuffle(range(half)) + x.shuffle(range(half, 2 * half))
+            x = x.part(0, half) + x.part(half, half)
         return x
+
+    def sum_lanes_of(self, vectors: Sequence[Value]) -> Value:
+        """`sum_lanes` of each, to the same bits, as lanes of one vector. Vectors: a power of two, up to their lanes."""
+        lanes = vectors[0].lanes
+        parts, group = list(vectors), lanes
+        while len(parts) > 1:
+            group //= 2
+            first = [i for i in range(2 * lanes) if i % (2 * group) < group]
+            second = [i + group for i in first]
+            parts = [a.shuffle(first, b) + a.shuffle(second, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        total, count = parts[0], lanes // group
+        while group > 1:
+            group //= 2
+            first = [i for i in range(total.lanes) if i % (2 * group) < group]
+            total = total.part_of(first) + total.part_of([i + group for i in first])
+        assert total.lanes == count
+        return total
+
+    def first_lane(self, x: Value, lanes: int) -> Value:
+        """A vector with x in front and zeros behind."""
+        zeros = ir.Constant(vector(x.type, lanes), [0] * lanes)
+        return Value(self, self.builder.insert_element(zeros, x.ir, ir.Constant(I32, 0)))
 
     def max_lanes(self, x: Value) -> Value:
         """NaN if one is NaN."""
         while x.lanes > 1:
             half = x.lanes // 2
-            if half == 1:
-                return self.intrinsic("maximum", x.lane(0), x.lane(1))
-            x = self.intrinsic("maximum", x.shuffle(range(half)), x.shuffle(range(half, 2 * half)))
+            x = self.intrinsic("maximum", x.part(0, half), x.part(half, half))
         return x
 
     @contextmanager
@@ -457,9 +487,9 @@ _libraries: dict[str, Library] = {}
 
 @cache
 def _sources() -> bytes:
-    """What all kernels are made from: a change of it makes new ones."""
-    folder = Path(__file__).parent
-    return b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    """What all of these kernels are made from: a change of it makes new ones."""
+    names = ("simd", "matmul", "elementwise", "attention", "kv_blocks", "step", "team")
+    return b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in names)
 
 
 def _cache_folder() -> Path:

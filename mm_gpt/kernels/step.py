@@ -195,9 +195,9 @@ class _Step:
 
     def _copy_in(self) -> None:
         stride = line_bytes(self.spec.width)
-        with self.rows((self.argument("x"), stride), (self.x, stride)) as (source, target, _):
-            with self.code.loop(0, stride, 64) as i:
-                self.code.store(self.code.load(source, FLOATS, i), target, i)
+        buffers = (self.argument("x"), stride), (self.x, stride)
+        with self.rows(*buffers) as (source, target, _), self.code.loop(0, stride, 64) as i:
+            self.code.store(self.code.load(source, FLOATS, i), target, i)
 
     def _norm(self, record: Value, name: str, x: Value, size: int, out: Value) -> None:
         weight, bias = (LAYER.get(self.code, record, f"{name}_{what}") for what in ("weight", "bias"))
@@ -266,12 +266,12 @@ class _Step:
         self._product(layer, "up", start, end, gates, width)
         if spec.gated_mlp:
             self._product(layer, "up", start + M, end + M, gates, width)
-        with self.rows((gates, line_bytes(width)), (self.argument("mlp"), line_bytes(M))) as (gate, out, _):
-            with code.loop(start * 4, end * 4, LANES * 4) as i:
-                value = activate(code, spec.activation, code.load(gate, FLOATS, i))
-                if spec.gated_mlp:
-                    value = value * code.load(gate, FLOATS, i + M * 4)
-                code.store(value, out, i)
+        buffers = (gates, line_bytes(width)), (self.argument("mlp"), line_bytes(M))
+        with self.rows(*buffers) as (gate, out, _), code.loop(start * 4, end * 4, LANES * 4) as i:
+            value = activate(code, spec.activation, code.load(gate, FLOATS, i))
+            if spec.gated_mlp:
+                value = value * code.load(gate, FLOATS, i + M * 4)
+            code.store(value, out, i)
 
     def _attention(self, layer: Value, index: Value) -> None:
         spec, code, heads = self.spec, self.code, self.spec.heads
@@ -346,9 +346,9 @@ class _Step:
         logits = self.argument("logits")
         self._product(self.arguments, "head", start, end, logits, spec.vocab_size)
         if spec.logit_softcap is not None:
-            with self.rows((logits, line_bytes(spec.vocab_size))) as (line, _):
-                with code.loop(start * 4, end * 4, LANES * 4) as i:
-                    code.store(softcap(code, spec.logit_softcap, code.load(line, FLOATS, i)), line, i)
+            rows = self.rows((logits, line_bytes(spec.vocab_size)))
+            with rows as (line, _), code.loop(start * 4, end * 4, LANES * 4) as i:
+                code.store(softcap(code, spec.logit_softcap, code.load(line, FLOATS, i)), line, i)
         self.barrier()
 
 

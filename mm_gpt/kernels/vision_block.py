@@ -62,8 +62,19 @@ class VisionBlock:
         normed = aligned((ROW_BLOCK, self.up.columns), np.float32)
         down_room = Rows(ROW_BLOCK, self.down.row_bytes).arrays
         _rows_behind_heads(
-            x, attended, start, stop, weights_of(self.out), room, self.mlp_norm, normed, weights_of(self.up),
-            self.activation, hidden, weights_of(self.down), down_room,
+            x,
+            attended,
+            start,
+            stop,
+            weights_of(self.out),
+            room,
+            self.mlp_norm,
+            normed,
+            weights_of(self.up),
+            self.activation,
+            hidden,
+            weights_of(self.down),
+            down_room,
         )
 
 

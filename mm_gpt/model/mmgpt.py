@@ -5,7 +5,7 @@ D width. An image is one tile, or several: its parts at full resolution and the 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from mm_gpt.model.lora import LoRAConfig, add_lora, merge_lora
 from mm_gpt.processor import IGNORE_INDEX, Batch
 from mm_gpt.vision.connectors import ConnectorConfig, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
+from mm_gpt.vision.native_vit import NativeViT
 from mm_gpt.vision.tiling import TilingConfig, assemble
 
 
@@ -162,13 +163,24 @@ class MMGPT(nn.Module):
         if self.vision is None or self.connector is None:
             raise MMGPTError("this model reads text alone: it has no vision encoder for the images")
         sizes, grids = ([(a, b) for a, b in pairs.tolist()] for pairs in (batch.image_sizes, batch.image_grids))
-        features = self.connector(self._see(batch.pixel_values, grids))  # (N, k, D), with DeepStack (N, k, layers · D)
         images = []
-        for tiles, size, grid in zip(features.split(batch.image_tiles.tolist()), sizes, grids, strict=True):
+        for tiles, size, grid in zip(self._features(batch, grids), sizes, grids, strict=True):
             tokens = assemble(tiles, self.config.tiling, size=size, grid=grid, newline=self.image_newline)
             tokens, *deepstack = tokens.split(self.decoder.config.width, dim=-1)
             images.append(ImageFeatures(tokens, tuple(deepstack)))
         return images
+
+    def _features(self, batch: Batch, grids: Sequence[tuple[int, int]]) -> Iterable[Tensor]:
+        """The tiles of each image, (tiles, k, D), with DeepStack (tiles, k, layers · D).
+
+        Images of any size may be large: they go one by one, but for training."""
+        assert self.vision is not None
+        assert self.connector is not None
+        counts = batch.image_tiles.tolist()
+        if self.training or not isinstance(self.vision.tower, NativeViT):
+            return self.connector(self._see(batch.pixel_values, grids)).split(counts)
+        each = zip(batch.pixel_values.split(counts), grids, strict=True)
+        return [self.connector(self._see(pixels, [grid])) for pixels, grid in each]
 
     def _see(self, pixel_values: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Patch tokens (N, P, D_v). On the CPU in float32, also inside autocast: bf16 convolutions are slower there."""

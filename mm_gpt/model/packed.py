@@ -63,20 +63,18 @@ class Matrix:
     def num_bytes(self) -> int:
         return self.data.numel() * self.data.element_size()
 
-    def values(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows [start, stop), (stop − start, columns), in float32 or bfloat16. May share memory with the matrix."""
+    def values(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop), (stop − start, columns), in float32. May share memory with the matrix."""
         data = self.data[start:stop]
         if self.kind in PLAIN:
-            return data.to(dtype)
-        out = torch.empty(len(data), self.columns, dtype=dtype)
-        self._expand(data, out)
-        return out
+            return data.float()
+        return torch.from_numpy(dequantize(data.numpy(), self.kind))
 
     def _expand_shared(self, data: Tensor, out: Tensor) -> None:
-        """`_expand` by several threads. Not for one of `workers`: it would wait for itself."""
+        """`_expand` by all threads."""
         size = -(-len(data) // torch.get_num_threads())
         parts = [slice(at, at + size) for at in range(0, len(data), size)]
-        if len(parts) < 2 or len(data) * self.columns < TILE // 64:
+        if len(parts) < 2 or out.numel() < TILE // 64:
             self._expand(data, out)
         else:
             list(workers().map(lambda part: self._expand(data[part], out[part]), parts))
@@ -100,7 +98,7 @@ class Matrix:
         """x (R, columns) -> (R, rows), multiplied in `dtype`; both in float32."""
         x, y = x.to(dtype), torch.empty(len(x), self.rows)
         tiles = list(self.tiles())
-        # One room for all tiles: between them, the C library would not find the one before, and memory would grow
+        # One room for all tiles: the C library would not find that of the one before again, and memory would grow
         room = None if self.kind in PLAIN else torch.empty(tiles[0][1], self.columns, dtype=dtype)
         for start, stop in tiles:
             weights = self.data[start:stop]
@@ -114,7 +112,7 @@ class Matrix:
 
 
 def workers() -> ThreadPoolExecutor:
-    """As many threads as torch has, for loops that hold no lock."""
+    """As many threads as torch has, for loops that hold no lock. A job must not wait for another."""
     return _pool(os.getpid(), torch.get_num_threads())
 
 

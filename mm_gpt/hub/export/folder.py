@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mm_gpt.errors import CheckpointError
 from mm_gpt.hub.decoders import decoder_table, part_sizes
-from mm_gpt.hub.export.decoders import CLASSES, decoder_values
+from mm_gpt.hub.export.decoders import CLASSES, decoder_values, for_text_alone
 from mm_gpt.hub.export.layout import Export, template_source
 from mm_gpt.hub.export.models import check, whole_export
 from mm_gpt.hub.weights import Table, write_json, written
@@ -59,7 +59,7 @@ def decoder_export(model: MMGPT) -> Export:
     """The decoder alone."""
     if model.config.prefix_lm:
         raise CheckpointError("prefix_lm True has no counterpart in a decoder alone: those read from left to right")
-    values = decoder_values(model.decoder.config)
+    values = decoder_values(for_text_alone(model.decoder.config))
     kind = values["model_type"]
     return Export(values={"architectures": [CLASSES[kind]], **values}, tables={"decoder": decoder_table(kind)})
 

@@ -1,4 +1,4 @@
-"""Whole models as Hugging Face folders: LLaVA's relatives, Idefics3, PaliGemma, Gemma 3, told apart by their structure.
+"""Whole models as Hugging Face folders: relatives of LLaVA and Qwen-VL, Idefics3, PaliGemma, Gemma 3, by structure.
 
 Names of tensors and files are laid out as in the published repositories, which every version of transformers and vLLM
 reads.
@@ -15,7 +15,8 @@ from torch import nn
 from mm_gpt.errors import CheckpointError, MMGPTError
 from mm_gpt.hub.decoders import decoder_table
 from mm_gpt.hub.export.decoders import CLASSES, decoder_values, essence
-from mm_gpt.hub.export.layout import CHATML, Export, with_template, with_tokens
+from mm_gpt.hub.export.layout import CHATML, INSTEAD, Export, image_values, with_template, with_tokens
+from mm_gpt.hub.export.qwen_vl import qwen_vl_export
 from mm_gpt.hub.families import FAMILIES, Import, gemma3
 from mm_gpt.hub.vision_towers import vit_table
 from mm_gpt.hub.weights import same
@@ -26,10 +27,10 @@ from mm_gpt.templates.image_text import ImageTextConfig
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.encoder import VisionConfig
+from mm_gpt.vision.native_vit import NativeViTConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
 from mm_gpt.vision.vit import ViTConfig
 
-INSTEAD = "--decoder-only exports the language model alone"
 LLAVA = {
     None: ("llava", "LlavaForConditionalGeneration", "LlavaProcessor"),
     "anyres": ("llava_next", "LlavaNextForConditionalGeneration", "LlavaNextProcessor"),
@@ -42,7 +43,6 @@ MARKS = ("<|image_begin|>", "<image>", "<|image_end|>")
 """What the three ids behind the vocabulary become: the image's begin, each of its tokens, its end."""
 READING = ("prefix_lm", "bidirectional_images")
 """What a model may read in both directions."""
-_FILTERS = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 
 
@@ -54,6 +54,8 @@ def whole_export(model: MMGPT, processor: Processor) -> tuple[MMGPT, Processor, 
     vision, connector = model.config.vision, model.config.connector
     assert vision is not None
     assert connector is not None
+    if isinstance(vision.model, NativeViTConfig) and connector.kind == "merger":
+        return model, processor, qwen_vl_export(model, processor, vision.model)
     if not isinstance(vision.model, ViTConfig):
         raise CheckpointError(f"vision encoder {vision.model!r} has no counterpart in a Hugging Face class; {INSTEAD}")
     plans = {"mlp": _llava, "pixel_shuffle": _idefics3, "linear": _paligemma, "pool": _gemma3}
@@ -132,7 +134,7 @@ def _llava(model: MMGPT, processor: Processor) -> Export:
         "multimodal_projector_bias": connector.bias,
         "tie_word_embeddings": model.decoder.config.tie_embeddings,
     }
-    prepared = _image_values(image) | _size_values(image)
+    prepared = image_values(image) | _size_values(image)
     own: dict[str, Any] = {
         "processor_class": processor_name,
         "image_token": _image_token(processor),
@@ -190,7 +192,7 @@ def _idefics3(model: MMGPT, processor: Processor) -> Export:
         "tie_word_embeddings": model.decoder.config.tie_embeddings,
         "pad_token_id": None,
     }
-    prepared = _image_values(image) | {
+    prepared = image_values(image) | {
         "image_processor_type": "Idefics3ImageProcessor",
         "size": {"longest_edge": tiling.longest_edge},
         "max_image_size": {"longest_edge": image.size},
@@ -224,7 +226,7 @@ def _paligemma(model: MMGPT, processor: Processor) -> Export:
         "projection_dim": width,
         "tie_word_embeddings": model.decoder.config.tie_embeddings,
     }
-    prepared = _image_values(image) | {
+    prepared = image_values(image) | {
         "image_processor_type": "SiglipImageProcessor",
         "size": _square(image.size),
         "image_seq_length": tokens,
@@ -268,7 +270,7 @@ def _gemma3(model: MMGPT, processor: Processor) -> Export:
         "tie_word_embeddings": model.decoder.config.tie_embeddings,
         **{f"{name}_token_index": processor.tokenizer.special[token] for name, token in tokens.items()},
     }
-    prepared = _image_values(image) | {
+    prepared = image_values(image) | {
         "image_processor_type": "Gemma3ImageProcessor",
         "size": _square(image.size),
         "image_seq_length": length,
@@ -318,19 +320,6 @@ def _vit_values(tower: ViTConfig, kind: str) -> dict[str, Any]:
         "layer_norm_eps": tower.norm_eps,
     }
     return values | {"vision_use_head": False} if kind == "siglip_vision_model" else values
-
-
-def _image_values(image: ImageTransformConfig) -> dict[str, Any]:
-    """What all image processors have in common."""
-    return {
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "rescale_factor": 1 / 255,
-        "resample": _FILTERS[image.interpolation],
-        "image_mean": list(image.mean),
-        "image_std": list(image.std),
-    }
 
 
 def _size_values(image: ImageTransformConfig) -> dict[str, Any]:
@@ -386,6 +375,8 @@ def _model_facts(config: ModelConfig, model: MMGPT | None) -> dict[str, Any]:
         facts["connector.bias"] = config.connector.bias
     if kind in ("pixel_shuffle", "pool"):
         facts["connector.scale"] = config.connector.scale
+    if kind == "merger":
+        facts["connector.norm"], facts["connector.deepstack"] = config.connector.norm, config.connector.deepstack
     return facts | {name: getattr(config, name) for name in ("image_token_id", "tiling", *READING)}
 
 
@@ -399,5 +390,6 @@ def _processor_facts(config: ProcessorConfig, tokenizer: Tokenizer) -> dict[str,
         "tokens_per_image": config.tokens_per_image,
         "processor.tiling": config.tiling,
         "image_text": config.image_text,
+        "mrope": config.mrope,
         "begin_of_text": begins,
     }

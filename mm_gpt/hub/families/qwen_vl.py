@@ -22,7 +22,7 @@ from mm_gpt.vision.encoder import VisionConfig
 from mm_gpt.vision.native_vit import NativeViTConfig
 
 IMAGE_TOKEN = "<|image_pad|>"
-# What the tower's class takes where the file is silent. None: no such key in this family.
+# What the tower's class takes where the file is silent.
 _TOWERS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "hidden_act": "quick_gelu", "mlp_ratio": 4},
     "qwen2_5_vl": {
@@ -76,12 +76,11 @@ def read(folder: Path, values: dict[str, Any], tokenizer: Tokenizer) -> Import:
     template = read_template(folder, tokenizer)
     if template is None:
         raise CheckpointError(f"{folder}: no chat template (chat_template.jinja, chat_template.json)")
-    norm = "rms" if kind == "qwen2_5_vl" else "layer"
     return Import(
         model=ModelConfig(
             decoder=decoder,
             vision=VisionConfig(model=tower, image_size=tower.image_size),
-            connector=ConnectorConfig(kind="merger", norm=norm, deepstack=len(tower.deepstack)),
+            connector=ConnectorConfig(kind="merger", norm=tower.norm, deepstack=len(tower.deepstack)),
             image_token_id=token_id,
         ),
         processor=ProcessorConfig(
@@ -113,51 +112,55 @@ def _text(kind: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def _tower(kind: str, values: dict[str, Any], where: str) -> tuple[NativeViTConfig, int]:
     """The tower, and the width of its tokens."""
-    known = {**_COMMON, **_TOWERS[kind]}
-    full = known | values
-    same_as = {"in_chans": 3, "in_channels": 3, "spatial_patch_size": full["patch_size"]}
-    for key, value in values.items():
-        if key in same_as and value != same_as[key]:
-            raise CheckpointError(f"{where}: only {key} {same_as[key]} is supported, not {value!r}")
-    rope = values.get("rope_parameters") or {}
-    if rope.get("rope_type", "axial") not in ("axial", "default") or rope.get("rope_theta", 10_000) != 10_000:
-        raise CheckpointError(f"{where}: rope_parameters {rope!r} are not supported, only axial with theta 10000")
-    for key, default in known.items():
-        value = full[key]
-        numbers = value if isinstance(default, list) and isinstance(value, list | tuple) else [value]
-        fits = all(type(number) is int and number >= 0 for number in numbers) if key != "hidden_act" else True
-        if not fits or isinstance(default, list) != isinstance(value, list | tuple):
-            kinds = "a list of whole numbers" if isinstance(default, list) else "a whole number"
-            raise CheckpointError(f"{where}: {key} {value!r} is not {kinds}")
-    activation = full["hidden_act"]
-    if activation not in _ACTIVATIONS:
-        raise CheckpointError(f"{where}: hidden_act: {unknown_name('activation', str(activation), _ACTIVATIONS)}")
-    width = full["embed_dim" if kind == "qwen2_vl" else "hidden_size"]
-    cell = full["patch_size"] * full["spatial_merge_size"]
+    full = _checked(kind, values, where)
+    width, patch, merge = full["embed_dim" if kind == "qwen2_vl" else "hidden_size"], full["patch_size"], full["merge"]
     side = math.isqrt(full.get("num_position_embeddings", 0))
     if side**2 != full.get("num_position_embeddings", 0):
         raise CheckpointError(f"{where}: num_position_embeddings {full['num_position_embeddings']} is not a square")
     window = full.get("window_size", 0)
-    if kind == "qwen2_5_vl" and window < max(cell, 1):
-        raise CheckpointError(f"{where}: window_size {window} is less than a cell of {cell} pixels")
+    if kind == "qwen2_5_vl" and window < patch * merge:
+        raise CheckpointError(f"{where}: window_size {window} is less than a cell of {patch * merge} pixels")
     tower = NativeViTConfig(
-        patch_size=full["patch_size"],
-        merge=full["spatial_merge_size"],
+        patch_size=patch,
+        merge=merge,
         width=width,
         num_layers=full["depth"],
         num_heads=full["num_heads"],
         mlp_width=full["mlp_ratio"] * width if kind == "qwen2_vl" else full["intermediate_size"],
-        activation=_ACTIVATIONS[activation],  # type: ignore[arg-type]
+        activation=_ACTIVATIONS[full["hidden_act"]],  # type: ignore[arg-type]
         gated_mlp=kind == "qwen2_5_vl",
         norm="rms" if kind == "qwen2_5_vl" else "layer",
         patch_bias=kind == "qwen3_vl",
         frames=full["temporal_patch_size"],
         position_side=side,
-        window=window // full["spatial_merge_size"] // full["patch_size"] if window else 0,
+        window=window // merge // patch if window else 0,
         full_layers=tuple(full.get("fullatt_block_indexes", ())),
         deepstack=tuple(full.get("deepstack_visual_indexes", ())),
     )
     return tower, full["hidden_size" if kind == "qwen2_vl" else "out_hidden_size"]
+
+
+def _checked(kind: str, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a tower, those that the file leaves out as well. Raises CheckpointError naming the wrong one."""
+    known = _COMMON | _TOWERS[kind]
+    full = known | values
+    for key, needed in (("in_chans", 3), ("in_channels", 3), ("spatial_patch_size", full["patch_size"])):
+        if values.get(key, needed) != needed:
+            raise CheckpointError(f"{where}: only {key} {needed} is supported, not {values[key]!r}")
+    rope = values.get("rope_parameters") or {}
+    if rope.get("rope_type", "axial") not in ("axial", "default") or rope.get("rope_theta", 10_000) != 10_000:
+        raise CheckpointError(f"{where}: rope_parameters {rope!r} are not supported, only axial with theta 10000")
+    for key, default in known.items():
+        value = full[key]
+        if isinstance(default, str):
+            if value not in _ACTIVATIONS:
+                raise CheckpointError(f"{where}: {key}: {unknown_name('activation', str(value), _ACTIVATIONS)}")
+        elif isinstance(default, list):
+            if not isinstance(value, list | tuple) or not all(type(number) is int for number in value):
+                raise CheckpointError(f"{where}: {key} {value!r} is not a list of whole numbers")
+        elif type(value) is not int or value < 1:
+            raise CheckpointError(f"{where}: {key} {value!r} is not a whole number above 0")
+    return full | {"merge": full["spatial_merge_size"]}
 
 
 def _check_patches(folder: Path, tower: NativeViTConfig) -> None:
@@ -177,18 +180,21 @@ def _check_patches(folder: Path, tower: NativeViTConfig) -> None:
 def tower_table(kind: str, prefix: str) -> Table:
     """The tower's parameters in the names of a model type."""
     block = prefix + "blocks.{i}."
-    mlp = {
+    mlps: dict[str, dict[str, tuple[str, ...]]] = {
         "qwen2_vl": {"up": ("fc1",), "down": ("fc2",)},
         "qwen2_5_vl": {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)},
         "qwen3_vl": {"up": ("linear_fc1",), "down": ("linear_fc2",)},
-    }[kind]
-    names = {
+    }
+    names: dict[str, tuple[str, ...]] = {
         "patch_embedding": (prefix + "patch_embed.proj",),
         "blocks.{i}.attention_norm": (block + "norm1",),
         "blocks.{i}.attention.qkv": (block + "attn.qkv",),
         "blocks.{i}.attention.out": (block + "attn.proj",),
         "blocks.{i}.mlp_norm": (block + "norm2",),
-        **{f"blocks.{{i}}.mlp.{ours}": tuple(f"{block}mlp.{part}" for part in theirs) for ours, theirs in mlp.items()},
+        **{
+            f"blocks.{{i}}.mlp.{ours}": tuple(f"{block}mlp.{part}" for part in theirs)
+            for ours, theirs in mlps[kind].items()
+        },
     }
     table = {
         f"{ours}.{part}": same(*(f"{name}.{part}" for name in theirs))

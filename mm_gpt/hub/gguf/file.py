@@ -25,6 +25,8 @@ MAX_NESTING = 4
 MAX_DIMENSIONS = 4
 LENGTH = struct.Struct("<Q")
 """Of a text, in bytes, before it."""
+MAPPED_BYTES = 1 << 16
+"""From this size on a tensor is mapped."""
 
 
 class Fields(dict[str, Any]):
@@ -94,14 +96,16 @@ class GGUFFile:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """The metadata, and the tensors, each mapped into memory by itself: its pages go when it does.
+    """The metadata, and the tensors mapped into memory, each by itself: its pages go when it does.
 
     Raises CheckpointError naming the file when it is broken.
     """
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Parser(data, stream.fileno(), str(path)).file()
+            return _Parser(data, str(path), stream.fileno()).file()
     except (OSError, ValueError) as error:  # ValueError: an empty file
+        if isinstance(error, CheckpointError):
+            raise
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f"{path}: not a readable GGUF file ({reason})") from None
 
@@ -109,8 +113,8 @@ def read_gguf(path: Path) -> GGUFFile:
 class _Parser:
     """Reads from the beginning of a file to its tensors."""
 
-    def __init__(self, data: mmap.mmap, file_number: int, where: str):
-        self.data, self.file_number, self.where, self.at = data, file_number, where, 0
+    def __init__(self, data: mmap.mmap, where: str, descriptor: int):
+        self.data, self.where, self.descriptor, self.at = data, where, descriptor, 0
 
     def error(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: not a readable GGUF file ({what})")
@@ -152,6 +156,14 @@ class _Parser:
             entries[name] = self.tensor_entry(name)
         start = -(-self.at // alignment) * alignment
         return GGUFFile(checked, {name: self.tensor(name, start, *entry) for name, entry in entries.items()})
+
+    def piece(self, begin: int, count: int) -> np.ndarray:
+        """Bytes of the data; what is written to them stays in memory."""
+        if count < MAPPED_BYTES:
+            return np.frombuffer(bytearray(self.data[begin : begin + count]), np.uint8)
+        offset = begin % mmap.ALLOCATIONGRANULARITY
+        pages = mmap.mmap(self.descriptor, count + offset, access=mmap.ACCESS_COPY, offset=begin - offset)
+        return np.frombuffer(pages, np.uint8, count, offset)
 
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind == STRING:
@@ -210,17 +222,8 @@ class _Parser:
         begin, count = start + offset, math.prod(shape[:-1]) * row
         if begin + count > len(self.data):
             raise self.error(f"{name[:80]} of shape {shape} reaches beyond the end")
-        data = self.mapped(begin, count) if count else np.empty(0, np.uint8)
+        data = self.piece(begin, count)
         plain = {"F32": np.float32, "F16": np.float16}.get(kind.name)
         if plain is not None:
             return GGUFTensor(data.view(plain).reshape(shape), kind)
         return GGUFTensor(data.reshape(*shape[:-1], row), kind)
-
-    def mapped(self, begin: int, count: int) -> np.ndarray:
-        """Bytes of the file: a mapping of their own, or a copy where they are less than a page."""
-        if count < mmap.PAGESIZE:
-            return np.frombuffer(bytearray(self.data[begin : begin + count]), np.uint8)
-        offset = begin % mmap.ALLOCATIONGRANULARITY
-        # What is written to the pages stays in memory: the file is never changed
-        pages = mmap.mmap(self.file_number, offset + count, access=mmap.ACCESS_COPY, offset=begin - offset)
-        return np.frombuffer(pages, np.uint8, count, offset)

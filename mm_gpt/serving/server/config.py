@@ -41,8 +41,8 @@ class ServerConfig:
     """Web pages that may use the server from a browser; `*` for all."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "max_rows", "max_body_bytes", "max_tokens", at_least=1)
-        check_numbers(self, "max_waiting", "max_images", "grace_s", at_least=0)
+        check_numbers(self, "max_rows", "max_waiting", "max_body_bytes", "max_tokens", at_least=1)
+        check_numbers(self, "max_images", "grace_s", at_least=0)
         check_numbers(self, "timeout_s", "fetch_s", "ping_s", above=0)
         if not self.api_key.isascii() or self.api_key.strip() != self.api_key:
             raise ConfigError("the API key must be ASCII without spaces around it: HTTP headers carry nothing else")

@@ -84,7 +84,9 @@ class Endpoint(ABC):
                     if found is not None:
                         choices.setdefault(found[0], Choice()).add(found[1])
             answers = [choices[index] for index in sorted(choices)]
-            await send_json(send, completion.whole(answers, responses.usage(job.tickets)))
+            await send_json(
+                send, completion.whole(answers, responses.usage(job.tickets, answers=request.wants_answers))
+            )
         finally:
             job.cancel()
 
@@ -105,7 +107,7 @@ async def _events(
                 for choice in completion.writer.deltas(*found):
                     yield completion.chunk([choice], **nothing)
         if request.include_usage:
-            yield completion.chunk([], usage=responses.usage(job.tickets))
+            yield completion.chunk([], usage=responses.usage(job.tickets, answers=request.wants_answers))
         yield responses.DONE
     except RequestError as error:
         yield responses.event(error.body())

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from PIL import Image as PILImage
 
-from mm_gpt.document import Document, Image, Message, Text, check_text
+from mm_gpt.document import Document, Image, Message, Text
 from mm_gpt.errors import ImageError, MMGPTError
 from mm_gpt.images import BYTES_PER_PIXEL, DEFAULT_LIMITS, ByteBudget, ImageLimits, image_bytes, image_size, load_image
 from mm_gpt.inference.detokenizer import TokenBytes
@@ -85,7 +85,6 @@ class Prompts:
         """A prompt as it is: a text, or tokens. Raises RequestError."""
         text = self._text(prompt)
         try:
-            check_text(text.text, "prompt")
             example = self.processor(Document((text,)))
         except MMGPTError as error:
             raise from_model(error, "prompt") from error

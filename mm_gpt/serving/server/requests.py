@@ -46,6 +46,10 @@ class Request:
     include_usage: bool
     """With `stream`: a last chunk tells what the request took."""
 
+    @property
+    def wants_answers(self) -> bool:
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRequest(Request):
@@ -60,6 +64,10 @@ class CompletionRequest(Request):
     max_tokens: int
     """0: the prompt alone is of interest."""
 
+    @property
+    def wants_answers(self) -> bool:
+        return self.max_tokens > 0
+
 
 def read_json(body: bytes) -> Fields:
     """The object in a body. Raises RequestError for anything else."""
@@ -70,6 +78,11 @@ def read_json(body: bytes) -> Fields:
         raise RequestError(f"The body is no JSON: {reason}.", code="invalid_json") from None
     if _depth(values) > MAX_JSON_DEPTH:
         raise RequestError(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.", code="invalid_json")
+    if b"\\ud" in body.lower():
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise RequestError("The body has half a character, a lone surrogate.", code="invalid_json") from None
     return Fields(values)
 
 

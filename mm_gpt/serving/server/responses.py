@@ -16,8 +16,7 @@ PING = b": still working\n\n"
 
 
 def to_json(value: Any) -> bytes:
-    # half a character can only come from a request that is quoted in an error
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode(errors="replace")
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def event(value: Any) -> bytes:
@@ -82,9 +81,9 @@ class Completion:
         return event(self._head | {"object": self.writer.chunk_object, "choices": list(choices)} | usage)
 
 
-def usage(tickets: Sequence[Ticket]) -> dict[str, Any]:
-    """Each prompt counts once, however many answers it had."""
-    completion = sum(ticket.completion_tokens for ticket in tickets)
+def usage(tickets: Sequence[Ticket], *, answers: bool = True) -> dict[str, Any]:
+    """Each prompt counts once, however many answers it had; `answers` says whether those were wanted."""
+    completion = sum(ticket.completion_tokens for ticket in tickets) if answers else 0
     prompt = sum(ticket.prompt_tokens for ticket in tickets)
     image = sum(ticket.image_tokens for ticket in tickets)
     return {

@@ -81,7 +81,7 @@ class TextWriter:
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         text, tokens = self._prompt(index)
-        if self.request.max_tokens:
+        if self.request.wants_answers:
             text += choice.text
             tokens += map(_shown, choice.tokens)
         return self._written(index, text, tokens, choice.finish_reason)
@@ -92,7 +92,7 @@ class TextWriter:
     def deltas(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         text, tokens = self._prompt(index) if self._is_new[index] else ("", [])
         self._is_new[index] = False
-        if self.request.max_tokens:
+        if self.request.wants_answers:
             text += piece.text
             tokens += map(_shown, piece.tokens)
         deltas = []
