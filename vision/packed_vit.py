@@ -13,7 +13,7 @@ from mm_gpt.kernels.vision_block import Norm, VisionBlock
 from mm_gpt.vision.vit import Block, LayerScale, ViT
 
 TILES = 4
-"""How many images pass the blocks together: what they share out among threads is worth the waiting for them."""
+"""Images that pass the blocks together. More would save a little waiting among threads, and take more memory."""
 _ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "quick_gelu": QUICK_GELU}
 
 
