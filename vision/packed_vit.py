@@ -3,6 +3,8 @@
 Tokens, norms and the softmax are float32; the patch embedding and the attention are multiplied in bfloat16.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -32,7 +34,8 @@ class PackedViT(ViT):
         self.pre_norm, self.post_norm = vit.pre_norm, vit.post_norm
         self.float()
         self.packed: list[VisionBlock] = []
-        blocks, vit.blocks = list(vit.blocks[: vit.config.depth]), nn.ModuleList()
+        blocks: list[Any] = list(vit.blocks[: vit.config.depth])
+        vit.blocks = nn.ModuleList()
         while blocks:  # each is freed when it is packed
             self.packed.append(_pack_block(blocks.pop(0), kind))
 
