@@ -44,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="PATH", help="tars or folders of records; text files for perplexity"
     )
-    parser.add_argument("-m", "--model", default="default", help="a model's name or folder (default: %(default)s)")
+    parser.add_argument(
+        "-m",
+        "--model",
+        metavar="NAME",
+        help="a model's name or folder (default: MM_GPT_MODEL, your setting, `default`)",
+    )
     parser.add_argument(
         "--control",
         action="append",

@@ -32,7 +32,7 @@ from mm_gpt.eval.perplexity import WINDOW, read_text, window_nats, windows
 from mm_gpt.hub.checkpoint import load_decoder
 from mm_gpt.images import image_bytes
 from mm_gpt.inference.assistant import Assistant, GenerationOptions, load
-from mm_gpt.inference.engine import GenerationConfig
+from mm_gpt.inference.generation import GenerationConfig
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.templates.prompts import CAPTION_PROMPT, question_prompt
 

@@ -10,7 +10,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("image", help="a file or an http(s) URL")
     parser.add_argument("question")
-    parser.add_argument("--model", default="default")
+    parser.add_argument("--model", help="default: MM_GPT_MODEL, your setting, `default`")
     args = parser.parse_args()
     try:
         model = mm_gpt.load(args.model)

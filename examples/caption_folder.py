@@ -15,7 +15,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="or a .tar, a glob, a file, a URL")
     parser.add_argument("out", type=Path, help=".jsonl or .csv")
-    parser.add_argument("--model", default="default")
+    parser.add_argument("--model", help="default: MM_GPT_MODEL, your setting, `default`")
     parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
     share_cores()

@@ -6,4 +6,4 @@
 from mm_gpt.serving.gradio_demo import launch
 
 if __name__ == "__main__":
-    launch(model="default", port=7860)
+    launch(port=7860)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mm_gpt.hub.checkpoint import load_decoder
 from mm_gpt.inference.assistant import Assistant
-from mm_gpt.inference.engine import GenerationConfig
+from mm_gpt.inference.generation import GenerationConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
 from mm_gpt.vision.connectors import ConnectorConfig

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from mm_gpt.document import Document, Image, Text
     from mm_gpt.errors import MMGPTError
     from mm_gpt.inference.assistant import Assistant, load
-    from mm_gpt.inference.engine import Answer, GenerationConfig
+    from mm_gpt.inference.generation import Answer, GenerationConfig
 
 _WHERE = {
-    "Answer": "mm_gpt.inference.engine",
+    "Answer": "mm_gpt.inference.generation",
     "Assistant": "mm_gpt.inference.assistant",
     "Document": "mm_gpt.document",
-    "GenerationConfig": "mm_gpt.inference.engine",
+    "GenerationConfig": "mm_gpt.inference.generation",
     "Image": "mm_gpt.document",
     "MMGPTError": "mm_gpt.errors",
     "Text": "mm_gpt.document",

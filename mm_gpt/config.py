@@ -172,13 +172,15 @@ def _parse(hint: Any, text: str, where: str) -> Any:
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if _is_union(hint):
         errors = []
+        classes = [option for option in typing.get_args(hint) if dataclasses.is_dataclass(option)]
+        if isinstance(value, dict) and classes:
+            # The one that knows most of the keys: its message names the wrong key inside
+            return _convert(max(classes, key=lambda option: _known(option, value)), value, where)
         for option in typing.get_args(hint):
             if option is type(None):
                 if value is None:
                     return None
                 continue
-            if isinstance(value, dict) and dataclasses.is_dataclass(option):
-                return _convert(option, value, where)  # its message names the wrong key inside
             try:
                 return _convert(option, value, where)
             except ConfigError as error:
@@ -197,8 +199,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: expected an object with keys, got {value!r}")
-        item = typing.get_args(hint)[1]
-        return {key: _convert(item, v, f"{where}.{key}") for key, v in value.items()}
+        of_keys, item = typing.get_args(hint)
+        return {_convert(of_keys, key, where): _convert(item, v, f"{where}.{key}") for key, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where=where)  # type: ignore[arg-type]
     if isinstance(value, str):
@@ -208,6 +210,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise ConfigError(f"{where}: expected {_name(hint)}, got {value!r}")
+
+
+def _known(config: Any, values: dict[str, Any]) -> int:
+    return len(values.keys() & {field.name for field in dataclasses.fields(config)})
 
 
 def _check_text(text: str, where: str) -> None:

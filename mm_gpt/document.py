@@ -26,6 +26,8 @@ class Text:
     """True: the model learns to write it. False: the model only reads it."""
     is_control: bool = False
     """True for text that the chat template wrote: there, and only there, special tokens are recognised."""
+    ids: tuple[int, ...] | None = None
+    """Its tokens, where somebody has chosen them: `text` is then only what they say."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mm_gpt.document import Document, Image, Message, Segment, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
 from mm_gpt.templates.chat_template import ChatTemplate, begins_with, content_part
-from mm_gpt.templates.image_text import ImageTextConfig, image_text
+from mm_gpt.templates.image_text import ImageTextConfig, image_text, mrope_positions
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.tiling import Tiled, Tiler, TilingConfig
 from mm_gpt.vision.transforms import ImageTransform, ImageTransformConfig
@@ -40,6 +40,8 @@ class ProcessorConfig:
     """How an image is cut into tiles; None: it is one."""
     image_text: ImageTextConfig | None = None
     """How an image is written with the vocabulary's own special tokens; None: with three ids right behind it."""
+    mrope: bool = False
+    """Positions have three components, in images the row and the column of a token besides its time (M-RoPE)."""
     begin_of_text: bool = False
     """Begin each text with the tokenizer's own first ids, unless it is written with them already."""
     begin_of_chat: bool = True
@@ -54,6 +56,8 @@ class ProcessorConfig:
             raise ConfigError(f"image needs tokens_per_image of at least 1, not {self.tokens_per_image}")
         if self.tiling is not None and self.image_text is None:
             raise ConfigError("tiling needs image_text: how the tiles are written")
+        if self.mrope and (self.tiling is None or self.tiling.kind != "native"):
+            raise ConfigError("mrope needs tiling 'native': the rows and columns of an image are those of its tokens")
 
 
 @dataclass
@@ -62,7 +66,7 @@ class Example:
 
     input_ids: Tensor  # (T,)
     labels: Tensor  # (T,) the next token, already shifted; IGNORE_INDEX where nothing is learned
-    position_ids: Tensor  # (T,) every branch continues from the end of the shared part
+    position_ids: Tensor  # (T,), with M-RoPE (T, 3); every branch continues from the end of the shared part
     branch_ids: Tensor  # (T,) 0 in the shared part, 1, 2, ... in the branches
     images: list[Image]
     grids: list[tuple[int, int]] = field(default_factory=list)
@@ -98,11 +102,12 @@ class Batch:
 
     input_ids: Tensor  # (B, T)
     labels: Tensor  # (B, T)
-    position_ids: Tensor  # (B, T)
+    position_ids: Tensor  # (B, T), with M-RoPE (B, T, 3): time, row and column
     document_ids: Tensor  # (B, T)
     branch_ids: Tensor  # (B, T)
     image_rows: Tensor  # (M,) the row that owns each image, ascending
     image_grids: Tensor  # (M, 2) rows and columns of tiles that each image is cut into, besides the one of the whole
+    image_tiles: Tensor  # (M,) the tiles of each image, the one of the whole included
     image_sizes: Tensor  # (M, 2) height and width of each image; 0 where nothing depends on it
     pixel_values: Tensor  # (N, 3, H, W)
     ids: list[str] = field(default_factory=list)
@@ -119,11 +124,6 @@ class Batch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
-
-    @property
-    def image_tiles(self) -> Tensor:
-        """(M,) the tiles of each image."""
-        return self.image_grids.prod(dim=1) + 1
 
     def to(self, device: torch.device | str) -> "Batch":
         tensors: dict[str, Any] = {
@@ -173,7 +173,8 @@ class Processor:
         `answer_starts` opens the assistant's next turn. Raises MMGPTError naming the message that is malformed.
         """
         if self.template is not None:
-            token = None if self.config.image_text is None else self.config.image_text.token
+            how = self.config.image_text
+            token = None if how is None else how.written or how.token
             return Document(
                 tuple(self.template.render(messages, add_generation_prompt=answer_starts, image_token=token))
             )
@@ -251,7 +252,7 @@ class Processor:
         parts = [self._encode([*document.segments, *branch]) for branch in document.branches or ((),)]
         shared = _common(parts) if document.branches else len(parts[0].ids)
         ids, branches = parts[0].ids[:shared], [0] * shared
-        positions = list(range(shared))
+        positions = [self._positions(parts[0])[:shared]]
         labels = _next_token_labels(ids, parts[0].targets[:shared])
         images = [found for found in parts[0].images if found[0] < shared]
         starts = [at for at, *_ in images]
@@ -263,7 +264,7 @@ class Processor:
             starts += [at - shared + len(ids) for at, *_ in inside]
             ids = ids + own
             labels += _next_token_labels(own, part.targets[shared:end])
-            positions += range(shared, shared + len(own))
+            positions.append(self._positions(part)[shared:end])
             branches += [number] * len(own)
         image_tokens = sum(map(self.is_image, ids))
         if len(ids) > self.config.max_length:
@@ -275,7 +276,7 @@ class Processor:
         return Example(
             as_tensor(ids),
             as_tensor(labels),
-            as_tensor(positions),
+            torch.cat(positions),
             as_tensor(branches),
             images=[image for _, _, image, _, _ in images],
             grids=[grid for *_, grid, _ in images],
@@ -285,6 +286,12 @@ class Processor:
             image_tokens=image_tokens,
             id=document.id,
         )
+
+    def _positions(self, part: _Part) -> Tensor:
+        """(T,), or (T, 3) with M-RoPE."""
+        if not self.config.mrope:
+            return torch.arange(len(part.ids))
+        return mrope_positions(len(part.ids), [(first, grid) for first, _, _, grid, _ in part.images])
 
     def count(self, document: Document) -> int:
         """Tokens that a document without branches takes, however many the context holds. Raises ImageError."""
@@ -317,11 +324,17 @@ class Processor:
 
         first = segments[0] if segments else None
         is_template = isinstance(first, Text) and first.is_control
-        wanted = self.config.begin_of_text and (self.config.begin_of_chat or not is_template)
+        has_ids = isinstance(first, Text) and first.ids is not None  # whoever chose the tokens chose the first one
+        wanted = self.config.begin_of_text and (self.config.begin_of_chat or not is_template) and not has_ids
         if wanted and not begins_with(segments, self.tokenizer.names.get("bos_token")):
             part.ids += self.tokenizer.prefix_ids
             part.targets += [False] * len(part.ids)
         for segment in segments:
+            if isinstance(segment, Text) and segment.ids is not None:
+                flush()
+                part.ids += segment.ids
+                part.targets += [segment.is_target] * len(segment.ids)
+                continue
             if isinstance(segment, Text):
                 runs.append((segment.text, segment.is_target, segment.is_control))
                 continue
@@ -411,6 +424,7 @@ def collate(
     """
     length = max((sum(map(len, row)) for row in rows), default=0)
     length = -(-max(1, length) // pad_to_multiple) * pad_to_multiple
+    components = next((e.position_ids.shape[1:] for row in rows for e in row), ())
     columns: dict[str, list[Tensor]] = {name: [] for name in ("input", "label", "position", "document", "branch")}
     for row in rows:
         pad = length - sum(map(len, row))
@@ -422,27 +436,22 @@ def collate(
             "branch": ([e.branch_ids for e in row], 0),
         }
         for name, (tensors, value) in parts.items():
-            padding = torch.full((pad,), value, dtype=torch.long)
+            shape = (pad, *components) if name == "position" else (pad,)
+            padding = torch.full(shape, value, dtype=torch.long)
             columns[name].append(torch.cat([padding, *tensors] if pad_left else [*tensors, padding]))
     examples = [(n, example) for n, row in enumerate(rows) for example in row]
-    image_rows: list[int] = []
-    grids: list[Size] = []
-    sizes: list[Size] = []
-    for n, example in examples:
-        for grid, size in zip(example.grids, example.sizes, strict=True):
-            # Tiles without one of the whole are images of one tile each: their tokens follow each other in any case.
-            parts_of_it = [grid] if example.whole else [(0, 0)] * max(1, math.prod(grid))
-            image_rows += [n] * len(parts_of_it)
-            grids += parts_of_it
-            sizes += [size] * len(parts_of_it)
+    grids = [grid for _, example in examples for grid in example.grids]
+    sizes = [size for _, example in examples for size in example.sizes]
+    tiles = [max(1, math.prod(g) + example.whole) for _, example in examples for g in example.grids]
     return Batch(
         input_ids=torch.stack(columns["input"]),
         labels=torch.stack(columns["label"]),
         position_ids=torch.stack(columns["position"]),
         document_ids=torch.stack(columns["document"]),
         branch_ids=torch.stack(columns["branch"]),
-        image_rows=torch.tensor(image_rows, dtype=torch.long),
+        image_rows=torch.tensor([n for n, example in examples for _ in example.grids], dtype=torch.long),
         image_grids=torch.tensor(grids, dtype=torch.long).reshape(-1, 2),
+        image_tiles=torch.tensor(tiles, dtype=torch.long),
         image_sizes=torch.tensor(sizes, dtype=torch.long).reshape(-1, 2),
         pixel_values=pixel_values,
         ids=[" ".join(example.id for example in row) for row in rows],

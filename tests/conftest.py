@@ -27,6 +27,13 @@ if not os.environ.get("EXPLORE"):
 IMAGE_SIZE = 32
 
 
+@pytest.fixture(autouse=True, scope="session")
+def nobody_s_settings(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Which model is taken by default is not for whoever runs the tests to say."""
+    os.environ.pop("MM_GPT_MODEL", None)
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("settings"))
+
+
 def make_tokenizer() -> Tokenizer:
     """A byte-level BPE of a few hundred tokens, learned from a few sentences."""
     text = ["user assistant system", "Describe the image in one sentence.", "A red circle on a blue ground."] * 4

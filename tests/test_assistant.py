@@ -14,7 +14,7 @@ from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model, save_model
 from mm_gpt.inference.assistant import Assistant, generation_config
-from mm_gpt.inference.engine import Answer, GenerationConfig
+from mm_gpt.inference.generation import Answer, GenerationConfig
 from mm_gpt.model.lora import LoRAConfig as Config
 from mm_gpt.model.lora import LoRALinear, add_lora
 from mm_gpt.model.mmgpt import MMGPT, pick_device

@@ -527,7 +527,7 @@ class Watch:
             sys.exit("policy " + os.environ.get("OMP_WAIT_POLICY", "none"))
 sys.meta_path.insert(0, Watch())
 from mm_gpt.commands.cli import main
-main(["caption", "picture.png"])
+main(["caption", "."])
 """
     environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
     environment |= {} if given is None else {"OMP_WAIT_POLICY": given}

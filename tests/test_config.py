@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mm_gpt.config import check_numbers, from_dict, override, to_dict
 from mm_gpt.errors import ConfigError
 from mm_gpt.hub.checkpoint import TokenizerConfig
-from mm_gpt.inference.engine import GenerationConfig
+from mm_gpt.inference.generation import GenerationConfig
 from mm_gpt.model.decoder import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import ModelConfig

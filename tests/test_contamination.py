@@ -41,7 +41,7 @@ from mm_gpt.eval.contamination import evaluation_items
 from mm_gpt.eval.harness import add_arguments, evaluate, table
 from mm_gpt.eval.harness import run as run_command
 from mm_gpt.inference.assistant import Assistant
-from mm_gpt.inference.engine import Answer, GenerationConfig
+from mm_gpt.inference.generation import Answer, GenerationConfig
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in ("lt", "m", "nd", "p", "rk", "s")]
 

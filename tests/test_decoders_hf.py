@@ -111,6 +111,8 @@ MATTERS: dict[str, dict[str, Any]] = {
 
 
 def config_class(kind: str) -> Any:
+    if kind not in CLASSES:  # the text half of a model that sees
+        return type(transformers.CONFIG_MAPPING[kind.removesuffix("_text")]().text_config)
     return getattr(transformers, f"{CLASSES[kind]}Config")
 
 
@@ -289,6 +291,8 @@ def test_defaults_are_those_of_transformers(kind: str) -> None:
             theirs = config.rope_parameters["sliding_attention"]["rope_theta"]
         elif key == "sliding_window_pattern":
             theirs = config.layer_types.index("full_attention") + 1
+        elif key == "tie_word_embeddings" and kind not in CLASSES:
+            theirs = getattr(config, key, False)  # a key of the whole
         elif key == "sliding_window" and kind.startswith("qwen"):
             theirs = config_class(kind)(use_sliding_window=True).sliding_window
         elif value is None and key in ("head_dim", "num_key_value_heads"):

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -20,8 +21,13 @@ from torch import Tensor
 
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
-from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream, _certain, _length_penalty, _Row
-from mm_gpt.inference.sampling import Repeats, choose, next_token_probabilities
+from mm_gpt.inference.beams import BeamSearch, length_penalty
+from mm_gpt.inference.constraints import Constraint
+from mm_gpt.inference.detokenizer import TokenBytes
+from mm_gpt.inference.engine import Engine, Stream
+from mm_gpt.inference.generation import Answer, GenerationConfig
+from mm_gpt.inference.rows import Row
+from mm_gpt.inference.sampling import Sampler, choose
 from mm_gpt.model.decoder import DecoderConfig
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Processor, ProcessorConfig, collate
@@ -60,18 +66,13 @@ def next_logits(engine: Engine, document: Document, ids: list[int]) -> Tensor:
 
 def naive(engine: Engine, document: Document, config: GenerationConfig) -> list[tuple[int, float]]:
     """(id, log-probability) one after another, until an end mark or `max_new_tokens`. No cache, no batch."""
-    generator = torch.Generator().manual_seed(config.seed)
+    sampler = Sampler(config, engine.processor(document).input_ids, 0)
     result: list[tuple[int, float]] = []
     while len(result) < config.max_new_tokens:
         logits = next_logits(engine, document, [id for id, _ in result])
-        token = choose(
-            logits[None],
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            generators=[generator],
-        )
+        token = choose(logits[None], [sampler], [None])
         id = int(token)
+        sampler.accept(id)
         result.append((id, logits.log_softmax(-1)[id].item()))
         if id in engine.processor.tokenizer.end_ids:
             break
@@ -79,8 +80,7 @@ def naive(engine: Engine, document: Document, config: GenerationConfig) -> list[
 
 
 def ids_of(answer: Answer) -> list[int]:
-    assert answer.logprobs is not None
-    return [token.id for token in answer.logprobs]
+    return list(answer.ids)
 
 
 def with_end_bias(engine: Engine, bias: float) -> Engine:
@@ -139,7 +139,7 @@ def test_float32_agrees_too() -> None:
 def test_rows_end_one_by_one(engine: Engine) -> None:
     """A row that has ended must neither write on nor stop the others."""
     ending = with_end_bias(engine, 4.0)
-    config = GenerationConfig(max_new_tokens=12, temperature=2.0, logprobs=True, seed=1)
+    config = GenerationConfig(max_new_tokens=12, temperature=2.0, logprobs=True, seed=3)
     answers = ending.generate(PROMPTS, config)
     assert len({a.completion_tokens for a in answers}) >= 3
     for document, answer in zip(PROMPTS, answers, strict=True):
@@ -282,78 +282,7 @@ def test_no_part_of_a_stop_text_is_streamed(text: str, stops: list[str]) -> None
     assert "".join(scripted_stream(text, tuple(stops))) == text[:cut]
 
 
-@pytest.mark.parametrize(
-    ("text", "stops", "certain"),
-    [
-        ("abc", [], "abc"),
-        ("ab�", [], "ab"),
-        ("ab\n", ["\n\n"], "ab"),
-        ("ab\nx", ["\n\n"], "ab\nx"),
-        ("User", ["User:"], ""),
-        ("ab�", ["bc"], "a"),
-    ],
-)
-def test_what_is_certain(text: str, stops: list[str], certain: str) -> None:
-    assert text[: _certain(text, stops)] == certain
-
-
-# ---- sampling ----
-
-LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
-
-
-def test_probabilities_golden() -> None:
-    plain = next_token_probabilities(LOGITS, temperature=1.0, top_k=0, top_p=1.0)
-    torch.testing.assert_close(plain, LOGITS.softmax(-1))
-    assert plain.tolist() == pytest.approx([0.5630, 0.2071, 0.1256, 0.0762, 0.0280], abs=1e-4)
-    cold = next_token_probabilities(LOGITS, temperature=0.5, top_k=0, top_p=1.0)
-    torch.testing.assert_close(cold, (LOGITS * 2).softmax(-1))
-    two = next_token_probabilities(LOGITS, temperature=1.0, top_k=2, top_p=1.0)
-    assert two.tolist() == pytest.approx([0.7311, 0.2689, 0, 0, 0], abs=1e-4)
-    # 0.563 < 0.6 <= 0.770: the smallest set that reaches p has two tokens
-    nucleus = next_token_probabilities(LOGITS, temperature=1.0, top_k=0, top_p=0.6)
-    assert nucleus.tolist() == pytest.approx([0.7311, 0.2689, 0, 0, 0], abs=1e-4)
-    assert next_token_probabilities(LOGITS, temperature=1.0, top_k=0, top_p=1e-9).tolist() == [1, 0, 0, 0, 0]
-
-
-@given(
-    st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=30),
-    st.floats(0.1, 5),
-    st.integers(0, 40),
-    st.floats(0.01, 1),
-)
-@settings(max_examples=100, deadline=None)
-def test_probabilities_keep_the_top(values: list[float], temperature: float, top_k: int, top_p: float) -> None:
-    logits = torch.tensor(values)
-    kept = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    assert kept.sum().item() == pytest.approx(1, abs=1e-5)
-    if top_k:
-        assert int((kept > 0).sum()) <= top_k
-    full = (logits / temperature).softmax(-1)
-    alive = kept > 0
-    assert full[alive].min() >= full[~alive].max() if (~alive).any() else True
-    if not top_k or top_k >= len(values):
-        assert full[alive].sum() >= top_p - 1e-5  # it reaches p,
-        if alive.sum() > 1:
-            assert full[alive].sum() - full[alive].min() < top_p + 1e-5  # and with one token less it would not
-
-
-@given(st.lists(st.integers(0, 3), max_size=12), st.integers(1, 5))
-def test_exactly_what_would_repeat_a_run_is_named(ids: list[int], size: int) -> None:
-    # Stops: an n-gram one too long or short, the last run missed, negative indices in short answers.
-    def runs(tokens: list[int]) -> list[tuple[int, ...]]:
-        return [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
-
-    expected = {token for token in range(4) if runs([*ids, token])[-1:] and runs([*ids, token])[-1] in runs(ids)}
-
-    def completed(size: int) -> set[int]:
-        repeats = Repeats(size)
-        for end in range(1, len(ids) + 1):
-            repeats.add(ids[:end])
-        return set(repeats.copy().completed_by(ids))
-
-    assert completed(size) == expected
-    assert completed(0) == set()
+# ---- without repetition ----
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 0.2}])
@@ -371,19 +300,62 @@ def test_no_run_of_tokens_comes_twice(engine: Engine, options: dict[str, Any], s
     assert any(map(repeats, engine.generate(PROMPTS, free)))
 
 
-def test_samples_follow_the_probabilities() -> None:
-    """A thousand draws: an index off by one in the sorted order would show."""
-    expected = next_token_probabilities(LOGITS, temperature=1.0, top_k=4, top_p=1.0)
-    generator = torch.Generator().manual_seed(0)
-    draws = [
-        int(choose(LOGITS[None], temperature=1.0, top_k=4, top_p=1.0, generators=[generator])) for _ in range(3000)
-    ]
-    shares = torch.bincount(torch.tensor(draws), minlength=5) / len(draws)
-    assert (shares - expected).abs().max() < 0.03
-    assert shares[4] == 0
+# ---- answers of a given form ----
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 2.0}, {"no_repeat_ngram_size": 1}])
+def test_answers_have_the_form_that_is_asked_for(engine: Engine, options: dict[str, Any]) -> None:
+    """Stops: a way of decoding that forgets the grammar, states that rows or beams share, spaces cut off."""
+    choices = ("a cat", "a dog ", " mice", "a cat and a dog")
+    config = GenerationConfig(max_new_tokens=40, constraint=Constraint(choices=choices), **options)
+    for answer in engine.generate(PROMPTS, config):
+        assert str(answer) in choices
+        assert answer.finish_reason == "stop"
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 22, 333]}}, "required": ["n"]}
+    schema["additionalProperties"] = False
+    config = dataclasses.replace(config, constraint=Constraint(json_schema=schema))
+    for answer in engine.generate(PROMPTS, config):
+        assert answer.finish_reason == "length" or json.loads(answer)["n"] in (1, 22, 333)
+
+
+def test_samples_of_one_form_differ_and_end_without_an_end_mark(engine: Engine) -> None:
+    config = GenerationConfig(
+        max_new_tokens=40, temperature=5.0, n=8, constraint=Constraint(regex="[a-z]{3}"), logprobs=True
+    )
+    answers = engine.generate(PROMPTS[:1], config)
+    assert all(re.fullmatch("[a-z]{3}", answer) for answer in answers)
+    assert len(set(answers)) > 4
+    for answer in answers:
+        assert not set(ids_of(answer)) & set(engine.processor.tokenizer.end_ids)
+
+
+def test_a_form_that_was_cut_off_says_so(engine: Engine) -> None:
+    config = GenerationConfig(max_new_tokens=3, constraint=Constraint(regex="[a-z]{30}"))
+    stream = engine.stream(PROMPTS[0], config)
+    assert "".join(stream) == str(stream.answer)
+    assert stream.answer.finish_reason == "length"
+    with pytest.raises(ConfigError, match="not cannot be enforced"):
+        engine.stream(PROMPTS[0], dataclasses.replace(config, constraint=Constraint(json_schema={"not": {}})))
 
 
 # ---- beam search ----
+
+
+def beam_search(engine: Engine, document: Document, config: GenerationConfig) -> Answer:
+    """By the search for beams, also where there is only one of them."""
+    job = engine.job(document, config)
+    prompt = job.prepare()
+    reading = engine.reader.read(prompt)
+    end_ids = engine.processor.tokenizer.end_ids
+    row = Row(prompt, config, engine.tokens, context=job.context, end_ids=end_ids)
+    row.sequence = reading.sequence
+    beams = BeamSearch(row, engine.sequences)
+    logits = engine.model.decoder.logits(reading.hidden[-1:])
+    while not beams.is_done:
+        beams.advance(logits)
+        if beams.rows:
+            logits = engine.sequences.step([row.sequence for row in beams.rows], [row.ids[-1] for row in beams.rows])
+    return beams.best.answer()
 
 
 def small_vocabulary_engine(letters: str, seed: int) -> Engine:
@@ -445,7 +417,7 @@ def test_one_beam_is_greedy(seed: int) -> None:
     documents = [Document((Text("abca"),)), Document((Image(make_picture(seed)), Text("b")))]
     config = GenerationConfig(max_new_tokens=8, length_penalty=0.0, logprobs=True)
     greedy = engine.generate(documents, config)
-    beams = engine._beam_search([engine.processor(d) for d in documents], config)
+    beams = [beam_search(engine, document, config) for document in documents]
     assert [ids_of(a) for a in beams] == [ids_of(a) for a in greedy]
 
 
@@ -504,13 +476,13 @@ def test_search_goes_on_while_a_longer_answer_may_be_better() -> None:
     steps = itertools.chain([first], itertools.repeat(later))
     engine.model.decoder.logits = lambda hidden: next(steps).expand(len(hidden), 5).clone()  # type: ignore[method-assign]
     config = GenerationConfig(max_new_tokens=10, length_penalty=2.0, logprobs=True)
-    (answer,) = engine._beam_search([engine.processor(Document((Text("a"),)))], config)
+    answer = beam_search(engine, Document((Text("a"),)), config)
     assert ids_of(answer) == [3] * 10
 
 
 @pytest.mark.parametrize(("length", "expected"), [(1, 1.0), (5, 1.3587), (10, 1.7329), (20, 2.3544)])
 def test_length_penalty_golden(length: int, expected: float) -> None:
-    assert _length_penalty(length, GenerationConfig(length_penalty=0.6)) == pytest.approx(expected, abs=5e-5)
+    assert length_penalty(length, GenerationConfig(length_penalty=0.6)) == pytest.approx(expected, abs=5e-5)
 
 
 def test_beams_cannot_stream_or_sample(engine: Engine) -> None:
@@ -557,10 +529,10 @@ def test_probability_of_an_answer_is_that_of_its_tokens(engine: Engine) -> None:
 
 def rows_text(tokenizer: Tokenizer, ids: list[int], **options: Any) -> tuple[str, Answer]:
     """(the pieces joined, the answer) of a row that was given these ids."""
-    example = PROCESSOR(Document((Text("x"),)))
-    row = _Row(example, PROCESSOR, GenerationConfig(max_new_tokens=len(ids), **options), 10_000)
-    row.tokenizer = tokenizer
-    return "".join(row.add(id, None) for id in ids), row.answer()
+    prompt = SCRIPTED.reader.prompt(PROCESSOR(Document((Text("x"),))))
+    config = GenerationConfig(max_new_tokens=len(ids), **options)
+    row = Row(prompt, config, TokenBytes(tokenizer), context=10_000, end_ids=tokenizer.end_ids)
+    return "".join(row.add(id) for id in ids), row.answer()
 
 
 def sentencepiece_tokenizer() -> Tokenizer:
@@ -606,34 +578,17 @@ def test_an_answer_decoded_piece_by_piece_is_the_whole_decoded(kind: str, data: 
     assert answer == pieces.strip()
 
 
-def test_a_token_costs_the_same_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stops: decoding the whole answer again for each token, which grows with its square."""
-    tokenizer = TOKENIZERS["bytes"]
-    decoded: list[int] = []
-    decode = Tokenizer.decode
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, **o: decoded.append(len(ids)) or decode(self, ids, **o))
-    rows_text(tokenizer, tokenizer.encode("A red circle on a blue square. " * 20))
-    assert max(decoded) <= 3
-
-
 def test_a_stop_text_of_the_replacement_sign_does_not_match_half_characters() -> None:
     tokenizer = TOKENIZERS["bytes"]
     ids = tokenizer.encode("a 🦆 duck")
     assert len(ids) > len("a 🦆 duck")  # the duck is several tokens, halves of a character
     pieces, answer = rows_text(tokenizer, ids, stop=("\ufffd",))
     assert (pieces, answer.finish_reason) == ("a 🦆 duck", "length")
+    cut = ids[: len(tokenizer.encode("a ")) + 2]  # the limit comes inside the duck
+    pieces, answer = rows_text(tokenizer, cut, stop=("\ufffd",))
+    assert (pieces, answer.finish_reason) == ("a \ufffd", "length")
     pieces, answer = rows_text(tokenizer, tokenizer.encode("a \ufffd duck"), stop=("\ufffd",))
     assert (answer, answer.finish_reason) == ("a", "stop")
-
-
-def test_a_batch_is_sampled_like_its_rows() -> None:
-    """The probabilities of all rows are made at once."""
-    torch.manual_seed(0)
-    logits = torch.randn(5, 1000) * 4
-    for options in ({"top_k": 0, "top_p": 1.0}, {"top_k": 50, "top_p": 0.7}, {"top_k": 0, "top_p": 0.3}):
-        together = next_token_probabilities(logits, temperature=0.9, **options)  # type: ignore[arg-type]
-        alone = [next_token_probabilities(row, temperature=0.9, **options) for row in logits]  # type: ignore[arg-type]
-        torch.testing.assert_close(together, torch.stack(alone), rtol=1e-6, atol=1e-9)
 
 
 # ---- options ----

@@ -449,6 +449,7 @@ def test_splits_have_names() -> None:
 
 def reference(kind: str, folder: Path) -> tuple[list[list[Message]], Any]:
     """Writes a tiny model of a public family; gives conversations, and what a processor of theirs makes of one."""
+    import test_family_gemma3 as gemma3
     import test_family_idefics3 as idefics3
     import test_family_llava as llava
     import test_family_paligemma as paligemma
@@ -461,6 +462,9 @@ def reference(kind: str, folder: Path) -> tuple[list[list[Message]], Any]:
             paligemma.CHATS[1:],
             lambda chat, processor: gemma._replace(processor=processor).inputs(*cases[id(chat)]),
         )
+    if kind == "gemma3":
+        seeing = gemma3.make_theirs(folder)
+        return gemma3.CHATS, lambda chat, processor: seeing._replace(processor=processor).inputs(chat)
     if kind in ("idefics3", "smolvlm"):
         theirs = idefics3.make_theirs(folder, kind, idefics3.MARKS if kind == "idefics3" else [])
         return idefics3.CHATS, lambda chat, processor: theirs._replace(processor=processor).inputs(chat)
@@ -470,7 +474,7 @@ def reference(kind: str, folder: Path) -> tuple[list[list[Message]], Any]:
     return llava.CHATS, lambda chat, processor: llava.Case(kind, folder, model, processor).inputs(chat)
 
 
-KINDS = ["llava", "llava_interleave", "llava_next", "llava_onevision", "idefics3", "smolvlm", "paligemma"]
+KINDS = ["llava", "llava_interleave", "llava_next", "llava_onevision", "idefics3", "smolvlm", "paligemma", "gemma3"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

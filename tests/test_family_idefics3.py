@@ -25,7 +25,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import mm_gpt
 from mm_gpt.commands.cli import main
-from mm_gpt.errors import CheckpointError
+from mm_gpt.errors import CheckpointError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.hub.families.idefics3 import read
 from mm_gpt.processor import IGNORE_INDEX
@@ -156,11 +156,17 @@ def idefics3(tmp_path_factory: pytest.TempPathFactory) -> Theirs:
 
 @pytest.fixture(scope="module")
 def smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Theirs:
-    """As SmolVLM2, but with a tied head, and with marks that are ordinary text, as in the 2.2B models."""
+    """SmolVLM2's classes with a tied head, and with marks that are ordinary text, as in the first 2.2B model."""
     return make_theirs(tmp_path_factory.mktemp("smolvlm"), "smolvlm", [], tie_word_embeddings=True)
 
 
-@pytest.fixture(params=["idefics3", "smolvlm"])
+@pytest.fixture(scope="module")
+def smolvlm2(tmp_path_factory: pytest.TempPathFactory) -> Theirs:
+    """As SmolVLM2-256M-Video."""
+    return make_theirs(tmp_path_factory.mktemp("smolvlm2"), "smolvlm", MARKS)
+
+
+@pytest.fixture(params=["idefics3", "smolvlm", "smolvlm2"])
 def theirs(request: pytest.FixtureRequest) -> Theirs:
     return request.getfixturevalue(request.param)
 
@@ -224,17 +230,23 @@ def test_without_splitting(idefics3: Theirs, tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(model, processor, [CHATS[2]])[0], expected, **CLOSE)
 
 
-def test_the_published_layout(idefics3: Theirs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As HuggingFaceTB/SmolVLM-256M-Instruct is stored: few keys and those of its training code, `preprocessor_config`
-    beside a `processor_config` without image settings, the template in a JSON file, shards."""
-    values = json.loads((idefics3.folder / "config.json").read_text())
+@pytest.mark.parametrize("kind", ["idefics3", "smolvlm2"])
+def test_the_published_layout(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As HuggingFaceTB/SmolVLM-256M-Instruct and SmolVLM2-256M-Video-Instruct are stored: few keys and those of their
+    training code, `preprocessor_config` beside a `processor_config` without image settings, what the second does with
+    videos, the template in a JSON file, shards."""
+    theirs: Theirs = request.getfixturevalue(kind)
+    name = "SmolVLM" if kind == "smolvlm2" else "Idefics3"
+    values = json.loads((theirs.folder / "config.json").read_text())
     text = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
     text = (*text, "vocab_size", "head_dim", "max_position_embeddings", "model_type", "rms_norm_eps")
     vision = ("hidden_size", "image_size", "num_attention_heads", "patch_size", "intermediate_size")
     config = {
-        "architectures": ["Idefics3ForConditionalGeneration"],
+        "architectures": [f"{name}ForConditionalGeneration"],
         "image_token_id": values["image_token_id"],
-        "model_type": "idefics3",
+        "model_type": name.lower(),
         "scale_factor": 2,
         "text_config": {
             **{key: values["text_config"][key] for key in text},
@@ -257,25 +269,27 @@ def test_the_published_layout(idefics3: Theirs, tmp_path: Path, caplog: pytest.L
         "vision_config": {
             **{key: values["vision_config"][key] for key in vision},
             "max_image_size": {"longest_edge": 28},
-            "model_type": "idefics3",
+            "model_type": values["vision_config"]["model_type"],
             "num_hidden_layers": 2,
             "size": {"longest_edge": 56},
             "use_base_siglip": False,
         },
         "vocab_size": values["text_config"]["vocab_size"],
     }
-    images = json.loads((idefics3.folder / "processor_config.json").read_text())["image_processor"]
-    images["image_processor_type"] = "Idefics3ImageProcessor"
-    folder = as_published(idefics3.folder, tmp_path / "published", config, {}, json.dumps(images))
-    (folder / "processor_config.json").write_text('{"image_seq_len": 4, "processor_class": "Idefics3Processor"}')
+    images = json.loads((theirs.folder / "processor_config.json").read_text())["image_processor"]
+    images["image_processor_type"] = f"{name}ImageProcessor"
+    images["video_sampling"] = {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 28}}
+    folder = as_published(theirs.folder, tmp_path / "published", config, {}, json.dumps(images))
+    own = {"image_seq_len": 4, "processor_class": f"{name}Processor"}
+    (folder / "processor_config.json").write_text(json.dumps(own))
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     _, processor = load_model(folder)
     assert "unknown keys" not in caplog.text
     (example,) = examples_of(processor, [CHATS[2]])
-    assert example.input_ids.tolist() == idefics3.inputs(CHATS[2])["input_ids"][0].tolist()
-    check_logits(folder, idefics3)
+    assert example.input_ids.tolist() == theirs.inputs(CHATS[2])["input_ids"][0].tolist()
+    check_logits(folder, theirs)
 
 
 def test_the_same_answers(theirs: Theirs, tmp_path: Path) -> None:
@@ -317,6 +331,16 @@ def test_training_labels(smolvlm: Theirs) -> None:
 def test_finetuning(idefics3: Theirs, smolvlm: Theirs, tmp_path: Path, changes: dict[str, Any]) -> None:
     task = check_finetuning((smolvlm if changes else idefics3).folder, tmp_path, CHATS, **changes)
     assert task.processor.config.tiling is not None
+
+
+def test_videos_are_refused(smolvlm2: Theirs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, processor = load_model(smolvlm2.folder)
+    for part in ({"type": "video", "path": "clip.mp4"}, {"type": "video_url", "video_url": {"url": "clip.mp4"}}):
+        with pytest.raises(MMGPTError, match=r"message 0 has a video: .* give frames as images"):
+            processor.chat([user(part, "What happens?")])
+    (tmp_path / "clip.mp4").write_bytes(b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom" + bytes(100))
+    assert main(["ask", str(tmp_path / "clip.mp4"), "What?", "--model", str(smolvlm2.folder)]) == 1
+    assert "a video" in capsys.readouterr().err
 
 
 def test_errors_name_what_does_not_fit(idefics3: Theirs, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from mm_gpt.hub.checkpoint import save_model
 from mm_gpt.hub.decoders import decoder_table, part_sizes
 from mm_gpt.hub.weights import written
 from mm_gpt.inference.assistant import Assistant
-from mm_gpt.inference.engine import Answer, GenerationConfig
+from mm_gpt.inference.generation import Answer, GenerationConfig
 from mm_gpt.model.decoder import Decoder, init_weights
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "document": {"errors", "images"},
     "tokenizer": {"errors"},
     "kernels": {"errors", "system"},
-    "vision": {"errors", "images"},
+    "vision": {"errors", "images", "kernels"},
     "templates": {"errors", "document", "tokenizer", "vision"},
     "processor": CONTRACTS | {"vision"},
     "datasets": CONTRACTS | {"vision"},

@@ -127,7 +127,7 @@ def test_every_token_is_causal(kosmos: tuple[MMGPT, Processor]) -> None:
     model, processor = kosmos
     batch = batch_of(processor, Text("first "), picture(1), Text(" last"))
     with torch.no_grad():
-        x = model.embed(batch)
+        x = model.embed(batch).x
         before = model.decoder.logits(model.decoder(x, batch.position_ids))
         for at in range(x.shape[1]):
             noisy = x.clone()

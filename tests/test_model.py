@@ -14,6 +14,7 @@ from mm_gpt.model.lora import LoRAConfig, LoRALinear, add_lora, merge_lora
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig, attention_mask
 from mm_gpt.processor import IGNORE_INDEX, Batch, Example, Processor, ProcessorConfig, collate
 
+FIELDS = ("image_rows", "image_grids", "image_tiles", "image_sizes", "pixel_values")
 CONNECTORS = ["linear", "mlp", "pixel_shuffle", "resampler", "xconnector"]
 
 
@@ -87,16 +88,16 @@ def test_images_go_to_their_rows_in_order(shared: tuple[MMGPT, Processor]) -> No
     numbers = [[1, 2], [], [3], [4, 5, 6]]
     documents = [Document((Text("see "), *(picture(n) for n in row), Text(" end"))) for row in numbers]
     together = batch_of(processor, [[d] for d in documents])
-    embedded = model.embed(together)
+    embedded = model.embed(together).x
     for row, document in enumerate(documents):
-        alone = model.embed(batch_of(processor, [[document]]))[0]
+        alone = model.embed(batch_of(processor, [[document]])).x[0]
         torch.testing.assert_close(embedded[row, : len(alone)], alone, rtol=0, atol=1e-5)
 
 
 def test_image_marks_are_learned_embeddings(shared: tuple[MMGPT, Processor]) -> None:
     model, processor = shared
     batch = batch_of(processor, [[Document((Text("a"), picture(1)))]])
-    embedded = model.embed(batch)[0]
+    embedded = model.embed(batch).x[0]
     assert torch.equal(embedded[batch.input_ids[0] == processor.image_start_id][0], model.image_marks[0])
     assert torch.equal(embedded[batch.input_ids[0] == processor.image_end_id][0], model.image_marks[1])
 
@@ -106,7 +107,7 @@ def test_a_mismatch_names_row_counts_and_id(shared: tuple[MMGPT, Processor]) -> 
     documents = [Document((picture(n), Text("x")), id=f"photo-{n}") for n in range(3)]
     batch = batch_of(processor, [[d] for d in documents])
     k = model.tokens_per_image
-    two = {name: getattr(batch, name)[:2] for name in ("image_rows", "image_grids", "image_sizes", "pixel_values")}
+    two = {name: getattr(batch, name)[:2] for name in FIELDS}
     lost = dataclasses.replace(batch, **two)
     with pytest.raises(MMGPTError, match=rf"row 2 \(photo-2\): {k} image placeholders, but its images give 0 tokens"):
         model(lost)
@@ -119,7 +120,7 @@ def test_a_mismatch_names_row_counts_and_id(shared: tuple[MMGPT, Processor]) -> 
     with pytest.raises(MMGPTError, match="2 image tiles came for 3 places"):
         model(dataclasses.replace(batch, pixel_values=batch.pixel_values[:2]))
     text = batch_of(processor, [[Document((Text("x"),))]])
-    one = {name: getattr(batch, name)[:1] for name in ("image_rows", "image_grids", "image_sizes", "pixel_values")}
+    one = {name: getattr(batch, name)[:1] for name in FIELDS}
     with pytest.raises(MMGPTError, match="row 0: 0 image placeholders"):
         model(dataclasses.replace(text, **one))
 
@@ -146,7 +147,7 @@ def test_half_precision_model() -> None:
 def noise_at(model: MMGPT, batch: Batch, where: Tensor) -> Tensor:
     """Hidden states with noise on the embeddings where `where` (B, T) is True."""
     with torch.no_grad():
-        x = model.embed(batch)
+        x = model.embed(batch).x
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
         x = torch.where(where.unsqueeze(-1), x + noise, x)
         return model.decoder(x, batch.position_ids, mask=attention_mask(batch))

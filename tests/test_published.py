@@ -15,12 +15,25 @@ import torch
 from safetensors.torch import save_file
 
 from mm_gpt.hub.export.folder import tensors_of
-from mm_gpt.hub.families import FAMILIES, idefics3, is_foreign, kosmos2, llava, nanovlm, paligemma, text
+from mm_gpt.hub.families import (
+    FAMILIES,
+    gemma3,
+    idefics3,
+    is_foreign,
+    kosmos2,
+    llava,
+    nanovlm,
+    paligemma,
+    qwen_vl,
+    text,
+)
 from mm_gpt.hub.image_processors import read_image_processor
 from mm_gpt.hub.weights import unfilled
 from mm_gpt.model.mmgpt import MMGPT
 
-READERS = {m.__name__.rpartition(".")[2]: m for m in (idefics3, kosmos2, llava, nanovlm, paligemma, text)}
+READERS = {
+    m.__name__.rpartition(".")[2]: m for m in (gemma3, idefics3, kosmos2, llava, nanovlm, paligemma, qwen_vl, text)
+}
 SIGLIP_MEAN = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 CLIP_MEAN = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -85,6 +98,7 @@ def smolvlm(vision: dict[str, Any], scale: int, image_token_id: int, **text: Any
     }
 
 
+VIDEO_SAMPLING = {"video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 512}}}
 SMALL_TOWER = {
     "hidden_size": 768,
     "image_size": 512,
@@ -195,6 +209,43 @@ def paligemma_images(size: int) -> dict[str, Any]:
     }
 
 
+def gemma3_config(**text: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 255_999,
+        "eoi_token_index": 256_000,
+        "eos_token_id": [1, 106],
+        "image_token_index": 262_144,
+        "initializer_range": 0.02,
+        "mm_tokens_per_image": 256,
+        "model_type": "gemma3",
+        "text_config": {
+            "model_type": "gemma3_text",
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+            **text,
+        },
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0",
+        "vision_config": {**SO400M, "image_size": 896, "vision_use_head": False},
+    }
+
+
+GEMMA3_IMAGES = {
+    **STEPS,
+    **SIGLIP_MEAN,
+    "do_convert_rgb": None,
+    "do_pan_and_scan": None,
+    "image_processor_type": "Gemma3ImageProcessor",
+    "image_seq_length": 256,
+    "pan_and_scan_max_num_crops": None,
+    "pan_and_scan_min_crop_size": None,
+    "pan_and_scan_min_ratio_to_activate": None,
+    "processor_class": "Gemma3Processor",
+    "resample": 2,
+    "size": {"height": 896, "width": 896},
+}
+GEMMA3_SPECIAL = {"<start_of_image>": 255_999, "<end_of_image>": 256_000, "<image_soft_token>": 262_144}
 GEMMA_2B = {
     "hidden_size": 2048,
     "intermediate_size": 16_384,
@@ -262,6 +313,36 @@ NANOVLM = {
 QWEN = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-06}
 
 # name -> config.json, preprocessor_config.json, names of some tensors, special tokens, number of parameters
+QWEN_IDS = {
+    "bos_token_id": 151_643,
+    "eos_token_id": 151_645,
+    "image_token_id": 151_655,
+    "video_token_id": 151_656,
+    "vision_end_token_id": 151_653,
+    "vision_start_token_id": 151_652,
+}
+QWEN_VL = QWEN | QWEN_IDS
+QWEN_VL |= {
+    "max_position_embeddings": 32_768,
+    "rope_scaling": {"mrope_section": [16, 24, 24], "type": "mrope"},
+    "rope_theta": 1_000_000.0,
+    "sliding_window": 32_768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vision_token_id": 151_654,
+    "vocab_size": 151_936,
+}
+QWEN_VL_IMAGES = CLIP_MEAN | {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "max_pixels": 12_845_056,
+    "merge_size": 2,
+    "min_pixels": 3136,
+    "patch_size": 14,
+    "processor_class": "Qwen2VLProcessor",
+    "temporal_patch_size": 2,
+}
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], dict[str, int], float]] = {
     "HuggingFaceTB/SmolVLM-256M-Instruct": (
         smolvlm(SMALL_TOWER, 4, 49_190, **SMOLLM_135M, rope_theta=100_000, vocab_size=49_280),
@@ -273,11 +354,33 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], dict
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": (
         smolvlm(SMALL_TOWER, 4, 49_190, **SMOLLM_360M, rope_theta=100_000, vocab_size=49_280)
         | {"model_type": "smolvlm", "architectures": ["SmolVLMForConditionalGeneration"]},
-        smolvlm_images(512, 2048, "SmolVLMImageProcessor")
-        | {"video_sampling": {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 512}}},
+        smolvlm_images(512, 2048, "SmolVLMImageProcessor") | VIDEO_SAMPLING,
         SMOLVLM_TENSORS,
         {"<image>": 49_190},
         507_482_304,
+    ),
+    "HuggingFaceTB/SmolVLM2-256M-Video-Instruct": (
+        smolvlm(SMALL_TOWER | {"model_type": "smolvlm_vision"}, 4, 49_190, **SMOLLM_135M, vocab_size=49_280)
+        | {"model_type": "smolvlm", "architectures": ["SmolVLMForConditionalGeneration"]},
+        smolvlm_images(512, 2048, "SmolVLMImageProcessor") | VIDEO_SAMPLING,
+        SMOLVLM_TENSORS,
+        {"<image>": 49_190},
+        256_484_928,
+    ),
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": (
+        smolvlm(
+            LARGE_TOWER | {"model_type": "smolvlm_vision", "num_attention_heads": 16},
+            3,
+            49_190,
+            **SMOLLM_17B,
+            rope_theta=130_000,
+            vocab_size=49_280,
+        )
+        | {"model_type": "smolvlm", "architectures": ["SmolVLMForConditionalGeneration"]},
+        smolvlm_images(384, 1536, "SmolVLMImageProcessor") | VIDEO_SAMPLING,
+        SMOLVLM_TENSORS,
+        {"<image>": 49_190},
+        2_246_784_880,
     ),
     "HuggingFaceTB/SmolVLM-Instruct": (
         smolvlm(LARGE_TOWER, 3, 49_153, **SMOLLM_17B, rope_theta=273_768.0, vocab_size=49_155),
@@ -414,6 +517,28 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], dict
         LLAVA_TENSORS,
         {"<image>": 257_152},
         3_032_242_416,
+    ),
+    "google/gemma-3-4b-it": (
+        gemma3_config(hidden_size=2560, intermediate_size=10_240, num_hidden_layers=34),
+        GEMMA3_IMAGES,
+        LLAVA_TENSORS,
+        GEMMA3_SPECIAL,
+        4_300_079_472,
+    ),
+    "google/gemma-3-27b-it": (
+        gemma3_config(
+            head_dim=128,
+            hidden_size=5376,
+            intermediate_size=21_504,
+            num_attention_heads=32,
+            num_hidden_layers=62,
+            num_key_value_heads=16,
+            query_pre_attn_scalar=168,
+        ),
+        GEMMA3_IMAGES,
+        LLAVA_TENSORS,
+        GEMMA3_SPECIAL,
+        27_432_406_640,
     ),
     "microsoft/kosmos-2-patch14-224": (
         {
@@ -659,6 +784,125 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], dict
         ("model.embed_tokens.weight",),
         {},
         596_049_920,
+    ),
+    "Qwen/Qwen2-VL-2B-Instruct": (
+        QWEN_VL
+        | {
+            "architectures": ["Qwen2VLForConditionalGeneration"],
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "max_window_layers": 28,
+            "model_type": "qwen2_vl",
+            "num_attention_heads": 12,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 2,
+            "vision_config": {
+                "depth": 32,
+                "embed_dim": 1280,
+                "hidden_size": 1536,
+                "in_chans": 3,
+                "mlp_ratio": 4,
+                "num_heads": 16,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "spatial_patch_size": 14,
+                "temporal_patch_size": 2,
+            },
+        },
+        QWEN_VL_IMAGES,
+        ("model.embed_tokens.weight", "visual.merger.ln_q.weight"),
+        {"<|image_pad|>": 151_655},
+        2_208_985_600,
+    ),
+    "Qwen/Qwen2.5-VL-3B-Instruct": (
+        QWEN_VL
+        | {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "hidden_size": 2048,
+            "intermediate_size": 11_008,
+            "max_position_embeddings": 128_000,
+            "max_window_layers": 70,
+            "model_type": "qwen2_5_vl",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 2,
+            "vision_config": {
+                "depth": 32,
+                "fullatt_block_indexes": [7, 15, 23, 31],
+                "hidden_act": "silu",
+                "hidden_size": 1280,
+                "in_chans": 3,
+                "intermediate_size": 3420,
+                "num_heads": 16,
+                "out_hidden_size": 2048,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "spatial_patch_size": 14,
+                "temporal_patch_size": 2,
+                "tokens_per_second": 2,
+                "window_size": 112,
+            },
+        },
+        QWEN_VL_IMAGES | {"processor_class": "Qwen2_5_VLProcessor"},
+        ("model.embed_tokens.weight", "visual.merger.ln_q.weight"),
+        {"<|image_pad|>": 151_655},
+        3_754_622_976,
+    ),
+    "Qwen/Qwen3-VL-2B-Instruct": (
+        {
+            **{key: value for key, value in QWEN_IDS.items() if key[:3] not in ("bos", "eos")},
+            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "model_type": "qwen3_vl",
+            "text_config": {
+                **QWEN,
+                "attention_bias": False,
+                "bos_token_id": 151_643,
+                "dtype": "bfloat16",
+                "eos_token_id": 151_645,
+                "head_dim": 128,
+                "hidden_size": 2048,
+                "intermediate_size": 6144,
+                "max_position_embeddings": 262_144,
+                "model_type": "qwen3_vl_text",
+                "num_attention_heads": 16,
+                "num_hidden_layers": 28,
+                "num_key_value_heads": 8,
+                "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+                "rope_theta": 5_000_000,
+                "tie_word_embeddings": True,
+                "use_cache": True,
+                "vocab_size": 151_936,
+            },
+            "tie_word_embeddings": True,
+            "vision_config": {
+                "deepstack_visual_indexes": [5, 11, 17],
+                "depth": 24,
+                "hidden_act": "gelu_pytorch_tanh",
+                "hidden_size": 1024,
+                "in_channels": 3,
+                "initializer_range": 0.02,
+                "intermediate_size": 4096,
+                "model_type": "qwen3_vl",
+                "num_heads": 16,
+                "num_position_embeddings": 2304,
+                "out_hidden_size": 2048,
+                "patch_size": 16,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+        },
+        SIGLIP_MEAN
+        | {
+            "image_processor_type": "Qwen2VLImageProcessorFast",
+            "merge_size": 2,
+            "patch_size": 16,
+            "processor_class": "Qwen3VLProcessor",
+            "size": {"longest_edge": 16_777_216, "shortest_edge": 65_536},
+            "temporal_patch_size": 2,
+        },
+        ("model.language_model.embed_tokens.weight", "model.visual.pos_embed.weight"),
+        {"<|image_pad|>": 151_655},
+        2_127_532_032,
     ),
     "google/gemma-2-2b-it": (
         GEMMA2_2B | {"vocab_size": 256_000, "bos_token_id": 2, "pad_token_id": 0, "eos_token_id": [1, 107]},

@@ -81,6 +81,7 @@ def make_batch(*rows: list[int], seed: int = 0) -> Batch:
         branch_ids=torch.zeros(len(ids), len(ids[0]), dtype=torch.long),
         image_rows=none,
         image_grids=none.view(0, 2),
+        image_tiles=none,
         image_sizes=none.view(0, 2),
         pixel_values=torch.zeros(0, 3, 0, 0),
     )

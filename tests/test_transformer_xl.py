@@ -25,7 +25,8 @@ from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError
 from mm_gpt.inference import engine as engine_module
 from mm_gpt.inference.assistant import Assistant
 from mm_gpt.inference.chat_session import ChatSession
-from mm_gpt.inference.engine import Answer, Engine, GenerationConfig
+from mm_gpt.inference.engine import Engine
+from mm_gpt.inference.generation import Answer, GenerationConfig
 from mm_gpt.model.cache import ForwardContext, KVCache
 from mm_gpt.model.decoder import Decoder, init_weights
 from mm_gpt.model.decoder_config import DecoderConfig
@@ -255,7 +256,7 @@ def test_training_reads_rows_in_segments() -> None:
     assert mask is not None
     mask = mask & segment_mask(range(0, T, 6), T, 6)
     mask |= torch.eye(T, dtype=torch.bool)  # padding sees itself
-    expected = model.decoder(model.embed(batch), batch.position_ids, mask=mask)
+    expected = model.decoder(model.embed(batch).x, batch.position_ids, mask=mask)
     real = batch.document_ids > 0
     torch.testing.assert_close(model(batch)[real], expected[real], rtol=0, atol=5e-14)
 
@@ -298,10 +299,11 @@ TURNS: list[Any] = [
 
 
 def same_answers(assistant: Assistant, talk: ChatSession, turns: Sequence[Any], **options: Any) -> None:
-    """Each turn's answer is that of the whole history."""
+    """Each turn's answer is that of the whole history, read by an engine that knows nothing of it."""
+    config = assistant.chat_config({"logprobs": True, **options})
     for turn in turns:
-        history = [*talk.messages, {"role": "user", "content": turn}]
-        expected = assistant.chat(history, logprobs=True, **options)
+        history = assistant.processor.chat([*talk.messages, {"role": "user", "content": turn}])
+        (expected,) = Engine(assistant.model, assistant.processor).generate([history], config)
         found = talk.say(turn)
         assert str(found) == str(expected)
         assert (found.prompt_tokens, found.image_tokens) == (expected.prompt_tokens, expected.image_tokens)
@@ -321,6 +323,7 @@ def test_a_conversation_is_chat_on_the_whole_history(assistant: Assistant, optio
 
 
 def test_a_turn_reads_what_is_new(assistant: Assistant) -> None:
+    assistant.engine.forget()
     talk, read, prompts = assistant.conversation(max_new_tokens=4), [], []
     for turn in TURNS:
         prompts.append(talk.say(turn).prompt_tokens)
@@ -517,7 +520,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     script: list[int] = []
     replay: Iterator[int] = itertools.cycle([0])
 
-    def choose(logits: Tensor, **_: Any) -> Tensor:
+    def choose(logits: Tensor, *_: Any) -> Tensor:
         nonlocal replay
         if script:
             replay = itertools.cycle(list(script))
@@ -540,10 +543,11 @@ def test_with_memory_turns_cost_the_same_for_ever(scripted: list[int]) -> None:
     for number in range(30):
         answer = talk.say("What is the circle red?" if number % 2 else "What is the circle red!")
         assert isinstance(answer, Answer)
-        assert talk._cache is not None
+        assert talk._memory is not None
+        assert talk._memory.cache is not None
         read.append(talk.tokens_read)
-        lengths.append(talk._cache.length)
-        capacities.append(talk._cache.keys.shape[3])
+        lengths.append(talk._memory.cache.length)
+        capacities.append(talk._memory.cache.keys.shape[3])
         grown.append(sum(len(processor.tokenizer.encode(m["content"])) + 4 for m in talk.messages))
     assert len(set(read[1:])) == 1
     assert len(set(lengths[6:])) == 1

@@ -15,7 +15,8 @@ from mm_gpt.hub.fetching.download import cache_folder
 from mm_gpt.hub.fetching.registry import lookup
 from mm_gpt.hub.weights import unfilled
 from mm_gpt.vision.connectors import ConnectorConfig, PixelShuffleConnector, build_connector
-from mm_gpt.vision.encoder import VisionConfig, VisionEncoder, load_efficientnet_lite, rename_efficientnet_lite
+from mm_gpt.vision.efficientnet import EfficientNetLite, load_efficientnet_lite, rename_efficientnet_lite
+from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
 
 CNN = "timm/test_efficientnet"
 LITE = "timm/tf_efficientnet_lite0"
@@ -229,6 +230,33 @@ def test_lite_names_map_onto_timm_one_to_one(variant: int, num_blocks: int, tmp_
     pixels = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         torch.testing.assert_close(model.classifier(vision(pixels).mean(dim=1)), model(pixels), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("variant", range(5))
+def test_lite_is_timms(variant: int) -> None:
+    """Names, their order, and the features of sides that strides do not divide: a padding on the other side differs."""
+    torch.manual_seed(variant)
+    reference = timm.create_model(f"tf_efficientnet_lite{variant}", num_classes=0, global_pool="").eval()
+    randomize_statistics(reference)
+    with unfilled():
+        planned = EfficientNetLite(variant)
+    assert list(planned.state_dict()) == list(reference.state_dict())
+    trunk = EfficientNetLite(variant).eval()
+    trunk.load_state_dict(reference.state_dict(), strict=True)
+    pixels = torch.randn(1, 3, 71, 40)
+    with torch.inference_mode():
+        torch.testing.assert_close(trunk.forward_features(pixels), reference.forward_features(pixels))
+
+
+def test_lite_starts_as_timm_starts() -> None:
+    """Training from nothing depends on it: PyTorch's own draw for convolutions is narrower."""
+    torch.manual_seed(0)
+    ours, theirs = EfficientNetLite(0).state_dict(), timm.create_model("tf_efficientnet_lite0").state_dict()
+    for name, tensor in ours.items():
+        if tensor.dim() == 4 and tensor.numel() > 1000:
+            torch.testing.assert_close(tensor.std(), theirs[name].std(), rtol=0.1, atol=0)
+        elif tensor.dim() < 4:
+            assert torch.equal(tensor, theirs[name])
 
 
 def test_lite_batch_norm_epsilon_is_tensorflows() -> None:

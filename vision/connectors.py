@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,20 +17,31 @@ from mm_gpt.errors import ConfigError
 
 MAX_DEPTH = 1000
 """Each layer takes memory and time, even without its weights."""
+POOL_NORM_EPS = 1e-6
+"""Gemma 3 takes that of its vision tower, which is this one in all that were published."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectorConfig:
-    kind: Literal["linear", "mlp", "pixel_shuffle", "pixel_shuffle_mlp", "resampler", "xconnector"] = "mlp"
+    kind: Literal[
+        "linear", "mlp", "pixel_shuffle", "pixel_shuffle_mlp", "pool", "merger", "resampler", "xconnector"
+    ] = "mlp"
     """linear: one projection per patch (k = P). mlp: Linear, GELU, Linear per patch (k = P; LLaVA-1.5, arXiv
     2310.03744). pixel_shuffle: `scale` x `scale` neighbours side by side, then a Linear (k = P / scale**2; Idefics3,
     arXiv 2408.12637). pixel_shuffle_mlp: LayerNorm, Linear, GELU, Linear instead of that Linear (InternVL 1.5, arXiv
-    2404.16821). resampler: Flamingo's perceiver (k = num_latents; arXiv 2204.14198). xconnector: KOSMOS-2's one
-    cross-attention (k = num_latents; arXiv 2306.14824)."""
+    2404.16821). pool: the mean of `scale` x `scale` neighbours, RMSNorm, a Linear without bias (k = P / scale**2; Gemma
+    3, arXiv 2503.19786). merger: a norm of each patch, then all patches of a cell side by side, Linear, GELU, Linear
+    (k = 1; Qwen2-VL, arXiv 2409.12191). resampler: Flamingo's perceiver (k = num_latents; arXiv 2204.14198).
+    xconnector: KOSMOS-2's one cross-attention (k = num_latents; arXiv 2306.14824)."""
     scale: int = 2
-    """pixel_shuffle, pixel_shuffle_mlp: how many patches a side go into one token."""
+    """pixel_shuffle, pixel_shuffle_mlp, pool: how many patches a side go into one token."""
     bias: bool = True
     """mlp, pixel_shuffle: the projections have a bias; those of Idefics3, SmolVLM and nanoVLM have none."""
+    norm: Literal["layer", "rms"] = "layer"
+    """merger: the kind of its norm."""
+    deepstack: int = 0
+    """merger: layers whose features stand behind those of the last, along the width; each has a merger of its own, with
+    its norm behind the patches (Qwen3-VL, arXiv 2511.21631)."""
     num_latents: int = 64
     """resampler, xconnector: learned queries, and so tokens per image."""
     depth: int = 6
@@ -42,8 +53,11 @@ class ConnectorConfig:
         for name in ("scale", "num_latents", "depth", "num_heads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.depth > MAX_DEPTH:
-            raise ConfigError(f"depth must be at most {MAX_DEPTH}, got {self.depth}")
+        for name in ("depth", "deepstack"):
+            if getattr(self, name) > MAX_DEPTH:
+                raise ConfigError(f"{name} must be at most {MAX_DEPTH}, got {getattr(self, name)}")
+        if self.deepstack < 0 or (self.deepstack and self.kind != "merger"):
+            raise ConfigError(f"deepstack {self.deepstack} does not go with kind {self.kind!r}")
 
 
 def build_connector(config: ConnectorConfig, in_width: int, out_width: int, num_patches: int) -> nn.Module:
@@ -61,10 +75,24 @@ def build_connector(config: ConnectorConfig, in_width: int, out_width: int, num_
             return PixelShuffleConnector(in_width, out_width, num_patches, scale=config.scale, bias=config.bias)
         case "pixel_shuffle_mlp":
             return PixelShuffleMLPConnector(in_width, out_width, num_patches, scale=config.scale)
+        case "merger":
+            return MergerConnector(in_width, out_width, num_patches, config)
+        case "pool":
+            return PoolConnector(in_width, out_width, num_patches, scale=config.scale)
         case "resampler":
             return Resampler(in_width, out_width, config)
         case "xconnector":
             return XConnector(in_width, out_width, config)
+
+
+def square_grid(num_patches: int, scale: int, kind: str) -> int:
+    """The patches of a side. Raises ConfigError where they are no square, or `scale` does not divide them."""
+    grid = math.isqrt(num_patches)
+    if grid**2 != num_patches:
+        raise ConfigError(f"{kind} needs a square grid of patches, got {num_patches}")
+    if grid % scale:
+        raise ConfigError(f"{kind}: a {grid} x {grid} grid does not divide by scale {scale}")
+    return grid
 
 
 class LinearConnector(nn.Module):
@@ -95,12 +123,7 @@ class PixelShuffleConnector(nn.Module):
 
     def __init__(self, in_width: int, out_width: int, num_patches: int, *, scale: int, bias: bool = True) -> None:
         super().__init__()
-        self.grid = math.isqrt(num_patches)
-        if self.grid**2 != num_patches:
-            raise ConfigError(f"pixel_shuffle needs a square grid of patches, got {num_patches}")
-        if self.grid % scale:
-            raise ConfigError(f"pixel_shuffle: a {self.grid} x {self.grid} grid does not divide by scale {scale}")
-        self.scale = scale
+        self.scale, self.grid = scale, square_grid(num_patches, scale, "pixel_shuffle")
         self.num_tokens = num_patches // scale**2
         self.projection = nn.Linear(in_width * scale**2, out_width, bias=bias)
 
@@ -121,6 +144,57 @@ class PixelShuffleMLPConnector(PixelShuffleConnector):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.projection(self.norm(self.shuffle(x)))))
+
+
+class Merger(nn.Module):
+    """The P patches of a cell to one vector: a norm of each, or of all side by side (`norm_last`), and two layers."""
+
+    def __init__(self, in_width: int, out_width: int, num_patches: int, *, norm: str, norm_last: bool) -> None:
+        super().__init__()
+        self.norm_last, width = norm_last, in_width * num_patches
+        kind = nn.LayerNorm if norm == "layer" else nn.RMSNorm
+        self.norm = kind(width if norm_last else in_width, 1e-6)
+        self.fc1 = nn.Linear(width, width)
+        self.fc2 = nn.Linear(width, out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, P, D_v) -> (N, 1, D)."""
+        x = self.norm(x.flatten(1)) if self.norm_last else self.norm(x).flatten(1)
+        return self.fc2(F.gelu(self.fc1(x)))[:, None]
+
+
+class MergerConnector(Merger):
+    """Cells to tokens. With deepstack (N, P, (1 + n) · D_v) becomes (N, 1, (1 + n) · D): each layer's by its merger."""
+
+    def __init__(self, in_width: int, out_width: int, num_patches: int, config: ConnectorConfig) -> None:
+        levels = 1 + config.deepstack
+        if in_width % levels:
+            raise ConfigError(f"merger: a width of {in_width} does not divide into {levels} layers' features")
+        width = in_width // levels
+        super().__init__(width, out_width, num_patches, norm=config.norm, norm_last=False)
+        self.num_tokens = 1
+        self.deepstack = nn.ModuleList(
+            Merger(width, out_width, num_patches, norm=config.norm, norm_last=True) for _ in range(config.deepstack)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        last, *others = x.chunk(1 + len(self.deepstack), dim=-1)
+        merged = [merger(other) for merger, other in zip(self.deepstack, others, strict=True)]
+        return torch.cat([super().forward(last), *merged], dim=-1)
+
+
+class PoolConnector(nn.Module):
+    def __init__(self, in_width: int, out_width: int, num_patches: int, *, scale: int) -> None:
+        super().__init__()
+        self.scale, self.grid = scale, square_grid(num_patches, scale, "pool")
+        self.num_tokens = num_patches // scale**2
+        self.norm = nn.RMSNorm(in_width, POOL_NORM_EPS)
+        self.projection = nn.Linear(in_width, out_width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, s = self.grid // self.scale, self.scale
+        x = reduce(x, "n (h a w b) d -> n (h w) d", "mean", h=rows, w=rows, a=s, b=s)
+        return self.projection(self.norm(x))
 
 
 class Resampler(nn.Module):

@@ -13,6 +13,8 @@ into tiles of that size and add the whole image, squashed, as one more tile:
   closest to the image's; the global tile comes last, and has the text of any other.
 - `nanovlm` (huggingface/nanoVLM): sides rounded up to whole tiles; the global tile, made of float pixels, comes first,
   or, in the first models, not at all.
+- `native` (Qwen2-VL; arXiv:2409.12191): a tile is a cell that becomes one token. The image is resized to the nearest
+  whole cells, with `min_pixels` to `max_pixels` in all; there is no global tile.
 
 With the transform's backend "torchvision" (nanovlm: "pil") pixels equal those of the models' own processors. Token
 counts are a function of the image's size alone, and the functions here are the only place that rounds: the prompt and
@@ -31,7 +33,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 from torch.nn import functional as F
 
-from mm_gpt.errors import ConfigError, unknown_name
+from mm_gpt.errors import ConfigError, ImageError, unknown_name
 from mm_gpt.vision.transforms import (
     ImageTransform,
     ImageTransformConfig,
@@ -44,18 +46,22 @@ from mm_gpt.vision.transforms import (
 Size = tuple[int, int]
 """Height and width, or rows and columns."""
 
-_KINDS = ("idefics3", "anyres", "anyres_max", "internvl", "nanovlm")
+_KINDS = ("idefics3", "anyres", "anyres_max", "internvl", "nanovlm", "native")
 MAX_LONGEST_EDGE = 4096
 """Idefics3's processor goes no higher."""
 MAX_TILES = 1000
 """Of one image. The released models have 36 at most."""
+MAX_PIXELS, MAX_CELLS = 2**26, 2**17
+"""Of one image of a native resolution. The released models have 2**24 and 2**14 at most."""
+MAX_ASPECT = 200
+"""How much longer than the other a side of such an image may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TilingConfig:
     """How an image is cut. The size of a tile is the ImageTransformConfig's. Checked when built: ConfigError."""
 
-    kind: Literal["idefics3", "anyres", "anyres_max", "internvl", "nanovlm"]
+    kind: Literal["idefics3", "anyres", "anyres_max", "internvl", "nanovlm", "native"]
     longest_edge: int = 0
     """idefics3, nanovlm: pixels of the long side before it is cut."""
     split: bool = True
@@ -63,13 +69,16 @@ class TilingConfig:
     enlarge: bool = True
     """nanovlm: False leaves the long side of a small image at the next whole number of tiles."""
     whole: bool = True
-    """There is a global tile besides the others; False, for nanovlm alone: the tiles are all there is."""
+    """There is a global tile besides the others; False, for native and some of nanovlm: the tiles are all there is."""
     pinpoints: tuple[tuple[int, int], ...] = ()
     """anyres, anyres_max: the resolutions (height, width) to choose from."""
     max_tiles: int = 0
     """anyres_max: as many tiles' features survive at most. internvl: an image is cut into as many at most."""
     min_tiles: int = 0
     """internvl: an image is cut into as many at least."""
+    min_pixels: int = 0
+    max_pixels: int = 0
+    """native: pixels that the resized image has at least and at most, as far as whole cells allow."""
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
@@ -80,14 +89,22 @@ class TilingConfig:
             raise ConfigError(f"longest_edge {allowed} for tiling {self.kind!r}, got {self.longest_edge!r}")
         if anyres != bool(self.pinpoints):
             raise ConfigError(f"tiling {self.kind!r} {'needs' if anyres else 'has no'} pinpoints")
-        if not self.whole and self.kind != "nanovlm":
+        if not self.whole and self.kind not in ("nanovlm", "native"):
             raise ConfigError(f"tiling {self.kind!r} has a global tile: whole must be true")
+        if self.whole and self.kind == "native":
+            raise ConfigError("tiling 'native' has no global tile: whole must be false")
         if any(len(pair) != 2 or min(pair) < 1 for pair in self.pinpoints):
             raise ConfigError(f"pinpoints must be pairs (height, width), not {self.pinpoints!r}")
         if self.max_tiles < 0 or (self.kind in ("anyres_max", "internvl")) != bool(self.max_tiles):
             raise ConfigError(f"max_tiles {self.max_tiles!r} does not go with tiling {self.kind!r}")
         if not 0 <= self.min_tiles <= (self.max_tiles if self.kind == "internvl" else 0):
             raise ConfigError(f"min_tiles {self.min_tiles!r} does not go with tiling {self.kind!r}")
+        least, most = (1, MAX_PIXELS) if self.kind == "native" else (0, 0)
+        if not least <= self.min_pixels <= self.max_pixels <= most:
+            raise ConfigError(
+                f"tiling {self.kind!r}: min_pixels and max_pixels must be {least} to {most:,} in this order, not "
+                f"{self.min_pixels!r} and {self.max_pixels!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,7 @@ class Tiler:
             return
         if image.mode != "squash":
             raise ConfigError(f"tiles come from mode 'squash', not {image.mode!r}")
-        if (most := _most_tiles(tiling, image.size)) > MAX_TILES:
+        if (most := _most_tiles(tiling, image.size)) > (MAX_CELLS if tiling.kind == "native" else MAX_TILES):
             raise ConfigError(f"tiling {tiling.kind!r} makes up to {most} tiles of {image.size} pixels: too many")
         # Of several images each is padded to a square: LLaVA-OneVision's way
         self._square = ImageTransform(dataclasses.replace(image, mode="pad"))
@@ -132,8 +149,9 @@ class Tiler:
             return 0, 0
         full = self._canvas(height, width)
         rows, cols = full[0] // self.image.size, full[1] // self.image.size
-        # LLaVA keeps a 1 x 1 grid beside the global tile, the others take it for the global tile
-        return (0, 0) if rows * cols == 1 and not self.tiling.pinpoints else (rows, cols)
+        # LLaVA keeps a 1 x 1 grid beside the global tile, the others take it for the global tile, if they have one
+        is_global = rows * cols == 1 and not self.tiling.pinpoints and self.tiling.kind != "native"
+        return (0, 0) if is_global else (rows, cols)
 
     def __call__(self, image: PILImage.Image, *, alone: bool = True) -> Tiled:
         """Raises ImageError if the image is not RGB."""
@@ -144,6 +162,9 @@ class Tiler:
             tiles = self._transform(image)[None]
         elif self.tiling.kind == "idefics3":
             tiles = self._idefics3(to_pixels(image), rows * cols > 0)
+        elif self.tiling.kind == "native":
+            tiles = _cut(resize_pixels(to_pixels(image), *self._canvas(height, width), self.image), self.image.size)
+            tiles = normalise(tiles, self.image)
         elif self.tiling.kind == "internvl":
             tiles = self._internvl(to_pixels(image), rows * cols > 0)
         elif self.tiling.kind == "nanovlm":
@@ -167,6 +188,8 @@ class Tiler:
             long = longest if tiling.enlarge else min(longest, _round_up(max(height, width), tile))
             short = max(tile, _round_up(min(height, width) * (long / max(height, width)), tile))
             return (short, long) if width >= height else (long, short)
+        if tiling.kind == "native":
+            return nearest_cells((height, width), tile, tiling.min_pixels, tiling.max_pixels)
         if tiling.kind == "internvl":
             rows, cols = closest_grid((height, width), tile, tiling.min_tiles, tiling.max_tiles)
             return rows * tile, cols * tile
@@ -212,6 +235,8 @@ class Tiler:
 
 def _most_tiles(tiling: TilingConfig, tile: int) -> int:
     """How many tiles an image may become, besides the global one."""
+    if tiling.kind == "native":
+        return tiling.max_pixels // tile**2
     pairs = tiling.pinpoints or ((tiling.longest_edge, tiling.longest_edge),)
     return max(tiling.max_tiles, *(-(-height // tile) * -(-width // tile) for height, width in pairs))
 
@@ -319,6 +344,26 @@ def closest_grid(size: Size, tile: int, min_tiles: int, max_tiles: int) -> Size:
         if rows * cols >= min_tiles and (difference < least or (difference == least and is_filled)):
             best, least = (rows, cols), difference
     return best
+
+
+def nearest_cells(size: Size, cell: int, min_pixels: int, max_pixels: int) -> Size:
+    """Height and width in whole cells that are nearest to the image's, or to those that have the pixels allowed.
+
+    Raises ImageError for an image that is too long and thin.
+    """
+    height, width = size
+    if max(size) > MAX_ASPECT * min(size):
+        raise ImageError(
+            f"an image of {width} x {height} pixels is too long and thin: a side may be {MAX_ASPECT} times the other"
+        )
+    rows, cols = (round(length / cell) for length in size)
+    if rows * cols * cell**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows, cols = (max(1, math.floor(length / shrink / cell)) for length in size)
+    elif rows * cols * cell**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, cols = (math.ceil(length * grow / cell) for length in size)
+    return rows * cell, cols * cell
 
 
 def fit_longest_edge(height: int, width: int, longest: int) -> Size:

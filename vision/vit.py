@@ -98,11 +98,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ViTConfig):
+    def __init__(self, width: int, mlp_width: int, activation: str):
         super().__init__()
-        self.activation = config.activation
-        self.up = nn.Linear(config.width, config.mlp_width)
-        self.down = nn.Linear(config.mlp_width, config.width)
+        self.activation = activation
+        self.up = nn.Linear(width, mlp_width)
+        self.down = nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)
@@ -130,7 +130,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.attention_scale = LayerScale(config.width) if config.layer_scale else nn.Identity()
         self.mlp_norm = norm(config.width, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.width, config.mlp_width, config.activation)
         self.mlp_scale = LayerScale(config.width) if config.layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

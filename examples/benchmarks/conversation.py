@@ -24,9 +24,9 @@ from PIL import Image as PILImage
 from tqdm import tqdm
 
 from mm_gpt.document import Image, Message
-from mm_gpt.inference.assistant import transpose_for_cpu
 from mm_gpt.inference.chat_session import ChatSession
-from mm_gpt.inference.engine import Engine, GenerationConfig
+from mm_gpt.inference.engine import Engine
+from mm_gpt.inference.generation import GenerationConfig
 from mm_gpt.model.decoder import DecoderConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
@@ -59,7 +59,6 @@ def make_engine(args: argparse.Namespace, *, memory: int, context: int) -> Engin
     vision = VisionConfig(model="timm/test_vit", image_size=IMAGE_SIZE)
     model = MMGPT(ModelConfig(decoder=decoder, vision=vision, connector=ConnectorConfig(kind="mlp"))).eval()
     model.requires_grad_(False)
-    transpose_for_cpu(model.decoder)
     half = (0.5, 0.5, 0.5)
     image = ImageTransformConfig(size=IMAGE_SIZE, mean=half, std=half)
     config = ProcessorConfig(image=image, tokens_per_image=model.tokens_per_image, max_length=context)
@@ -76,6 +75,7 @@ class Again:
 
     def say(self, content: Any) -> None:
         self.messages.append({"role": "user", "content": content})
+        self.engine.forget()
         (answer,) = self.engine.generate([self.engine.processor.chat(self.messages)], self.config)
         self.tokens_read = answer.prompt_tokens
         self.messages.append({"role": "assistant", "content": answer.text})

@@ -17,6 +17,8 @@ from mm_gpt.commands.command import (
     add_model,
     complain,
     generation_options,
+    load_assistant,
+    tell,
 )
 from mm_gpt.errors import MMGPTError, unknown_name
 
@@ -52,11 +54,11 @@ def run_ask(args: argparse.Namespace) -> int:
     # Before the model, so that a wrong path is known at once
     images = [_stdin_image() if source == STDIN else load_image(source) for source in sources]
     options = generation_options(args)
+    from mm_gpt.inference.hints import Hints
 
-    import mm_gpt
-
-    assistant = mm_gpt.load(args.model, device=args.device, dtype=args.dtype)
+    assistant = load_assistant(args)
     turn = _user(images, question)
+    tell(Hints(args.model).about(question, len(images)))
     if args.json:
         answer = assistant.chat([turn], **options)
         fields = ("prompt_tokens", "image_tokens", "completion_tokens", "finish_reason")
@@ -137,11 +139,10 @@ def run_chat(args: argparse.Namespace) -> int:
         raise UsageError("chat reads its questions from standard input, so - cannot be an image")
     images: list[Any] = [load_image(source) for source in args.images]
     options = generation_options(args)
+    from mm_gpt.inference.hints import Hints
 
-    import mm_gpt
-
-    assistant = mm_gpt.load(args.model, device=args.device, dtype=args.dtype)
-    talk = assistant.conversation(**options)
+    assistant = load_assistant(args)
+    talk, hints, shown = assistant.conversation(**options), Hints(args.model), 0
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
         import readline  # noqa: F401 (gives input() its history and editing)
@@ -156,13 +157,15 @@ def run_chat(args: argparse.Namespace) -> int:
             if command == "/quit":
                 break
             if command == "/reset":
-                talk, images = assistant.conversation(**options), []
+                talk, images, shown = assistant.conversation(**options), [], 0
             elif command == "/image":
                 images.append(load_image(rest.strip()))
             elif command.startswith("/"):
                 raise MMGPTError(unknown_name("chat command", command, CHAT_COMMANDS))
             else:
                 check_text(line, "the question")
+                shown += len(images)
+                tell(hints.about(line, shown))
                 try:
                     with closing(talk.stream(_user(images, line)["content"])) as stream:
                         print_stream(stream)

@@ -12,8 +12,11 @@ from mm_gpt.commands.command import (
     UsageError,
     add_generation,
     add_model,
+    check_inputs,
     generation_options,
+    load_assistant,
     positive,
+    tell,
 )
 from mm_gpt.templates.prompts import CAPTION_PROMPT
 
@@ -63,17 +66,19 @@ def run_caption(args: argparse.Namespace) -> int:
     if "-" in args.input:
         raise UsageError('caption reads files, not standard input; one image: mm-gpt ask - "Describe it." < photo.jpg')
     check_text(args.prompt, "--prompt")
+    check_inputs(args.input)
     options = generation_options(args)
     loaded: list[Assistant] = []
 
     def load() -> "Assistant":
         import torch
 
-        import mm_gpt
+        from mm_gpt.inference.hints import Hints
 
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        loaded.append(mm_gpt.load(args.model, device=args.device, dtype=args.dtype))
+        loaded.append(load_assistant(args))
+        tell(Hints(args.model).about(args.prompt, 1))
         return loaded[0]
 
     summary = caption_images(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Never
 
 from mm_gpt import __version__
-from mm_gpt.commands import ask, caption, corpus, models, train
+from mm_gpt.commands import ask, caption, corpus, models, serve, train
 from mm_gpt.commands.command import (
     EXIT_BROKEN_PIPE,
     EXIT_ERROR,
@@ -22,6 +22,7 @@ from mm_gpt.commands.command import (
     complain,
 )
 from mm_gpt.errors import MMGPTError, closest, unknown_name
+from mm_gpt.hub.choice import chosen_model
 from mm_gpt.system.processes import EXIT_TERMINATED, Terminated, sigterm_raises
 
 COMMANDS: dict[str, Command] = {
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     **caption.COMMANDS,
     **train.COMMANDS,
     **corpus.COMMANDS,
+    **serve.COMMANDS,
     **models.COMMANDS,
 }
 
@@ -66,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = parser.parse_known_intermixed_args(rest)
         if unknown:
             parser.error(_unknown_arguments(parser, unknown))
+        if getattr(args, "model", "") is None:
+            args.model = chosen_model()
         logging.basicConfig(format="mm-gpt: %(message)s", stream=sys.stderr)
         try:
             code = command.run(args)

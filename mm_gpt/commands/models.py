@@ -1,10 +1,12 @@
 """`mm-gpt models`, `export` and `demo`: what models there are, for other programs, in a browser."""
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mm_gpt.commands.command import Command, add_model, check_folder, positive
+from mm_gpt.commands.command import Command, add_model, check_folder, nothing_collected, positive
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
@@ -44,23 +46,40 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens it to the network (default: %(default)s)")
     parser.add_argument("-p", "--port", type=positive, default=7860, metavar="N", help="default: %(default)s")
+    parser.add_argument("--server", metavar="URL", help="of a server, whose first model answers: none is loaded here")
+    parser.add_argument("--api-key", metavar="KEY", help="of that server (default: what MM_GPT_API_KEY says)")
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    from mm_gpt.serving.gradio_demo import launch
+    with nothing_collected():
+        from mm_gpt.serving.gradio_demo import launch
 
-    launch(args.model, args.host, args.port, args.device, args.dtype)
+    if args.server is not None:
+        key = args.api_key if args.api_key is not None else os.environ.get("MM_GPT_API_KEY", "")
+        launch(host=args.host, port=args.port, server=args.server, api_key=key)
+    else:
+        launch(args.model, args.host, args.port, args.device, args.dtype)
     return 0
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "List the models in the package, the weights that are fetched when something needs them,\n"
-        "and the public checkpoints that --model takes by name. `mm-gpt train --list` has the presets."
+        "and the public models that --model takes by name. `mm-gpt train --list` has the presets."
+    )
+    parser.add_argument(
+        "--set-default", metavar="NAME", help="from now on take this model where none is named; `default`: the packaged"
     )
 
 
 def run_models(args: argparse.Namespace) -> int:
+    from mm_gpt.hub.choice import VARIABLE, describe_choice, set_default
+
+    if args.set_default is not None:
+        print(f"{set_default(args.set_default)}: {args.set_default}")
+        if os.environ.get(VARIABLE):
+            print(f"mm-gpt: {VARIABLE} is set and comes first: {describe_choice()}", file=sys.stderr)
+        return 0
     from mm_gpt.hub.checkpoint import decoder_names, model_folder, shipped_models
     from mm_gpt.hub.fetching.download import cache_folder
     from mm_gpt.hub.fetching.registry import REGISTRY
@@ -77,6 +96,7 @@ def run_models(args: argparse.Namespace) -> int:
         about = f"{entry.description} A model for --model." if entry.name in decoder_names() else entry.description
         rows.append((entry.name, _size(sum(paths.values())), where, entry.licence, about))
     _print_table(rows)
+    print(f"\nTaken where none is named: {describe_choice()}")
     for title, table in tables().items():
         print(f"\n{title}\n")
         _print_table(table)
@@ -105,13 +125,13 @@ COMMANDS = {
     ),
     "demo": Command(
         "Open a web page to try a model.",
-        ("mm-gpt demo", "mm-gpt demo --model runs/tiny/best --port 8000"),
+        ("mm-gpt demo", "mm-gpt demo --model runs/tiny/best --port 8000", "mm-gpt demo --server http://127.0.0.1:8000"),
         add_demo,
         run_demo,
     ),
     "models": Command(
         "List the models that there are.",
-        ("mm-gpt models",),
+        ("mm-gpt models", "mm-gpt models --set-default smolvlm"),
         add_models,
         run_models,
     ),

@@ -21,8 +21,10 @@ from mm_gpt.hub.fetching import download, registry
 from mm_gpt.hub.fetching.repository import fetch_repository, is_repository_name
 from mm_gpt.hub.gguf import reader as gguf
 from mm_gpt.hub.packing import PACKINGS, Packing, Update, packing_of, places, repack, stored_kinds
+from mm_gpt.hub.public import SHORT_NAMES, long_name
 from mm_gpt.hub.weights import (
     Checkpoint,
+    NothingDrawn,
     Table,
     naming,
     open_safetensors,
@@ -68,10 +70,12 @@ def shipped_models() -> list[str]:
 
 
 def model_folder(name: str | Path) -> Path:
-    """The folder of a model: `name` itself, one that the package ships, or a repository of the hub, fetched if needed.
+    """The folder of a model: `name` itself, one that the package ships, or a repository of the hub, by its own name or
+    a short one, fetched if needed.
 
     Raises MMGPTError for an unknown name, DownloadError when a repository is out of reach.
     """
+    name = long_name(name)
     if (folder := _local_folder(name)) is not None:
         return folder
     if str(name) in shipped_models():
@@ -80,7 +84,7 @@ def model_folder(name: str | Path) -> Path:
         return fetch_repository(str(name), check=check_small_files)
     if isinstance(name, Path) or Path(name).name != name:
         raise CheckpointError(f"{name}: no such model folder")
-    known = [*shipped_models(), *decoder_names()]
+    known = [*shipped_models(), *decoder_names(), *SHORT_NAMES]
     unknown = unknown_name("model", name, known)
     raise MMGPTError(f"{unknown}; or give the folder of a model, or OWNER/NAME on the Hugging Face hub")
 
@@ -200,8 +204,8 @@ def load_model(
     `dtype` is that of all parameters. `decoder_dtype`, one of mm_gpt.hub.packing.DTYPES, packs the matrices of the
     decoder, which then answers, but is neither trained nor saved; in fp32 they are parameters like the others.
 
-    Names: those of the package, decoders of the registry, `owner/name` on the Hugging Face hub. They come first: a
-    folder that is called like one of the first two is given as `./name`, or as a Path.
+    Names: those of the package, decoders of the registry, short ones of public models, `owner/name` on the Hugging Face
+    hub. They come first: a folder that is called like one without a slash is given as `./name`, or as a Path.
     """
     if isinstance(name, str) and name in decoder_names():
         decoder, tokenizer = load_decoder(name, decoder_dtype)
@@ -246,7 +250,7 @@ def _load_folder(
         if decoder is None:
             return _load_folder(folder, dtype=dtype, decoder_dtype="fp32", above=above)
         skip = _is_decoder
-    with naming(f"{folder}/config.json"):
+    with naming(f"{folder}/config.json"), NothingDrawn():
         model = MMGPT(config, decoder or Decoder(decoder_config))
     _copy(model, weights, skip=skip)
     template = None
@@ -319,6 +323,8 @@ def _check_images(model: MMGPT, config: ProcessorConfig, where: str) -> None:
     given = None if config.image is None else config.image.size
     if size != given:
         raise CheckpointError(f"{where}: images of {given} pixels are prepared for a model that sees {size}")
+    if config.mrope and not model.decoder.config.mrope_section:
+        raise CheckpointError(f"{where}: mrope is true, but the decoder has no mrope_section")
     if config.tokens_per_image != model.tokens_per_image:
         raise CheckpointError(
             f"{where}: tokens_per_image is {config.tokens_per_image}, but the model makes {model.tokens_per_image}"

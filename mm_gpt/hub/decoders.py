@@ -43,6 +43,17 @@ _QWEN = _LLAMA | {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+_QWEN_VL = _QWEN | {
+    "vocab_size": 152_064,
+    "hidden_size": 8192,
+    "intermediate_size": 29_568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "max_window_layers": 80,
+    "rope_theta": 1_000_000.0,
+}
 _GEMMA = (
     _LLAMA
     | _BIAS
@@ -82,6 +93,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "qwen2": _QWEN,
     "qwen3": _QWEN | _BIAS | {"head_dim": 128},
+    "qwen2_vl_text": _QWEN_VL,
+    "qwen2_5_vl_text": _QWEN_VL,
+    "qwen3_vl_text": _LLAMA
+    | _BIAS
+    | {
+        "vocab_size": 151_936,
+        "intermediate_size": 22_016,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 128_000,
+        "rope_theta": 500_000.0,
+    },
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2
@@ -107,6 +130,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 """What a key that is not in `config.json` stands for, by model type; None is decided by other keys."""
+MROPE = {"qwen2_vl_text": (16, 24, 24), "qwen2_5_vl_text": (16, 24, 24), "qwen3_vl_text": (24, 20, 20)}
+"""The rotary pairs that turn by time, row and column, where a file does not say."""
 _FRACTIONS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim", "n_inner", "sliding_window", *_FRACTIONS[1:])
 
@@ -204,7 +229,8 @@ def _llama(kind: str, values: dict[str, Any], where: str) -> DecoderConfig:
     gemma = kind.startswith("gemma")
     patterns, window = _patterns(kind, values, where)
     theta, scaling, local_theta = _rope(kind, values, where)
-    biases = kind not in ("mistral", "qwen2") and values["attention_bias"]
+    always_biased = kind in ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
+    biases = kind != "mistral" and not always_biased and values["attention_bias"]
     activation = values["hidden_act" if "hidden_act" in DEFAULTS[kind] else "hidden_activation"]
     if kind == "gemma" and activation == "gelu":
         activation = "gelu_pytorch_tanh"  # the first files named the wrong one; the models were trained with this
@@ -219,12 +245,14 @@ def _llama(kind: str, values: dict[str, Any], where: str) -> DecoderConfig:
         max_length=values["max_position_embeddings"],
         norm_eps=float(values["rms_norm_eps"]),
         norm_place="both" if kind in ("gemma2", "gemma3_text") else "pre",
-        qk_norm=kind in ("qwen3", "gemma3_text"),
+        qk_norm=kind in ("qwen3", "qwen3_vl_text", "gemma3_text"),
         activation=_activation(activation, where),  # type: ignore[arg-type]
-        qkv_bias=biases or kind == "qwen2",
+        qkv_bias=biases or always_biased,
         output_bias=biases,
         rope_theta=theta,
         rope_scaling=scaling,
+        mrope_section=_mrope(kind, values, where),
+        mrope_interleaved=kind == "qwen3_vl_text",
         local_rope_theta=local_theta,
         attention=patterns,
         window=window,
@@ -274,7 +302,7 @@ def _activation(name: str, where: str) -> str:
 def _patterns(kind: str, values: dict[str, Any], where: str) -> tuple[tuple[PatternName, ...], int | None]:
     """Which layers see a window only, and its size. Older files have a rule of the family instead of a list."""
     layers, window = values["num_hidden_layers"], values.get("sliding_window")
-    if kind in ("llama", "gemma") or (kind.startswith("qwen") and not values["use_sliding_window"]):
+    if kind in ("llama", "gemma") or (kind.startswith("qwen") and not values.get("use_sliding_window")):
         window = None
     types = None if kind == "mistral" else values.get("layer_types")
     if types is not None and len(types) < layers:
@@ -286,7 +314,7 @@ def _patterns(kind: str, values: dict[str, Any], where: str) -> tuple[tuple[Patt
         elif kind == "gemma3_text":
             every = values.get("_sliding_window_pattern") or values["sliding_window_pattern"]
             types = ["sliding_attention"] * (every - 1) + ["full_attention"]
-        elif kind.startswith("qwen"):
+        elif "max_window_layers" in values:
             full = min(layers, values["max_window_layers"])
             types = ["full_attention"] * full + ["sliding_attention"] * (layers - full)
     names: dict[str, PatternName] = {"full_attention": "dense", "sliding_attention": "local"}
@@ -327,6 +355,20 @@ def _rope(kind: str, values: dict[str, Any], where: str) -> tuple[float, RopeSca
         original_length=int(values.get("original_max_position_embeddings") or original),
     )
     return theta, scaling, local_theta
+
+
+def _mrope(kind: str, values: dict[str, Any], where: str) -> tuple[int, ...]:
+    """How many rotary pairs turn by time, row and column; their order is the family's."""
+    if kind not in MROPE:
+        return ()
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    interleaved = kind == "qwen3_vl_text"
+    if rope.get("mrope_interleaved", interleaved) is not interleaved:
+        raise CheckpointError(f"{where}: mrope_interleaved must be {interleaved} for {kind}")
+    section = rope.get("mrope_section", MROPE[kind])
+    if not isinstance(section, list | tuple) or not all(type(count) is int for count in section):
+        raise CheckpointError(f"{where}: mrope_section {section!r} is not a list of whole numbers")
+    return tuple(section)
 
 
 def decoder_table(kind: str, *, prefix: str = "model.", head: str = "lm_head.weight") -> Table:

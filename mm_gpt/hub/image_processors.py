@@ -40,6 +40,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "image_std": HALF,
         "size": {"height": 224, "width": 224},
     },
+    "Gemma3ImageProcessor": {
+        **_COMMON,
+        "image_mean": HALF,
+        "image_std": HALF,
+        "resample": 2,
+        "size": {"height": 224, "width": 224},
+    },
     "LlavaImageProcessor": _CLIP,
     "LlavaNextImageProcessor": {
         **_CLIP,
@@ -61,12 +68,24 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "min_patches": 1,
         "max_patches": 12,
     },
+    "Qwen2VLImageProcessor": {
+        **_COMMON,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    },
     "Idefics3ImageProcessor": _IDEFICS3,
     "SmolVLMImageProcessor": _IDEFICS3,
 }
 """What each class of transformers takes where the file is silent."""
-_OTHER_NAMES = {"Kosmos2ImageProcessor": "CLIPImageProcessor"}
-"""Of the code that came with the first files of KOSMOS-2."""
+_OTHER_NAMES = {
+    "Kosmos2ImageProcessor": "CLIPImageProcessor",
+    "Qwen2_5_VLImageProcessor": "Qwen2VLImageProcessor",
+}
+"""Of the code that came with the first files of KOSMOS-2 and Qwen2.5-VL."""
 _FILTERS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """PIL's numbers of the filters, which is what the files hold."""
 
@@ -93,6 +112,8 @@ def read_image_processor(values: dict[str, Any], where: str) -> tuple[ImageTrans
     try:
         if name in ("Idefics3ImageProcessor", "SmolVLMImageProcessor"):
             image, tiling = _idefics3(settings)
+        elif name == "Qwen2VLImageProcessor":
+            image, tiling = _qwen(settings)
         elif name == "GotOcr2ImageProcessor":
             image, tiling = _internvl(settings)
         elif "image_grid_pinpoints" in DEFAULTS[name]:
@@ -190,8 +211,10 @@ class _Settings:
 
 
 def _plain(settings: _Settings, name: str) -> ImageTransformConfig:
-    """CLIP, SigLIP and LLaVA: the whole image as one tile."""
+    """CLIP, SigLIP, Gemma 3 and LLaVA: the whole image as one tile."""
     values = settings.values
+    if values.get("do_pan_and_scan"):
+        raise settings.error("do_pan_and_scan", "crops of an image besides the whole are not supported, only false")
     pads = values.get("do_pad") is True
     if pads and name != "LlavaImageProcessor" and values.get("pad_size") is not None:
         raise settings.error("pad_size", f"padding by {name} is not supported")
@@ -239,6 +262,21 @@ def _internvl(settings: _Settings) -> tuple[ImageTransformConfig, TilingConfig]:
     least, most = (settings.integer(key, settings.values[key]) for key in ("min_patches", "max_patches"))
     tiling = TilingConfig(kind="internvl", min_tiles=least, max_tiles=most)
     return settings.image(settings.length("size", ["square"])), tiling
+
+
+def _qwen(settings: _Settings) -> tuple[ImageTransformConfig, TilingConfig]:
+    """`size` holds numbers of pixels here, under any of two pairs of names; keys beside it outrank it."""
+    size = settings.values["size"]
+    if not isinstance(size, dict) or size.keys() - {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}:
+        raise settings.error("size", "expected shortest_edge and longest_edge, in pixels of the whole image")
+    pixels: list[int] = []
+    for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        pixels.append(settings.values.get(key, size.get(edge, size.get(key))))  # type: ignore[arg-type]
+        if type(pixels[-1]) is not int:
+            raise settings.error("size", f"{edge} must be a whole number of pixels, not {pixels[-1]!r}")
+    patch, merge = (settings.integer(key, settings.values[key]) for key in ("patch_size", "merge_size"))
+    tiling = TilingConfig(kind="native", whole=False, min_pixels=pixels[0], max_pixels=pixels[1])
+    return settings.image(patch * merge), tiling
 
 
 def _idefics3(settings: _Settings) -> tuple[ImageTransformConfig, TilingConfig]:

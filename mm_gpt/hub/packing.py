@@ -7,7 +7,7 @@ is kept stays in its file, mapped into memory.
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class Update:
 
     def add(self, values: Tensor, start: int) -> Tensor:
         """To the rows from `start` on."""
-        return values + self.b[start : start + len(values)] @ self.a
+        return torch.addmm(values, self.b[start : start + len(values)], self.a)
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,14 @@ def parts_of(place: PackedLinear | PackedEmbedding) -> list[Matrix]:
 def stored_kinds(decoder: nn.Module) -> set[str]:
     """The kinds of a packed decoder's matrices."""
     return {part.kind for _, place in places(decoder) for part in parts_of(place)}
+
+
+def weights_dtype(decoder: nn.Module) -> Literal["fp32", "bf16", "int8", "int4"]:
+    """How a decoder's matrices are kept, its smallest ones deciding."""
+    kinds = stored_kinds(decoder)
+    if all(kind in PLAIN for kind in kinds):
+        return "bf16" if kinds & {"F16", "BF16"} else "fp32"
+    return "int8" if kinds <= {*PLAIN, "Q8_0"} else "int4"
 
 
 def repack(decoder: nn.Module, packing: Packing, updates: dict[str, Update], where: str) -> None:

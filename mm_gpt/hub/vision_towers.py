@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 
 from mm_gpt.errors import CheckpointError, ConfigError, DownloadError
@@ -169,6 +168,8 @@ def load_open_clip(tag: str) -> tuple[VisionEncoder, ImageTransformConfig]:
     folder laid out as such a model's hub repository: open_clip_model.safetensors and open_clip_config.json.
     Only safetensors are read. Raises CheckpointError or DownloadError naming the tag or the file.
     """
+    import open_clip
+
     name, _, pretrained = tag.partition("/")
     if pretrained and Path(pretrained).exists():
         path = Path(pretrained) / OPEN_CLIP_WEIGHTS if Path(pretrained).is_dir() else Path(pretrained)
@@ -209,6 +210,8 @@ def _with_activation(name: str, quick_gelu: bool | None) -> str:
 
     open_clip only warns when they differ; the tokens are then wrong, and nothing else shows it.
     """
+    import open_clip
+
     if quick_gelu is None or quick_gelu == open_clip.get_model_config(name).get("quick_gelu", False):
         return name
     other = f"{name}-quickgelu" if quick_gelu else name.removesuffix("-quickgelu")

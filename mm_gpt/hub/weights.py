@@ -47,17 +47,21 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def unfilled() -> Iterator[None]:
     """Modules are built on the meta device, and nothing is drawn for them.
 
-    Without this, `nn.Embedding` on the meta device imports torch's compiler to draw nothing: seconds, and 80 MB.
+    Without this, random numbers on the meta device import torch's compiler to draw nothing: seconds, and 80 MB.
     """
-    with torch.device("meta"), _NothingDrawn():
+    with torch.device("meta"), NothingDrawn():
         yield
 
 
-class _NothingDrawn(TorchFunctionMode):
+class NothingDrawn(TorchFunctionMode):
+    """Where modules are built whose weights are read afterwards: random ones would take time for nothing."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        if func in (torch.rand, torch.randn):
+            func = torch.empty
         if func is torch.linspace:  # older versions of timm ask it for drop rates, as numbers
             kwargs.setdefault("device", "cpu")
         return func(*args, **kwargs)

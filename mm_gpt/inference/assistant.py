@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
 import torch
-from torch import nn
 
 from mm_gpt.config import from_dict
 from mm_gpt.document import Document, Image, Message, Text, check_document, interleave
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
-from mm_gpt.hub.packing import check_dtype
+from mm_gpt.hub.choice import chosen_model
+from mm_gpt.hub.packing import check_dtype, weights_dtype
 from mm_gpt.images import ImageSource
 from mm_gpt.inference.chat_session import ChatSession
-from mm_gpt.inference.engine import Answer, Engine, GenerationConfig, Stream
+from mm_gpt.inference.constraints import Constraint
+from mm_gpt.inference.engine import Engine, Stream
+from mm_gpt.inference.generation import Answer, GenerationConfig
 from mm_gpt.model.mmgpt import MMGPT, pick_device
 from mm_gpt.processor import IGNORE_INDEX, Processor, collate
 from mm_gpt.templates.prompts import CAPTION_PROMPT
@@ -32,20 +34,30 @@ class GenerationOptions(TypedDict, total=False):
     """Keyword arguments of `ask`, `caption`, `chat` and `complete`; `GenerationConfig` describes them."""
 
     max_new_tokens: int
+    n: int
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[int, float]
     num_beams: int
     length_penalty: float
     no_repeat_ngram_size: int
     stop: tuple[str, ...]
     seed: int
     logprobs: bool
+    top_logprobs: int
+    prompt_logprobs: bool
+    constraint: Constraint
 
 
-def load(name: str | Path = "default", *, device: str = "auto", dtype: str = "auto") -> Assistant:
-    """A model by name (`default` comes with the package, `owner/name` from the Hugging Face hub) or from a folder: of a
-    training run, or of a public checkpoint.
+def load(name: str | Path | None = None, *, device: str = "auto", dtype: str = "auto") -> Assistant:
+    """A model by name (`default` comes with the package, `smolvlm` and `owner/name` from the Hugging Face hub) or from
+    a folder: of a training run, or of a public checkpoint. None is what `MM_GPT_MODEL` says, or the user's setting;
+    where neither does, `default`.
 
     `device` is `auto` (CUDA when there is one), `cpu`, `cuda` or `cuda:N`. `dtype` says how the decoder's weights are
     kept: `fp32`, `bf16`, `int8`, `int4`, or `auto`, which is how they are stored where the processor multiplies that
@@ -56,6 +68,7 @@ def load(name: str | Path = "default", *, device: str = "auto", dtype: str = "au
     """
     check_dtype(dtype)
     place = pick_device(device)
+    name = chosen_model() if name is None else name
     if place.type == "cpu":
         model, processor = load_model(name, decoder_dtype=dtype)
         return Assistant(model, processor)
@@ -77,21 +90,22 @@ class Assistant:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ):
-        """Takes `model` over: its low-rank updates are merged and its layout is changed for speed. On a GPU all of it
-        becomes `dtype`."""
+        """Takes `model` over: its low-rank updates are merged, and on the CPU its vision encoder is kept as its decoder
+        is. On a GPU all of it becomes `dtype`."""
         device = device or torch.device("cpu")
         self.base_decoder = model.config.decoder
         """The decoder before its low-rank updates, if it has a name."""
         model.merge_lora()
         model.eval().requires_grad_(False)
-        if model.vision is not None:
-            model.vision.fold_batch_norm()
         if device.type == "cpu":
-            transpose_for_cpu(model.decoder)
+            if model.vision is not None:
+                model.vision.prepare(weights_dtype(model.decoder), model.connector)
         else:
+            if model.vision is not None:
+                model.vision.fold_batch_norm()
             model.to(device, dtype)
         self.model, self.processor = model, processor
-        self.engine = Engine(model, processor)
+        self.engine = Engine(model, processor, compiled=device.type == "cpu")
         config = processor.config
         self.is_public = config.image is None or config.image_text is not None
         """Whether images stand in the prompt by tokens of the vocabulary, as in published models, or not at all."""
@@ -191,15 +205,24 @@ class Assistant:
         if "temperature" not in values:
             values.setdefault("num_beams", 3)
         values.setdefault("max_new_tokens", 40)
-        values.setdefault("no_repeat_ngram_size", 0 if self.is_public else CAPTION_NO_REPEAT)
+        values.setdefault("no_repeat_ngram_size", 0 if self._is_free(values) else CAPTION_NO_REPEAT)
         return generation_config(values)
 
     def chat_config(self, options: GenerationOptions | None = None) -> GenerationConfig:
         """How answers are generated: greedily, at most 128 tokens; a model trained here repeats no eight tokens. Raises
         ConfigError for an impossible option."""
         values: GenerationOptions = {**(options or {})}
-        values.setdefault("no_repeat_ngram_size", 0 if self.is_public else CHAT_NO_REPEAT)
+        values.setdefault("no_repeat_ngram_size", 0 if self._is_free(values) else CHAT_NO_REPEAT)
         return generation_config(values)
+
+    def _is_free(self, options: GenerationOptions) -> bool:
+        """Whether answers may repeat themselves: those of public models, and where a form asks for it."""
+        return self.is_public or options.get("constraint") is not None
+
+    def samples(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> list[Answer]:
+        """`n` answers to a chat, as `chat` takes it. They share its prompt, and each is drawn by a seed of its own, which
+        follows from `seed` and its place. Raises ConfigError for an impossible option."""
+        return self.engine.generate([self.processor.chat(messages)], self.chat_config(options))
 
     def complete(self, parts: str | Iterable[Any], **options: Unpack[GenerationOptions]) -> Answer:
         """Continue an interleaved prompt as it stands, without a chat template.
@@ -233,6 +256,8 @@ class Assistant:
         return logits.log_softmax(-1).gather(1, batch.labels[0, wanted][:, None])[:, 0]
 
     def _run(self, document: Document, stream: bool, config: GenerationConfig) -> Answer | Stream:
+        if config.n > 1:
+            raise ConfigError(f"n is {config.n}, and one answer is given here: use samples()")
         if stream:
             return self.engine.stream(document, config)
         return self.engine.generate([document], config)[0]
@@ -259,13 +284,3 @@ def _as_images(image: Any) -> list[Any]:
 def _is_iterable_of_images(images: Any) -> bool:
     """A generator or another lazy iterable; strings, bytes, arrays and PIL images are single images."""
     return hasattr(images, "__next__")
-
-
-def transpose_for_cpu(decoder: nn.Module) -> None:
-    """Store each matrix (out, in) by columns: the product with one row, which is what decoding does, reads it in order.
-
-    How much faster that is depends on the processor's matrix kernels; shapes and results stay the same.
-    """
-    for module in decoder.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data = module.weight.data.t().contiguous().t()

@@ -1,1 +1,1 @@
-"""What runs below torch: storage formats of weights, and the kernels that multiply with them."""
+"""What runs below torch: formats that weights are stored in, and kernels that multiply with them."""

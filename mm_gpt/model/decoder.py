@@ -9,7 +9,7 @@ Papers: GPT-1, GPT-2, GPT-3 (2005.14165), LLaMA (2302.13971), GQA (2305.13245), 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -24,7 +24,7 @@ from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.loss import CHUNK, next_token_loss
 from mm_gpt.model.norms import RMSNorm, make_norm
 from mm_gpt.model.packed import Matrix, PackedEmbedding, PackedLinear, stacked_product
-from mm_gpt.model.positions import rotate, rotation, sinusoids, xpos_rotation
+from mm_gpt.model.positions import mrope_components, rotate, rotation, sinusoids, xpos_rotation
 from mm_gpt.model.relative import RelativeAttention
 from mm_gpt.processor import IGNORE_INDEX
 
@@ -206,18 +206,22 @@ class Decoder(nn.Module):
         mask: Tensor | None = None,
         local_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        added: Sequence[Tensor] = (),
     ) -> Tensor:
         """Hidden states (B, T, D) after the last norm.
 
-        x (B, T, D): embeddings. positions (B, T): each token's place in its document. mask: boolean, True where a
+        x (B, T, D): embeddings. positions (B, T): each token's place in its document; with M-RoPE (B, T, 3) as well.
+        added: what is added behind the first layers, one (B, T, D) for each. mask: boolean, True where a
         query (B, 1, T, S) may look; None means plain causal attention over T tokens (or, for one new token, over the
         whole cache). local_mask: the same for layers with local attention, window and all; None means `mask` within the
         window. Raises ContextOverflowError for more tokens than `max_length`.
         """
         x, step = self._begin(x, positions, mask, cache)
         step.local_mask = local_mask
-        for block in self.blocks:
+        for layer, block in enumerate(self.blocks):
             x = block(x, step)
+            if layer < len(added):
+                x = x + added[layer]
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
@@ -250,10 +254,13 @@ class Decoder(nn.Module):
             )
         step = ForwardContext(mask=mask, cache=cache)
         if config.positions == "rope":
-            turn = rotation(positions, config.head_size, config.rope_theta, config.rope_scaling, x)
+            components = None
+            if positions.dim() == 3:
+                components = mrope_components(config.mrope_section, config.mrope_interleaved, x.device)
+            turned = partial(rotation, positions, config.head_size, x=x, components=components)
+            step.rotation = turned(config.rope_theta, config.rope_scaling)
             local = config.local_rope_theta
-            step.rotation = turn
-            step.local_rotation = turn if local is None else rotation(positions, config.head_size, local, None, x)
+            step.local_rotation = step.rotation if local is None else turned(local, None)
         elif config.positions == "xpos":
             turn = xpos_rotation(positions, config.head_size, config.rope_theta, config.max_length // 2, x)
             step.rotation = step.local_rotation = turn

@@ -57,6 +57,11 @@ class DecoderConfig:
     """The number of a text's first position; fairseq's models count from 2."""
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    mrope_section: tuple[int, ...] = ()
+    """M-RoPE: how many rotary pairs turn by a token's time, row and column. Positions may then be (B, T, 3); those
+    (B, T) have three components that are equal, as in ordinary text."""
+    mrope_interleaved: bool = False
+    """The three take turns from pair to pair (Qwen3-VL); off: one section of pairs after the other (Qwen2-VL)."""
     local_rope_theta: float | None = None
     """Of the layers with local attention, unscaled (Gemma 3); None: as the others."""
     attention: tuple[PatternName, ...] = ("dense",)
@@ -104,6 +109,7 @@ class DecoderConfig:
             raise ConfigError(f"width {self.width} must be even for sinusoids")
         if self.positions == "xpos" and self.max_length > MAX_XPOS_LENGTH:
             raise ConfigError(f"xPos overflows float32 beyond {MAX_XPOS_LENGTH} tokens, not {self.max_length}")
+        self._check_mrope()
         if not self.attention:
             raise ConfigError("attention must name at least one pattern")
         if not self.causal and set(self.attention) != {"dense"}:
@@ -116,6 +122,21 @@ class DecoderConfig:
             raise ConfigError(f"dropout must be in [0, 1), not {self.dropout}")
         for layer in range(min(self.num_layers, len(self.attention))):
             self.pattern(layer)
+
+    def _check_mrope(self) -> None:
+        section = self.mrope_section
+        if not section:
+            if self.mrope_interleaved:
+                raise ConfigError("mrope_interleaved needs mrope_section")
+            return
+        if len(section) != 3 or min(section) < 1 or 2 * sum(section) != self.head_size:
+            raise ConfigError(
+                f"mrope_section must be three counts of the {self.head_size // 2} pairs, not {list(section)}"
+            )
+        if self.mrope_interleaved and section[0] < max(section):
+            raise ConfigError(f"mrope_section {list(section)} cannot take turns: its first must be the largest")
+        if self.positions != "rope" or any(name.startswith("fixed") for name in self.attention):
+            raise ConfigError("mrope_section goes with positions 'rope' and without fixed attention")
 
     def pattern(self, layer: int) -> Pattern:
         """What the queries of a layer may look at. Raises ConfigError for a pattern without its window or stride."""

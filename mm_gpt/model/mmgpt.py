@@ -5,9 +5,12 @@ D width. An image is one tile, or several: its parts at full resolution and the 
 """
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_gpt.errors import ConfigError, MMGPTError
@@ -18,6 +21,7 @@ from mm_gpt.model.lora import LoRAConfig, add_lora, merge_lora
 from mm_gpt.processor import IGNORE_INDEX, Batch
 from mm_gpt.vision.connectors import ConnectorConfig, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
+from mm_gpt.vision.native_vit import NativeViT
 from mm_gpt.vision.tiling import TilingConfig, assemble
 
 
@@ -36,12 +40,32 @@ class ModelConfig:
     """LLaVA-NeXT's and OneVision's way to lay the tokens of an image's tiles out, row by row, each with a newline."""
     prefix_lm: bool = False
     """What comes before the first target is read in both directions (PaliGemma)."""
+    bidirectional_images: bool = False
+    """The tokens of an image see each other in both directions (Gemma 3)."""
 
     def __post_init__(self) -> None:
         if (self.vision is None) != (self.connector is None):
             raise ConfigError("vision and connector go together: give both, or neither for a model of text alone")
-        if self.vision is None and (self.image_token_id is not None or self.tiling is not None):
-            raise ConfigError("image_token_id and tiling need a vision encoder")
+        own = (self.image_token_id is not None, self.tiling is not None, self.bidirectional_images)
+        if self.vision is None and any(own):
+            raise ConfigError("image_token_id, tiling and bidirectional_images need a vision encoder")
+
+
+class ImageFeatures(NamedTuple):
+    """One image, as the decoder sees it."""
+
+    tokens: Tensor  # (k, D)
+    deepstack: tuple[Tensor, ...] = ()
+    """(k, D) each: what is added to its tokens behind the first layers of the decoder (DeepStack, 2406.04334)."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What goes into the decoder."""
+
+    x: Tensor  # (B, T, D)
+    added: tuple[Tensor, ...] = ()
+    """(B, T, D) each: what is added behind the first layers."""
 
 
 class MMGPT(nn.Module):
@@ -71,9 +95,10 @@ class MMGPT(nn.Module):
         empty = decoder.packed_head or decoder.embedding.weight.is_meta  # what is drawn now is replaced by what is read
         scale = 0.02 if empty else decoder.embedding.weight.float().std().item()
         if config.image_token_id is None:
-            self.image_marks = nn.Parameter(torch.randn(2, width) * scale)  # embeddings of <image> and </image>
+            marks = torch.empty(2, width)  # embeddings of <image> and </image>
+            self.image_marks = nn.Parameter(nn.init.normal_(marks, std=scale))
         if config.tiling is not None:
-            self.image_newline = nn.Parameter(torch.randn(width) * scale)
+            self.image_newline = nn.Parameter(nn.init.normal_(torch.empty(width), std=scale))
 
     def add_lora(self, config: LoRAConfig) -> None:
         """Freeze the decoder and put low-rank updates on the linear layers of its blocks."""
@@ -102,27 +127,33 @@ class MMGPT(nn.Module):
         inside = self.config.image_token_id
         return self.decoder.config.vocab_size + 1 if inside is None else inside
 
-    def embed(self, batch: Batch) -> Tensor:
-        """Embeddings (B, T, D), text and images in place.
+    def embed(self, batch: Batch, images: Sequence[ImageFeatures] | None = None) -> Embedded:
+        """Text and images in place; `images` are those of `image_tokens`, where they are known already.
 
         Raises MMGPTError naming the row when its placeholders do not match its images.
         """
         vocab, ids = self.decoder.config.vocab_size, batch.input_ids
         x = self.decoder.embed(ids.where(ids < vocab, 0))
         placeholders = ids == self.placeholder_id
-        images = self.image_tokens(batch)
+        if images is None:
+            images = self.image_tokens(batch)
         self._check_rows(placeholders, images, batch)
         if not images:
-            return x
+            return Embedded(x)
         if self.image_marks is not None:
             marks = self.image_marks.to(x.dtype)
             x = torch.where((ids == vocab).unsqueeze(-1), marks[0], x)
             x = torch.where((ids == vocab + 2).unsqueeze(-1), marks[1], x)
         # Rows and images come in the same order, so the n-th run of placeholders is the n-th image.
-        return x.masked_scatter(placeholders.unsqueeze(-1), torch.cat(images).to(x.dtype))
+        placed = lambda into, parts: into.masked_scatter(  # noqa: E731
+            placeholders.unsqueeze(-1), torch.cat(parts).to(x.dtype)
+        )
+        levels = zip(*(image.deepstack for image in images), strict=True)
+        added = tuple(placed(torch.zeros_like(x), level) for level in levels)
+        return Embedded(placed(x, [image.tokens for image in images]), added)
 
-    def image_tokens(self, batch: Batch) -> list[Tensor]:
-        """The tokens of each image of the batch, (tokens, D), in order."""
+    def image_tokens(self, batch: Batch) -> list[ImageFeatures]:
+        """Each image of the batch, in order: what an image gives does not depend on the others."""
         if len(batch.pixel_values) != int(batch.image_tiles.sum()):
             raise MMGPTError(
                 f"{len(batch.pixel_values)} image tiles came for {int(batch.image_tiles.sum())} places in the batch"
@@ -131,34 +162,52 @@ class MMGPT(nn.Module):
             return []
         if self.vision is None or self.connector is None:
             raise MMGPTError("this model reads text alone: it has no vision encoder for the images")
-        tiles = self.connector(self._see(batch.pixel_values)).split(batch.image_tiles.tolist())  # of (tiles, k, D)
-        sizes, grids = batch.image_sizes.tolist(), batch.image_grids.tolist()
-        return [
-            assemble(tile, self.config.tiling, size=tuple(size), grid=tuple(grid), newline=self.image_newline)
-            for tile, size, grid in zip(tiles, sizes, grids, strict=True)
-        ]
+        sizes, grids = ([(a, b) for a, b in pairs.tolist()] for pairs in (batch.image_sizes, batch.image_grids))
+        images = []
+        for tiles, size, grid in zip(self._features(batch, grids), sizes, grids, strict=True):
+            tokens = assemble(tiles, self.config.tiling, size=size, grid=grid, newline=self.image_newline)
+            tokens, *deepstack = tokens.split(self.decoder.config.width, dim=-1)
+            images.append(ImageFeatures(tokens, tuple(deepstack)))
+        return images
 
-    def _see(self, pixel_values: Tensor) -> Tensor:
+    def _features(self, batch: Batch, grids: Sequence[tuple[int, int]]) -> Iterable[Tensor]:
+        """The tiles of each image, (tiles, k, D), with DeepStack (tiles, k, layers · D).
+
+        Images of any size may be large: they go one by one, but for training."""
+        assert self.vision is not None
+        assert self.connector is not None
+        counts = batch.image_tiles.tolist()
+        if self.training or not isinstance(self.vision.tower, NativeViT):
+            return self.connector(self._see(batch.pixel_values, grids)).split(counts)
+        each = zip(batch.pixel_values.split(counts), grids, strict=True)
+        return [self.connector(self._see(pixels, [grid])) for pixels, grid in each]
+
+    def _see(self, pixel_values: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Patch tokens (N, P, D_v). On the CPU in float32, also inside autocast: bf16 convolutions are slower there."""
         assert self.vision is not None
         with torch.autocast(pixel_values.device.type, enabled=pixel_values.is_cuda and torch.is_autocast_enabled()):
-            return self.vision(pixel_values.to(next(self.vision.parameters()).dtype))
+            return self.vision(pixel_values.to(next(self.vision.parameters()).dtype), grids)
 
-    def _check_rows(self, placeholders: Tensor, images: list[Tensor], batch: Batch) -> None:
+    def _check_rows(self, placeholders: Tensor, images: Sequence[ImageFeatures], batch: Batch) -> None:
         given = [0] * len(placeholders)
         for row, image in zip(batch.image_rows.tolist(), images, strict=True):
-            given[row] += len(image)
+            given[row] += len(image.tokens)
         for row, (wanted, got) in enumerate(zip(placeholders.sum(dim=1).tolist(), given, strict=True)):
             if wanted != got:
                 name = f" ({batch.ids[row]})" if row < len(batch.ids) and batch.ids[row].strip() else ""
                 raise MMGPTError(f"row {row}{name}: {wanted} image placeholders, but its images give {got} tokens")
 
-    def forward(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
-        """Hidden states (B, T, D); logits are `decoder.logits` of the positions that need them."""
+    def forward(
+        self, batch: Batch, cache: KVCache | None = None, images: Sequence[ImageFeatures] | None = None
+    ) -> Tensor:
+        """Hidden states (B, T, D); logits are `decoder.logits` of the positions that need them.
+
+        `images` are those of `image_tokens`, where they are known already: the batch then needs no pixels."""
         masks = self.masks(batch)
-        x, positions, length = self.embed(batch), batch.position_ids, self.decoder.config.memory_length
+        embedded = self.embed(batch, images)
+        x, positions, length = embedded.x, batch.position_ids, self.decoder.config.memory_length
         if not length or cache is not None:
-            return self.decoder(x, positions, **masks, cache=cache)
+            return self.decoder(x, positions, **masks, cache=cache, added=embedded.added)
         # Transformer-XL: segment after segment, each with the states of those before as its memory.
         states, memory = [], None
         segment = min(length, self.decoder.config.max_length)
@@ -169,24 +218,37 @@ class MMGPT(nn.Module):
             states.append(hidden)
         return torch.cat(states, dim=1)
 
-    def masks(self, batch: Batch) -> dict[str, Tensor | None]:
-        """What the decoder's layers may look at: its arguments `mask` and `local_mask`."""
+    def masks(self, batch: Batch, *, past: int = 0) -> dict[str, Tensor | None]:
+        """What the decoder's layers may look at: its arguments `mask` and `local_mask`.
+
+        `past`: how many tokens of each row's document are in the cache. No image may begin in them and end here.
+        """
         prefix_lm, window = self.config.prefix_lm, self.decoder.config.window
+        images = batch.input_ids == self.placeholder_id if self.config.bidirectional_images else None
+        if images is not None and not images.any():
+            images = None
         local_mask = None
-        if prefix_lm and window is not None:  # a prefix is read whole, and the window begins behind it
-            local_mask = attention_mask(batch, prefix_lm=True, window=window)
-        return {"mask": attention_mask(batch, prefix_lm=prefix_lm), "local_mask": local_mask}
+        if window is not None and (prefix_lm or images is not None or batch.branch_ids.any()):
+            local_mask = attention_mask(batch, prefix_lm=prefix_lm, images=images, window=window, past=past)
+        return {
+            "mask": attention_mask(batch, prefix_lm=prefix_lm, images=images, past=past),
+            "local_mask": local_mask,
+        }
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed next-token cross-entropy in nats, and the number of supervised positions."""
         return self.decoder.loss(self(batch), batch.labels)
 
 
-def attention_mask(batch: Batch, *, prefix_lm: bool = False, window: int | None = None) -> Tensor | None:
-    """True where a query (B, 1, T, T) may look: back, inside its own document, in the shared part or its own branch.
+def attention_mask(
+    batch: Batch, *, prefix_lm: bool = False, images: Tensor | None = None, window: int | None = None, past: int = 0
+) -> Tensor | None:
+    """True where a query (B, 1, T, past + T) may look: back, inside its own document, in the shared part or its branch.
 
-    With `prefix_lm`, what stands before the first target of a document is seen by all of that part as well. `window`:
-    how many tokens, the last ones, the rest of the document sees.
+    With `prefix_lm`, what stands before the first target of a document is seen by all of that part as well. `images`
+    (B, T) is True at the tokens of images: those of one image, which are one run, see each other. `window`: how far
+    back a query sees, itself included; a prefix is read whole nevertheless, and the end of an image's own run is always
+    in sight, but not its beginning. `past`: tokens in the cache, all of them of the row's one document.
     None when every row is one document without branches or padding on its left: plain causal attention is faster, and
     sparse patterns are only then cheaper in all their forms.
     """
@@ -194,19 +256,28 @@ def attention_mask(batch: Batch, *, prefix_lm: bool = False, window: int | None 
     # Padding on the right is seen by nobody before it, and nobody asks what it sees.
     follows = (documents[:, 1:] == documents[:, :-1]) | (documents[:, 1:] == 0)
     is_plain = not branches.any() and bool(follows.all()) and bool(documents[:, 0].all())
-    if is_plain and not prefix_lm:
+    if is_plain and not prefix_lm and images is None:
         return None
     T = documents.shape[1]
     same = documents.unsqueeze(2) == documents.unsqueeze(1)  # (B, query, key)
     visible = (branches.unsqueeze(1) == 0) | (branches.unsqueeze(2) == branches.unsqueeze(1))
-    causal = torch.ones(T, T, dtype=torch.bool, device=documents.device).tril()
+    keys = torch.arange(past + T, device=documents.device)
+    looks = keys[past:, None] >= keys  # (T, past + T)
+    if images is not None:
+        starts = images & ~F.pad(images[:, :-1], (1, 0))
+        runs = starts.cumsum(dim=1).where(images, 0)
+        together = images.unsqueeze(2) & (runs.unsqueeze(2) == runs.unsqueeze(1))
+        looks = looks | F.pad(together, (past, 0))
     if window is not None:
-        causal = causal.triu(1 - window)
+        # A branch lies behind the shared part, whatever other branches stand between them in the row
+        places = past + (same & visible).tril().sum(dim=2) - 1  # (B, T) in the token's own text
+        behind = torch.cat([keys[:past].expand(len(places), -1), places], dim=1)
+        looks = looks & (places.unsqueeze(2) - behind.unsqueeze(1) < window)
     if prefix_lm:
         prefix = _before_targets(batch)
-        causal = causal | (prefix.unsqueeze(2) & prefix.unsqueeze(1))
+        looks = looks | F.pad(prefix.unsqueeze(2) & prefix.unsqueeze(1), (past, 0))
     # Padding sees padding only: a row of the mask without any True would make its softmax NaN.
-    return (same & visible & causal).unsqueeze(1)
+    return (F.pad(same & visible, (past, 0), value=True) & looks).unsqueeze(1)
 
 
 def _before_targets(batch: Batch) -> Tensor:

@@ -1,4 +1,5 @@
-"""Positions of tokens: rotary (RoPE, 2104.09864), with xPos (2212.10554), sinusoidal (1706.03762), and their scalings.
+"""Positions of tokens: rotary (RoPE, 2104.09864), with time, row and column (M-RoPE, 2409.12191) or xPos (2212.10554),
+sinusoidal (1706.03762), and their scalings.
 
 Shapes: B batch, T tokens, C head size, D width. Rotary pairs are (i, i + C/2), as in Llama's public checkpoints.
 """
@@ -67,11 +68,37 @@ def rotary_frequencies(
     return (1 - ramp) * frequencies / scaling.factor + ramp * frequencies
 
 
-def rotation(positions: Tensor, head_size: int, theta: float, scaling: RopeScaling | None, x: Tensor) -> Rotation:
-    """The angles of `positions` (B, T), computed in float32 or better, in the type and on the device of `x`."""
+@lru_cache(maxsize=64)
+def mrope_components(section: tuple[int, ...], interleaved: bool, device: torch.device) -> Tensor:
+    """(C/2,) which of a position's components turns each pair: 0 its time, 1 its row, 2 its column.
+
+    One section after the other (Qwen2-VL, 2409.12191), or in turn as far as rows and columns reach (Qwen3-VL).
+    """
+    if not interleaved:
+        return torch.repeat_interleave(torch.arange(3), torch.tensor(section)).to(device)
+    components = torch.zeros(sum(section), dtype=torch.long)
+    for component in (1, 2):
+        components[component : 3 * section[component] : 3] = component
+    return components.to(device)
+
+
+def rotation(
+    positions: Tensor,
+    head_size: int,
+    theta: float,
+    scaling: RopeScaling | None,
+    x: Tensor,
+    *,
+    components: Tensor | None = None,
+) -> Rotation:
+    """The angles of `positions` (B, T), computed in float32 or better, in the type and on the device of `x`.
+
+    Positions (B, T, 3) need `components` (C/2,): the one of the three that turns each pair (M-RoPE).
+    """
     precise = torch.promote_types(x.dtype, torch.float32)
     frequencies = rotary_frequencies(head_size, theta, scaling, precise, x.device)
-    angles = positions.to(precise).unsqueeze(-1) * frequencies  # (B, T, C/2)
+    places = positions.unsqueeze(-1) if positions.dim() == 2 else positions[..., components]
+    angles = places.to(precise) * frequencies  # (B, T, C/2)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
     return Rotation(angles.cos().to(x.dtype), angles.sin().to(x.dtype))
 

@@ -1,10 +1,11 @@
-"""Processes that end with the one that started them.
+"""Processes that end with the one that started them, and at once when their work is done.
 
 A worker whose parent was killed would wait for its next task for ever, and keep its memory: nobody is left to stop it.
 So each worker watches its parent (`watch_parent`), and a parent that is asked to stop (`sigterm_raises`) ends its
 workers before itself (`process_pool`).
 """
 
+import atexit
 import fcntl
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Never
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
 SECONDS = 1.0
@@ -44,6 +45,22 @@ def sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def leave(code: int) -> Never:
+    """End the process as Python does, but for taking apart what was imported: with torch, half a second and 120 MB.
+
+    Threads are waited for, `atexit` functions run and streams are flushed, which is how `multiprocessing` ends its
+    processes. The exit code is 120, Python's own, where a stream cannot be flushed.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # a full disk, or closed
+            code = code or 120
+    os._exit(code)
 
 
 def refuse_a_second_run() -> None:

@@ -346,6 +346,8 @@ def content_part(index: int, part: object, *, is_target: bool) -> Text | Image:
                     source = source.get("url")
                 if source is not None:
                     return Image(source)
+        if part.get("type") in ("video", "video_url"):
+            raise MMGPTError(f"message {index} has a video: models read text and images here; give frames as images")
     raise MMGPTError(f"message {index} has a part that is neither text nor image: {str(part)[:80]!r}")
 
 

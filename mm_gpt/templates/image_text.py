@@ -1,9 +1,13 @@
-"""How public models write an image into the prompt: the text around its tokens, and a placeholder for each of them."""
+"""How public models write an image into the prompt: text around its tokens, placeholders, and their positions."""
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from mm_gpt.errors import ConfigError
 from mm_gpt.vision.tiling import TilingConfig, num_image_tokens
@@ -19,6 +23,8 @@ class ImageTextConfig:
     tokens of all tiles laid out row by row (LLaVA-NeXT, OneVision)."""
     before: str = ""
     after: str = ""
+    written: str = ""
+    """What the chat template writes where an image belongs; empty: `token`."""
     mark: str = "<fake_token_around_image>"
     whole: str = "<global-img>"
     """idefics3: what stands before and after each tile, and before the whole image. nanovlm has the latter only; where
@@ -58,3 +64,21 @@ def image_text(
     lines = ["".join(config.mark + part for part in row) + "\n" for row in marked]
     gap = "\n" if rows else ""
     return "".join(lines) + gap + config.mark + config.whole + tile + config.mark
+
+
+def mrope_positions(length: int, images: Sequence[tuple[int, tuple[int, int]]]) -> Tensor:
+    """(T, 3), the time, row and column of each of T tokens (Qwen2-VL, 2409.12191).
+
+    images: the first token of each, and the rows and columns of its tokens. In text the three are equal and count on,
+    behind an image from the largest of its own; an image is one moment.
+    """
+    parts: list[Tensor] = []
+    at = place = 0
+    for first, (rows, cols) in images:
+        parts.append((place + torch.arange(first - at))[:, None].expand(-1, 3))
+        place += first - at
+        inside = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(cols))
+        parts.append(place + inside)
+        place += max(rows, cols)
+        at = first + rows * cols
+    return torch.cat([*parts, (place + torch.arange(length - at))[:, None].expand(-1, 3)])

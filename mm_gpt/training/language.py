@@ -251,7 +251,8 @@ class LanguageTask:
 
     def samples(self) -> list[str]:
         """Greedy captions of the first validation photos."""
-        from mm_gpt.inference.engine import Engine, GenerationConfig
+        from mm_gpt.inference.engine import Engine
+        from mm_gpt.inference.generation import GenerationConfig
 
         records: list[Record] = []
         for held in self.held_out:
@@ -359,7 +360,7 @@ def load_vision(vision: nn.Module, name: str) -> None:
     """Weights for a vision tower: a registry name (ImageNet trunk), the folder of a contrastive run, or an open_clip
     tag such as ViT-L-14/laion2b_s32b_b82k."""
     from mm_gpt.hub.fetching import download, registry
-    from mm_gpt.vision.encoder import load_efficientnet_lite
+    from mm_gpt.vision.efficientnet import load_efficientnet_lite
 
     if name not in registry.REGISTRY and Path(name).is_dir():  # a folder must not hide what a name stands for
         fill(vision, Path(name) / "model.safetensors", prefix="vision.")

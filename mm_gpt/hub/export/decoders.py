@@ -7,7 +7,6 @@ from typing import Any
 from mm_gpt.errors import CheckpointError, MMGPTError
 from mm_gpt.hub.decoders import decoder_config
 from mm_gpt.model.decoder_config import DecoderConfig
-from mm_gpt.model.positions import RopeScaling
 
 CLASSES = {
     "gpt2": "GPT2LMHeadModel",
@@ -43,6 +42,11 @@ def decoder_values(config: DecoderConfig, *, kinds: tuple[str, ...] = tuple(CLAS
     kind, lacking = fewest or (kinds[0], ["head_size"])
     settings = ", ".join(f"{name} {getattr(config, name)!r}" for name in lacking)
     raise CheckpointError(f"no Hugging Face class has this decoder: the closest one, {kind}, lacks {settings}")
+
+
+def for_text_alone(config: DecoderConfig) -> DecoderConfig:
+    """Without M-RoPE, which turns by one position where there are no images."""
+    return dataclasses.replace(config, mrope_section=(), mrope_interleaved=False)
 
 
 def essence(config: DecoderConfig) -> DecoderConfig:
@@ -104,16 +108,21 @@ def _values(kind: str, config: DecoderConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         # As published files have it; transformers 5 turns the two into its `rope_parameters`
         "rope_theta": config.rope_theta,
-        "rope_scaling": _scaling(config.rope_scaling),
+        "rope_scaling": _scaling(config),
     }
-    if kind not in ("mistral", "qwen2"):  # these have biases never, or at queries, keys and values always
+    if kind not in (
+        "mistral",
+        "qwen2",
+        "qwen2_vl_text",
+        "qwen2_5_vl_text",
+    ):  # these have biases never, or at queries, keys and values always
         values["attention_bias"] = config.output_bias
     plain = essence(config)
     local = [plain.attention[layer % len(plain.attention)] == "local" for layer in range(config.num_layers)]
     types = ["sliding_attention" if is_local else "full_attention" for is_local in local]
     if kind == "mistral":
         values["sliding_window"] = config.window if all(local) else None
-    elif kind in ("qwen2", "qwen3"):
+    elif kind.startswith("qwen"):
         values["use_sliding_window"] = any(local)
         if any(local):
             values |= {"sliding_window": config.window, "layer_types": types, "max_window_layers": local.index(True)}
@@ -134,7 +143,13 @@ def _values(kind: str, config: DecoderConfig) -> dict[str, Any]:
     return values
 
 
-def _scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+def _scaling(config: DecoderConfig) -> dict[str, Any] | None:
+    scaling = config.rope_scaling
+    if scaling is None and config.mrope_section:
+        section = {"mrope_section": list(config.mrope_section)}
+        if config.mrope_interleaved:
+            return {"rope_type": "default", "mrope_interleaved": True, **section}
+        return {"type": "mrope", **section}
     if scaling is None:
         return None
     if scaling.kind == "linear":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mm_gpt.errors import CheckpointError
 from mm_gpt.hub.decoders import decoder_table, part_sizes
-from mm_gpt.hub.export.decoders import CLASSES, decoder_values
+from mm_gpt.hub.export.decoders import CLASSES, decoder_values, for_text_alone
 from mm_gpt.hub.export.layout import Export, template_source
 from mm_gpt.hub.export.models import check, whole_export
 from mm_gpt.hub.weights import Table, write_json, written
@@ -44,7 +44,7 @@ def write_folder(model: MMGPT, processor: Processor, folder: Path, *, dtype: tor
     if export.hidden_ids:
         generation["suppress_tokens"] = list(export.hidden_ids)
     write_json(folder / "generation_config.json", generation)
-    write_tokenizer(processor, folder, names, max_length=model.decoder.config.max_length)
+    write_tokenizer(processor, folder, names, max_length=model.decoder.config.max_length, tokens=export.tokens)
     for name, values in export.files.items():
         write_json(folder / name, values)
     template = template_source(processor)
@@ -59,7 +59,7 @@ def decoder_export(model: MMGPT) -> Export:
     """The decoder alone."""
     if model.config.prefix_lm:
         raise CheckpointError("prefix_lm True has no counterpart in a decoder alone: those read from left to right")
-    values = decoder_values(model.decoder.config)
+    values = decoder_values(for_text_alone(model.decoder.config))
     kind = values["model_type"]
     return Export(values={"architectures": [CLASSES[kind]], **values}, tables={"decoder": decoder_table(kind)})
 
@@ -123,8 +123,10 @@ def compact(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 # ---- Tokenizer ----
 
 
-def write_tokenizer(processor: Processor, folder: Path, names: dict[str, str], *, max_length: int) -> None:
-    """`tokenizer.json` and `tokenizer_config.json`."""
+def write_tokenizer(
+    processor: Processor, folder: Path, names: dict[str, str], *, max_length: int, tokens: dict[str, str]
+) -> None:
+    """`tokenizer.json` and `tokenizer_config.json`. `tokens`: as an `Export` has them."""
     state = json.loads(processor.tokenizer.backend.to_str())
     if not processor.config.begin_of_text and any(processor.tokenizer.affixes):
         state["post_processor"] = None  # this model's texts begin without the ids that the file would add
@@ -136,7 +138,7 @@ def write_tokenizer(processor: Processor, folder: Path, names: dict[str, str], *
         **names,
     }
     if processor.config.image_text is not None:
-        config["extra_special_tokens"] = {"image_token": processor.config.image_text.token}
+        config["extra_special_tokens"] = tokens or {"image_token": processor.config.image_text.token}
     write_json(folder / "tokenizer_config.json", config)
 
 

@@ -12,6 +12,7 @@ from mm_gpt.hub.weights import Table
 from mm_gpt.processor import Processor
 from mm_gpt.templates.chat_template import ChatTemplate
 from mm_gpt.tokenizer import Tokenizer
+from mm_gpt.vision.transforms import ImageTransformConfig
 
 CHATML = """\
 {%- for message in messages -%}
@@ -37,6 +38,8 @@ CHATML = """\
 {%- endif -%}
 """
 """What a Processor without a template writes. IMAGE: an expression for the text of an image."""
+INSTEAD = "--decoder-only exports the language model alone"
+_FILTERS = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
 NO_IMAGE = "raise_exception('this model reads text alone, no images')"
 
 
@@ -50,10 +53,25 @@ class Export:
     """Tables of names by the part of the model, as an `Import` has them."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Further JSON files."""
+    tokens: dict[str, str] = field(default_factory=dict)
+    """Special tokens that the processor asks its tokenizer for, by name; none: `image_token` alone."""
     has_template: bool = True
     """The family's processor takes a chat template; others write the prompt themselves."""
     hidden_ids: tuple[int, ...] = ()
     """Ids that were no part of the vocabulary, and are never generated."""
+
+
+def image_values(image: ImageTransformConfig) -> dict[str, Any]:
+    """What all image processors have in common."""
+    return {
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "rescale_factor": 1 / 255,
+        "resample": _FILTERS[image.interpolation],
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+    }
 
 
 def template_source(processor: Processor, image: str = NO_IMAGE) -> str | None:

@@ -1,4 +1,4 @@
-"""Whole models as Hugging Face folders: LLaVA's relatives, Idefics3 and PaliGemma, told apart by their structure.
+"""Whole models as Hugging Face folders: relatives of LLaVA and Qwen-VL, Idefics3, PaliGemma, Gemma 3, by structure.
 
 Names of tensors and files are laid out as in the published repositories, which every version of transformers and vLLM
 reads.
@@ -15,8 +15,9 @@ from torch import nn
 from mm_gpt.errors import CheckpointError, MMGPTError
 from mm_gpt.hub.decoders import decoder_table
 from mm_gpt.hub.export.decoders import CLASSES, decoder_values, essence
-from mm_gpt.hub.export.layout import CHATML, Export, with_template, with_tokens
-from mm_gpt.hub.families import FAMILIES, Import
+from mm_gpt.hub.export.layout import CHATML, INSTEAD, Export, image_values, with_template, with_tokens
+from mm_gpt.hub.export.qwen_vl import qwen_vl_export
+from mm_gpt.hub.families import FAMILIES, Import, gemma3
 from mm_gpt.hub.vision_towers import vit_table
 from mm_gpt.hub.weights import same
 from mm_gpt.model.decoder import Decoder
@@ -26,10 +27,10 @@ from mm_gpt.templates.image_text import ImageTextConfig
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.encoder import VisionConfig
+from mm_gpt.vision.native_vit import NativeViTConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
 from mm_gpt.vision.vit import ViTConfig
 
-INSTEAD = "--decoder-only exports the language model alone"
 LLAVA = {
     None: ("llava", "LlavaForConditionalGeneration", "LlavaProcessor"),
     "anyres": ("llava_next", "LlavaNextForConditionalGeneration", "LlavaNextProcessor"),
@@ -40,7 +41,8 @@ LLAVA_TEXTS = ("llama", "mistral", "qwen2", "qwen3")
 """GPT-2's class does not take part, and Gemma's would scale the images along with the words."""
 MARKS = ("<|image_begin|>", "<image>", "<|image_end|>")
 """What the three ids behind the vocabulary become: the image's begin, each of its tokens, its end."""
-_FILTERS = {"lanczos": 1, "bilinear": 2, "bicubic": 3}
+READING = ("prefix_lm", "bidirectional_images")
+"""What a model may read in both directions."""
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 
 
@@ -52,9 +54,11 @@ def whole_export(model: MMGPT, processor: Processor) -> tuple[MMGPT, Processor, 
     vision, connector = model.config.vision, model.config.connector
     assert vision is not None
     assert connector is not None
+    if isinstance(vision.model, NativeViTConfig) and connector.kind == "merger":
+        return model, processor, qwen_vl_export(model, processor, vision.model)
     if not isinstance(vision.model, ViTConfig):
         raise CheckpointError(f"vision encoder {vision.model!r} has no counterpart in a Hugging Face class; {INSTEAD}")
-    plans = {"mlp": _llava, "pixel_shuffle": _idefics3, "linear": _paligemma}
+    plans = {"mlp": _llava, "pixel_shuffle": _idefics3, "linear": _paligemma, "pool": _gemma3}
     if connector.kind not in plans:
         raise CheckpointError(f"connector {connector.kind!r} has no counterpart in a Hugging Face class; {INSTEAD}")
     hidden: tuple[int, ...] = ()
@@ -130,7 +134,7 @@ def _llava(model: MMGPT, processor: Processor) -> Export:
         "multimodal_projector_bias": connector.bias,
         "tie_word_embeddings": model.decoder.config.tie_embeddings,
     }
-    prepared = _image_values(image) | _size_values(image)
+    prepared = image_values(image) | _size_values(image)
     own: dict[str, Any] = {
         "processor_class": processor_name,
         "image_token": _image_token(processor),
@@ -188,7 +192,7 @@ def _idefics3(model: MMGPT, processor: Processor) -> Export:
         "tie_word_embeddings": model.decoder.config.tie_embeddings,
         "pad_token_id": None,
     }
-    prepared = _image_values(image) | {
+    prepared = image_values(image) | {
         "image_processor_type": "Idefics3ImageProcessor",
         "size": {"longest_edge": tiling.longest_edge},
         "max_image_size": {"longest_edge": image.size},
@@ -222,7 +226,7 @@ def _paligemma(model: MMGPT, processor: Processor) -> Export:
         "projection_dim": width,
         "tie_word_embeddings": model.decoder.config.tie_embeddings,
     }
-    prepared = _image_values(image) | {
+    prepared = image_values(image) | {
         "image_processor_type": "SiglipImageProcessor",
         "size": _square(image.size),
         "image_seq_length": tokens,
@@ -245,6 +249,48 @@ def _paligemma(model: MMGPT, processor: Processor) -> Export:
 
 
 _BOTH = ("weight", "bias")
+
+
+def _gemma3(model: MMGPT, processor: Processor) -> Export:
+    _, tower, _, image = _parts(model, processor)
+    how = processor.config.image_text
+    assert how is not None
+    text = decoder_values(model.decoder.config, kinds=("gemma3_text",))
+    tokens = {"image": how.token, "boi": how.written, "eoi": how.after.strip()}
+    lacking = [token for token in tokens.values() if token not in processor.tokenizer.special]
+    if lacking:
+        raise CheckpointError(f"image_text {how!r} has no counterpart in gemma3, whose marks are tokens; {INSTEAD}")
+    length = processor.config.tokens_per_image
+    values = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": text | {"architectures": [CLASSES["gemma3_text"]]},
+        "vision_config": _vit_values(tower, "siglip_vision_model"),
+        "mm_tokens_per_image": length,
+        "tie_word_embeddings": model.decoder.config.tie_embeddings,
+        **{f"{name}_token_index": processor.tokenizer.special[token] for name, token in tokens.items()},
+    }
+    prepared = image_values(image) | {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "size": _square(image.size),
+        "image_seq_length": length,
+        "do_pan_and_scan": None,
+    }
+    return Export(
+        values=values,
+        tables={
+            "decoder": decoder_table(
+                "gemma3_text", prefix="language_model.model.", head="language_model.lm_head.weight"
+            ),
+            "vision.tower": vit_table("vision_tower.vision_model."),
+            "connector": gemma3.connector_table("multi_modal_projector."),
+        },
+        files={
+            "preprocessor_config.json": prepared,
+            "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": length},
+        },
+        tokens={f"{name}_token": token for name, token in tokens.items()},
+    )
 
 
 def _parts(model: MMGPT, processor: Processor) -> tuple[VisionConfig, ViTConfig, ConnectorConfig, ImageTransformConfig]:
@@ -274,19 +320,6 @@ def _vit_values(tower: ViTConfig, kind: str) -> dict[str, Any]:
         "layer_norm_eps": tower.norm_eps,
     }
     return values | {"vision_use_head": False} if kind == "siglip_vision_model" else values
-
-
-def _image_values(image: ImageTransformConfig) -> dict[str, Any]:
-    """What all image processors have in common."""
-    return {
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "rescale_factor": 1 / 255,
-        "resample": _FILTERS[image.interpolation],
-        "image_mean": list(image.mean),
-        "image_std": list(image.std),
-    }
 
 
 def _size_values(image: ImageTransformConfig) -> dict[str, Any]:
@@ -340,9 +373,11 @@ def _model_facts(config: ModelConfig, model: MMGPT | None) -> dict[str, Any]:
     facts["connector.kind"] = kind = config.connector.kind
     if kind != "linear":
         facts["connector.bias"] = config.connector.bias
-    if kind == "pixel_shuffle":
+    if kind in ("pixel_shuffle", "pool"):
         facts["connector.scale"] = config.connector.scale
-    return facts | {name: getattr(config, name) for name in ("image_token_id", "tiling", "prefix_lm")}
+    if kind == "merger":
+        facts["connector.norm"], facts["connector.deepstack"] = config.connector.norm, config.connector.deepstack
+    return facts | {name: getattr(config, name) for name in ("image_token_id", "tiling", *READING)}
 
 
 def _processor_facts(config: ProcessorConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -355,5 +390,6 @@ def _processor_facts(config: ProcessorConfig, tokenizer: Tokenizer) -> dict[str,
         "tokens_per_image": config.tokens_per_image,
         "processor.tiling": config.tiling,
         "image_text": config.image_text,
+        "mrope": config.mrope,
         "begin_of_text": begins,
     }

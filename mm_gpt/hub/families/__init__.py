@@ -48,9 +48,11 @@ FAMILIES = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2"), "text"),
     "kosmos-2": "kosmos2",
     "paligemma": "paligemma",
+    "gemma3": "gemma3",
     **dict.fromkeys(("llava", "llava_next", "llava_onevision"), "llava"),
     **dict.fromkeys(("idefics3", "smolvlm"), "idefics3"),
     "internvl": "internvl",
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "qwen_vl"),
     "nanovlm": "nanovlm",
 }
 """`model_type` of a Hugging Face configuration -> the module here that reads it."""
@@ -155,7 +157,7 @@ def _read_tokenizer(folder: Path, values: dict[str, Any], family: Any) -> Tokeni
     return Tokenizer.from_hf_folder(folder)
 
 
-_LAYERS = ("num_hidden_layers", "n_layer", "layers", "lm_n_blocks", "vit_n_blocks")
+_LAYERS = ("num_hidden_layers", "n_layer", "layers", "depth", "lm_n_blocks", "vit_n_blocks")
 
 
 def _check_layers(values: dict[str, Any]) -> None:

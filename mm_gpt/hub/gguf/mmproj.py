@@ -15,6 +15,7 @@ from mm_gpt.hub.weights import Table, same, written
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Processor
 from mm_gpt.vision.connectors import ConnectorConfig
+from mm_gpt.vision.native_vit import NativeViTConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
 from mm_gpt.vision.vit import ViTConfig
 
@@ -62,6 +63,8 @@ def write_mmproj(model: MMGPT, processor: Processor, path: Path, *, dtype: str) 
     assert vision is not None
     assert connector is not None
     assert image is not None
+    if isinstance(vision.model, NativeViTConfig):
+        raise CheckpointError(f"a tower for images of any size is not written as GGUF; {INSTEAD}")
     if not isinstance(vision.model, ViTConfig):
         raise CheckpointError(f"vision encoder {vision.model!r} has no counterpart in llama.cpp; {INSTEAD}")
     tower = vision.model

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mm_gpt.errors import CheckpointError
 from mm_gpt.hub.decoders import part_sizes
-from mm_gpt.hub.export.decoders import decoder_values, essence
+from mm_gpt.hub.export.decoders import decoder_values, essence, for_text_alone
 from mm_gpt.hub.export.layout import template_source
 from mm_gpt.hub.gguf.reader import ARCHITECTURES, rotary_pairs
 from mm_gpt.hub.weights import written
@@ -79,8 +79,8 @@ def write_decoder(decoder: Decoder, processor: Processor, path: Path, *, dtype: 
 
 def architecture(decoder: Decoder) -> str:
     """GGUF's name of what this decoder is. Raises CheckpointError naming the setting that has no counterpart."""
-    config = essence(decoder.config)
-    values = decoder_values(decoder.config)
+    alone = for_text_alone(decoder.config)
+    config, values = essence(alone), decoder_values(alone)
     kind = values["model_type"]
     if "local" in config.attention:
         raise CheckpointError(

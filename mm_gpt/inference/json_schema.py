@@ -1,0 +1,441 @@
+"""JSON schemas into the part of JSON Schema that a grammar enforces exactly; the rest is refused, with its place.
+
+The meaning is that of draft 2020-12, as far as drafts 6 to 2019-09 agree. What is written anew: patterns and formats
+become patterns that every checker reads alike, exclusive bounds become the next number of 15 digits (a text such as
+0.0…01 is above zero, and yet 0 for who reads it as a double), and references point into one list of definitions.
+"""
+
+import decimal
+import json
+import urllib.parse
+from collections.abc import Callable
+from typing import Any
+
+from mm_gpt.errors import ConfigError, unknown_name
+from mm_gpt.inference.patterns import UNWRITABLE, portable
+
+Schema = dict[str, Any]
+MAX_TEXT = 100_000
+"""Characters of a schema, written as JSON."""
+MAX_DEPTH = 64
+"""Objects and lists inside each other in a schema."""
+MAX_SCHEMAS = 2000
+"""Schemas inside a schema."""
+MAX_PATTERN_PROPERTIES = 50
+MAX_NAME = 1000
+"""Characters of a property's name."""
+MAX_LENGTH = 10_000
+"""Of minLength, maxLength, and a text in const or enum."""
+MAX_ITEMS = 1000
+"""Of minItems, maxItems, minProperties and maxProperties."""
+MAX_MULTIPLE = 1000
+LARGEST, SMALLEST = 2.0**53, 1e-6
+"""Between these a double holds whole numbers exactly, and any number of `DIGITS` digits as that which is nearest."""
+DIGITS = decimal.Context(prec=15)
+
+DRAFTS = ("2020-12", "2019-09", "draft-07", "draft-06")
+TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
+ANNOTATIONS = {
+    *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"),
+    *("contentEncoding", "contentMediaType"),
+}
+REFUSED = {
+    *("not", "if", "then", "else", "contains", "minContains", "maxContains", "propertyNames", "dependentRequired"),
+    *("dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties", "additionalItems"),
+    *("$id", "$anchor", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$vocabulary", "contentSchema"),
+}
+LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+"""Keywords that hold a list of schemas."""
+MAPS = ("properties", "patternProperties")
+"""Keywords that hold schemas by name."""
+SINGLE = ("items", "additionalProperties")
+
+_DAY = r"(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)|02-(?:0[1-9]|1\d|2[0-8]))"
+_YEAR = r"(?:\d{3}[1-9]|\d{2}[1-9]\d|\d[1-9]\d{2}|[1-9]\d{3})"
+_LEAP = r"(?:\d\d(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DATE = rf"(?:{_YEAR}-{_DAY}|{_LEAP}-02-29)"
+_TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+FORMATS = {
+    "date": f"^{_DATE}$",
+    "time": f"^{_TIME}$",
+    "date-time": f"^{_DATE}T{_TIME}$",
+    "uuid": "^[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$",
+    "hostname": rf"^(?:{_LABEL}\.){{0,2}}{_LABEL}$",
+    "email": rf"^[A-Za-z0-9_%+-]{{1,32}}(?:\.[A-Za-z0-9_%+-]{{1,15}}){{0,2}}@(?:{_LABEL}\.){{1,2}}[A-Za-z]{{2,20}}$",
+    "ipv4": rf"^(?:{_BYTE}\.){{3}}{_BYTE}$",
+    "ipv6": "^(?:[0-9a-fA-F]{1,4}:){7}[0-9a-fA-F]{1,4}$",
+    "uri": rf"^https?://(?:{_LABEL}\.){{0,2}}{_LABEL}(?::[1-9]\d{{0,3}})?(?:/[A-Za-z0-9._~!$&'()*+,;=:@-]*)*$",
+}
+"""The texts of a format that are written: those that every checker takes, not all that its standard knows."""
+
+
+def enforceable(schema: Schema) -> Schema:
+    """An equal schema, or a stricter one, that a grammar enforces. Raises ConfigError naming a keyword and its path."""
+    try:
+        text = json.dumps(schema, allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:  # ValueError: a circle, NaN, half a character
+        raise ConfigError(f"json_schema: cannot be written as JSON ({error})") from None
+    if len(text) > MAX_TEXT:
+        raise ConfigError(f"json_schema: {len(text)} characters; at most {MAX_TEXT} are read")
+    if _depth(schema) > MAX_DEPTH:
+        raise ConfigError(f"json_schema: more than {MAX_DEPTH} objects and lists inside each other")
+    written = _Writer(json.loads(text)).write()
+    _check_ends(written)
+    return written
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [x for v in level if isinstance(v, dict | list) for x in (v.values() if isinstance(v, dict) else v)]:
+        depth += 1
+    return depth
+
+
+def _fail(path: str, why: str) -> ConfigError:
+    return ConfigError(f"json_schema at {path}: {why}")
+
+
+class _Writer:
+    """Writes one schema anew, keyword by keyword."""
+
+    def __init__(self, root: Any):
+        self.root = root
+        self.definitions: dict[str, Any] = {}
+        """Reference -> what stands there, written anew."""
+        self.names: dict[str, str] = {}
+        self.waiting: list[str] = []
+        self.count = 0
+
+    def write(self) -> Schema:
+        root = self.root
+        if isinstance(root, dict):
+            draft = root.get("$schema")
+            if draft is not None and not (isinstance(draft, str) and any(name in draft for name in DRAFTS)):
+                raise _fail("#/$schema", f"{draft!r} is none of the drafts that are read ({', '.join(DRAFTS)})")
+            root = {key: value for key, value in root.items() if key not in ("$schema", "$id")}
+        written = self.schema(root, "#", inlined=())
+        while self.waiting:
+            place = self.waiting.pop()
+            self.definitions[place] = self.schema(self._find(place), place, inlined=())
+        if isinstance(written, bool):
+            written = {} if written else {"enum": []}
+        if self.definitions:
+            written["$defs"] = {self.names[place]: _named(value, place) for place, value in self.definitions.items()}
+        return written
+
+    def schema(self, value: Any, path: str, *, inlined: tuple[str, ...]) -> Any:
+        self.count += 1
+        if self.count > MAX_SCHEMAS:
+            raise _fail(path, f"more than {MAX_SCHEMAS} schemas inside the schema")
+        if isinstance(value, bool):
+            return value
+        if not isinstance(value, dict):
+            raise _fail(path, f"a schema is an object or a boolean, not {_short(value)}")
+        out: Schema = {}
+        for key, inner in value.items():
+            at = f"{path}/{key}"
+            if key in ANNOTATIONS or key.startswith("x-"):
+                continue
+            if key in ("$defs", "definitions"):
+                if not isinstance(inner, dict):
+                    raise _fail(at, "must be an object")
+            elif key in LISTS:
+                out[key] = self._list(key, inner, at, inlined)
+            elif key in MAPS:
+                out[key] = self._map(key, inner, at, inlined)
+            elif key in SINGLE:
+                out[key] = self.schema(inner, at, inlined=inlined)
+            elif key == "$ref":
+                out[key] = self._reference(inner, at)
+            elif key in CHECKS:
+                CHECKS[key](inner, at)
+                if key == "uniqueItems":
+                    continue
+                out[key] = int(inner) if key.startswith(("min", "max")) and key not in ("minimum", "maximum") else inner
+            elif key in REFUSED:
+                raise _fail(at, f"{key} cannot be enforced")
+            else:
+                raise _fail(at, unknown_name("keyword", key, [*CHECKS, *LISTS, *MAPS, *SINGLE, "$ref", "$defs"]))
+        _rewrite(out, path)
+        return out
+
+    def _list(self, key: str, value: Any, path: str, inlined: tuple[str, ...]) -> list[Any]:
+        if not isinstance(value, list) or not value:
+            raise _fail(path, "must be a list of schemas with at least one")
+        out = []
+        for i, option in enumerate(value):
+            if (
+                key == "oneOf"
+                and isinstance(option, dict)
+                and "$ref" in option
+                and not option.keys() - {"$ref", *ANNOTATIONS}
+            ):
+                # Options are told apart by what they hold, which a reference hides.
+                place = self._place(option["$ref"], f"{path}/{i}/$ref")
+                if place not in inlined:
+                    out.append(self.schema(self._find(place), place, inlined=(*inlined, place)))
+                    continue
+            out.append(self.schema(option, f"{path}/{i}", inlined=inlined))
+        return out
+
+    def _map(self, key: str, value: Any, path: str, inlined: tuple[str, ...]) -> Schema:
+        if not isinstance(value, dict):
+            raise _fail(path, "must be an object")
+        if key == "patternProperties" and len(value) > MAX_PATTERN_PROPERTIES:
+            raise _fail(path, f"{len(value)} patterns; at most {MAX_PATTERN_PROPERTIES} are enforced")
+        _names(list(value), path)
+        out = {}
+        for name, inner in value.items():
+            at = f"{path}/{name}"
+            written = _pattern(name, at) if key == "patternProperties" else name
+            out[written] = self.schema(inner, at, inlined=inlined)
+        return out
+
+    def _reference(self, value: Any, path: str) -> str:
+        place = self._place(value, path)
+        if place not in self.names:
+            self.names[place] = str(len(self.names))
+            self.waiting.append(place)
+        return f"#/$defs/{self.names[place]}"
+
+    def _place(self, value: Any, path: str) -> str:
+        if not isinstance(value, str) or not (value == "#" or value.startswith("#/")):
+            raise _fail(path, f"{_short(value)} does not point into this schema (#/…)")
+        self._find(value, path)
+        return value
+
+    def _find(self, place: str, path: str = "") -> Any:
+        """What a JSON pointer (RFC 6901) of the root points to."""
+        value = self.root
+        for step in place.split("/")[1:]:
+            name = urllib.parse.unquote(step).replace("~1", "/").replace("~0", "~")
+            try:
+                value = value[int(name)] if isinstance(value, list) else value[name]
+            except (KeyError, ValueError, IndexError, TypeError):
+                raise _fail(path, f"nothing stands at {place}") from None
+        if place == "#" and isinstance(value, dict):
+            return {key: inner for key, inner in value.items() if key not in ("$schema", "$id")}
+        return value
+
+
+def _rewrite(schema: Schema, path: str) -> None:
+    """Patterns, formats, bounds: in a form that all readers take alike. What is not there stays so."""
+    minimum = schema.get("minProperties", 0)
+    if minimum > max(1, len(set(schema.get("required", ())))):
+        # Names that the schema does not list may come twice, and count once.
+        raise _fail(f"{path}/minProperties", "more than 1, and more than are required, cannot be enforced")
+    if schema.get("type") != "integer":
+        for exclusive, inclusive, nearer, following, zero in (
+            ("exclusiveMinimum", "minimum", max, DIGITS.next_plus, SMALLEST),
+            ("exclusiveMaximum", "maximum", min, DIGITS.next_minus, -SMALLEST),
+        ):
+            if exclusive in schema:
+                excluded = schema.pop(exclusive)
+                bound = float(following(decimal.Decimal(repr(excluded)))) if excluded else zero
+                schema[inclusive] = nearer(schema.get(inclusive, bound), bound)
+    patterns = [_pattern(schema.pop("pattern"), f"{path}/pattern")] if "pattern" in schema else []
+    if "format" in schema:
+        patterns.append(f"^{portable(FORMATS[schema.pop('format')])}$")
+    if patterns:
+        schema["pattern"] = patterns[0]
+    if len(patterns) == 2:
+        schema["allOf"] = [*schema.get("allOf", ()), {"pattern": patterns[1]}]
+
+
+def _pattern(pattern: str, path: str) -> str:
+    try:
+        return f"^{portable(pattern)}$"
+    except ConfigError as error:
+        raise _fail(path, str(error)) from None
+
+
+# ---- The values of keywords ----
+
+Check = Callable[[Any, str], None]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _count(limit: int) -> Check:
+    def check(value: Any, path: str) -> None:
+        if not _is_number(value) or value != int(value) or value < 0:
+            raise _fail(path, f"must be a whole number from 0, not {_short(value)}")
+        if value > limit:
+            raise _fail(path, f"{_short(value)} is above {limit}, the most that is enforced")
+
+    return check
+
+
+def _number(value: Any, path: str) -> None:
+    if not _is_number(value):
+        raise _fail(path, f"must be a number, not {_short(value)}")
+    if abs(value) > LARGEST or 0 < abs(value) < SMALLEST:
+        raise _fail(path, f"{_short(value)} cannot be enforced: a number from {SMALLEST} to 2**53, or 0")
+    if value != int(value) and DIGITS.create_decimal(repr(value)) != decimal.Decimal(repr(value)):
+        raise _fail(path, f"{_short(value)} cannot be enforced: it has more than {DIGITS.prec} digits")
+
+
+def _multiple(value: Any, path: str) -> None:
+    if not _is_number(value) or value <= 0:
+        raise _fail(path, f"must be a number above 0, not {_short(value)}")
+    if value != int(value) or value > MAX_MULTIPLE:
+        raise _fail(path, f"{_short(value)} cannot be enforced: a whole number up to {MAX_MULTIPLE}")
+
+
+def _types(value: Any, path: str) -> None:
+    names = value if isinstance(value, list) else [value]
+    for name in names:
+        if name not in TYPES:
+            raise _fail(path, unknown_name("type", str(name), TYPES))
+    if not names:
+        raise _fail(path, "names no type")
+
+
+def _names(value: Any, path: str) -> None:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise _fail(path, "must be a list of names")
+    if any(len(name) > MAX_NAME for name in value):
+        raise _fail(path, f"a name of more than {MAX_NAME} characters")
+
+
+def _text(value: Any, path: str) -> None:
+    if not isinstance(value, str):
+        raise _fail(path, f"must be a text, not {_short(value)}")
+
+
+def _format(value: Any, path: str) -> None:
+    if value not in FORMATS:
+        raise _fail(path, unknown_name("format", str(value), FORMATS))
+
+
+def _constant(value: Any, path: str) -> None:
+    values = [value]
+    while values:
+        value = values.pop()
+        if _is_number(value):
+            _number(value, path)
+        if isinstance(value, str) and (found := UNWRITABLE.search(value)):
+            raise _fail(path, f"the character {found.group()!a} cannot be enforced")
+        if isinstance(value, str) and len(value) > MAX_LENGTH:
+            raise _fail(path, f"a text of {len(value)} characters; at most {MAX_LENGTH} are enforced")
+        values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _constants(value: Any, path: str) -> None:
+    if not isinstance(value, list) or not value:
+        raise _fail(path, "must be a list with at least one value")
+    _constant(value, path)
+
+
+def _no(value: Any, path: str) -> None:
+    if value is not False:
+        raise _fail(path, "uniqueItems cannot be enforced")
+
+
+CHECKS: dict[str, Check] = {
+    "type": _types,
+    "const": _constant,
+    "enum": _constants,
+    "required": _names,
+    "pattern": _text,
+    "format": _format,
+    "multipleOf": _multiple,
+    "uniqueItems": _no,
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _number),
+    **dict.fromkeys(("minLength", "maxLength"), _count(MAX_LENGTH)),
+    **dict.fromkeys(("minItems", "maxItems", "minProperties", "maxProperties"), _count(MAX_ITEMS)),
+}
+
+
+# ---- Recursion ----
+
+
+def _named(definition: Any, place: str) -> Schema:
+    """With its place in the schema that was given, for messages."""
+    whole: Schema = {"allOf": [definition]} if isinstance(definition, bool) else definition
+    return whole | {"$comment": place}
+
+
+def subschemas(root: Schema) -> list[tuple[str, Schema]]:
+    """The schemas inside a schema and their paths, the innermost first."""
+    found, waiting = [], [("#", root)]
+    while waiting:
+        path, schema = waiting.pop(0)
+        path = schema.get("$comment", path)
+        found.append((path, schema))
+        inner = [(f"{key}/{i}", value) for key in LISTS for i, value in enumerate(schema.get(key, ()))]
+        inner += [(f"{key}/{name}", value) for key in (*MAPS, "$defs") for name, value in schema.get(key, {}).items()]
+        inner += [(key, schema[key]) for key in SINGLE if key in schema]
+        waiting += [(f"{path}/{at}", value) for at, value in inner if isinstance(value, dict)]
+    return found[::-1]
+
+
+def _check_ends(root: Schema) -> None:
+    """Refuse references that come back to themselves, or to what would hold itself without end."""
+    definitions = root.get("$defs", {})
+    for name in definitions:
+        seen: set[str] = set()
+        waiting = [definitions[name]]
+        while waiting:
+            schema = waiting.pop()
+            if isinstance(schema, bool):
+                continue
+            waiting += [inner for key in ("allOf", "anyOf", "oneOf") for inner in schema.get(key, ())]
+            target = schema.get("$ref", "").removeprefix("#/$defs/")
+            if target == name:
+                raise _fail(
+                    definitions[name]["$comment"], "a $ref leads back to itself, with no object or list between"
+                )
+            if target and target not in seen:
+                seen.add(target)
+                waiting.append(definitions[target])
+    ending: set[str] = set()
+    while new := {name for name in definitions.keys() - ending if _ends(definitions[name], ending)}:
+        ending |= new
+    for path, schema in subschemas(root):
+        if not _ends(schema, ending):
+            raise _fail(path, "a value would have to hold itself, by $ref, without end")
+
+
+def _ends(schema: Any, ending: set[str]) -> bool:
+    """Whether some finite value may fit, when those of the definitions in `ending` may."""
+    if isinstance(schema, bool):
+        return True
+    if "$ref" in schema and schema["$ref"].removeprefix("#/$defs/") not in ending:
+        return False
+    if not all(_ends(inner, ending) for inner in schema.get("allOf", ())):
+        return False
+    if not all(any(_ends(inner, ending) for inner in schema[key]) for key in ("anyOf", "oneOf") if key in schema):
+        return False
+    types = schema.get("type", TYPES)
+    types = {types} if isinstance(types, str) else set(types)
+    if types - {"array", "object"} or "const" in schema or "enum" in schema:
+        return True
+    return ("object" in types and _object_ends(schema, ending)) or ("array" in types and _array_ends(schema, ending))
+
+
+def _object_ends(schema: Schema, ending: set[str]) -> bool:
+    properties, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+    required = schema.get("required", ())
+    if not all(_ends(properties.get(name, others), ending) for name in required):
+        return False
+    if required or not schema.get("minProperties"):
+        return True
+    values = [*properties.values(), *schema.get("patternProperties", {}).values(), others]
+    return any(value is not False and _ends(value, ending) for value in values)
+
+
+def _array_ends(schema: Schema, ending: set[str]) -> bool:
+    first = schema.get("prefixItems", [])
+    items = [*first, schema.get("items", True)]
+    return all(_ends(item, ending) for item in items[: int(schema.get("minItems", 0))])
