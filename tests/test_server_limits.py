@@ -19,6 +19,7 @@ from mm_gpt.processor import Processor, ProcessorConfig
 from mm_gpt.serving.server.app import App
 from mm_gpt.serving.server.config import Served, ServerConfig
 from mm_gpt.serving.server.prompts import Prompts
+from mm_gpt.serving.server.run import listen
 from mm_gpt.serving.server.service import Service
 
 ASK = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
@@ -381,6 +382,15 @@ def test_an_engine_that_has_died(start: Callable[..., Any]) -> None:
     batcher.is_alive = False
     for answer in (HTTP.get(f"{address}/health"), post(address), HTTP.get(f"{address}/v1/models")):
         assert (answer.status_code, answer.json()["error"]["type"]) == (503, "unavailable_error")
+
+
+def test_small_events_do_not_wait_for_each_other() -> None:
+    """Nagle's algorithm holds a second small packet back until the first is confirmed: 40 ms for each token."""
+    with listen("127.0.0.1", 0) as server, socket.create_connection(server.getsockname()) as client:
+        connection, _ = server.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert client.recv(1) == b""
 
 
 def test_health_is_quick_while_others_wait(start: Callable[..., Any]) -> None:
