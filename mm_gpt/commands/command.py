@@ -7,6 +7,7 @@ arguments to a parser, and a function that runs it.
 import argparse
 import gc
 import glob
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from mm_gpt.errors import MMGPTError
 
 if TYPE_CHECKING:
     from mm_gpt.inference.assistant import Assistant, GenerationOptions
+    from mm_gpt.inference.constraints import Constraint
 
 EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 3, 130, 141
 
@@ -68,10 +70,39 @@ def add_generation(parser: argparse.ArgumentParser, *, beams: int | None, tokens
     if beams is not None:
         group.add_argument("--num-beams", type=int, metavar="N", help=f"beam search (default: {beams})")
     group.add_argument(
+        "--min-p", type=float, metavar="P", help="sample from tokens with P of the likeliest one's share"
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="R", help="above 1 makes tokens that were there less likely"
+    )
+    group.add_argument("--presence-penalty", type=float, metavar="P", help="taken from tokens that the answer has")
+    group.add_argument("--frequency-penalty", type=float, metavar="P", help="taken as often as the answer has them")
+    group.add_argument(
         "--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens in a row come twice; 0 lets them"
     )
     group.add_argument("--seed", type=int, metavar="N", help="of sampling (default: 0)")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before TEXT; repeatable")
+    form = group.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=Path, metavar="FILE", help="the answer is JSON of this schema")
+    form.add_argument("--json-object", action="store_true", help="the answer is a JSON object")
+    form.add_argument("--regex", metavar="PATTERN", help="the answer matches this as a whole")
+    form.add_argument("--choice", action="append", metavar="TEXT", help="the answer is one of these; repeatable")
+
+
+_OPTIONS = (
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "num_beams",
+    "no_repeat_ngram_size",
+    "seed",
+    "stop",
+)
 
 
 def generation_options(args: argparse.Namespace) -> "GenerationOptions":
@@ -79,10 +110,28 @@ def generation_options(args: argparse.Namespace) -> "GenerationOptions":
     with nothing_collected():
         from mm_gpt.inference.assistant import generation_config
 
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "no_repeat_ngram_size", "seed", "stop")
-    options: Any = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    options: Any = {name: value for name in _OPTIONS if (value := getattr(args, name, None)) is not None}
+    if (constraint := _constraint(args)) is not None:
+        options["constraint"] = constraint
     generation_config(options)
     return options
+
+
+def _constraint(args: argparse.Namespace) -> "Constraint | None":
+    """The form that is asked for. Raises MMGPTError naming a schema file that cannot be read."""
+    from mm_gpt.inference.constraints import Constraint
+
+    if (path := args.json_schema) is not None:
+        try:
+            schema = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise MMGPTError(f"{path}: not readable as JSON ({error})") from None
+        return Constraint(json_schema=schema)
+    if args.regex is not None:
+        return Constraint(regex=args.regex)
+    if args.choice:
+        return Constraint(choices=tuple(args.choice))
+    return Constraint(json_object=True) if args.json_object else None
 
 
 @contextmanager

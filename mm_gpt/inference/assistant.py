@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
@@ -42,7 +42,7 @@ class GenerationOptions(TypedDict, total=False):
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
-    logit_bias: Mapping[int, float]
+    logit_bias: dict[int, float]
     num_beams: int
     length_penalty: float
     no_repeat_ngram_size: int
@@ -99,7 +99,7 @@ class Assistant:
         model.eval().requires_grad_(False)
         if device.type == "cpu":
             if model.vision is not None:
-                model.vision.prepare(weights_dtype(model.decoder))
+                model.vision.prepare(weights_dtype(model.decoder), model.connector)
         else:
             if model.vision is not None:
                 model.vision.fold_batch_norm()
