@@ -310,9 +310,8 @@ def _move_matrices(decoder: Decoder) -> None:
     """Into huge pages. What a matrix had before is given back before the next one is copied."""
     modules = [module for module in decoder.modules() if type(module) in (nn.Linear, nn.Embedding)]
     packed = [module for module in decoder.modules() if isinstance(module, (PackedLinear, PackedEmbedding))]
-    matrices = [matrix for module in packed for matrix in _matrices(module)]
-    sizes = [Arena.room(module.weight) for module in modules] + [Arena.room(matrix.data) for matrix in matrices]
-    arena = Arena(sum(sizes))
+    size = sum(Arena.room(module.weight) for module in modules)
+    arena = Arena(size + sum(Arena.room(matrix.data) for module in packed for matrix in _matrices(module)))
     for module in modules:
         module.weight.data = arena.take(module.weight.detach())
     for module in packed:
