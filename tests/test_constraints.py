@@ -7,6 +7,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import sentencepiece_tokenizer
@@ -429,6 +430,20 @@ def test_the_bytes_of_tokens_are_their_text() -> None:
     assert GRAMMARS.table[TOKENIZER.vocab_size :] == [b""] * 50
     state = state_of(Constraint(regex=r"[\s\S]*"))
     assert not allowed_by(state) & set(range(TOKENIZER.vocab_size, GRAMMARS.vocab_size))
+
+
+def test_what_a_vocabulary_cannot_write_is_refused() -> None:
+    letters = {token: id for id, token in enumerate(["<s>", "a", "b"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>"])
+    grammars = Grammars(Tokenizer(backend, end_of_text="<s>", end_of_turn="<s>"), 3)
+    assert walk(grammars, Constraint(regex="[ab]{3}"), 0)[1].finished
+    for impossible in (Constraint(regex="c"), Constraint(json_object=True)):
+        with pytest.raises(ConfigError, match="nothing fulfils it with this tokenizer"):
+            grammars.compile(impossible)
+    with pytest.raises(MMGPTError, match="nothing fulfils it with this tokenizer"):  # known only when it gets there
+        walk(grammars, Constraint(regex="ac+"), 0)
 
 
 def test_sentencepiece_loses_the_first_space() -> None:

@@ -32,26 +32,26 @@ def processor() -> Processor:
     return Processor(tokenizer, ProcessorConfig(max_length=200), vocab_size=tokenizer.vocab_size)
 
 
+def make_service(processor: Processor, batcher: ScriptedBatcher, config: ServerConfig) -> Service:
+    served = Served(
+        name="m",
+        context=200,
+        vocab_size=processor.vocab_size,
+        end_ids=(2,),
+        takes_images=False,
+        no_repeat_ngram_size=8,
+        fingerprint="fp_1",
+    )
+    return Service(served, batcher, Prompts(processor, config), config)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def start(processor: Processor) -> Iterator[Callable[..., tuple[str, App]]]:
     """A function that starts a server on a scripted batcher; they end with the test."""
     open_servers: list[Any] = []
 
     def begin(batcher: ScriptedBatcher, **config: Any) -> tuple[str, App]:
-        served = Served(
-            name="m",
-            context=200,
-            vocab_size=processor.vocab_size,
-            end_ids=(2,),
-            takes_images=False,
-            no_repeat_ngram_size=8,
-            fingerprint="fp_1",
-        )
-
-        def make(settings: ServerConfig) -> Service:
-            return Service(served, batcher, Prompts(processor, settings), settings)  # type: ignore[arg-type]
-
-        open_servers.append(serving(make, **config))
+        open_servers.append(serving(lambda settings: make_service(processor, batcher, settings), **config))
         found: tuple[str, App] = open_servers[-1].__enter__()
         return found
 
@@ -343,6 +343,24 @@ def test_pages_of_other_sites_may_not_use_it(start: Callable[..., Any]) -> None:
 
 
 # ---- the engine ----
+
+
+def test_what_has_not_ended_in_time_is_told_so(processor: Processor) -> None:
+    """At the end of the grace that a signal leaves."""
+    batcher = ScriptedBatcher(DONE, held=1)
+    app = App(ServerConfig())
+    app.service = make_service(processor, batcher, app.config)
+    texts: list[str] = []
+    with running(app, grace_s=0.2) as address:
+        bodies = [ASK, ASK | {"stream": True}]
+        threads = [threading.Thread(target=lambda b=body: texts.append(post(address, b).text)) for body in bodies]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(batcher.tickets) == 2)
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 2
+    assert all("The server is being stopped." in text for text in texts)
 
 
 def test_while_the_model_is_loading() -> None:

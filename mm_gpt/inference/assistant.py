@@ -99,7 +99,7 @@ class Assistant:
         model.eval().requires_grad_(False)
         if device.type == "cpu":
             if model.vision is not None:
-                model.vision.prepare(weights_dtype(model.decoder))
+                model.vision.prepare(weights_dtype(model.decoder), model.connector)
         else:
             if model.vision is not None:
                 model.vision.fold_batch_norm()
@@ -219,11 +219,10 @@ class Assistant:
         """Whether answers may repeat themselves: those of public models, and where a form asks for it."""
         return self.is_public or options.get("constraint") is not None
 
-    def samples(self, messages: Sequence[Message], n: int, **options: Unpack[GenerationOptions]) -> list[Answer]:
+    def samples(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> list[Answer]:
         """`n` answers to a chat, as `chat` takes it. They share its prompt, and each is drawn by a seed of its own, which
         follows from `seed` and its place. Raises ConfigError for an impossible option."""
-        config = self.chat_config({**options, "n": n})
-        return self.engine.generate([self.processor.chat(messages)], config)
+        return self.engine.generate([self.processor.chat(messages)], self.chat_config(options))
 
     def complete(self, parts: str | Iterable[Any], **options: Unpack[GenerationOptions]) -> Answer:
         """Continue an interleaved prompt as it stands, without a chat template.

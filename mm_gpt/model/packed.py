@@ -94,9 +94,9 @@ class Matrix:
         for start in range(0, self.rows, size):
             yield start, min(start + size, self.rows)
 
-    def product(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """x (R, columns) -> (R, rows), multiplied in `dtype`; both in float32."""
-        x, y = x.to(dtype), torch.empty(len(x), self.rows)
+    def product(self, x: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """x (R, columns) -> (R, rows), multiplied in `dtype`; both in float32. `out`: where it is written, if given."""
+        x, y = x.to(dtype), torch.empty(len(x), self.rows) if out is None else out
         tiles = list(self.tiles())
         # One room for all tiles: the C library would not find that of the one before again, and memory would grow
         room = None if self.kind in PLAIN else torch.empty(tiles[0][1], self.columns, dtype=dtype)
@@ -137,8 +137,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in_features) -> (…, out_features)."""
         flat = x.reshape(-1, self.in_features)
-        products = [part.product(flat, product_dtype(part.kind)) for part in self.parts]
-        y = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+        y, first = torch.empty(len(flat), self.out_features), 0
+        for part in self.parts:
+            part.product(flat, product_dtype(part.kind), y[:, first : first + part.rows])
+            first += part.rows
         if self.bias is not None:
             y += self.bias
         return y.view(*x.shape[:-1], self.out_features)
