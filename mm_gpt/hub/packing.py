@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mm_gpt.errors import CheckpointError, ConfigError, unknown_name
 from mm_gpt.kernels.formats import FORMATS, PLAIN, quantize
+from mm_gpt.kernels.memory import passing
 from mm_gpt.model.packed import PLAIN_DTYPES, Matrix, PackedEmbedding, PackedLinear, multiplies_bf16, workers
 
 DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
@@ -169,7 +170,8 @@ def packed(
 def _converted(name: str, sources: Sequence[Rows], kind: str, update: Update | None, first_row: int) -> Matrix:
     rows, columns = sum(source.rows for source in sources), sources[0].columns
     format, dtype = FORMATS[kind], PLAIN_DTYPES.get(kind, torch.uint8)
-    out = torch.empty(rows, columns if kind in PLAIN else format.row_bytes(columns), dtype=dtype)
+    # The compiled decoder moves it once more: what it leaves must not stay
+    out = passing(rows * format.row_bytes(columns)).view(dtype).view(rows, -1)
 
     def convert(job: tuple[Rows, int, int, int]) -> None:
         source, start, stop, place = job

@@ -504,7 +504,7 @@ _libraries: dict[str, Library] = {}
 @cache
 def _sources() -> bytes:
     """What all of these kernels are made from: a change of it makes new ones."""
-    names = ("simd", "matmul", "elementwise", "attention", "kv_blocks", "step", "team")
+    names = ("simd", "matmul", "elementwise", "attention", "kv_blocks", "step", "team", "expand")
     return b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in names)
 
 
