@@ -7,6 +7,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import sentencepiece_tokenizer
@@ -66,6 +67,8 @@ ENFORCED: dict[str, dict[str, Any]] = {
     | {"additionalProperties": False, "minProperties": 1},
     "patternProperties and a name": {"type": "object", "properties": {"ab": {"type": ["integer", "string"]}}}
     | {"patternProperties": {"^a": text(maxLength=2)}, "required": ["ab"]},
+    "patternProperties of any letters": CLOSED
+    | {"properties": {"a b": text(maxLength=2)}, "patternProperties": {r"^\w+$": integers()}},
     "allOf types": several("allOf", {"type": ["integer", "string"]}, {"type": ["string", "null"]}, {"maxLength": 3}),
     "allOf objects": several(
         "allOf",
@@ -133,6 +136,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "patterns that overlap": (
         {"type": "object", "patternProperties": {"a": integers(), "b": text()}},
         "not disjoint",
+    ),
+    "patterns of names that differ by language": (
+        {"type": "object", "patternProperties": {r"^\w*$": integers()}},
+        r"#/patternProperties: .* cannot be enforced: name its letters",
     ),
     "multipleOf a fraction": (numbers(multipleOf=0.01), "#/multipleOf: 0.01"),
     "digits": (numbers(minimum=0.12345678901234567), "more than 15 digits"),
@@ -429,6 +436,20 @@ def test_the_bytes_of_tokens_are_their_text() -> None:
     assert GRAMMARS.table[TOKENIZER.vocab_size :] == [b""] * 50
     state = state_of(Constraint(regex=r"[\s\S]*"))
     assert not allowed_by(state) & set(range(TOKENIZER.vocab_size, GRAMMARS.vocab_size))
+
+
+def test_what_a_vocabulary_cannot_write_is_refused() -> None:
+    letters = {token: id for id, token in enumerate(["<s>", "a", "b"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>"])
+    grammars = Grammars(Tokenizer(backend, end_of_text="<s>", end_of_turn="<s>"), 3)
+    assert walk(grammars, Constraint(regex="[ab]{3}"), 0)[1].finished
+    for impossible in (Constraint(regex="c"), Constraint(json_object=True)):
+        with pytest.raises(ConfigError, match="nothing fulfils it with this tokenizer"):
+            grammars.compile(impossible)
+    with pytest.raises(MMGPTError, match="nothing fulfils it with this tokenizer"):  # known only when it gets there
+        walk(grammars, Constraint(regex="ac+"), 0)
 
 
 def test_sentencepiece_loses_the_first_space() -> None:

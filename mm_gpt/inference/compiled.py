@@ -123,7 +123,8 @@ class CompiledDecoder:
 
     def _products(self) -> dict[str, list[list[tuple[str, str, Tensor, int, int, Tensor | None]]]]:
         """For each product its layers' parts: kind, prepared form, weights, rows, columns, bias."""
-        blocks, decoder = self.decoder.blocks, self.decoder
+        decoder = self.decoder
+        blocks: list[Any] = list(decoder.blocks)
         up = "gate_up" if self.config.gated_mlp else "up"
         return {
             "qkv": [self._parts(block.attention.qkv, "attention.qkv") for block in blocks],
@@ -135,11 +136,11 @@ class CompiledDecoder:
 
     def _parts(self, module: nn.Module, name: str) -> list[tuple[str, str, Tensor, int, int, Tensor | None]]:
         bias = getattr(module, "bias", None)
-        if type(module) in (nn.Linear, nn.Embedding):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
             weight = module.weight.detach()
             if weight.dtype not in FLOAT_KINDS or weight.device.type != "cpu":
                 raise ConfigError(f"{name} cannot be compiled: its weights are {weight.dtype} on {weight.device}")
-            found = [(FLOAT_KINDS[weight.dtype], weight, *weight.shape)]
+            found = [(FLOAT_KINDS[weight.dtype], weight, weight.shape[0], weight.shape[1])]
         elif isinstance(module, (PackedLinear, PackedEmbedding)):
             found = [(matrix.kind, matrix.data, matrix.rows, matrix.columns) for matrix in _matrices(module)]
         else:
@@ -308,19 +309,18 @@ class CompiledDecoder:
 
 def _move_matrices(decoder: Decoder) -> None:
     """Into huge pages. What a matrix had before is given back before the next one is copied."""
-    modules = [module for module in decoder.modules() if type(module) in (nn.Linear, nn.Embedding)]
+    plain = [module for module in decoder.modules() if isinstance(module, (nn.Linear, nn.Embedding))]
     packed = [module for module in decoder.modules() if isinstance(module, (PackedLinear, PackedEmbedding))]
-    matrices = [matrix for module in packed for matrix in _matrices(module)]
-    sizes = [Arena.room(module.weight) for module in modules] + [Arena.room(matrix.data) for matrix in matrices]
-    arena = Arena(sum(sizes))
-    for module in modules:
+    size = sum(Arena.room(module.weight) for module in plain)
+    arena = Arena(size + sum(Arena.room(matrix.data) for module in packed for matrix in _matrices(module)))
+    for module in plain:
         module.weight.data = arena.take(module.weight.detach())
-    for module in packed:
-        moved = [replace(matrix, data=arena.take(matrix.data)) for matrix in _matrices(module)]
-        if isinstance(module, PackedLinear):
-            module.parts = moved
+    for place in packed:
+        moved = [replace(matrix, data=arena.take(matrix.data)) for matrix in _matrices(place)]
+        if isinstance(place, PackedLinear):
+            place.parts = moved
         else:
-            module.matrix = moved[0]
+            place.matrix = moved[0]
 
 
 def _matrices(module: PackedLinear | PackedEmbedding) -> list[Matrix]:
@@ -332,7 +332,7 @@ def _zeros(num_bytes: int) -> Tensor:
     return huge(num_bytes + 128)
 
 
-def _norms(block: nn.Module) -> list[nn.Module | None]:
+def _norms(block: Any) -> list[nn.Module | None]:
     """In the order of NORMS."""
     return [
         block.attention_norm,

@@ -47,6 +47,11 @@ def vector(element: ir.Type, lanes: int) -> ir.Type:
     return ir.VectorType(element, lanes)
 
 
+def lanes_of(element: ir.Type, lanes: int) -> ir.Type:
+    """A vector, or the element itself where it would be alone."""
+    return element if lanes == 1 else vector(element, lanes)
+
+
 @dataclass(frozen=True)
 class ISA:
     """What kernels may use of the processor. All levels compute integer dots to the same bits."""
@@ -230,6 +235,9 @@ class Value:
         return Value(self.code, self.code.builder.shuffle_vector(self.ir, second, mask))
 
     def part_of(self, lanes: Sequence[int]) -> "Value":
+        """Lanes in any order; of a single number, copies."""
+        if self.lanes == 1:
+            return self if len(lanes) == 1 else self.splat(len(lanes))
         return self.lane(lanes[0]) if len(lanes) == 1 else self.shuffle(lanes)
 
     def part(self, start: int, count: int) -> "Value":
@@ -357,6 +365,14 @@ class Code:
         """A vector with x in front and zeros behind."""
         zeros = ir.Constant(vector(x.type, lanes), [0] * lanes)
         return Value(self, self.builder.insert_element(zeros, x.ir, ir.Constant(I32, 0)))
+
+    def vector_of(self, values: Sequence[Value]) -> Value:
+        if len(values) == 1:
+            return values[0]
+        whole = ir.Constant(vector(values[0].type, len(values)), ir.Undefined)
+        for index, value in enumerate(values):
+            whole = self.builder.insert_element(whole, value.ir, ir.Constant(I32, index))
+        return Value(self, whole)
 
     def max_lanes(self, x: Value) -> Value:
         """NaN if one is NaN."""
@@ -488,7 +504,7 @@ _libraries: dict[str, Library] = {}
 @cache
 def _sources() -> bytes:
     """What all of these kernels are made from: a change of it makes new ones."""
-    names = ("simd", "matmul", "elementwise", "attention", "kv_blocks", "step", "team")
+    names = ("simd", "matmul", "elementwise", "attention", "kv_blocks", "step", "team", "expand")
     return b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in names)
 
 
