@@ -45,8 +45,9 @@ def _write(module: Module) -> None:
             with module.function(f"{kind} to {target}", 3, exported=True) as (code, (blocks, count, out)):
                 with code.loop(0, count) as i:
                     for index, part in enumerate(form.unpack(code, blocks + i * form.block_bytes)):
+                        numbers = part.numbers()
                         for half in range(2):
-                            values = _values(part, half)
+                            values = _values(numbers, part, half)
                             place = i * (form.block_values * size) + (32 * index + LANES * half) * size
                             code.store(values if target == "f32" else round_bf16(values), out, place)
     with module.function("f32 to Q8_0", 4, exported=True) as (code, (floats, count, scales, out)):
@@ -54,9 +55,9 @@ def _write(module: Module) -> None:
             _encode_block(code, floats + i * 128, scales + i * 4, out + i * 34 + 2)
 
 
-def _values(part: Part, half: int) -> Value:
+def _values(numbers: Value, part: Part, half: int) -> Value:
     """<16 x float>, one half of a part's numbers."""
-    values = part.numbers.part(LANES * half, LANES).to(F32) * _of_half(part.scale, half)
+    values = numbers.part(LANES * half, LANES).to(F32) * _of_half(part.scale, half)
     return values if part.minimum is None else values + _of_half(part.minimum, half)
 
 
