@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import uvicorn
 
 from mm_gpt.errors import ContextOverflowError
@@ -16,6 +17,9 @@ from mm_gpt.serving.server.app import App
 from mm_gpt.serving.server.config import ServerConfig
 from mm_gpt.serving.server.run import Server, listen
 from mm_gpt.serving.server.service import Service
+
+HTTP = httpx.Client(verify=False, timeout=20, limits=httpx.Limits(max_keepalive_connections=0))
+"""One for all: each new one would read the certificates that it has no use for."""
 
 
 @contextmanager

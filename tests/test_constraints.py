@@ -67,6 +67,8 @@ ENFORCED: dict[str, dict[str, Any]] = {
     | {"additionalProperties": False, "minProperties": 1},
     "patternProperties and a name": {"type": "object", "properties": {"ab": {"type": ["integer", "string"]}}}
     | {"patternProperties": {"^a": text(maxLength=2)}, "required": ["ab"]},
+    "patternProperties of any letters": CLOSED
+    | {"properties": {"a b": text(maxLength=2)}, "patternProperties": {r"^\w+$": integers()}},
     "allOf types": several("allOf", {"type": ["integer", "string"]}, {"type": ["string", "null"]}, {"maxLength": 3}),
     "allOf objects": several(
         "allOf",
@@ -134,6 +136,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "patterns that overlap": (
         {"type": "object", "patternProperties": {"a": integers(), "b": text()}},
         "not disjoint",
+    ),
+    "patterns of names that differ by language": (
+        {"type": "object", "patternProperties": {r"^\w*$": integers()}},
+        r"#/patternProperties: .* cannot be enforced: name its letters",
     ),
     "multipleOf a fraction": (numbers(multipleOf=0.01), "#/multipleOf: 0.01"),
     "digits": (numbers(minimum=0.12345678901234567), "more than 15 digits"),

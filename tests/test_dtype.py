@@ -23,14 +23,13 @@ from mm_gpt.errors import CheckpointError, ConfigError
 from mm_gpt.hub import packing as packing_module
 from mm_gpt.hub.checkpoint import load_model, save_model
 from mm_gpt.hub.gguf.reader import load_gguf
-from mm_gpt.hub.packing import DTYPES, packing_of, parts_of, places, stored_kinds
+from mm_gpt.hub.packing import DTYPES, packing_of, parts_of, places
 from mm_gpt.inference import assistant as assistant_module
 from mm_gpt.inference.assistant import load
 from mm_gpt.kernels.formats import quantize
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT
-from mm_gpt.model.packed import PackedLinear
 
 PACKED = {"bf16": 2e-3, "int8": 7e-3, "int4": 0.09}
 """Relative error of the weights."""
@@ -378,7 +377,7 @@ def peak_memory(lines: Iterable[str]) -> int:
 def test_no_second_copy(tmp_path: Path) -> None:
     """A checkpoint of 130 MB in float32 takes the memory of its blocks, and little more while it is loaded."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4}
-    hf_folder(tmp_path, "llama", **{})
+    hf_folder(tmp_path, "llama")
     config = transformers.LlamaConfig.from_pretrained(tmp_path, **sizes, num_attention_heads=16, num_key_value_heads=4)
     config.head_dim = 64
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)

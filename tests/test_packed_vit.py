@@ -18,6 +18,7 @@ from mm_gpt.hub.checkpoint import save_model
 from mm_gpt.kernels import tiles
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import collate
+from mm_gpt.vision import bf16
 from mm_gpt.vision.connectors import ConnectorConfig, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
 from mm_gpt.vision.native_vit import NativeViTConfig
@@ -106,6 +107,11 @@ def test_packed_towers_are_for_inference_alone() -> None:
     assert sum(parameter.numel() for parameter in vision.parameters()) == 36 * 96 + 2 * 96
 
 
+def test_heads_of_odd_size_keep_float32() -> None:
+    """They would not lie on whole groups of bytes."""
+    assert encoder(width=60, num_heads=4).prepare("int8") == "the size of its heads is odd"
+
+
 def test_float32_stays_as_it_is() -> None:
     vision = encoder()
     pixels = torch.randn(1, 3, 48, 48)
@@ -153,16 +159,21 @@ def test_connectors_go_with_the_tower(kind: Any) -> None:
 
 
 @needs_instructions
+@pytest.mark.parametrize("worth_packing", [1, 512])
 @torch.inference_mode()
-def test_towers_of_native_resolution() -> None:
+def test_towers_of_native_resolution(worth_packing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of several sizes, with layers that see a window of cells and one that sees all."""
+    monkeypatch.setattr(bf16, "WORTH_PACKING", worth_packing)
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"patch_size": 4, "merge": 2, "width": 64, "num_layers": 3, "num_heads": 4, "mlp_width": 96}
-    config = NativeViTConfig(**sizes)
+    config = NativeViTConfig(**sizes, window=2, full_layers=(1,))
     vision = VisionEncoder(VisionConfig(model=config, image_size=config.image_size)).eval()
     cells, grids = torch.randn(10, 3, 8, 8), [(2, 3), (4, 1)]
     expected = vision(cells, grids)
     assert vision.prepare("int8") is None
-    assert F.cosine_similarity(vision(cells, grids), expected, dim=-1).min() > 0.999
+    found = vision(cells, grids)
+    assert F.cosine_similarity(found, expected, dim=-1).min() > 0.999
+    assert (found.norm(dim=-1) / expected.norm(dim=-1) - 1).abs().max() < 0.01
     with pytest.raises(MMGPTError, match="packed in bf16"):
         vision.state_dict()
 

@@ -13,14 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from conftest import make_picture, make_tiny
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from PIL import Image as PILImage
-from running_server import serving
+from running_server import HTTP, serving
 
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.inference.assistant import Assistant
@@ -199,7 +198,7 @@ def test_a_stream_is_what_the_whole_is(client: Any) -> None:
 def test_the_order_of_a_stream(address: str) -> None:
     """A role, texts, an empty delta with the reason, usage with no choices, the end; usage is null before."""
     body = {**GREEDY, "messages": ASK, "max_tokens": 5, "stream": True, "stream_options": {"include_usage": True}}
-    answer = httpx.post(f"{address}/v1/chat/completions", json=body)
+    answer = HTTP.post(f"{address}/v1/chat/completions", json=body)
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     lines = [line for line in answer.text.split("\n\n") if line and not line.startswith(":")]
     assert lines[-1] == "data: [DONE]"
@@ -211,7 +210,7 @@ def test_the_order_of_a_stream(address: str) -> None:
     assert used["usage"]["completion_tokens"] == 5
     assert all(chunk["usage"] is None for chunk in (first, *middle, last))
     assert len({(chunk["id"], chunk["created"], chunk["object"]) for chunk in (first, *middle, last, used)}) == 1
-    answer = httpx.post(f"{address}/v1/chat/completions", json={k: v for k, v in body.items() if k != "stream_options"})
+    answer = HTTP.post(f"{address}/v1/chat/completions", json={k: v for k, v in body.items() if k != "stream_options"})
     assert "usage" not in answer.text
 
 
@@ -520,13 +519,13 @@ def test_models(client: Any, address: str) -> None:
 def test_other_routes_and_methods_answer_in_the_same_form(client: Any, address: str) -> None:
     with pytest.raises(openai.NotFoundError, match="no /v1/embeddings here"):
         client.embeddings.create(model="tiny", input="a")
-    answer = httpx.get(f"{address}/v1/chat/completions")
+    answer = HTTP.get(f"{address}/v1/chat/completions")
     assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
 
 
 def test_metrics_count(client: Any, address: str) -> None:
     def read() -> dict[str, float]:
-        lines = httpx.get(f"{address}/metrics").text.splitlines()
+        lines = HTTP.get(f"{address}/metrics").text.splitlines()
         return {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines if not x.startswith("#"))}
 
     before = read()

@@ -1,18 +1,18 @@
 """The demo with a server's model instead of one of its own."""
 
 import json
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 pytest.importorskip("gradio", reason="the demo needs gradio")
 
 from conftest import make_picture, make_tiny
-from running_server import serving
+from running_server import HTTP, serving
 
 from mm_gpt.document import Image
 from mm_gpt.errors import ContextOverflowError, MMGPTError
@@ -55,12 +55,11 @@ def test_a_stream_that_is_closed_stops_the_server(server: tuple[str, App]) -> No
     stream = RemoteAssistant(f"{server[0]}/v1", api_key=KEY).chat([user_message("Hello", [])], max_new_tokens=200)
     next(stream)
     stream.close()
-    service = server[1].service
-    assert service is not None
-    while service.active:
-        pass
-    lines = httpx.get(f"{server[0]}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text.splitlines()
-    assert "mm_gpt_prompts_running 0.0" in lines
+    end = time.monotonic() + 20
+    lines: list[str] = []
+    while not {"mm_gpt_prompts_running 0.0", "mm_gpt_aborts_total 1.0"} <= set(lines):
+        assert time.monotonic() < end, "the server goes on"
+        lines = HTTP.get(f"{server[0]}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text.splitlines()
 
 
 def test_what_the_server_refuses_is_one_line(server: tuple[str, App]) -> None:

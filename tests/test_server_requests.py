@@ -211,7 +211,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=4))
 def test_any_object_is_a_request_or_is_refused(fields: dict[str, Any]) -> None:
     body = json.dumps({"model": "m", **fields}).encode()

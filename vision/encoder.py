@@ -175,21 +175,23 @@ class VisionEncoder(nn.Module):
             return None
         if not isinstance(self.tower, ViT | NativeViT):
             return f"{self.config.model_name} has no products in {dtype}"
+        if self.tower.config.width // self.tower.config.num_heads % 2:
+            return "the size of its heads is odd"
         # Imported here: numba takes a third of a second
         from mm_gpt.kernels.tiles import missing
-        from mm_gpt.vision.bf16_linear import pack_linears
+        from mm_gpt.vision.bf16 import use_bf16
         from mm_gpt.vision.packed_vit import PackedViT
 
         if lack := missing():
             return lack
         if isinstance(self.tower, NativeViT):
             self._packed = "bf16"
-            pack_linears(self.tower)
+            use_bf16(self.tower)
         else:
             self._packed = "bf16" if dtype == "bf16" else "int8"
             self.tower = PackedViT(self.tower, self._packed)
         if connector is not None:
-            pack_linears(connector)
+            use_bf16(connector)
         return None
 
     def fold_batch_norm(self) -> None:

@@ -10,7 +10,7 @@ size.
 Papers: Qwen2-VL (2409.12191), Qwen2.5-VL (2502.13923), Qwen3-VL (2511.21631), DeepStack (2406.04334).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -100,6 +100,7 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
 
     def forward(self, x: Tensor, layout: Layout, groups: Sequence[Tensor]) -> Tensor:
         """x (P, D) -> (P, D); patches see those of their own group."""
@@ -107,7 +108,7 @@ class Attention(nn.Module):
         q, k = (_rotate(y, layout) for y in (q, k))
         y = torch.empty_like(v)
         for group in groups:
-            y[:, group] = F.scaled_dot_product_attention(q[:, group], k[:, group], v[:, group])
+            y[:, group] = self.attend(q[:, group], k[:, group], v[:, group])
         return self.out(rearrange(y, "h p c -> p (h c)"))
 
 

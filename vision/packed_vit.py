@@ -3,6 +3,8 @@
 Tokens, norms and the softmax are float32; the patch embedding and the attention are multiplied in bfloat16.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -13,7 +15,7 @@ from mm_gpt.kernels.vision_block import Norm, VisionBlock
 from mm_gpt.vision.vit import Block, LayerScale, ViT
 
 TILES = 4
-"""How many images pass the blocks together: what they share out among threads is worth the waiting for them."""
+"""Images that pass the blocks together. More would save a little waiting among threads, and take more memory."""
 _ACTIVATIONS = {"gelu": GELU, "gelu_tanh": GELU_TANH, "quick_gelu": QUICK_GELU}
 
 
@@ -32,7 +34,8 @@ class PackedViT(ViT):
         self.pre_norm, self.post_norm = vit.pre_norm, vit.post_norm
         self.float()
         self.packed: list[VisionBlock] = []
-        blocks, vit.blocks = list(vit.blocks[: vit.config.depth]), nn.ModuleList()
+        blocks: list[Any] = list(vit.blocks[: vit.config.depth])
+        vit.blocks = nn.ModuleList()
         while blocks:  # each is freed when it is packed
             self.packed.append(_pack_block(blocks.pop(0), kind))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mm_gpt.errors import ConfigError, unknown_name
-from mm_gpt.inference.patterns import UNWRITABLE, portable
+from mm_gpt.inference.patterns import OTHER_ESCAPES, UNWRITABLE, VARYING, portable
 
 Schema = dict[str, Any]
 MAX_TEXT = 100_000
@@ -37,7 +37,7 @@ DRAFTS = ("2020-12", "2019-09", "draft-07", "draft-06")
 TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 ANNOTATIONS = {
     *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"),
-    *("contentEncoding", "contentMediaType"),
+    *("contentEncoding", "contentMediaType", "discriminator", "example"),  # the last two are OpenAPI's
 }
 REFUSED = {
     *("not", "if", "then", "else", "contains", "minContains", "maxContains", "propertyNames", "dependentRequired"),
@@ -159,6 +159,7 @@ class _Writer:
                 raise _fail(at, f"{key} cannot be enforced")
             else:
                 raise _fail(at, unknown_name("keyword", key, [*CHECKS, *LISTS, *MAPS, *SINGLE, "$ref", "$defs"]))
+        _check_names(value, f"{path}/patternProperties")
         _rewrite(out, path)
         return out
 
@@ -219,6 +220,17 @@ class _Writer:
         if place == "#" and isinstance(value, dict):
             return {key: inner for key, inner in value.items() if key not in ("$schema", "$id")}
         return value
+
+
+def _check_names(schema: Schema, path: str) -> None:
+    """Refuse patterns of names where some names match for one reader and not for another, and may be written."""
+    names = {*schema.get("properties", ()), *schema.get("required", ())}
+    if schema.get("additionalProperties") is False and all(name.isascii() and name.isprintable() for name in names):
+        return
+    for pattern in schema.get("patternProperties", ()):
+        if VARYING.search(OTHER_ESCAPES.sub("", pattern)):
+            why = "cannot be enforced: name its letters, or set additionalProperties to false and use plain names"
+            raise _fail(path, f"{_short(pattern)} {why}")
 
 
 def _rewrite(schema: Schema, path: str) -> None:

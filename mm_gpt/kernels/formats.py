@@ -63,8 +63,8 @@ def quantize(values: np.ndarray, name: str, *, fit: bool = False) -> np.ndarray:
     """Values (rows, columns) in float32 as bytes (rows, row_bytes).
 
     With `fit`, Q4_1 and Q5_1 have the scales of the least squared error, as K formats always do, instead of the
-    reference's bytes. Values beyond `FORMATS[name].largest` make scales infinite, as in the reference: who calls looks first. Raises
-    ValueError for rows that are no whole blocks.
+    reference's bytes. Values beyond `FORMATS[name].largest` make scales infinite, as in the reference: who calls looks
+    first. Raises ValueError for rows that are no whole blocks.
     """
     rows, columns = values.shape
     format = FORMATS[name]

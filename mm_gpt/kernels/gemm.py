@@ -108,7 +108,7 @@ def gemm(x: np.ndarray, packed: PackedWeight, *, threads: int = 1) -> np.ndarray
         raise ValueError(f"expected rows of {packed.columns} contiguous float32, got {x.dtype} {x.shape}")
     out = np.empty((len(x), packed.rows), np.float32)
     rows = Rows(len(x), packed.row_bytes)
-    run(lambda part: quantise_rows(x, *part, packed.kind, rows, part[0]), blocks(len(x)), threads)
+    run(lambda part: quantise_rows(x, part[0], part[1], packed.kind, rows, part[0]), blocks(len(x)), threads)
     # Few rows: the outputs are shared out as well, so that every thread has work
     panels = len(packed.panels)
     share = -(-panels // max(1, 2 * threads // len(list(blocks(len(x)))))) if len(x) else panels

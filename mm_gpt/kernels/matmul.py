@@ -26,6 +26,10 @@ TILE = 4
 """Rows of weights and of activations that one pass over K works on, where there are several of both."""
 
 
+MINIMUM = 1
+"""Which float16 of a small block's is its minimum."""
+
+
 @dataclass(frozen=True)
 class Part:
     """32 values of a row of weights: value = scale · number + minimum."""
@@ -33,8 +37,10 @@ class Part:
     numbers: Callable[[], Value]
     """Writes the code for <32 x i16>, when it is needed: all of a large block would not fit into registers."""
     scale: Value
-    """float, or <16 x float> for each pair of numbers."""
-    minimum: Value | None = None
+    """<16 x float>, for each pair of numbers; or a few floats, of which the one at `lane` counts for all."""
+    lane: int | None = None
+    minimum: tuple[Value, int] | None = None
+    """A few floats, and the place of the minimum among them."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,12 @@ class BlockFormat:
     block_values: int
     block_bytes: int
     unpack: Callable[[Code, Value], list[Part]]
+    has_minima: bool = False
 
 
-def _half(code: Code, address: Value, offset: int = 0) -> Value:
-    return code.load(address, F16, offset).to(F32)
+def _halves(code: Code, address: Value) -> Value:
+    """<4 x float> from float16. Four at once are one instruction; one alone waits for what the register held before."""
+    return code.load(address, vector(F16, 4)).to(F32)
 
 
 def _nibbles(code: Code, packed: Value) -> Value:
@@ -60,28 +68,29 @@ def _fifth_bits(code: Code, address: Value) -> Value:
 
 
 def _q8_0(code: Code, block: Value) -> list[Part]:
-    return [Part(lambda: code.load(block, vector(I8, 32), 2).to(I16), _half(code, block))]
+    return [Part(lambda: code.load(block, vector(I8, 32), 2).to(I16), _halves(code, block), 0)]
 
 
 def _q4_0(code: Code, block: Value) -> list[Part]:
     def numbers() -> Value:
         return (_nibbles(code, code.load(block, vector(I8, 16), 2)) - 8).to(I16)
 
-    return [Part(numbers, _half(code, block))]
+    return [Part(numbers, _halves(code, block), 0)]
 
 
 def _q4_1(code: Code, block: Value) -> list[Part]:
     def numbers() -> Value:
         return _nibbles(code, code.load(block, vector(I8, 16), 4)).to(I16, signed=False)
 
-    return [Part(numbers, _half(code, block), _half(code, block, 2))]
+    halves = _halves(code, block)
+    return [Part(numbers, halves, 0, (halves, MINIMUM))]
 
 
 def _q5_0(code: Code, block: Value) -> list[Part]:
     def numbers() -> Value:
         return ((_nibbles(code, code.load(block, vector(I8, 16), 6)) | _fifth_bits(code, block + 2)) - 16).to(I16)
 
-    return [Part(numbers, _half(code, block))]
+    return [Part(numbers, _halves(code, block), 0)]
 
 
 def _q5_1(code: Code, block: Value) -> list[Part]:
@@ -90,23 +99,24 @@ def _q5_1(code: Code, block: Value) -> list[Part]:
             I16, signed=False
         )
 
-    return [Part(numbers, _half(code, block), _half(code, block, 2))]
+    halves = _halves(code, block)
+    return [Part(numbers, halves, 0, (halves, MINIMUM))]
 
 
-def _scales_of_k(code: Code, block: Value) -> list[tuple[Value, Value]]:
-    """Eight pairs of scale and minimum from the 12 bytes of 6-bit numbers at 4, and d and dmin at 0."""
+def _scales_of_k(code: Code, block: Value) -> tuple[Value, Value]:
+    """Eight scales and eight minima from the 12 bytes of 6-bit numbers at 4, and d and dmin at 0."""
     first, second, high = (code.load(block, I32, 4 + 4 * word) for word in range(3))
     # Bytes 0-3 and 4-7 hold the low six bits' first four scales and minima; their two top bits and the last four
     # bytes' nibbles make the second four.
     words = (
-        (first & 0x3F3F3F3F, (high & 0x0F0F0F0F) | ((first >> 2) & 0x30303030), _half(code, block)),
-        (second & 0x3F3F3F3F, ((high >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030), _half(code, block, 2) * -1.0),
+        code.vector_of([first & 0x3F3F3F3F, (high & 0x0F0F0F0F) | ((first >> 2) & 0x30303030)]),
+        code.vector_of([second & 0x3F3F3F3F, ((high >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030)]),
     )
+    factors = _halves(code, block)
     scales, minima = (
-        low.splat(1).shuffle([0, 1], upper.splat(1)).bits(I8).to(F32, signed=False) * factor
-        for low, upper, factor in words
+        pair.bits(I8).to(F32, signed=False) * factors.shuffle([index] * 8) for index, pair in enumerate(words)
     )
-    return [(scales.lane(index), minima.lane(index)) for index in range(8)]
+    return scales, minima * -1.0
 
 
 def _q4_k(code: Code, block: Value) -> list[Part]:
@@ -114,7 +124,8 @@ def _q4_k(code: Code, block: Value) -> list[Part]:
         packed = code.load(block, vector(I8, 32), 16 + 32 * (index // 2))
         return (packed >> 4 if index % 2 else packed & 15).to(I16, signed=False)
 
-    return [Part(partial(numbers, index), *scales) for index, scales in enumerate(_scales_of_k(code, block))]
+    scales, minima = _scales_of_k(code, block)
+    return [Part(partial(numbers, index), scales, index, (minima, index)) for index in range(8)]
 
 
 def _q5_k(code: Code, block: Value) -> list[Part]:
@@ -123,7 +134,8 @@ def _q5_k(code: Code, block: Value) -> list[Part]:
         fifth = ((code.load(block, vector(I8, 32), 16) >> index) & 1) << 4
         return ((packed >> 4 if index % 2 else packed & 15) | fifth).to(I16, signed=False)
 
-    return [Part(partial(numbers, index), *scales) for index, scales in enumerate(_scales_of_k(code, block))]
+    scales, minima = _scales_of_k(code, block)
+    return [Part(partial(numbers, index), scales, index, (minima, index)) for index in range(8)]
 
 
 def _q6_k(code: Code, block: Value) -> list[Part]:
@@ -133,18 +145,19 @@ def _q6_k(code: Code, block: Value) -> list[Part]:
         high = (code.load(block, vector(I8, 32), 128 + 32 * half) >> (2 * quarter)) & 3
         return (((packed >> 4 if quarter > 1 else packed & 15) | (high << 4)) - 32).to(I16)
 
-    scales = code.load(block, vector(I8, 16), 192).to(F32) * _half(code, block, 208)
+    factor = _halves(code, block + 202).shuffle([3] * 16)  # at 208, the block's last two bytes
+    scales = code.load(block, vector(I8, 16), 192).to(F32) * factor
     return [Part(partial(numbers, index), scales.shuffle([2 * index] * 8 + [2 * index + 1] * 8)) for index in range(8)]
 
 
 BLOCK_FORMATS = {
     "Q8_0": BlockFormat(32, 34, _q8_0),
     "Q4_0": BlockFormat(32, 18, _q4_0),
-    "Q4_1": BlockFormat(32, 20, _q4_1),
+    "Q4_1": BlockFormat(32, 20, _q4_1, has_minima=True),
     "Q5_0": BlockFormat(32, 22, _q5_0),
-    "Q5_1": BlockFormat(32, 24, _q5_1),
-    "Q4_K": BlockFormat(256, 144, _q4_k),
-    "Q5_K": BlockFormat(256, 176, _q5_k),
+    "Q5_1": BlockFormat(32, 24, _q5_1, has_minima=True),
+    "Q4_K": BlockFormat(256, 144, _q4_k, has_minima=True),
+    "Q5_K": BlockFormat(256, 176, _q5_k, has_minima=True),
     "Q6_K": BlockFormat(256, 210, _q6_k),
 }
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -262,18 +275,14 @@ def _block_tile(code: Code, form: BlockFormat, tile: _Tile) -> Value:
     """The dot product of each row of activations with each of weights, row by row, as lanes of one vector."""
     weights, rows, columns = tile.weights, tile.rows, tile.columns
     sums = [[code.variable(code.number(vector(F32, LANES), 0.0)) for _ in weights] for _ in rows]
-    minima = code.variable(code.number(lanes_of(F32, len(weights) * len(rows)), 0.0))
     scales = [row + columns * 2 for row in rows]
     offsets = [scale + columns // 8 for scale in scales]
-
-    def pairs(of_weights: list[Value], of_rows: list[Value]) -> tuple[Value, Value]:
-        """A number of each row of weights, and one of each of activations, in the order of the results."""
-        places = [(r, n) for r in range(len(rows)) for n in range(len(weights))]
-        first, second = code.vector_of(of_weights), code.vector_of(of_rows)
-        return first.part_of([n for _, n in places]), second.part_of([r for r, _ in places])
-
     per_block = form.block_values // BLOCK
-    has_minima = False
+    count = len(weights) * len(rows)
+    # Alone, the vector that a minimum comes in is summed as it is: taking a lane out costs more than all the others.
+    alone = count == 1 and per_block == 1
+    minima = code.variable(code.number(vector(F32, 4) if alone else lanes_of(F32, count), 0.0))
+
     with code.loop(0, columns // form.block_values) as block:
         tile.fetch(code, block * form.block_bytes, form.block_bytes)
         unpacked = [form.unpack(code, weight + block * form.block_bytes) for weight in weights]
@@ -286,14 +295,23 @@ def _block_tile(code: Code, form: BlockFormat, tile: _Tile) -> Value:
                 values = code.load(row, vector(I16, 32), place * 64)
                 for n, part in enumerate(parts):
                     dots = _multiply_pairs(code, numbers[n], values).to(F32)
-                    sums[r][n].set(code.fma(dots, part.scale * row_scales[r], sums[r][n].get()))
-            if all(part.minimum is not None for part in parts):
-                has_minima = True
-                row_offsets = [code.load(offset, F32, place * 4) for offset in offsets]
-                minimum, offset = pairs([part.minimum for part in parts if part.minimum is not None], row_offsets)
+                    scale = part.scale * row_scales[r]
+                    if part.lane is not None:
+                        scale = scale.shuffle([part.lane] * LANES)
+                    sums[r][n].set(code.fma(dots, scale, sums[r][n].get()))
+            found = [part.minimum for part in parts if part.minimum is not None]
+            row_offsets = [code.load(offset, F32, place * 4) for offset in offsets]
+            if found and alone:
+                minima.set(code.fma(found[0][0], row_offsets[0], minima.get()))
+            elif found:
+                minimum = code.vector_of([values.lane(lane) for values, lane in found])
+                minimum = minimum.part_of(list(range(len(weights))) * len(rows))
+                offset = code.vector_of(row_offsets).part_of([r for r in range(len(rows)) for _ in weights])
                 minima.set(code.fma(minimum, offset, minima.get()))
     totals = code.sum_lanes_of([total.get() for line in sums for total in line])
-    return totals + minima.get() if has_minima else totals
+    if not form.has_minima:
+        return totals
+    return totals + (minima.get().lane(MINIMUM) if alone else minima.get())
 
 
 def _float_product(code: Code, kind: str, weight: Value, row: Value, total: Value) -> Value:

@@ -361,6 +361,11 @@ class Code:
         assert total.lanes == count
         return total
 
+    def first_lane(self, x: Value, lanes: int) -> Value:
+        """A vector with x in front and zeros behind."""
+        zeros = ir.Constant(vector(x.type, lanes), [0] * lanes)
+        return Value(self, self.builder.insert_element(zeros, x.ir, ir.Constant(I32, 0)))
+
     def vector_of(self, values: Sequence[Value]) -> Value:
         if len(values) == 1:
             return values[0]

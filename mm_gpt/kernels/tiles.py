@@ -19,8 +19,7 @@ from typing import Any
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import extending, njit, types
 
 TILE_ROWS, TILE_COLUMNS = 6, 64
 """24 accumulators, 4 vectors of weights and one of values: 29 of the 32 registers."""
@@ -59,6 +58,7 @@ def missing() -> str | None:
     return f"the processor has no {absent[0]}" if absent else None
 
 
+intrinsic: Any = extending.intrinsic  # its types are those of the function that emits, not of the one that is called
 _VERSION = f"{zlib.crc32(Path(__file__).read_bytes()):x}"
 _FAST = {"reassoc", "contract", "nsz", "arcp"}  # not nnan: a NaN must come out as one
 
@@ -71,8 +71,9 @@ def jit(*, fast: bool = False, inner: bool = False) -> Callable[[Any], Any]:
 
     def decorate(function: Any) -> Any:
         function.__qualname__ += f"_{_VERSION}"  # numba keeps it until its own file changes, but this one is part of it
-        options = {"nogil": True, "cache": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-        return njit(fastmath=_FAST if fast else False, no_cpython_wrapper=inner, **options)(function)
+        options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+        options |= {"fastmath": _FAST if fast else False, "no_cpython_wrapper": inner}
+        return njit(**options)(function)
 
     return decorate
 

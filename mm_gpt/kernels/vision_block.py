@@ -37,9 +37,9 @@ class VisionBlock:
         images, _, width = x.shape
         rows = x.reshape(-1, width)
         qkv = room_for_heads(len(rows), 3 * width)
-        run(lambda part: self._into_heads(rows, *part, qkv), blocks(len(rows)), threads)
+        run(lambda part: self._into_heads(rows, part[0], part[1], qkv), blocks(len(rows)), threads)
         attended = attend(qkv, images, self.heads, threads=threads)
-        run(lambda part: self._behind_heads(rows, attended, *part), blocks(len(rows)), threads)
+        run(lambda part: self._behind_heads(rows, attended, part[0], part[1]), blocks(len(rows)), threads)
 
     def _into_heads(self, x: np.ndarray, start: int, stop: int, out: np.ndarray) -> None:
         normed = aligned((ROW_BLOCK, x.shape[1]), np.float32)
