@@ -199,8 +199,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: expected an object with keys, got {value!r}")
-        item = typing.get_args(hint)[1]
-        return {key: _convert(item, v, f"{where}.{key}") for key, v in value.items()}
+        of_keys, item = typing.get_args(hint)
+        return {_convert(of_keys, key, where): _convert(item, v, f"{where}.{key}") for key, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where=where)  # type: ignore[arg-type]
     if isinstance(value, str):

@@ -106,7 +106,7 @@ def test_help_has_examples_that_parse(name: str, capsys: Capture) -> None:
         (["picture.png", "What is it?"], "mm-gpt ask picture.png QUESTION"),
         (["ask", "picture.png", "What?", "--num_beams", "2"], "did you mean --num-beams?"),
         (["ask", "picture.png", "What?", "--zoom", "2"], "unrecognized arguments: --zoom 2"),
-        (["serve"], "unknown command 'serve' (known: "),
+        (["dance"], "unknown command 'dance' (known: "),
         (["ask", "picture.png", "What?", "--temprature", "1"], "--temprature"),
         (["caption"], "INPUT"),
         (["caption", "picture.png", "--batch-size", "0"], "'0' is not a whole number above 0"),
@@ -647,7 +647,7 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     module.launch = lambda *args: launched.append(args)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mm_gpt.serving.gradio_demo", module)
     assert main(["demo", "--port", "8000", "--model", "m"]) == 0
-    assert launched == [("m", "127.0.0.1", 8000, "auto")]
+    assert launched == [("m", "127.0.0.1", 8000, "auto", "auto")]
     monkeypatch.delitem(sys.modules, "mm_gpt.serving.gradio_demo")
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo"]) == 1

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -21,11 +22,12 @@ from torch import Tensor
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
 from mm_gpt.inference.beams import BeamSearch, length_penalty
+from mm_gpt.inference.constraints import Constraint
 from mm_gpt.inference.detokenizer import TokenBytes
 from mm_gpt.inference.engine import Engine, Stream
 from mm_gpt.inference.generation import Answer, GenerationConfig
 from mm_gpt.inference.rows import Row
-from mm_gpt.inference.sampling import Repeats, Sampler, choose, next_token_probabilities
+from mm_gpt.inference.sampling import Sampler, choose
 from mm_gpt.model.decoder import DecoderConfig
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Processor, ProcessorConfig, collate
@@ -137,7 +139,7 @@ def test_float32_agrees_too() -> None:
 def test_rows_end_one_by_one(engine: Engine) -> None:
     """A row that has ended must neither write on nor stop the others."""
     ending = with_end_bias(engine, 4.0)
-    config = GenerationConfig(max_new_tokens=12, temperature=2.0, logprobs=True, seed=1)
+    config = GenerationConfig(max_new_tokens=12, temperature=2.0, logprobs=True, seed=3)
     answers = ending.generate(PROMPTS, config)
     assert len({a.completion_tokens for a in answers}) >= 3
     for document, answer in zip(PROMPTS, answers, strict=True):
@@ -280,63 +282,7 @@ def test_no_part_of_a_stop_text_is_streamed(text: str, stops: list[str]) -> None
     assert "".join(scripted_stream(text, tuple(stops))) == text[:cut]
 
 
-# ---- sampling ----
-
-LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
-
-
-def test_probabilities_golden() -> None:
-    plain = next_token_probabilities(LOGITS, temperature=1.0, top_k=0, top_p=1.0)
-    torch.testing.assert_close(plain, LOGITS.softmax(-1))
-    assert plain.tolist() == pytest.approx([0.5630, 0.2071, 0.1256, 0.0762, 0.0280], abs=1e-4)
-    cold = next_token_probabilities(LOGITS, temperature=0.5, top_k=0, top_p=1.0)
-    torch.testing.assert_close(cold, (LOGITS * 2).softmax(-1))
-    two = next_token_probabilities(LOGITS, temperature=1.0, top_k=2, top_p=1.0)
-    assert two.tolist() == pytest.approx([0.7311, 0.2689, 0, 0, 0], abs=1e-4)
-    # 0.563 < 0.6 <= 0.770: the smallest set that reaches p has two tokens
-    nucleus = next_token_probabilities(LOGITS, temperature=1.0, top_k=0, top_p=0.6)
-    assert nucleus.tolist() == pytest.approx([0.7311, 0.2689, 0, 0, 0], abs=1e-4)
-    assert next_token_probabilities(LOGITS, temperature=1.0, top_k=0, top_p=1e-9).tolist() == [1, 0, 0, 0, 0]
-
-
-@given(
-    st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=30),
-    st.floats(0.1, 5),
-    st.integers(0, 40),
-    st.floats(0.01, 1),
-)
-@settings(max_examples=100, deadline=None)
-def test_probabilities_keep_the_top(values: list[float], temperature: float, top_k: int, top_p: float) -> None:
-    logits = torch.tensor(values)
-    kept = next_token_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    assert kept.sum().item() == pytest.approx(1, abs=1e-5)
-    if top_k:
-        assert int((kept > 0).sum()) <= top_k
-    full = (logits / temperature).softmax(-1)
-    alive = kept > 0
-    assert full[alive].min() >= full[~alive].max() if (~alive).any() else True
-    if not top_k or top_k >= len(values):
-        assert full[alive].sum() >= top_p - 1e-5  # it reaches p,
-        if alive.sum() > 1:
-            assert full[alive].sum() - full[alive].min() < top_p + 1e-5  # and with one token less it would not
-
-
-@given(st.lists(st.integers(0, 3), max_size=12), st.integers(1, 5))
-def test_exactly_what_would_repeat_a_run_is_named(ids: list[int], size: int) -> None:
-    # Stops: an n-gram one too long or short, the last run missed, negative indices in short answers.
-    def runs(tokens: list[int]) -> list[tuple[int, ...]]:
-        return [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
-
-    expected = {token for token in range(4) if runs([*ids, token])[-1:] and runs([*ids, token])[-1] in runs(ids)}
-
-    def completed(size: int) -> set[int]:
-        repeats = Repeats(size)
-        for end in range(1, len(ids) + 1):
-            repeats.add(ids[:end])
-        return set(repeats.copy().completed_by(ids))
-
-    assert completed(size) == expected
-    assert completed(0) == set()
+# ---- without repetition ----
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 0.2}])
@@ -352,6 +298,51 @@ def test_no_run_of_tokens_comes_twice(engine: Engine, options: dict[str, Any], s
     free = dataclasses.replace(config, no_repeat_ngram_size=0)
     assert not any(map(repeats, engine.generate(PROMPTS, config)))
     assert any(map(repeats, engine.generate(PROMPTS, free)))
+
+
+# ---- answers of a given form ----
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 2.0}, {"no_repeat_ngram_size": 1}])
+def test_answers_have_the_form_that_is_asked_for(engine: Engine, options: dict[str, Any]) -> None:
+    """Stops: a way of decoding that forgets the grammar, states that rows or beams share, spaces cut off."""
+    choices = ("a cat", "a dog ", " mice", "a cat and a dog")
+    config = GenerationConfig(max_new_tokens=40, constraint=Constraint(choices=choices), **options)
+    for answer in engine.generate(PROMPTS, config):
+        assert str(answer) in choices
+        assert answer.finish_reason == "stop"
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 22, 333]}}, "required": ["n"]}
+    schema["additionalProperties"] = False
+    config = dataclasses.replace(config, constraint=Constraint(json_schema=schema))
+    for answer in engine.generate(PROMPTS, config):
+        assert answer.finish_reason == "length" or json.loads(answer)["n"] in (1, 22, 333)
+
+
+def test_samples_of_one_form_differ_and_end_without_an_end_mark(engine: Engine) -> None:
+    config = GenerationConfig(
+        max_new_tokens=40, temperature=5.0, n=8, constraint=Constraint(regex="[a-z]{3}"), logprobs=True
+    )
+    answers = engine.generate(PROMPTS[:1], config)
+    assert all(re.fullmatch("[a-z]{3}", answer) for answer in answers)
+    assert len(set(answers)) > 4
+    for answer in answers:
+        assert not set(ids_of(answer)) & set(engine.processor.tokenizer.end_ids)
+
+
+def test_a_form_that_was_cut_off_says_so(engine: Engine) -> None:
+    config = GenerationConfig(max_new_tokens=3, constraint=Constraint(regex="[a-z]{30}"))
+    stream = engine.stream(PROMPTS[0], config)
+    assert "".join(stream) == str(stream.answer)
+    assert stream.answer.finish_reason == "length"
+    with pytest.raises(ConfigError, match="not cannot be enforced"):
+        engine.stream(PROMPTS[0], dataclasses.replace(config, constraint=Constraint(json_schema={"not": {}})))
+
+
+def test_a_bias_of_no_token_is_refused(engine: Engine) -> None:
+    size = engine.model.decoder.config.vocab_size
+    engine.generate(PROMPTS[:1], GenerationConfig(max_new_tokens=1, logit_bias={size - 1: 1.0}))
+    with pytest.raises(ConfigError, match=f"logit_bias: there is no token {size};"):
+        engine.generate(PROMPTS[:1], GenerationConfig(max_new_tokens=1, logit_bias={size: 1.0}))
 
 
 # ---- beam search ----
@@ -600,18 +591,11 @@ def test_a_stop_text_of_the_replacement_sign_does_not_match_half_characters() ->
     assert len(ids) > len("a 🦆 duck")  # the duck is several tokens, halves of a character
     pieces, answer = rows_text(tokenizer, ids, stop=("\ufffd",))
     assert (pieces, answer.finish_reason) == ("a 🦆 duck", "length")
+    cut = ids[: len(tokenizer.encode("a ")) + 2]  # the limit comes inside the duck
+    pieces, answer = rows_text(tokenizer, cut, stop=("\ufffd",))
+    assert (pieces, answer.finish_reason) == ("a \ufffd", "length")
     pieces, answer = rows_text(tokenizer, tokenizer.encode("a \ufffd duck"), stop=("\ufffd",))
     assert (answer, answer.finish_reason) == ("a", "stop")
-
-
-def test_a_batch_is_sampled_like_its_rows() -> None:
-    """The probabilities of all rows are made at once."""
-    torch.manual_seed(0)
-    logits = torch.randn(5, 1000) * 4
-    for options in ({"top_k": 0, "top_p": 1.0}, {"top_k": 50, "top_p": 0.7}, {"top_k": 0, "top_p": 0.3}):
-        together = next_token_probabilities(logits, temperature=0.9, **options)  # type: ignore[arg-type]
-        alone = [next_token_probabilities(row, temperature=0.9, **options) for row in logits]  # type: ignore[arg-type]
-        torch.testing.assert_close(together, torch.stack(alone), rtol=1e-6, atol=1e-9)
 
 
 # ---- options ----

@@ -24,7 +24,7 @@ OPTIONS = ("--model", "--device", "--max-new-tokens", "--temperature", "--num-be
         ("--temprature", OPTIONS, "--temperature"),
         (".json", (".csv", ".jsonl"), ".jsonl"),
         # Nothing is close: another word, even with letters in common
-        ("serve", COMMANDS, None),
+        ("dance", COMMANDS, None),
         ("generate", COMMANDS, None),
         ("run", COMMANDS, None),
         ("list", COMMANDS, None),

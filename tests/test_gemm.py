@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from mm_gpt.errors import MMGPTError
 from mm_gpt.kernels import gemm as kernels
-from mm_gpt.kernels.full_attention import attend
+from mm_gpt.kernels.full_attention import attend, room_for_heads
 from mm_gpt.kernels.gemm import MAX_COLUMNS, Kind, gemm, pack
-from mm_gpt.kernels.tiles import missing
+from mm_gpt.kernels.tiles import missing, run
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 SIZES = [(1, 1), (3, 5), (64, 64), (65, 63), (127, 130), (200, 768)]
@@ -127,7 +127,7 @@ ACTIVATIONS: list[tuple[int, Any]] = [
 def test_activations(activation: int, reference: Any) -> None:
     x = np.concatenate([np.linspace(-12, 12, 4001), [0, -0.0, 1e30, -1e30, 1e-30]]).astype(np.float32)
     expected = reference(torch.from_numpy(x).double()).numpy()
-    kernels.activate(x, activation)
+    kernels.activate(x[None], activation)
     np.testing.assert_allclose(x, expected, atol=1e-6, rtol=1e-6)
 
 
@@ -142,7 +142,15 @@ def test_norms(centred: bool) -> None:
     np.testing.assert_allclose(out, expected[2:6].numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize(("tokens", "heads", "size"), [(1, 1, 1), (5, 3, 20), (64, 2, 64), (77, 2, 72), (200, 1, 130)])
+def attention(qkv: torch.Tensor, heads: int, threads: int = 1) -> torch.Tensor:
+    """(N, T, 3 * H * C) to (N, T, H * C)."""
+    images, tokens, width = qkv.shape
+    rows = room_for_heads(images * tokens, width)
+    kernels.to_bf16(qkv.view(-1, width).numpy(), 0, images * tokens, rows, 0)
+    return torch.from_numpy(attend(rows, images, heads, threads=threads)).view(images, tokens, -1)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "size"), [(1, 1, 2), (5, 3, 20), (64, 2, 64), (77, 2, 72), (200, 1, 130)])
 @pytest.mark.parametrize("scale", [1, 30])
 def test_attention(tokens: int, heads: int, size: int, scale: int) -> None:
     """Any number of tokens and features; also where nearly all weight is on one key."""
@@ -151,15 +159,32 @@ def test_attention(tokens: int, heads: int, size: int, scale: int) -> None:
     qkv[..., : heads * size] *= scale
     q, k, v = (y.view(2, tokens, heads, size).transpose(1, 2) for y in qkv.bfloat16().double().chunk(3, dim=-1))
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    found = torch.from_numpy(attend(qkv.numpy(), heads))
+    found = attention(qkv, heads)
     assert (found - expected).norm() < 0.005 * expected.norm()
     for threads in (1, 2, 3):  # the same bits, also without the other image
-        assert (attend(qkv[1:].numpy(), heads, threads=threads) == found[1:].numpy()).all()
+        assert torch.equal(attention(qkv[1:], heads, threads), found[1:])
 
 
 def test_attention_lets_nan_through() -> None:
-    qkv = np.ones((1, 9, 3 * 16), np.float32)
-    qkv[0, 3, 5] = np.nan  # a query
-    out = attend(qkv, 1)
-    assert np.isnan(out[0, 3]).all()
-    np.testing.assert_allclose(np.delete(out[0], 3, axis=0), 1, atol=1e-3)
+    qkv = torch.ones(1, 9, 3 * 16)
+    qkv[0, 3, 5] = torch.nan  # a query
+    out = attention(qkv, 1)[0]
+    assert out[3].isnan().all()
+    np.testing.assert_allclose(np.delete(out, 3, axis=0), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_item_is_done_once_and_errors_come_out(threads: int) -> None:
+    done: list[int] = []
+    run(done.append, range(100), threads)
+    assert sorted(done) == list(range(100))
+
+    def fail(item: int) -> None:
+        done.append(item)
+        if item == 7:
+            raise ValueError("seven")
+
+    with pytest.raises(ValueError, match="seven"):
+        run(fail, range(20), threads)
+    run(done.append, [1000], threads)  # the threads live on
+    assert done[-1] == 1000

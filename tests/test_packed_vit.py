@@ -1,16 +1,27 @@
 """Towers with packed weights: close to float32, the same bits in any company, and not dead."""
 
 import copy
+import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from conftest import make_picture, make_tiny, tiny_config
 from torch import nn
 from torch.nn import functional as F
 
+import mm_gpt
+from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.hub.checkpoint import save_model
 from mm_gpt.kernels import tiles
+from mm_gpt.model.mmgpt import MMGPT
+from mm_gpt.processor import collate
+from mm_gpt.vision import bf16
+from mm_gpt.vision.connectors import ConnectorConfig, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
+from mm_gpt.vision.native_vit import NativeViTConfig
 from mm_gpt.vision.vit import LayerScale, ViTConfig
 
 needs_instructions = pytest.mark.skipif(tiles.missing() is not None, reason=str(tiles.missing()))
@@ -96,6 +107,11 @@ def test_packed_towers_are_for_inference_alone() -> None:
     assert sum(parameter.numel() for parameter in vision.parameters()) == 36 * 96 + 2 * 96
 
 
+def test_heads_of_odd_size_keep_float32() -> None:
+    """They would not lie on whole groups of bytes."""
+    assert encoder(width=60, num_heads=4).prepare("int8") == "the size of its heads is odd"
+
+
 def test_float32_stays_as_it_is() -> None:
     vision = encoder()
     pixels = torch.randn(1, 3, 48, 48)
@@ -121,3 +137,68 @@ def test_other_towers_keep_float32() -> None:
     vision = VisionEncoder(VisionConfig(model="timm/tf_efficientnet_lite0", image_size=64)).eval()
     assert vision.prepare("int8") == "timm/tf_efficientnet_lite0 has no products in int8"
     assert not any(isinstance(module, nn.BatchNorm2d) for module in vision.modules())
+
+
+@needs_instructions
+@pytest.mark.parametrize("kind", ["linear", "mlp", "pixel_shuffle", "pixel_shuffle_mlp", "resampler", "xconnector"])
+@torch.inference_mode()
+def test_connectors_go_with_the_tower(kind: Any) -> None:
+    torch.manual_seed(0)
+    vision, config = encoder(), ConnectorConfig(kind=kind, num_latents=4, depth=2)
+    connector = build_connector(config, vision.width, 64, vision.num_patches).eval()
+    tokens = torch.randn(2, vision.num_patches, vision.width)
+    expected = connector(tokens)
+    vision.prepare("int8", connector)
+    found = connector(tokens)
+    assert not any(type(module) is nn.Linear for module in connector.modules())
+    assert F.cosine_similarity(found, expected, dim=-1).min() > 0.9995
+    assert not torch.equal(found, expected)
+    assert connector(tokens[:0]).shape == (0, *expected.shape[1:])
+    with pytest.raises(MMGPTError, match="packed in bf16: to save them"):
+        nn.ModuleDict({"connector": connector}).state_dict()
+
+
+@needs_instructions
+@pytest.mark.parametrize("worth_packing", [1, 512])
+@torch.inference_mode()
+def test_towers_of_native_resolution(worth_packing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of several sizes, with layers that see a window of cells and one that sees all."""
+    monkeypatch.setattr(bf16, "WORTH_PACKING", worth_packing)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"patch_size": 4, "merge": 2, "width": 64, "num_layers": 3, "num_heads": 4, "mlp_width": 96}
+    config = NativeViTConfig(**sizes, window=2, full_layers=(1,))
+    vision = VisionEncoder(VisionConfig(model=config, image_size=config.image_size)).eval()
+    cells, grids = torch.randn(10, 3, 8, 8), [(2, 3), (4, 1)]
+    expected = vision(cells, grids)
+    assert vision.prepare("int8") is None
+    found = vision(cells, grids)
+    assert F.cosine_similarity(found, expected, dim=-1).min() > 0.999
+    assert (found.norm(dim=-1) / expected.norm(dim=-1) - 1).abs().max() < 0.01
+    with pytest.raises(MMGPTError, match="packed in bf16"):
+        vision.state_dict()
+
+
+@needs_instructions
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_a_loaded_model_sees_alike_in_each_dtype(dtype: str, tmp_path: Path) -> None:
+    """From a folder to the tokens that the decoder reads. Stops: a tower that is prepared twice, or not at all."""
+    _, processor = make_tiny()
+    vision = dataclasses.replace(encoder(image_size=32).config)
+    config = dataclasses.replace(tiny_config(processor.tokenizer.vocab_size), vision=vision)
+    model = MMGPT(config)
+    model.vision = encoder(image_size=32)
+    settings = dataclasses.replace(processor.config, tokens_per_image=model.tokens_per_image)
+    save_model(model, type(processor)(processor.tokenizer, settings, vocab_size=processor.vocab_size), tmp_path)
+    plain, packed = (mm_gpt.load(tmp_path, device="cpu", dtype=name) for name in ("fp32", dtype))
+    seen = []
+    for assistant in (plain, packed):
+        documents = [Document((Image(make_picture(seed)), Text("What?"))) for seed in (0, 1)]
+        examples = [assistant.processor(document) for document in documents]
+        batch = collate([[example] for example in examples], assistant.processor.pixels(examples))
+        with torch.inference_mode():
+            seen.append([image.tokens for image in assistant.model.image_tokens(batch)])
+        assert assistant.ask(make_picture(0), "What?", max_new_tokens=2).image_tokens == settings.tokens_per_image + 2
+    for exact, found in zip(*seen, strict=True):
+        assert F.cosine_similarity(exact, found, dim=-1).min() > 0.999
+        assert not torch.equal(exact, found)
+    assert F.cosine_similarity(*seen[1], dim=-1).min() < 0.99

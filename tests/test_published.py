@@ -31,8 +31,9 @@ from mm_gpt.hub.image_processors import read_image_processor
 from mm_gpt.hub.weights import unfilled
 from mm_gpt.model.mmgpt import MMGPT
 
-FAMILY_MODULES = (gemma3, idefics3, kosmos2, llava, nanovlm, paligemma, qwen_vl, text)
-READERS = {m.__name__.rpartition(".")[2]: m for m in FAMILY_MODULES}
+READERS = {
+    m.__name__.rpartition(".")[2]: m for m in (gemma3, idefics3, kosmos2, llava, nanovlm, paligemma, qwen_vl, text)
+}
 SIGLIP_MEAN = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 CLIP_MEAN = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],

@@ -75,7 +75,7 @@ class VisionEncoder(nn.Module):
         self.config = config
         self._unfolded: dict[str, Tensor] = {}
         """The tower's weights before BatchNorm was folded, if it was."""
-        self._packed: str | None = None
+        self._packed: Literal["bf16", "int8"] | None = None
         """What the tower's weights are packed in, if they are."""
         self.tower: ViT | NativeViT | Trunk | OpenClipTower
         if isinstance(config.model, ViTConfig):
@@ -152,7 +152,7 @@ class VisionEncoder(nn.Module):
             block.requires_grad_(True)
 
     def state_dict(self, *args: Any, prefix: str = "", **options: Any) -> Any:
-        """As `config` has it, also after `fold_batch_norm`. Raises MMGPTError where `prepare` has packed the weights."""
+        """As `config` has it, also after `fold_batch_norm`. Raises MMGPTError where `prepare` packed the weights."""
         if self._packed:
             raise MMGPTError(f"{self.config.model_name} is packed in {self._packed}: to save it, load it in fp32")
         state = super().state_dict(*args, prefix=prefix, **options)
@@ -162,26 +162,36 @@ class VisionEncoder(nn.Module):
             state |= {f"{prefix}tower.{name}": tensor for name, tensor in self._unfolded.items()}
         return state
 
-    def prepare(self, dtype: Literal["fp32", "bf16", "int8", "int4"]) -> str | None:
+    def prepare(self, dtype: Literal["fp32", "bf16", "int8", "int4"], connector: nn.Module | None = None) -> str | None:
         """Make ready for inference alone on the CPU, where the decoder's weights are stored in `dtype`.
 
-        In fp32, and in all towers but the plain ViT, BatchNorm is folded and nothing else changes. A ViT's weights are
-        packed for fast products in bf16, or in int8 for int8 and int4; nothing else keeps them, so that it can neither
-        be saved nor trained any more. Returns why the tower stays in fp32, in a few words, if it does against `dtype`.
+        In fp32, and in towers of timm and open_clip, BatchNorm is folded and nothing else changes. A ViT's weights are
+        packed for fast products in bf16, or in int8 for int8 and int4; those of a NativeViT and of the linear layers of
+        `connector` in bf16. Nothing else keeps them, so that they can neither be saved nor trained any more.
+        Returns why the tower stays in fp32, in a few words, if it does against `dtype`.
         """
         self.fold_batch_norm()
         if dtype == "fp32" or self._packed:
             return None
-        if not isinstance(self.tower, ViT):
+        if not isinstance(self.tower, ViT | NativeViT):
             return f"{self.config.model_name} has no products in {dtype}"
+        if self.tower.config.width // self.tower.config.num_heads % 2:
+            return "the size of its heads is odd"
         # Imported here: numba takes a third of a second
         from mm_gpt.kernels.tiles import missing
+        from mm_gpt.vision.bf16 import use_bf16
         from mm_gpt.vision.packed_vit import PackedViT
 
         if lack := missing():
             return lack
-        self._packed = "bf16" if dtype == "bf16" else "int8"
-        self.tower = PackedViT(self.tower, self._packed)
+        if isinstance(self.tower, NativeViT):
+            self._packed = "bf16"
+            use_bf16(self.tower)
+        else:
+            self._packed = "bf16" if dtype == "bf16" else "int8"
+            self.tower = PackedViT(self.tower, self._packed)
+        if connector is not None:
+            use_bf16(connector)
         return None
 
     def fold_batch_norm(self) -> None:

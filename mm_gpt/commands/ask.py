@@ -17,6 +17,7 @@ from mm_gpt.commands.command import (
     add_model,
     complain,
     generation_options,
+    load_assistant,
     tell,
 )
 from mm_gpt.errors import MMGPTError, unknown_name
@@ -53,11 +54,9 @@ def run_ask(args: argparse.Namespace) -> int:
     # Before the model, so that a wrong path is known at once
     images = [_stdin_image() if source == STDIN else load_image(source) for source in sources]
     options = generation_options(args)
-
-    import mm_gpt
     from mm_gpt.inference.hints import Hints
 
-    assistant = mm_gpt.load(args.model, device=args.device, dtype=args.dtype)
+    assistant = load_assistant(args)
     turn = _user(images, question)
     tell(Hints(args.model).about(question, len(images)))
     if args.json:
@@ -140,11 +139,9 @@ def run_chat(args: argparse.Namespace) -> int:
         raise UsageError("chat reads its questions from standard input, so - cannot be an image")
     images: list[Any] = [load_image(source) for source in args.images]
     options = generation_options(args)
-
-    import mm_gpt
     from mm_gpt.inference.hints import Hints
 
-    assistant = mm_gpt.load(args.model, device=args.device, dtype=args.dtype)
+    assistant = load_assistant(args)
     talk, hints, shown = assistant.conversation(**options), Hints(args.model), 0
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:

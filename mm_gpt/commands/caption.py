@@ -14,6 +14,7 @@ from mm_gpt.commands.command import (
     add_model,
     check_inputs,
     generation_options,
+    load_assistant,
     positive,
     tell,
 )
@@ -72,12 +73,11 @@ def run_caption(args: argparse.Namespace) -> int:
     def load() -> "Assistant":
         import torch
 
-        import mm_gpt
         from mm_gpt.inference.hints import Hints
 
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        loaded.append(mm_gpt.load(args.model, device=args.device, dtype=args.dtype))
+        loaded.append(load_assistant(args))
         tell(Hints(args.model).about(args.prompt, 1))
         return loaded[0]
 

@@ -7,10 +7,11 @@ arguments to a parser, and a function that runs it.
 import argparse
 import gc
 import glob
-import importlib
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from mm_gpt.errors import MMGPTError
 
 if TYPE_CHECKING:
-    from mm_gpt.inference.assistant import GenerationOptions
+    from mm_gpt.inference.assistant import Assistant, GenerationOptions
+    from mm_gpt.inference.constraints import Constraint
 
 EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 3, 130, 141
 
@@ -68,33 +70,92 @@ def add_generation(parser: argparse.ArgumentParser, *, beams: int | None, tokens
     if beams is not None:
         group.add_argument("--num-beams", type=int, metavar="N", help=f"beam search (default: {beams})")
     group.add_argument(
+        "--min-p", type=float, metavar="P", help="sample from tokens with P of the likeliest one's share"
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="R", help="above 1 makes tokens that were there less likely"
+    )
+    group.add_argument("--presence-penalty", type=float, metavar="P", help="taken from tokens that the answer has")
+    group.add_argument("--frequency-penalty", type=float, metavar="P", help="taken as often as the answer has them")
+    group.add_argument(
         "--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens in a row come twice; 0 lets them"
     )
     group.add_argument("--seed", type=int, metavar="N", help="of sampling (default: 0)")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before TEXT; repeatable")
+    form = group.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=Path, metavar="FILE", help="the answer is JSON of this schema")
+    form.add_argument("--json-object", action="store_true", help="the answer is a JSON object")
+    form.add_argument("--regex", metavar="PATTERN", help="the answer matches this as a whole")
+    form.add_argument("--choice", action="append", metavar="TEXT", help="the answer is one of these; repeatable")
+
+
+_OPTIONS = (
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "num_beams",
+    "no_repeat_ngram_size",
+    "seed",
+    "stop",
+)
 
 
 def generation_options(args: argparse.Namespace) -> "GenerationOptions":
     """The options that were given, checked before a model is loaded."""
-    import_once("mm_gpt.inference.assistant")
-    from mm_gpt.inference.assistant import generation_config
+    with nothing_collected():
+        from mm_gpt.inference.assistant import generation_config
 
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "no_repeat_ngram_size", "seed", "stop")
-    options: Any = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    options: Any = {name: value for name in _OPTIONS if (value := getattr(args, name, None)) is not None}
+    if (constraint := _constraint(args)) is not None:
+        options["constraint"] = constraint
     generation_config(options)
     return options
 
 
-def import_once(module: str) -> None:
-    """Import what brings torch with it. None of it is garbage: Python does not search there for any, which takes a
-    fifth of the time, neither meanwhile nor later."""
-    if module not in sys.modules:
-        gc.disable()
+def _constraint(args: argparse.Namespace) -> "Constraint | None":
+    """The form that is asked for. Raises MMGPTError naming a schema file that cannot be read."""
+    from mm_gpt.inference.constraints import Constraint
+
+    if (path := args.json_schema) is not None:
         try:
-            importlib.import_module(module)
-        finally:
+            schema = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise MMGPTError(f"{path}: not readable as JSON ({error})") from None
+        return Constraint(json_schema=schema)
+    if args.regex is not None:
+        return Constraint(regex=args.regex)
+    if args.choice:
+        return Constraint(choices=tuple(args.choice))
+    return Constraint(json_object=True) if args.json_object else None
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """While modules are imported and a model is loaded: none of that is garbage, and to search there for some takes a
+    fifth of the time. What was imported is not searched later either."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():
             gc.freeze()
-            gc.enable()
+        gc.enable()
+
+
+def load_assistant(args: argparse.Namespace) -> "Assistant":
+    """The model that the options of `add_model` name."""
+    with nothing_collected():
+        import mm_gpt
+
+        return mm_gpt.load(args.model, device=args.device, dtype=args.dtype)
 
 
 def positive(text: str) -> int:

@@ -5,12 +5,8 @@ import ipaddress
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mm_gpt.commands.command import Command, add_model, positive
-
-if TYPE_CHECKING:
-    from mm_gpt.inference.assistant import Assistant
+from mm_gpt.commands.command import Command, add_model, load_assistant, nothing_collected, positive
 
 KEY = "MM_GPT_API_KEY"
 
@@ -46,8 +42,9 @@ def _port(text: str) -> int:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    from mm_gpt.serving.server.config import ServerConfig
-    from mm_gpt.serving.server.run import listen, serve
+    with nothing_collected():
+        from mm_gpt.serving.server.config import ServerConfig
+        from mm_gpt.serving.server.run import listen, serve
 
     key = args.api_key if args.api_key is not None else os.environ.get(KEY, "")
     config = ServerConfig(
@@ -64,13 +61,8 @@ def run_serve(args: argparse.Namespace) -> int:
     if not key and not _is_loopback(args.host):
         print(f"mm-gpt: anyone who reaches {args.host} can use this server: set {KEY}", file=sys.stderr)
 
-    def load() -> "Assistant":
-        import mm_gpt
-
-        return mm_gpt.load(args.model, device=args.device)
-
     with listen(args.host, args.port) as sock:
-        serve(load, args.name or _name(args.model), config, sock)
+        serve(lambda: load_assistant(args), args.name or _name(args.model), config, sock)
     return 0
 
 

@@ -46,6 +46,11 @@ class Ticket:
         return self._job.rows[0].cached_tokens if self._job.rows else 0
 
     @property
+    def completion_tokens(self) -> int:
+        """Tokens generated so far, of all n answers."""
+        return sum(len(row.ids) for row in self._job.rows)
+
+    @property
     def prompt_logprobs(self) -> list[TokenLogprob | None] | None:
         """Known when the first piece comes."""
         return self._job.rows[0].prompt_logprobs if self._job.rows else None

@@ -327,9 +327,8 @@ def _move_matrices(decoder: Decoder) -> None:
     """Into huge pages. What a matrix had before is given back before the next one is copied."""
     plain = [module for module in decoder.modules() if isinstance(module, (nn.Linear, nn.Embedding))]
     packed = [module for module in decoder.modules() if isinstance(module, (PackedLinear, PackedEmbedding))]
-    matrices = [matrix for module in packed for matrix in _matrices(module)]
-    sizes = [Arena.room(module.weight) for module in plain] + [Arena.room(matrix.data) for matrix in matrices]
-    arena = Arena(sum(sizes))
+    size = sum(Arena.room(module.weight) for module in plain)
+    arena = Arena(size + sum(Arena.room(matrix.data) for module in packed for matrix in _matrices(module)))
     for module in plain:
         module.weight.data = arena.take(module.weight.detach())
     for place in packed:

@@ -1,6 +1,5 @@
 """What is asked of the engine, and what it gives back: options, answers, and the pieces of an answer that grows."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +38,7 @@ class GenerationConfig:
     """Taken from the logits of tokens that the answer has, from -2 to 2."""
     frequency_penalty: float = 0.0
     """Taken from a token's logit as often as the answer has it, from -2 to 2."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: dict[int, float] = field(default_factory=dict)
     """Added to the logits of single ids."""
     num_beams: int = 1
     length_penalty: float = 0.6

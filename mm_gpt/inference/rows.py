@@ -14,7 +14,7 @@ from mm_gpt.inference.constraints import Grammar
 from mm_gpt.inference.detokenizer import Detokenizer, StopMatcher, TokenBytes
 from mm_gpt.inference.generation import Answer, GenerationConfig, TokenLogprob, TopToken
 from mm_gpt.inference.reading import Prompt
-from mm_gpt.inference.sampling import Sampler, logprobs_of
+from mm_gpt.inference.sampling import Sampler, constrain, logprobs_of
 from mm_gpt.inference.sequences import Sequences
 from mm_gpt.model.decoder import Decoder
 
@@ -71,20 +71,21 @@ class Row:
         ended = id in self.end_ids
         if self.grammar is not None and not ended:
             self.grammar.accept(id)
+            ended = self.grammar.finished  # no step for an end mark that must come
         is_last = ended or len(self.ids) == self.limit
-        new, stopped = self._stops.add(self._words.add(id) + (self._words.finish() if is_last else ""))
+        new, stopped = self._stops.add(self._words.add(id))
         if stopped or ended:
             self.finish_reason = "stop"
         elif is_last:
             self.finish_reason = "length"
         if is_last and not stopped:
-            new += self._stops.finish()
+            new += self._stops.finish() + self._words.finish()  # half a character is no stop text
         self.text += new
         return new
 
     def answer(self) -> Answer:
         return Answer(
-            self.text.strip(),
+            self.text if self.grammar is not None else self.text.strip(),
             ids=tuple(self.ids),
             prompt_tokens=len(self.prompt),
             image_tokens=self.prompt.example.image_tokens,
@@ -113,9 +114,7 @@ def adjusted(logprobs: Tensor, rows: Many[Row]) -> Tensor:
         return logprobs
     logprobs = logprobs.clone()
     for values, row, mask in zip(logprobs, rows, masks, strict=True):
-        row.sampler.adjust(values)
-        if mask is not None:
-            values[~torch.from_numpy(mask).to(values.device)] = -torch.inf
+        constrain(values, row.sampler, mask)
     return logprobs
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numba
 import numpy as np
 
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy")
+jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 F0, F1, F2, HALF_UP = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5)
 LIMIT = np.float32(1 << 20)
@@ -18,7 +18,7 @@ LIMIT = np.float32(1 << 20)
 
 
 def encode(name: str, values: np.ndarray, out: np.ndarray) -> None:
-    """Values (n, block) in float32 into blocks (n, bytes); those of the K formats are for `k_blocks`."""
+    """Values (n, block) in float32 into blocks (n, bytes); those of the K formats are for `fitting`."""
     scales = np.empty((len(values), 2), np.float32)
     _ENCODERS[name](values, values.view(np.int32), out, scales)
     num = 2 if name in ("Q4_1", "Q5_1") else 1
@@ -33,7 +33,7 @@ def decode(name: str, blocks: np.ndarray, out: np.ndarray) -> None:
     _DECODERS[name](blocks, scales, out)
 
 
-@_jit
+@jit
 def encode_bf16(bits: np.ndarray, out: np.ndarray) -> None:
     """float32's bits to bfloat16's, to the nearest, to even; what is no number stays so."""
     for i in range(len(bits)):
@@ -43,18 +43,18 @@ def encode_bf16(bits: np.ndarray, out: np.ndarray) -> None:
         out[i] = np.uint16(quiet if (n & MAGNITUDE) > np.uint32(0x7F800000) else rounded)
 
 
-@_jit
+@jit
 def _inverse(d: Any) -> Any:
     return F1 / d if d != F0 else F0
 
 
-@_jit
+@jit
 def _code(x: Any, most: Any) -> Any:
     """A float as a code in [0, most]."""
     return min(np.int32(x) if abs(x) < LIMIT else np.int32(0), np.int32(most))
 
 
-@_jit
+@jit
 def _extreme(values: np.ndarray, bits: np.ndarray) -> Any:
     """The value of the largest magnitude, the first of them."""
     top = np.int32(0)
@@ -66,7 +66,7 @@ def _extreme(values: np.ndarray, bits: np.ndarray) -> Any:
     return F0
 
 
-@_jit
+@jit
 def _ends(bits: np.ndarray, ends: np.ndarray) -> None:
     """The keys of the least and the largest value; keys are in the order of floats."""
     low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
@@ -77,7 +77,7 @@ def _ends(bits: np.ndarray, ends: np.ndarray) -> None:
     ends[1] = high ^ ((high >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
-@_jit
+@jit
 def _encode_q8_0(values: np.ndarray, bits: np.ndarray, out: np.ndarray, scales: np.ndarray) -> None:
     for b in range(len(values)):
         d = abs(_extreme(values[b], bits[b])) / np.float32(127)
@@ -97,7 +97,7 @@ def _symmetric(bits_a_value: int) -> Callable[..., None]:
     middle, high_bits = 1 << (bits_a_value - 1), bits_a_value == 5
     most, start = 2 * middle - 1, 6 if bits_a_value == 5 else 2
 
-    @_jit
+    @jit
     def encode(values: np.ndarray, bits: np.ndarray, out: np.ndarray, scales: np.ndarray) -> None:
         codes = np.empty(32, np.int32)
         for b in range(len(values)):
@@ -106,7 +106,7 @@ def _symmetric(bits_a_value: int) -> Callable[..., None]:
             inverse = _inverse(d)
             for j in range(32):
                 codes[j] = _code(values[b, j] * inverse + np.float32(middle + 0.5), most)
-            _store(codes, out[b], start, high_bits)
+            store(codes, out[b], start, high_bits)
 
     return encode
 
@@ -115,7 +115,7 @@ def _affine(bits_a_value: int) -> Callable[..., None]:
     """Codes from the least value, 0, to the largest."""
     most, start, high_bits = (1 << bits_a_value) - 1, 8 if bits_a_value == 5 else 4, bits_a_value == 5
 
-    @_jit
+    @jit
     def encode(values: np.ndarray, bits: np.ndarray, out: np.ndarray, scales: np.ndarray) -> None:
         codes = np.empty(32, np.int32)
         ends = np.empty(2, np.int32)
@@ -127,13 +127,13 @@ def _affine(bits_a_value: int) -> Callable[..., None]:
             inverse = _inverse(d)
             for j in range(32):
                 codes[j] = _code((values[b, j] - low) * inverse + HALF_UP, most)
-            _store(codes, out[b], start, high_bits)
+            store(codes, out[b], start, high_bits)
 
     return encode
 
 
-@_jit
-def _store(codes: np.ndarray, out: np.ndarray, start: int, high_bits: bool) -> None:
+@jit
+def store(codes: np.ndarray, out: np.ndarray, start: int, high_bits: bool) -> None:
     """Nibbles from `start` on, the first half of the codes in the low ones; the fifth bits as a word before them."""
     for j in range(16):
         out[start + j] = np.uint8((codes[j] & 15) | ((codes[j + 16] & 15) << 4))
@@ -145,7 +145,7 @@ def _store(codes: np.ndarray, out: np.ndarray, start: int, high_bits: bool) -> N
             out[start - 4 + byte] = np.uint8(word)
 
 
-@_jit
+@jit
 def _decode_q8_0(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
     for b in range(len(blocks)):
         for j in range(32):
@@ -157,7 +157,7 @@ def _decoder(bits_a_value: int, affine: bool) -> Callable[..., None]:
     start = 2 + 2 * affine + 4 * five
     middle = 0 if affine else 1 << (bits_a_value - 1)
 
-    @_jit
+    @jit
     def decode(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
         for b in range(len(blocks)):
             d = scales[b, 0]
@@ -181,7 +181,7 @@ def _decoder(bits_a_value: int, affine: bool) -> Callable[..., None]:
     return decode
 
 
-@_jit
+@jit
 def _factors(packed: np.ndarray, factors: np.ndarray) -> None:
     """The eight scales and eight minima of six bits in twelve bytes."""
     for j in range(4):
@@ -193,7 +193,7 @@ def _factors(packed: np.ndarray, factors: np.ndarray) -> None:
 def _k_decoder(five: bool) -> Callable[..., None]:
     start = 48 if five else 16
 
-    @_jit
+    @jit
     def decode(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
         factors = np.empty(16, np.uint8)
         for b in range(len(blocks)):
@@ -210,7 +210,7 @@ def _k_decoder(five: bool) -> Callable[..., None]:
     return decode
 
 
-@_jit
+@jit
 def _decode_q6_k(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
     for b in range(len(blocks)):
         for group in range(8):  # of 32 values: the nibbles of 64 bytes hold four groups

@@ -59,11 +59,12 @@ PLAIN = ("F32", "F16", "BF16")
 """The formats without blocks."""
 
 
-def quantize(values: np.ndarray, name: str) -> np.ndarray:
+def quantize(values: np.ndarray, name: str, *, fit: bool = False) -> np.ndarray:
     """Values (rows, columns) in float32 as bytes (rows, row_bytes).
 
-    Values beyond `FORMATS[name].largest` make scales infinite, as in the reference: who calls looks first. Raises
-    ValueError for rows that are no whole blocks.
+    With `fit`, Q4_1 and Q5_1 have the scales of the least squared error, as K formats always do, instead of the
+    reference's bytes. Values beyond `FORMATS[name].largest` make scales infinite, as in the reference: who calls looks
+    first. Raises ValueError for rows that are no whole blocks.
     """
     rows, columns = values.shape
     format = FORMATS[name]
@@ -80,10 +81,10 @@ def quantize(values: np.ndarray, name: str) -> np.ndarray:
     if name == "BF16":
         blocks.encode_bf16(values.view(np.uint32).reshape(-1), out.view(np.uint16).reshape(-1))
         return out
-    if name.endswith("_K"):
-        from mm_gpt.kernels import k_blocks
+    if name.endswith("_K") or (fit and name in ("Q4_1", "Q5_1")):
+        from mm_gpt.kernels import fitting
 
-        k_blocks.encode(name, values.reshape(-1, format.block), out.reshape(-1, format.block_bytes))
+        fitting.encode(name, values.reshape(-1, format.block), out.reshape(-1, format.block_bytes))
     else:
         blocks.encode(name, values.reshape(-1, format.block), out.reshape(-1, format.block_bytes))
     return out

@@ -1,114 +1,93 @@
 """Attention of all tokens to all, as in a vision tower, in bfloat16 with float32 sums and softmax, on the CPU.
 
-Shapes: T tokens, H heads, C features of a head. Six queries go through at a time: their scores of all the keys stay in
-the nearest cache, so that the softmax is the plain one, over the whole row.
+Shapes: N images, T tokens, H heads, C features of a head, an even number. Six queries go through at a time: their
+scores of all the keys stay in the nearest cache, so that the softmax is the plain one, over the whole row.
 """
 
 import numpy as np
-from numba import njit
 
-from mm_gpt.kernels.gemm import _options, half, to_bf16
-from mm_gpt.kernels.tiles import GROUP, TILE_COLUMNS, TILE_ROWS, address, aligned, bf16_tile, run, softmax_row
+from mm_gpt.kernels.tiles import GROUP, TILE_COLUMNS, TILE_ROWS, address, aligned, bf16_tile, jit, run, softmax_row
 
 _PAIR = GROUP // 2
 """Values of bfloat16 in a group."""
 
 
-def attend(qkv: np.ndarray, heads: int, *, threads: int = 1) -> np.ndarray:
-    """softmax(q k' / sqrt(C)) v for each image and head: (N, T, H * C) float32.
+def room_for_heads(rows: int, width: int) -> np.ndarray:
+    """For `attend`: (`rows` and some that only fill up the last six, `width`) bits of bfloat16."""
+    return aligned((rows + TILE_ROWS - 1, width), np.uint16)
 
-    `qkv` (N, T, 3 * H * C) float32, contiguous, holds queries, keys and values of all heads, in this order.
+
+def attend(qkv: np.ndarray, images: int, heads: int, *, threads: int = 1) -> np.ndarray:
+    """softmax(q k' / sqrt(C)) v for each image and head: (N * T, H * C) float32.
+
+    `qkv` is a filled `room_for_heads(N * T, 3 * H * C)`: queries, keys and values of all heads, in this order.
     """
-    images, tokens, width = qkv.shape
-    out = np.empty((images, tokens, width // 3), np.float32)
-    share = max(1, heads // (2 * threads))
-    items = [(n, h, min(h + share, heads)) for n in range(images) for h in range(0, heads, share)]
+    rows, width = len(qkv) - TILE_ROWS + 1, qkv.shape[1] // 3
+    out = np.empty((rows, width), np.float32)
+    tokens, share = rows // max(images, 1), max(1, heads // (2 * threads))
+    items = [(n * tokens, h, min(h + share, heads)) for n in range(images) for h in range(0, heads, share)]
 
     def job(item: tuple[int, int, int]) -> None:
-        n, first, last = item
-        attend_heads(qkv[n], heads, first, last, out[n], *_scratch(tokens, width // 3 // heads))
+        start, *some = item
+        _attend(qkv[start : start + tokens + TILE_ROWS - 1], out[start : start + tokens], heads, range(*some))
 
     run(job, items, threads)
     return out
 
 
-def _scratch(tokens: int, size: int) -> tuple[np.ndarray, ...]:
-    """Room for a head's keys and values as panels, for six queries, their scores and their probabilities."""
-    padded = -(-tokens // TILE_COLUMNS) * TILE_COLUMNS
-    groups, value_panels = -(-size // _PAIR), -(-size // TILE_COLUMNS)
-    absent = np.zeros(padded, np.float32)
-    absent[tokens:] = -1e30  # is added to the scores of keys that are not there
-    return (
-        aligned((padded // TILE_COLUMNS, groups, TILE_COLUMNS, _PAIR), np.uint16),
-        aligned((value_panels, padded // _PAIR, TILE_COLUMNS, _PAIR), np.uint16),
-        aligned((TILE_ROWS, groups * _PAIR), np.uint16),
-        aligned((TILE_ROWS, padded), np.float32),
-        aligned((TILE_ROWS, padded), np.uint16),
-        absent,
-    )
-
-
-@njit(**_options)
-def attend_heads(qkv, heads, first, last, out, keys, values, queries, scores, weights, absent):  # type: ignore[no-untyped-def]
-    """Heads first to last of one image: `qkv` is (T, 3 * H * C), `out` (T, H * C)."""
+def _attend(qkv: np.ndarray, out: np.ndarray, heads: int, some: range) -> None:
+    """Some heads of one image: `out` is (T, H * C)."""
     tokens, width = out.shape
-    size = width // heads
+    size, padded = width // heads, -(-tokens // TILE_COLUMNS) * TILE_COLUMNS
+    k, v = (qkv[:tokens, at : at + width].reshape(tokens, heads, size) for at in (width, 2 * width))
+    # What the tiles read: panels of 64 keys, and of 64 features of the values, with zeros for what is not there
+    keys = np.zeros((padded, size // _PAIR), np.uint32)
+    key_panels = aligned((padded // TILE_COLUMNS, size // _PAIR, TILE_COLUMNS), np.uint32)
+    value_panels = aligned((-(-size // TILE_COLUMNS), padded // _PAIR, TILE_COLUMNS, _PAIR), np.uint16)
+    value_panels[:] = 0
+    absent = np.zeros(padded, np.float32)
+    absent[tokens:] = -1e30  # is added to the scores
+    scores, weights = aligned((TILE_ROWS, padded), np.float32), aligned((TILE_ROWS, padded), np.uint16)
+    for head in some:
+        keys[:tokens] = np.ascontiguousarray(k[:, head]).view(np.uint32)
+        key_panels[:] = keys.reshape(-1, TILE_COLUMNS, keys.shape[1]).transpose(0, 2, 1)
+        for panel in range(len(value_panels)):
+            part = v[:, head, panel * TILE_COLUMNS : (panel + 1) * TILE_COLUMNS]
+            for side in range(_PAIR):
+                rows = part[side::_PAIR]
+                value_panels[panel, : len(rows), : part.shape[1], side] = rows
+        _attend_head(qkv, head * size, size, key_panels, value_panels, absent, scores, weights, out)
+
+
+@jit()
+def _attend_head(qkv, start, size, keys, values, absent, scores, weights, out):  # type: ignore[no-untyped-def]
+    """The head whose queries begin at column `start`."""
     factor = np.float32(1.442695 / np.sqrt(size))
-    tile, sums = np.empty((TILE_ROWS, TILE_COLUMNS), np.float32), np.empty(TILE_ROWS, np.float32)
-    no_bias = np.zeros(TILE_COLUMNS, np.float32)
-    for start in range(first * size, last * size, size):
-        _pack_keys(qkv, width + start, size, keys)
-        _pack_values(qkv, 2 * width + start, size, values)
-        for row in range(0, tokens, TILE_ROWS):
-            count = min(TILE_ROWS, tokens - row)
-            for i in range(count):
-                to_bf16(qkv[row + i, start : start + size], queries[i])
-            for panel in range(keys.shape[0]):
-                biases, to = absent[panel * TILE_COLUMNS :], scores[:, panel * TILE_COLUMNS :]
-                _multiply(queries, keys[panel], biases, address(to), 4 * scores.shape[1])
-            for i in range(count):
-                sums[i] = softmax_row(address(scores[i]), scores.shape[1], factor, address(weights[i]))
-            for panel in range(values.shape[0]):
-                _multiply(weights, values[panel], no_bias, address(tile), 4 * TILE_COLUMNS)
-                column = panel * TILE_COLUMNS
-                for i in range(count):
-                    place = out[row + i, start + column : start + min(column + TILE_COLUMNS, size)]
+    tile, no_bias = np.empty((TILE_ROWS, TILE_COLUMNS), np.float32), np.zeros(TILE_COLUMNS, np.float32)
+    sums = np.empty(TILE_ROWS, np.float32)
+    stride, columns = 2 * qkv.shape[1], scores.shape[1]
+    for row in range(0, len(out), TILE_ROWS):
+        queries = address(qkv) + row * stride + 2 * start
+        for panel in range(len(keys) + len(values)):
+            # One call for both products: each brings the code of a tile with it
+            is_value = panel >= len(keys)
+            if panel == len(keys):
+                for i in range(TILE_ROWS):
+                    at = i * columns
+                    sums[i] = softmax_row(address(scores) + 4 * at, columns, factor, address(weights) + 2 * at)
+            if is_value:
+                i = panel - len(keys)
+                groups, rows, rows_stride = values.shape[1], address(weights), 2 * columns
+                place, bias = address(values) + i * groups * TILE_COLUMNS * GROUP, address(no_bias)
+                to, to_stride = address(tile), 4 * TILE_COLUMNS
+            else:
+                groups, rows, rows_stride = keys.shape[1], queries, stride
+                place, bias = address(keys) + panel * groups * TILE_COLUMNS * GROUP, address(absent) + 256 * panel
+                to, to_stride = address(scores) + 4 * TILE_COLUMNS * panel, 4 * columns
+            bf16_tile(rows, rows_stride, place, groups, 0, 0, 0, 0, bias, to, to_stride)
+            if is_value:
+                column = TILE_COLUMNS * (panel - len(keys))
+                for i in range(min(TILE_ROWS, len(out) - row)):
                     inverse = np.float32(1) / sums[i]
-                    for j in range(len(place)):
-                        place[j] = tile[i, j] * inverse
-
-
-@njit(**_options)
-def _multiply(rows, panel, bias, out, stride):  # type: ignore[no-untyped-def]
-    """Six rows of bfloat16 times a panel, plus a bias for each column, to a place with this stride."""
-    groups = panel.shape[0]
-    bf16_tile(address(rows), groups * GROUP, address(panel), groups, 0, 0, 0, 0, address(bias), out, stride)
-
-
-@njit(inline="never", **_options)
-def _pack_keys(qkv, start, size, keys):  # type: ignore[no-untyped-def]
-    panels, groups, columns, pair = keys.shape
-    words = keys.view(np.uint32).reshape(panels, groups, columns)
-    row = np.zeros(groups * pair, np.uint16)
-    pairs = row.view(np.uint32)
-    for token in range(panels * columns):
-        if token < len(qkv):
-            to_bf16(qkv[token, start : start + size], row)
-        else:
-            row[:] = 0
-        panel, column = token // columns, token % columns
-        for group in range(groups):
-            words[panel, group, column] = pairs[group]
-
-
-@njit(inline="never", **_options)
-def _pack_values(qkv, start, size, values):  # type: ignore[no-untyped-def]
-    panels, groups, columns, pair = values.shape
-    values[:] = 0
-    for panel in range(panels):
-        column = start + panel * columns
-        width = min(columns, start + size - column)
-        for token in range(len(qkv)):
-            place, side = values[panel, token // pair], token % pair
-            for i in range(width):
-                place[i, side] = half(qkv[token, column + i])
+                    for j in range(min(TILE_COLUMNS, size - column)):
+                        out[row + i, start + column + j] = tile[i, j] * inverse

@@ -4,7 +4,7 @@ Shapes: M rows, K values in, N values out. x (M, K) float32 times packed weights
 
 int8: weights have one scale per output, symmetric. Each row of x is quantised where it is used, to 0..255 over its own
 range (zero included, and exact), as LLM.int8 (2208.07339) and ZeroQuant (2206.01861) do per token; the sums are exact,
-and the zero point is taken out by the sum of the output's weights. bf16: both are rounded to bfloat16, sums are float32.
+and the zero point is taken out by the sum of the output's weights. bf16: both are rounded to it, sums are float32.
 
 A row's result does not depend, bit for bit, on how many rows there are, on its place, or on the number of threads.
 """
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numba import njit
 
 from mm_gpt.errors import MMGPTError
 from mm_gpt.kernels.tiles import (
@@ -27,6 +26,7 @@ from mm_gpt.kernels.tiles import (
     bits_of_float,
     float_of_bits,
     int8_tile,
+    jit,
     run,
 )
 
@@ -37,9 +37,6 @@ ROW_BLOCK = 8 * TILE_ROWS
 MAX_COLUMNS = 2**16
 """K up to which no sum of 255 · 127 leaves int32."""
 NO_ACTIVATION, GELU, GELU_TANH, QUICK_GELU = range(4)
-
-_FAST = {"reassoc", "contract", "nsz", "arcp"}  # not nnan: a NaN must come out as one
-_options = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +108,7 @@ def gemm(x: np.ndarray, packed: PackedWeight, *, threads: int = 1) -> np.ndarray
         raise ValueError(f"expected rows of {packed.columns} contiguous float32, got {x.dtype} {x.shape}")
     out = np.empty((len(x), packed.rows), np.float32)
     rows = Rows(len(x), packed.row_bytes)
-    is_int8 = packed.kind == "int8"
-    run(lambda part: quantise_rows(x, *part, is_int8, rows.arrays, part[0]), blocks(len(x)), threads)
+    run(lambda part: quantise_rows(x, part[0], part[1], packed.kind, rows, part[0]), blocks(len(x)), threads)
     # Few rows: the outputs are shared out as well, so that every thread has work
     panels = len(packed.panels)
     share = -(-panels // max(1, 2 * threads // len(list(blocks(len(x)))))) if len(x) else panels
@@ -126,6 +122,23 @@ def gemm(x: np.ndarray, packed: PackedWeight, *, threads: int = 1) -> np.ndarray
 
     run(multiply, items, threads)
     return out
+
+
+def linear(
+    x: np.ndarray,
+    start: int,
+    stop: int,
+    packed: PackedWeight,
+    out: np.ndarray,
+    to: int,
+    *,
+    activation: int = NO_ACTIVATION,
+    add: bool = False,
+) -> None:
+    """A block of rows of x times all the weights, in this thread: into rows of `out` from `to` on, or added to them."""
+    rows = Rows(ROW_BLOCK, packed.row_bytes)
+    quantise_rows(x, start, stop, packed.kind, rows, 0)
+    multiply_rows(rows.arrays, weights_of(packed), 0, stop - start, 0, len(packed.panels), activation, add, out, to)
 
 
 def blocks(rows: int, size: int = ROW_BLOCK) -> Iterator[tuple[int, int]]:
@@ -147,7 +160,7 @@ def weights_of(packed: PackedWeight) -> tuple[bool, np.ndarray, np.ndarray, np.n
     return packed.kind == "int8", packed.panels, packed.scale, packed.sums, packed.bias
 
 
-@njit(fastmath=_FAST, **_options)
+@jit(fast=True)
 def normalise_rows(x, start, stop, norm, out):  # type: ignore[no-untyped-def]
     """Rows start to stop of x into the first rows of `out`, by LayerNorm or RMSNorm.
 
@@ -169,59 +182,57 @@ def normalise_rows(x, start, stop, norm, out):  # type: ignore[no-untyped-def]
             out[row - start, i] = (x[row, i] - mean) * inverse * gain[i] + offset[i]
 
 
-@njit(**_options)
-def quantise_rows(x, start, stop, is_int8, rows, to):  # type: ignore[no-untyped-def]
-    """Rows start to stop of x into `rows` from `to` on, with their scales and zero points."""
-    values, scale, zero = rows
+def quantise_rows(x: np.ndarray, start: int, stop: int, kind: Kind, rows: "Rows", to: int) -> None:
+    """Rows start to stop of x into `rows` from `to` on."""
+    if kind == "int8":
+        _to_uint8(x, start, stop, *rows.arrays, to)
+    else:
+        to_bf16(x, start, stop, rows.arrays[0].view(np.uint16), to)
+
+
+@jit()
+def _to_uint8(x, start, stop, values, scales, zeros, to):  # type: ignore[no-untyped-def]
+    """A row is scale * (values - zero). NaN and infinity make the scale so."""
+    width = x.shape[1]
+    for row in range(start, stop):
+        # As integers, in the order of the floats: these minima become vector instructions, and a NaN is the largest
+        low, high = np.int32(0), np.int32(0)
+        for i in range(width):
+            bits = bits_of_float(x[row, i])
+            key = np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+            low = min(low, key)
+            high = max(high, key)
+        lowest = float_of_bits(np.int32(low ^ ((low >> np.int32(31)) & np.int32(0x7FFFFFFF))))
+        reach = float_of_bits(high) - lowest
+        inverse = np.float32(0)
+        if np.float32(1e-30) < reach < np.float32(3e38):
+            inverse = np.float32(255) / reach
+        zero = np.int32(np.float32(0.5) - lowest * inverse)
+        place = to + row - start
+        scales[place], zeros[place] = reach / np.float32(255), zero
+        shift = np.float32(zero) + np.float32(0.5)
+        for i in range(width):
+            value = min(max(x[row, i] * inverse + shift, np.float32(0)), np.float32(255))
+            values[place, i] = np.uint8(np.int32(value))
+        for i in range(width, values.shape[1]):
+            values[place, i] = np.uint8(0)
+
+
+@jit()
+def to_bf16(x, start, stop, out, to):  # type: ignore[no-untyped-def]
+    """Rows start to stop of x as the bits of bfloat16, ties to even, into `out` from `to` on, with zeros behind."""
+    width = x.shape[1]
     for row in range(start, stop):
         place = to + row - start
-        if is_int8:
-            scale[place], zero[place] = _to_uint8(x[row], values[place])
-        else:
-            to_bf16(x[row], values[place].view(np.uint16))
+        for i in range(width):
+            bits = np.uint32(bits_of_float(x[row, i]))
+            rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+            out[place, i] = np.uint16(rounded >> np.uint32(16))
+        for i in range(width, out.shape[1]):
+            out[place, i] = np.uint16(0)
 
 
-@njit(inline="never", **_options)
-def _to_uint8(x, values):  # type: ignore[no-untyped-def]
-    """(scale, zero point) of a row, which is then scale * (values - zero point). NaN and infinity make the scale so."""
-    # As integers, in the order of the floats: these minima become vector instructions, and a NaN is the largest
-    low, high = np.int32(0), np.int32(0)
-    for i in range(len(x)):
-        bits = bits_of_float(x[i])
-        key = np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-        low = min(low, key)
-        high = max(high, key)
-    lowest = float_of_bits(np.int32(low ^ ((low >> np.int32(31)) & np.int32(0x7FFFFFFF))))
-    reach = float_of_bits(high) - lowest
-    inverse = np.float32(0)
-    if np.float32(1e-30) < reach < np.float32(3e38):
-        inverse = np.float32(255) / reach
-    zero = np.int32(np.float32(0.5) - lowest * inverse)
-    shift = np.float32(zero) + np.float32(0.5)
-    for i in range(len(x)):
-        values[i] = np.uint8(np.int32(min(max(x[i] * inverse + shift, np.float32(0)), np.float32(255))))
-    for i in range(len(x), len(values)):
-        values[i] = np.uint8(0)
-    return reach / np.float32(255), zero
-
-
-@njit(**_options)
-def half(value):  # type: ignore[no-untyped-def]
-    """The bits of the nearest bfloat16, ties to even."""
-    bits = np.uint32(bits_of_float(value))
-    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-
-@njit(inline="never", **_options)
-def to_bf16(x, out):  # type: ignore[no-untyped-def]
-    """A row as bfloat16, with zeros behind it."""
-    for i in range(len(x)):
-        out[i] = half(x[i])
-    for i in range(len(x), len(out)):
-        out[i] = np.uint16(0)
-
-
-@njit(**_options)
+@jit()
 def multiply_rows(rows, weights, start, stop, first, last, activation, add, out, to):  # type: ignore[no-untyped-def]
     """Rows start to stop times panels first to last: written to rows of `out` from `to` on, or added to them.
 
@@ -254,38 +265,31 @@ def multiply_rows(rows, weights, start, stop, first, last, activation, add, out,
                     place, stride, panel_at, groups, factors, points, scales, corrections, biases, target, target_stride
                 )
             if not direct:
-                count = min(TILE_ROWS, stop - row)
-                _finish(tile, activation, add, out[target_row : target_row + count, column : column + width])
+                if activation:
+                    activate(tile, activation)
+                for i in range(min(TILE_ROWS, stop - row)):
+                    for j in range(width):
+                        before = out[target_row + i, column + j] if add else np.float32(0)
+                        out[target_row + i, column + j] = before + tile[i, j]
 
 
-@njit(inline="never", fastmath=_FAST, **_options)
-def _finish(tile, activation, add, out):  # type: ignore[no-untyped-def]
-    if activation:
-        activate(tile.reshape(-1), activation)
-    for i in range(out.shape[0]):
-        if add:
-            for j in range(out.shape[1]):
-                out[i, j] += tile[i, j]
-        else:
-            for j in range(out.shape[1]):
-                out[i, j] = tile[i, j]
-
-
-@njit(fastmath=_FAST, **_options)
+@jit(fast=True)
 def activate(values, activation):  # type: ignore[no-untyped-def]
-    if activation == GELU_TANH:
-        for i in range(len(values)):
-            x = values[i]
-            values[i] = _swish(x, x * (np.float32(1.5957691) + np.float32(0.071354816) * x * x))
-    elif activation == QUICK_GELU:
-        for i in range(len(values)):
-            values[i] = _swish(values[i], np.float32(1.702) * values[i])
-    else:
-        for i in range(len(values)):
-            values[i] = _gelu(values[i])
+    """Values (rows, columns) in place."""
+    for i in range(values.shape[0]):
+        if activation == GELU:
+            for j in range(values.shape[1]):
+                values[i, j] = _gelu(values[i, j])
+        else:
+            cubic = np.float32(0.071354816 if activation == GELU_TANH else 0)
+            linear = np.float32(1.5957691 if activation == GELU_TANH else 1.702)
+            for j in range(values.shape[1]):
+                x = values[i, j]
+                square = min(x * x, np.float32(1e6))  # zero times infinity would be NaN
+                values[i, j] = _swish(x, x * (linear + cubic * square))
 
 
-@njit(fastmath=_FAST, **_options)
+@jit(fast=True, inner=True)
 def exp2(x):  # type: ignore[no-untyped-def]
     """2^x for x <= 0, to 2e-7 of itself, in operations that become vector instructions; 2^-126 is the least."""
     x = max(x, np.float32(-126))
@@ -297,14 +301,14 @@ def exp2(x):  # type: ignore[no-untyped-def]
     return p * float_of_bits(np.int32((whole + np.int32(127)) << np.int32(23)))
 
 
-@njit(fastmath=_FAST, **_options)
+@jit(fast=True, inner=True)
 def _swish(x, y):  # type: ignore[no-untyped-def]
     """x times the logistic function of y."""
     e = exp2(-abs(y) * np.float32(1.442695))
     return x * (np.float32(1) if y > 0 else e) / (np.float32(1) + e)
 
 
-@njit(fastmath=_FAST, **_options)
+@jit(fast=True, inner=True)
 def _gelu(x):  # type: ignore[no-untyped-def]
     """x Phi(x), the error function after Abramowitz and Stegun, 7.1.26: to 1.5e-7 of Phi."""
     t = np.float32(1) / (np.float32(1) + np.float32(0.23164189) * abs(x))

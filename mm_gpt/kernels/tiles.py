@@ -9,16 +9,17 @@ The order of the sums of one output depends on nothing but K: its bits do not de
 """
 
 import os
+import zlib
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+from numba import extending, njit, types
 
 TILE_ROWS, TILE_COLUMNS = 6, 64
 """24 accumulators, 4 vectors of weights and one of values: 29 of the 32 registers."""
@@ -57,6 +58,26 @@ def missing() -> str | None:
     return f"the processor has no {absent[0]}" if absent else None
 
 
+intrinsic: Any = extending.intrinsic  # its types are those of the function that emits, not of the one that is called
+_VERSION = f"{zlib.crc32(Path(__file__).read_bytes()):x}"
+_FAST = {"reassoc", "contract", "nsz", "arcp"}  # not nnan: a NaN must come out as one
+
+
+def jit(*, fast: bool = False, inner: bool = False) -> Callable[[Any], Any]:
+    """Compiled when it is first called, without the interpreter's lock, and kept on disk.
+
+    `fast`: sums may be taken in the order that is fastest, the same each time. `inner`: only compiled code calls it.
+    """
+
+    def decorate(function: Any) -> Any:
+        function.__qualname__ += f"_{_VERSION}"  # numba keeps it until its own file changes, but this one is part of it
+        options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+        options |= {"fastmath": _FAST if fast else False, "no_cpython_wrapper": inner}
+        return njit(**options)(function)
+
+    return decorate
+
+
 @intrinsic
 def address(_context: Any, array: Any) -> Any:
     """Where an array's data begins, as a signed integer: numba turns sums of signed and unsigned ones into floats."""
@@ -89,9 +110,9 @@ def bits_of_float(_context: Any, _value: Any) -> Any:
 def _tile(name: str, operand: ir.Type, total: ir.Type) -> Callable[..., None]:
     """tile(rows, stride, panel, groups, row_scale, zero, scale, sums, bias, out, out_stride), pointers as integers.
 
-    `rows` and `out` are 6 rows of bytes and of floats, `stride` and `out_stride` bytes apart. `panel` lies on a multiple
-    of 64 bytes, and `groups` is at least 1. out = (total - zero sums) row_scale scale + bias in int8, and total + bias
-    in bfloat16. `row_scale` and `zero` hold one value a row, the others one a column.
+    `rows` and `out` are 6 rows of bytes and of floats, `stride` and `out_stride` bytes apart. `panel` lies on a
+    multiple of 64 bytes, and `groups` is at least 1. out = (total - zero sums) row_scale scale + bias in int8, and
+    total + bias in bfloat16. `row_scale` and `zero` hold one value a row, the others one a column.
     """
 
     def emit(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> Any:
@@ -240,16 +261,23 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def run(job: Callable[[Any], None], items: Iterable[Any], threads: int) -> None:
-    """`job(item)` for every item, by `threads` threads that take the next one as they become free.
+    """`job(item)` for every item, by `threads` threads, the caller's among them, each taking the next when it is free.
 
     `job` calls what gives up the interpreter's lock. Raises what a job raised, after all have ended.
     """
-    if threads == 1:
-        for item in items:
+    waiting = iter(list(items))  # a list's: the next item of it can be taken by any thread
+
+    def work() -> None:
+        for item in waiting:
             job(item)
-        return
-    for _ in _pool(threads, os.getpid()).map(job, items):
-        pass
+
+    others = [_pool(threads, os.getpid()).submit(work) for _ in range(threads - 1)]
+    try:
+        work()
+    finally:
+        wait(others)
+    for other in others:
+        other.result()
 
 
 @cache

@@ -5,7 +5,7 @@ D width. An image is one tile, or several: its parts at full resolution and the 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from mm_gpt.model.lora import LoRAConfig, add_lora, merge_lora
 from mm_gpt.processor import IGNORE_INDEX, Batch
 from mm_gpt.vision.connectors import ConnectorConfig, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
+from mm_gpt.vision.native_vit import NativeViT
 from mm_gpt.vision.tiling import TilingConfig, assemble
 
 
@@ -162,13 +163,24 @@ class MMGPT(nn.Module):
         if self.vision is None or self.connector is None:
             raise MMGPTError("this model reads text alone: it has no vision encoder for the images")
         sizes, grids = ([(a, b) for a, b in pairs.tolist()] for pairs in (batch.image_sizes, batch.image_grids))
-        features = self.connector(self._see(batch.pixel_values, grids))  # (N, k, D), with DeepStack (N, k, layers · D)
         images = []
-        for tiles, size, grid in zip(features.split(batch.image_tiles.tolist()), sizes, grids, strict=True):
+        for tiles, size, grid in zip(self._features(batch, grids), sizes, grids, strict=True):
             tokens = assemble(tiles, self.config.tiling, size=size, grid=grid, newline=self.image_newline)
             tokens, *deepstack = tokens.split(self.decoder.config.width, dim=-1)
             images.append(ImageFeatures(tokens, tuple(deepstack)))
         return images
+
+    def _features(self, batch: Batch, grids: Sequence[tuple[int, int]]) -> Iterable[Tensor]:
+        """The tiles of each image, (tiles, k, D), with DeepStack (tiles, k, layers · D).
+
+        Images of any size may be large: they go one by one, but for training."""
+        assert self.vision is not None
+        assert self.connector is not None
+        counts = batch.image_tiles.tolist()
+        if self.training or not isinstance(self.vision.tower, NativeViT):
+            return self.connector(self._see(batch.pixel_values, grids)).split(counts)
+        each = zip(batch.pixel_values.split(counts), grids, strict=True)
+        return [self.connector(self._see(pixels, [grid])) for pixels, grid in each]
 
     def _see(self, pixel_values: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """Patch tokens (N, P, D_v). On the CPU in float32, also inside autocast: bf16 convolutions are slower there."""
@@ -216,7 +228,7 @@ class MMGPT(nn.Module):
         if images is not None and not images.any():
             images = None
         local_mask = None
-        if window is not None and (prefix_lm or images is not None):
+        if window is not None and (prefix_lm or images is not None or batch.branch_ids.any()):
             local_mask = attention_mask(batch, prefix_lm=prefix_lm, images=images, window=window, past=past)
         return {
             "mask": attention_mask(batch, prefix_lm=prefix_lm, images=images, past=past),
@@ -250,15 +262,17 @@ def attention_mask(
     same = documents.unsqueeze(2) == documents.unsqueeze(1)  # (B, query, key)
     visible = (branches.unsqueeze(1) == 0) | (branches.unsqueeze(2) == branches.unsqueeze(1))
     keys = torch.arange(past + T, device=documents.device)
-    distance = keys[past:, None] - keys  # (T, past + T)
-    looks = distance >= 0
+    looks = keys[past:, None] >= keys  # (T, past + T)
     if images is not None:
         starts = images & ~F.pad(images[:, :-1], (1, 0))
         runs = starts.cumsum(dim=1).where(images, 0)
         together = images.unsqueeze(2) & (runs.unsqueeze(2) == runs.unsqueeze(1))
         looks = looks | F.pad(together, (past, 0))
     if window is not None:
-        looks = looks & (distance < window)
+        # A branch lies behind the shared part, whatever other branches stand between them in the row
+        places = past + (same & visible).tril().sum(dim=2) - 1  # (B, T) in the token's own text
+        behind = torch.cat([keys[:past].expand(len(places), -1), places], dim=1)
+        looks = looks & (places.unsqueeze(2) - behind.unsqueeze(1) < window)
     if prefix_lm:
         prefix = _before_targets(batch)
         looks = looks | F.pad(prefix.unsqueeze(2) & prefix.unsqueeze(1), (past, 0))

@@ -1,4 +1,4 @@
-"""Whole models as Hugging Face folders: LLaVA's and Qwen-VL's relatives, Idefics3, PaliGemma, Gemma 3, by structure.
+"""Whole models as Hugging Face folders: relatives of LLaVA and Qwen-VL, Idefics3, PaliGemma, Gemma 3, by structure.
 
 Names of tensors and files are laid out as in the published repositories, which every version of transformers and vLLM
 reads.
