@@ -4,7 +4,6 @@ Compiled as the products are, and like them kept on the disk: numba, which does 
 second and 60 MB before its first loop.
 """
 
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -13,7 +12,7 @@ from mm_gpt.kernels.library import library
 from mm_gpt.kernels.matmul import callable_at, round_bf16
 from mm_gpt.kernels.processor import host_isa
 from mm_gpt.kernels.simd import F32, I8, I32, Code, Module, Value, vector
-from mm_gpt.kernels.unpack import BLOCK_FORMATS, Part
+from mm_gpt.kernels.unpack import BLOCK_FORMATS
 
 LANES = 16
 LIMIT = float(1 << 20)
@@ -39,43 +38,23 @@ def encode_q8_0(values: np.ndarray, out: np.ndarray) -> None:
 
 
 @cache
-def _function(name: str, num_args: int) -> Callable[..., None]:
+def _function(name: str, num_args: int):  # type: ignore[no-untyped-def]
     return callable_at(library("expand", host_isa(), _write).address(name), num_args)
 
 
 def _write(module: Module) -> None:
-    for kind in BLOCK_FORMATS:
-        _write_expand(module, kind, "f32", 4)
-        _write_expand(module, kind, "bf16", 2)
-    function = module.function("f32 to Q8_0", 4, exported=True)
-    with function as (code, (floats, count, scales, out)), code.loop(0, count) as i:
+    for kind, form in BLOCK_FORMATS.items():
+        for target, size in (("f32", 4), ("bf16", 2)):
+            writing = module.function(f"{kind} to {target}", 3, exported=True)
+            with writing as (code, (blocks, count, out)), code.loop(0, count) as i:
+                for index, part in enumerate(form.unpack(code, blocks + i * form.block_bytes)):
+                    for half in range(2):
+                        values = part.values(half)
+                        place = i * (form.block_values * size) + (32 * index + LANES * half) * size
+                        code.store(values if target == "f32" else round_bf16(values), out, place)
+    writing = module.function("f32 to Q8_0", 4, exported=True)
+    with writing as (code, (floats, count, scales, out)), code.loop(0, count) as i:
         _encode_block(code, floats + i * 128, scales + i * 4, out + i * 34 + 2)
-
-
-def _write_expand(module: Module, kind: str, target: str, size: int) -> None:
-    """`size`: bytes of a value."""
-    form = BLOCK_FORMATS[kind]
-    function = module.function(f"{kind} to {target}", 3, exported=True)
-    with function as (code, (blocks, count, out)), code.loop(0, count) as i:
-        for index, part in enumerate(form.unpack(code, blocks + i * form.block_bytes)):
-            numbers = part.numbers()
-            for half in range(2):
-                values = _values(numbers, part, half)
-                place = i * (form.block_values * size) + (32 * index + LANES * half) * size
-                code.store(values if target == "f32" else round_bf16(values), out, place)
-
-
-def _values(numbers: Value, part: Part, half: int) -> Value:
-    """<16 x float>, one half of a part's numbers."""
-    if part.lane is None:
-        scale = part.scale.shuffle([8 * half + lane // 2 for lane in range(LANES)])
-    else:
-        scale = part.scale.shuffle([part.lane] * LANES)
-    values = numbers.part(LANES * half, LANES).to(F32) * scale
-    if part.minimum is None:
-        return values
-    minimums, place = part.minimum
-    return values + minimums.shuffle([place] * LANES)
 
 
 def _encode_block(code: Code, floats: Value, scale: Value, codes: Value) -> None:

@@ -281,11 +281,9 @@ def write_expand(module: Module, kind: str) -> None:
             form = BLOCK_FORMATS[kind]
             with code.loop(0, columns // form.block_values) as block:
                 for index, part in enumerate(form.unpack(code, row + block * form.block_bytes)):
-                    lanes = [i // 2 if part.lane is None else part.lane for i in range(BLOCK)]
-                    values = part.numbers().to(F32) * part.scale.shuffle(lanes)
-                    if part.minimum is not None:
-                        values = values + part.minimum[0].shuffle([part.minimum[1]] * BLOCK)
-                    code.store(values, out, (block * form.block_values + index * BLOCK) * 4)
+                    for half in range(2):
+                        place = block * form.block_values + (index * BLOCK + half * LANES)
+                        code.store(part.values(half), out, place * 4)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,13 @@ class Part:
     minimum: tuple[Value, int] | None = None
     """A few floats, and the place of the minimum among them."""
 
+    def values(self, half: int) -> Value:
+        """<16 x float>: the first or the second half of the values."""
+        pairs = [8 * half + lane // 2 for lane in range(16)]
+        scale = self.scale.shuffle(pairs if self.lane is None else [self.lane] * 16)
+        values = self.numbers().part(16 * half, 16).to(F32) * scale
+        return values if self.minimum is None else values + self.minimum[0].shuffle([self.minimum[1]] * 16)
+
 
 @dataclass(frozen=True)
 class BlockFormat:
