@@ -79,6 +79,9 @@ class BlockSequences:
             row.length, row.position = row.length + 1, row.position + 1
         return logits
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.compiled.logits(hidden)
+
     def fork(self, row: BlockSequence, length: int | None = None) -> BlockSequence:
         """A second sequence of the same tokens, or of the first `length` of them."""
         length = row.length if length is None else length

@@ -15,7 +15,7 @@ from mm_gpt.errors import ConfigError
 from mm_gpt.kernels.attention import HeadSpec, PatternSpec
 from mm_gpt.kernels.kv_blocks import BLOCK, BlockPool
 from mm_gpt.kernels.library import library
-from mm_gpt.kernels.matmul import KINDS, kernels, prepared_for, row_bytes
+from mm_gpt.kernels.matmul import callable_at, KINDS, kernels, prepared_for, row_bytes
 from mm_gpt.kernels.memory import Arena, huge
 from mm_gpt.kernels.processor import isa as find_isa
 from mm_gpt.kernels.step import (
@@ -209,6 +209,7 @@ class CompiledDecoder:
             "head_parts": tables["head"][0],
             "head_count": len(products["head"][0]),
         }
+        self._head = products["head"][0]
         kind, _, data, _, columns, _ = self._parts(
             self.decoder.embedding, "embedding", self.config.vocab_size, self.config.width
         )[0]
@@ -281,6 +282,26 @@ class CompiledDecoder:
             self._arguments["angles"] = self._angles[0].data_ptr()
             self._arguments["local_angles"] = self._angles[-1].data_ptr()
         self._record = np.array(ARGUMENTS.values(**self._arguments), dtype=np.int64)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(R, D) -> (R, V), float32: the end of a step, by the calling thread alone, for states from elsewhere."""
+        rows, config = len(hidden), self.config
+        hidden = hidden.float().contiguous()
+        stride = prepared_stride(config.width)
+        prepared, logits = _zeros(rows * stride), torch.empty(rows, line_bytes(config.vocab_size) // 4)
+        first = 0
+        for kind, _, data, count, columns, bias in self._head:
+            made = kernels(kind, self._isa)
+            prepare, multiply = callable_at(made.prepare, 3), callable_at(made.matmul, 11)
+            for row in range(rows):
+                prepare(hidden[row].data_ptr(), columns, prepared.data_ptr() + row * stride)
+            where = (rows, logits.data_ptr() + first * 4, logits.shape[1] * 4, 0 if bias is None else bias.data_ptr())
+            multiply(data.data_ptr(), row_bytes(kind, columns), columns, 0, count, prepared.data_ptr(), stride, *where)
+            first += count
+        cap = config.logit_softcap
+        found = logits[:, : config.vocab_size]
+        return found if cap is None else cap * torch.tanh(found / cap)
 
     @torch.no_grad()
     def __call__(

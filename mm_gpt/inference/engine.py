@@ -226,7 +226,7 @@ class Job:
             self.beams = BeamSearch(first, engine.sequences)
         else:
             self.rows = [first, *(first.sibling(index, engine.sequences) for index in range(1, config.n))]
-        return decoder.logits(reading.hidden[-1:])
+        return engine.sequences.logits(reading.hidden[-1:])
 
 
 class Run:

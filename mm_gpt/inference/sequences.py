@@ -45,6 +45,9 @@ class Sequences(Protocol):
     def step(self, rows: Many[Any], ids: Many[int]) -> Tensor:
         """One more token for each of R sequences: logits (R, V) of what follows, float32 or better."""
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(R, D) -> (R, V): what follows states that `read` gave."""
+
     def fork(self, row: Any) -> Any:
         """A second sequence of the same tokens."""
 
@@ -103,6 +106,9 @@ class TorchSequences:
         hidden = self.decoder(embedded, positions, mask=mask, cache=cache)[:, -1]
         for row in rows:
             row.end, row.length, row.position = cache.length, row.length + 1, row.position + 1
+        return self.decoder.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
         return self.decoder.logits(hidden)
 
     def fork(self, row: TorchSequence) -> TorchSequence:

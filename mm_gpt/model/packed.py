@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from mm_gpt.kernels.formats import FORMATS, PLAIN, dequantize, expand_bf16
 
+ALONE = 1 << 23
+"""Values up to which one thread is faster than several, which have to be woken."""
 TILE = 1 << 22
 """Values that are expanded at a time: 8 MB in bfloat16."""
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -74,7 +76,7 @@ class Matrix:
         """`_expand` by all threads."""
         size = -(-len(data) // torch.get_num_threads())
         parts = [slice(at, at + size) for at in range(0, len(data), size)]
-        if len(parts) < 2 or out.numel() < TILE // 64:
+        if len(parts) < 2 or out.numel() < ALONE:
             self._expand(data, out)
         else:
             list(workers().map(lambda part: self._expand(data[part], out[part]), parts))
