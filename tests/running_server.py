@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import uvicorn
 
 from mm_gpt.errors import ContextOverflowError
@@ -17,12 +18,16 @@ from mm_gpt.serving.server.config import ServerConfig
 from mm_gpt.serving.server.run import Server, listen
 from mm_gpt.serving.server.service import Service
 
+HTTP = httpx.Client(verify=False, timeout=20, limits=httpx.Limits(max_keepalive_connections=0))
+"""One for all: each new one would read the certificates that it has no use for."""
+
 
 @contextmanager
-def running(app: App) -> Iterator[str]:
+def running(app: App, *, grace_s: float = 0.2) -> Iterator[str]:
     """The address of a server with this application."""
     sock = listen("127.0.0.1", 0)
-    server = Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1))
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
+    server = Server(config, grace_s=grace_s, cut_off=app.close)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)
     thread.start()
     try:
@@ -30,8 +35,7 @@ def running(app: App) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
-        if app.service is not None:
-            app.service.close()
+        app.close()
 
 
 @contextmanager
@@ -48,7 +52,7 @@ class ScriptedBatcher:
     def __init__(self, script: Sequence[Piece], *, held: int | None = None):
         """Pieces from number `held` on wait until `go` is set."""
         self.script, self.held = list(script), held
-        self.go = threading.Event()
+        self.go, self.closed = threading.Event(), threading.Event()
         self.tickets: list[Any] = []
         self.is_alive, self.is_full, self.context = True, False, 10_000
         self.configs: list[GenerationConfig] = []
@@ -71,7 +75,8 @@ class ScriptedBatcher:
         for number, piece in enumerate(self.script):
             if number == self.held:
                 while not self.go.wait(0.005):
-                    if ticket.cancelled.is_set():
+                    if ticket.cancelled.is_set() or self.closed.is_set():
+                        on_piece(Piece(0, finish_reason="cancelled"))
                         return
             ticket.completion_tokens += 1
             on_piece(piece)
@@ -80,7 +85,7 @@ class ScriptedBatcher:
         return Stats(**dict.fromkeys(Stats.__dataclass_fields__, 0))
 
     def close(self, *, finish: bool = False) -> None:
-        self.go.set()
+        self.closed.set()
 
 
 def token(text: str, id: int = 5, logprob: float = -0.5) -> TokenLogprob:

@@ -118,7 +118,7 @@ def test_samples_of_one_prompt(fresh: Engine) -> None:
 
 def test_one_answer_where_one_is_given() -> None:
     assistant = Assistant(*make_tiny())
-    assert len(assistant.samples([{"role": "user", "content": "Hi"}], 3, temperature=1.0, max_new_tokens=3)) == 3
+    assert len(assistant.samples([{"role": "user", "content": "Hi"}], n=3, temperature=1.0, max_new_tokens=3)) == 3
     with pytest.raises(ConfigError, match=r"n is 2.*samples"):
         assistant.ask(None, "Hi", n=2)
     with pytest.raises(ConfigError, match="n is 2"):

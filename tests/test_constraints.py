@@ -7,6 +7,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import sentencepiece_tokenizer
@@ -14,6 +15,7 @@ from test_engine import sentencepiece_tokenizer
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.inference.constraints import Constraint, Grammars, GrammarState
 from mm_gpt.inference.detokenizer import TokenBytes
+from mm_gpt.inference.json_keywords import CHECKS, LISTS, MAPS, SINGLE
 from mm_gpt.inference.patterns import portable
 from mm_gpt.tokenizer import Tokenizer
 from tests.conftest import make_tokenizer
@@ -66,6 +68,8 @@ ENFORCED: dict[str, dict[str, Any]] = {
     | {"additionalProperties": False, "minProperties": 1},
     "patternProperties and a name": {"type": "object", "properties": {"ab": {"type": ["integer", "string"]}}}
     | {"patternProperties": {"^a": text(maxLength=2)}, "required": ["ab"]},
+    "patternProperties of any letters": CLOSED
+    | {"properties": {"a b": text(maxLength=2)}, "patternProperties": {r"^\w+$": integers()}},
     "allOf types": several("allOf", {"type": ["integer", "string"]}, {"type": ["string", "null"]}, {"maxLength": 3}),
     "allOf objects": several(
         "allOf",
@@ -133,6 +137,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "patterns that overlap": (
         {"type": "object", "patternProperties": {"a": integers(), "b": text()}},
         "not disjoint",
+    ),
+    "patterns of names that differ by language": (
+        {"type": "object", "patternProperties": {r"^\w*$": integers()}},
+        r"#/patternProperties: .* cannot be enforced: name its letters",
     ),
     "multipleOf a fraction": (numbers(multipleOf=0.01), "#/multipleOf: 0.01"),
     "digits": (numbers(minimum=0.12345678901234567), "more than 15 digits"),
@@ -243,6 +251,34 @@ def test_what_cannot_be_enforced_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         GRAMMARS.compile(Constraint(json_schema=schema))
     assert "\n" not in str(caught.value)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, -1, 2.5, 1e308, 10**400, 1e-300, 2**70, "", "#", "#/", "#/$defs/0/a", "string", "^a$", "date"]),
+    st.lists(st.sampled_from([0, "a", {}, [], True, "string", {"type": "integer"}, {"$ref": "#"}]), max_size=3),
+    st.dictionaries(
+        st.sampled_from(["a", "type", "0", "[", "$ref"]), st.sampled_from([0, "a", {}, [], True]), max_size=2
+    ),
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted({*CHECKS, *LISTS, *MAPS, *SINGLE, "$ref", "$defs", "$schema", "title"})), VALUES
+    )
+)
+@settings(max_examples=100)
+def test_whatever_stands_in_a_schema_is_read_or_refused(schema: dict[str, Any]) -> None:
+    """Stops: a traceback for a malformed schema."""
+    refusal = ""
+    try:
+        state = GRAMMARS.compile(Constraint(json_schema=schema)).start()
+    except ConfigError as error:
+        refusal = str(error)
+    assert "\n" not in refusal
+    assert refusal or allowed_by(state)
 
 
 def test_more_than_the_parser_can_hold_is_an_error_not_a_free_answer() -> None:
@@ -429,6 +465,20 @@ def test_the_bytes_of_tokens_are_their_text() -> None:
     assert GRAMMARS.table[TOKENIZER.vocab_size :] == [b""] * 50
     state = state_of(Constraint(regex=r"[\s\S]*"))
     assert not allowed_by(state) & set(range(TOKENIZER.vocab_size, GRAMMARS.vocab_size))
+
+
+def test_what_a_vocabulary_cannot_write_is_refused() -> None:
+    letters = {token: id for id, token in enumerate(["<s>", "a", "b"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=letters, merges=[]))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>"])
+    grammars = Grammars(Tokenizer(backend, end_of_text="<s>", end_of_turn="<s>"), 3)
+    assert walk(grammars, Constraint(regex="[ab]{3}"), 0)[1].finished
+    for impossible in (Constraint(regex="c"), Constraint(json_object=True)):
+        with pytest.raises(ConfigError, match="nothing fulfils it with this tokenizer"):
+            grammars.compile(impossible)
+    with pytest.raises(MMGPTError, match="nothing fulfils it with this tokenizer"):  # known only when it gets there
+        walk(grammars, Constraint(regex="ac+"), 0)
 
 
 def test_sentencepiece_loses_the_first_space() -> None:

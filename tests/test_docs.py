@@ -25,9 +25,11 @@ DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").gl
 ELSEWHERE = (
     "python3 -m venv",  # .ci/run runs it
     "mm-gpt demo",  # test_gradio_demo.py runs it
+    "mm-gpt serve",  # test_server_process.py runs it
     "apt-get",
     "python examples/english_text.py",  # needs the Debian package that apt-get fetches
     "python examples/benchmarks",  # minutes, and its result is a matter of the machine
+    "python examples/quantisation_quality.py",  # minutes; test_quantisation_quality.py runs its parts
     "pip install",
     "python examples/debian_corpora.py",  # downloads 400 MB; test_debian_corpora.py runs its parts
     "python examples/multilingual_tokenizer.py",  # needs those corpora
@@ -191,7 +193,7 @@ def test_the_first_command_installs_what_the_readme_uses() -> None:
     (first, *_) = blocks(ROOT / "README.md", "bash")
     assert 'pip install -e ".[all]"' in first
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert extras["all"] == ["mm-gpt[demo,corpus]"]
+    assert extras["all"] == ["mm-gpt[demo,serve,corpus]"]
     for place in (*DOCS, *ROOT.glob("mm_gpt/**/*.py"), *ROOT.glob("datasets/**/*.py"), *ROOT.glob("examples/**/*.py")):
         assert not re.search(r'pip install "?mm-gpt', place.read_text(encoding="utf-8")), place
 

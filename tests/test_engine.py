@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from torch import Tensor
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
 from mm_gpt.inference.beams import BeamSearch, length_penalty
+from mm_gpt.inference.constraints import Constraint
 from mm_gpt.inference.detokenizer import TokenBytes
 from mm_gpt.inference.engine import Engine, Stream
 from mm_gpt.inference.generation import Answer, GenerationConfig
@@ -296,6 +298,51 @@ def test_no_run_of_tokens_comes_twice(engine: Engine, options: dict[str, Any], s
     free = dataclasses.replace(config, no_repeat_ngram_size=0)
     assert not any(map(repeats, engine.generate(PROMPTS, config)))
     assert any(map(repeats, engine.generate(PROMPTS, free)))
+
+
+# ---- answers of a given form ----
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 2.0}, {"no_repeat_ngram_size": 1}])
+def test_answers_have_the_form_that_is_asked_for(engine: Engine, options: dict[str, Any]) -> None:
+    """Stops: a way of decoding that forgets the grammar, states that rows or beams share, spaces cut off."""
+    choices = ("a cat", "a dog ", " mice", "a cat and a dog")
+    config = GenerationConfig(max_new_tokens=40, constraint=Constraint(choices=choices), **options)
+    for answer in engine.generate(PROMPTS, config):
+        assert str(answer) in choices
+        assert answer.finish_reason == "stop"
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 22, 333]}}, "required": ["n"]}
+    schema["additionalProperties"] = False
+    config = dataclasses.replace(config, constraint=Constraint(json_schema=schema))
+    for answer in engine.generate(PROMPTS, config):
+        assert answer.finish_reason == "length" or json.loads(answer)["n"] in (1, 22, 333)
+
+
+def test_samples_of_one_form_differ_and_end_without_an_end_mark(engine: Engine) -> None:
+    config = GenerationConfig(
+        max_new_tokens=40, temperature=5.0, n=8, constraint=Constraint(regex="[a-z]{3}"), logprobs=True
+    )
+    answers = engine.generate(PROMPTS[:1], config)
+    assert all(re.fullmatch("[a-z]{3}", answer) for answer in answers)
+    assert len(set(answers)) > 4
+    for answer in answers:
+        assert not set(ids_of(answer)) & set(engine.processor.tokenizer.end_ids)
+
+
+def test_a_form_that_was_cut_off_says_so(engine: Engine) -> None:
+    config = GenerationConfig(max_new_tokens=3, constraint=Constraint(regex="[a-z]{30}"))
+    stream = engine.stream(PROMPTS[0], config)
+    assert "".join(stream) == str(stream.answer)
+    assert stream.answer.finish_reason == "length"
+    with pytest.raises(ConfigError, match="not cannot be enforced"):
+        engine.stream(PROMPTS[0], dataclasses.replace(config, constraint=Constraint(json_schema={"not": {}})))
+
+
+def test_a_bias_of_no_token_is_refused(engine: Engine) -> None:
+    size = engine.model.decoder.config.vocab_size
+    engine.generate(PROMPTS[:1], GenerationConfig(max_new_tokens=1, logit_bias={size - 1: 1.0}))
+    with pytest.raises(ConfigError, match=f"logit_bias: there is no token {size};"):
+        engine.generate(PROMPTS[:1], GenerationConfig(max_new_tokens=1, logit_bias={size: 1.0}))
 
 
 # ---- beam search ----

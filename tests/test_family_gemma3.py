@@ -301,16 +301,14 @@ def test_the_same_answers(theirs: Theirs, tmp_path: Path) -> None:
 def test_answers_of_a_batch_and_of_a_conversation(theirs: Theirs) -> None:
     """Prompts with two, one and no images in one batch; then a second turn whose image comes after what is cached."""
     assistant = mm_gpt.load(theirs.folder, device="cpu")
-    options: Any = {"max_new_tokens": 6}
+    options: Any = {"max_new_tokens": 6, "logprobs": True}
     chats = [CHATS[2], CHATS[0], CHATS[1], CHATS[3]]
-    expected = []
-    for chat in chats:
-        inputs = theirs.inputs(chat)
-        out = theirs.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        expected.append(out.tolist())
     documents = [assistant.processor.chat(chat) for chat in chats]
     answers = assistant.engine.generate(documents, assistant.chat_config(options))
-    assert [list(answer.ids) for answer in answers] == expected
+    for chat, answer in zip(chats, answers, strict=True):
+        inputs = theirs.inputs(chat)
+        out = theirs.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert [token.id for token in answer.logprobs or ()] == out.tolist()
     talk = assistant.conversation(**options)
     first = talk.say([Image(C), "What colour?"])
     second = talk.say(["And ", Image(A), "here?"])
@@ -339,6 +337,28 @@ def test_training_labels(theirs: Theirs) -> None:
     example = processor(processor.chat([user(A, "What?"), ANSWER], answer_starts=False))
     learned = example.labels[example.labels != IGNORE_INDEX].tolist()
     assert processor.tokenizer.decode(learned, keep_special=True) == "It is red.<end_of_turn>"
+
+
+def test_captions_that_share_a_picture(theirs: Theirs) -> None:
+    """In training the picture and the question are read once, and each caption as if it were alone behind them."""
+    model, processor = load_model(theirs.folder)
+    captions = ["a red ball", "it is blue"]
+    example = processor(processor.captions(Image(A), "What is this?", captions))
+    with torch.inference_mode():
+        logits = model.decoder.logits(model(collate([[example]], processor.pixels([example]))))[0]
+        for number, caption in enumerate(captions, start=1):
+            alone = processor(
+                processor.chat(
+                    [user(A, "What is this?"), {"role": "assistant", "content": caption}], answer_starts=False
+                )
+            )
+            images = (alone.input_ids == theirs.model.config.image_token_id).long()
+            expected = theirs.model(
+                input_ids=alone.input_ids[None], token_type_ids=images[None], pixel_values=processor.pixels([alone])
+            ).logits[0]
+            own = (example.branch_ids == number) & (example.labels != IGNORE_INDEX)
+            assert own.sum() > 3
+            torch.testing.assert_close(logits[own], expected[alone.labels != IGNORE_INDEX], **CLOSE)
 
 
 @pytest.mark.parametrize("changes", [{}, {"decoder": "full", "vision_blocks": 1}], ids=["lora", "full"])

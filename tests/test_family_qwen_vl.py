@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import mm_gpt
 from mm_gpt.document import Image, Message
 from mm_gpt.errors import CheckpointError, ConfigError, ImageError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
@@ -35,7 +36,8 @@ from mm_gpt.model.positions import mrope_components
 from mm_gpt.processor import IGNORE_INDEX, collate
 from mm_gpt.templates.image_text import mrope_positions
 from mm_gpt.vision.native_vit import NativeViTConfig
-from mm_gpt.vision.tiling import TilingConfig, nearest_cells
+from mm_gpt.vision.tiling import Tiler, TilingConfig, nearest_cells
+from mm_gpt.vision.transforms import ImageTransformConfig
 
 KINDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 PATCH, CELL = 4, 8
@@ -223,6 +225,22 @@ def test_the_same_answers(get_theirs: Callable[[str], Theirs], kind: str, tmp_pa
     inputs = theirs.inputs([user(picture, QUESTION)])
     out = theirs.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
     check_answers(theirs.folder, picture, QUESTION, out[inputs["input_ids"].shape[1] :].tolist(), tmp_path)
+
+
+def test_turns_and_neighbours(get_theirs: Callable[[str], Theirs]) -> None:
+    """A second turn, whose beginning was read before, and pictures of several sizes in one batch: each answer is the
+    one that its prompt gets alone. Stops: a turn that goes on at the number of tokens before it."""
+    assistant = mm_gpt.load(get_theirs("qwen3_vl").folder, device="cpu", dtype="fp32")
+    options: Any = {"max_new_tokens": 6, "no_repeat_ngram_size": 0}
+    talk = assistant.conversation(**options)
+    first, second = [Image(make_picture(1, (70, 30))), QUESTION], ["and ", Image(make_picture(2, (20, 50))), "here?"]
+    answers = [str(talk.say(first)), str(talk.say(second))]
+    turns = [user(*first), {"role": "assistant", "content": answers[0]}, user(*second)]
+    fresh = mm_gpt.load(get_theirs("qwen3_vl").folder, device="cpu", dtype="fp32")
+    assert str(fresh.chat(turns, **options)) == answers[1]
+    pictures = [make_picture(number, size) for number, size in enumerate([(40, 30), (90, 61), (9, 61)])]
+    together = fresh.caption(pictures, prompt=QUESTION, num_beams=2, **options)
+    assert together == [fresh.caption([picture], prompt=QUESTION, num_beams=2, **options)[0] for picture in pictures]
 
 
 PUBLISHED = {
@@ -505,6 +523,9 @@ def test_configurations_are_checked() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             TilingConfig(**values)
+    many = TilingConfig(kind="native", whole=False, min_pixels=1, max_pixels=2**26)
+    with pytest.raises(ConfigError, match="makes up to 4194304 tiles of 4 pixels: too many"):
+        Tiler(ImageTransformConfig(4), many)
     sizes: dict[str, Any] = {"patch_size": 4, "width": 24, "num_layers": 2, "num_heads": 2, "mlp_width": 8}
     for changes, message in (
         ({"merge": 0}, "merge must be positive, got 0"),

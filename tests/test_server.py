@@ -2,25 +2,31 @@
 
 import asyncio
 import base64
+import http.server
 import io
 import json
 import re
+import subprocess
+import threading
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from conftest import make_picture, make_tiny
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from PIL import Image as PILImage
-from running_server import serving
+from running_server import HTTP, serving
 
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.inference.assistant import Assistant
+from mm_gpt.serving.server.app import App
 from mm_gpt.serving.server.service import Service
 
+ROOT = Path(__file__).resolve().parent.parent
 ASK = [{"role": "user", "content": "Describe the image."}]
 GREEDY = {"model": "tiny", "temperature": 0}
 
@@ -31,9 +37,19 @@ def assistant() -> Assistant:
 
 
 @pytest.fixture(scope="module")
-def address(assistant: Assistant) -> Iterator[str]:
-    with serving(lambda config: Service.of(assistant, "tiny", config), max_images=3, max_rows=4) as (address, _):
-        yield address
+def running_server(assistant: Assistant) -> Iterator[tuple[str, App]]:
+    with serving(lambda config: Service.of(assistant, "tiny", config), max_images=3, max_rows=4) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def address(running_server: tuple[str, App]) -> str:
+    return running_server[0]
+
+
+@pytest.fixture(scope="module")
+def server_app(running_server: tuple[str, App]) -> App:
+    return running_server[1]
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +198,7 @@ def test_a_stream_is_what_the_whole_is(client: Any) -> None:
 def test_the_order_of_a_stream(address: str) -> None:
     """A role, texts, an empty delta with the reason, usage with no choices, the end; usage is null before."""
     body = {**GREEDY, "messages": ASK, "max_tokens": 5, "stream": True, "stream_options": {"include_usage": True}}
-    answer = httpx.post(f"{address}/v1/chat/completions", json=body)
+    answer = HTTP.post(f"{address}/v1/chat/completions", json=body)
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     lines = [line for line in answer.text.split("\n\n") if line and not line.startswith(":")]
     assert lines[-1] == "data: [DONE]"
@@ -194,7 +210,7 @@ def test_the_order_of_a_stream(address: str) -> None:
     assert used["usage"]["completion_tokens"] == 5
     assert all(chunk["usage"] is None for chunk in (first, *middle, last))
     assert len({(chunk["id"], chunk["created"], chunk["object"]) for chunk in (first, *middle, last, used)}) == 1
-    answer = httpx.post(f"{address}/v1/chat/completions", json={k: v for k, v in body.items() if k != "stream_options"})
+    answer = HTTP.post(f"{address}/v1/chat/completions", json={k: v for k, v in body.items() if k != "stream_options"})
     assert "usage" not in answer.text
 
 
@@ -405,6 +421,44 @@ def test_what_is_no_image_is_named(client: Any, url: str, code: str, said: str) 
     assert (caught.value.param, caught.value.code) == ("messages[0].content[2].image_url.url", code)
 
 
+def test_images_are_fetched(client: Any, server_app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From an address that passes for a public one, and not from one that it sends on to; nothing stays held."""
+    make_picture(6).save(tmp_path / "picture.png")
+    (tmp_path / "large.png").write_bytes(bytes(2**20))
+    monkeypatch.setattr("mm_gpt.network.client.is_public_address", lambda address: address == "127.0.0.1")
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/away.png":
+                self.send_response(302)
+                self.send_header("Location", "http://127.0.0.2/secret.png")
+                self.end_headers()
+            else:
+                super().do_GET()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path))) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{files.server_port}"
+
+        def ask(url: str) -> str:
+            messages = [{"role": "user", "content": [image_part(url), {"type": "text", "text": "What?"}]}]
+            answer = client.chat.completions.create(messages=messages, max_completion_tokens=6, **GREEDY)
+            text: str = answer.choices[0].message.content
+            return text
+
+        assert ask(f"{base}/picture.png") == ask(data_url(make_picture(6)))
+        for name, reason in (("away", "127.0.0.2, which is not a public"), ("none", "404"), ("large", "not a JPEG")):
+            with pytest.raises(openai.BadRequestError, match=reason) as caught:
+                ask(f"{base}/{name}.png")
+            assert caught.value.param == "messages[0].content[0].image_url.url"
+        files.shutdown()
+    assert server_app.service is not None
+    assert server_app.service.held.bytes == server_app.service.active == 0
+
+
 def test_a_broken_image_is_named_before_anything_runs(client: Any) -> None:
     """The header is fine, and what follows is not."""
     buffer = io.BytesIO()
@@ -465,13 +519,13 @@ def test_models(client: Any, address: str) -> None:
 def test_other_routes_and_methods_answer_in_the_same_form(client: Any, address: str) -> None:
     with pytest.raises(openai.NotFoundError, match="no /v1/embeddings here"):
         client.embeddings.create(model="tiny", input="a")
-    answer = httpx.get(f"{address}/v1/chat/completions")
+    answer = HTTP.get(f"{address}/v1/chat/completions")
     assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
 
 
 def test_metrics_count(client: Any, address: str) -> None:
     def read() -> dict[str, float]:
-        lines = httpx.get(f"{address}/metrics").text.splitlines()
+        lines = HTTP.get(f"{address}/metrics").text.splitlines()
         return {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines if not x.startswith("#"))}
 
     before = read()
@@ -551,3 +605,17 @@ def test_a_form_that_cannot_be_kept_is_refused_before_the_first_token(client: An
             client.chat.completions.create(model="tiny", messages=ASK, stream=stream, extra_body=form)
         assert caught.value.param == param
     assert client.chat.completions.create(messages=ASK, max_completion_tokens=1, **GREEDY).choices
+
+
+# ---- the page about it ----
+
+
+def test_the_examples_of_the_page_run(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/server.md").read_text().replace("http://127.0.0.1:8000", address)
+    monkeypatch.chdir(ROOT)
+    code = "\n".join(re.findall(r"```py\n(.*?)```", page, re.S)).replace('model="default"', 'model="tiny"')
+    assert code.count('model="tiny"') == 3
+    exec(compile(code, "server.md", "exec"), {})
+    (command,) = re.findall(r"```sh\n(curl .*?)```", page, re.S)
+    done = subprocess.run(["sh", "-c", command.replace('"default"', '"tiny"')], capture_output=True, check=True)
+    assert json.loads(done.stdout)["choices"][0]["finish_reason"] in ("stop", "length")

@@ -5,13 +5,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from conftest import make_tokenizer
-from running_server import ScriptedBatcher, running, serving, token
+from running_server import HTTP, ScriptedBatcher, running, serving, token
 
 from mm_gpt.errors import MMGPTError
 from mm_gpt.inference.generation import Piece
@@ -19,6 +20,7 @@ from mm_gpt.processor import Processor, ProcessorConfig
 from mm_gpt.serving.server.app import App
 from mm_gpt.serving.server.config import Served, ServerConfig
 from mm_gpt.serving.server.prompts import Prompts
+from mm_gpt.serving.server.run import listen
 from mm_gpt.serving.server.service import Service
 
 ASK = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
@@ -32,26 +34,26 @@ def processor() -> Processor:
     return Processor(tokenizer, ProcessorConfig(max_length=200), vocab_size=tokenizer.vocab_size)
 
 
+def make_service(processor: Processor, batcher: ScriptedBatcher, config: ServerConfig) -> Service:
+    served = Served(
+        name="m",
+        context=200,
+        vocab_size=processor.vocab_size,
+        end_ids=(2,),
+        takes_images=False,
+        no_repeat_ngram_size=8,
+        fingerprint="fp_1",
+    )
+    return Service(served, batcher, Prompts(processor, config), config)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def start(processor: Processor) -> Iterator[Callable[..., tuple[str, App]]]:
     """A function that starts a server on a scripted batcher; they end with the test."""
     open_servers: list[Any] = []
 
     def begin(batcher: ScriptedBatcher, **config: Any) -> tuple[str, App]:
-        served = Served(
-            name="m",
-            context=200,
-            vocab_size=processor.vocab_size,
-            end_ids=(2,),
-            takes_images=False,
-            no_repeat_ngram_size=8,
-            fingerprint="fp_1",
-        )
-
-        def make(settings: ServerConfig) -> Service:
-            return Service(served, batcher, Prompts(processor, settings), settings)  # type: ignore[arg-type]
-
-        open_servers.append(serving(make, **config))
+        open_servers.append(serving(lambda settings: make_service(processor, batcher, settings), **config))
         found: tuple[str, App] = open_servers[-1].__enter__()
         return found
 
@@ -61,7 +63,7 @@ def start(processor: Processor) -> Iterator[Callable[..., tuple[str, App]]]:
 
 
 def post(address: str, body: Any = ASK, **options: Any) -> httpx.Response:
-    return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=20, **options)
+    return HTTP.post(f"{address}/v1/chat/completions", json=body, **options)
 
 
 def events(text: str) -> list[Any]:
@@ -120,7 +122,7 @@ def test_a_log_probability_of_minus_infinity(start: Callable[..., Any]) -> None:
 def test_silence_is_filled_with_comments(start: Callable[..., Any]) -> None:
     batcher = ScriptedBatcher(DONE, held=0)
     address, _ = start(batcher, ping_s=0.05)
-    with httpx.stream("POST", f"{address}/v1/chat/completions", json=ASK | {"stream": True}) as stream:
+    with HTTP.stream("POST", f"{address}/v1/chat/completions", json=ASK | {"stream": True}) as stream:
         lines = stream.iter_lines()
         wait_until(lambda: next(lines) == ": still working")
         batcher.go.set()
@@ -168,7 +170,7 @@ def test_a_client_that_leaves_stops_its_answer(start: Callable[..., Any], stream
         assert app.service.active == 1
     assert batcher.tickets[0].cancelled.wait(20)
     wait_until(lambda: app.service is not None and app.service.active == 0)
-    text = httpx.get(f"{address}/metrics").text
+    text = HTTP.get(f"{address}/metrics").text
     assert "mm_gpt_aborts_total 1.0" in text
     assert 'mm_gpt_requests_total{endpoint="chat.completions",status="499"} 1.0' in text
     assert app.service is not None
@@ -190,7 +192,7 @@ def test_a_client_that_leaves_while_its_prompt_is_prepared(
     monkeypatch.setattr(batcher, "submit", slow)
     address, app = start(batcher)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{address}/v1/chat/completions", json=ASK, timeout=0.1)
+        HTTP.post(f"{address}/v1/chat/completions", json=ASK, timeout=0.1)
     assert there.wait(20)
     wait_until(lambda: app.service is not None and app.service.active == 0)
     go.set()
@@ -234,7 +236,7 @@ def test_more_requests_than_places(start: Callable[..., Any]) -> None:
         thread.start()
     wait_until(lambda: app.service is not None and app.service.active == 2)
     assert post(address).status_code == 429
-    assert httpx.get(f"{address}/health").status_code == 200
+    assert HTTP.get(f"{address}/health").status_code == 200
     batcher.go.set()
     for thread in threads:
         thread.join()
@@ -253,6 +255,31 @@ def test_a_request_that_takes_too_long(start: Callable[..., Any], stream: bool) 
     assert batcher.tickets[0].cancelled.wait(20)
 
 
+def test_preparing_counts_as_time(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    address, app = start(ScriptedBatcher(DONE), timeout_s=0.1, body_s=0.2)
+    go = threading.Event()
+    assert app.service is not None
+    monkeypatch.setattr(app.service.prompts, "chat", lambda *_: go.wait(20))
+    answer = post(address)
+    go.set()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as sock:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        sock.sendall(f"{head}Content-Length: 100\r\n\r\n".encode() + b'{"model"')
+        assert b"408 Request Timeout" in sock.recv(1000)
+
+
+def test_a_text_that_cannot_fit_is_not_cut_into_tokens(start: Callable[..., Any]) -> None:
+    address, app = start(ScriptedBatcher(DONE))
+    assert app.service is not None
+    app.service.prompts.processor = SimpleNamespace(config=SimpleNamespace(max_length=200))  # type: ignore[assignment]
+    body = {"model": "m", "messages": [{"role": "user", "content": "a " * 100_000}]}
+    answers = [post(address, body), HTTP.post(f"{address}/v1/completions", json={"model": "m", "prompt": "a" * 10**5})]
+    for answer in answers:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
 def test_bodies_are_counted_while_they_come(start: Callable[..., Any]) -> None:
     batcher = ScriptedBatcher(DONE)
     address, app = start(batcher, max_body_bytes=1000)
@@ -260,7 +287,7 @@ def test_bodies_are_counted_while_they_come(start: Callable[..., Any]) -> None:
     types = {"Content-Type": "application/json"}
     url = f"{address}/v1/chat/completions"
     for content in (long, iter([long[:500], long[500:]])):  # with its length said before, and without
-        answer = httpx.post(url, content=content, headers=types)
+        answer = HTTP.post(url, content=content, headers=types)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
     assert post(address).status_code == 200
     assert app.service is not None
@@ -287,7 +314,7 @@ def test_bodies_are_counted_while_they_come(start: Callable[..., Any]) -> None:
 )
 def test_what_is_no_json(start: Callable[..., Any], content: bytes, type: str, status: int, code: str) -> None:
     address, _ = start(ScriptedBatcher(DONE))
-    answer = httpx.post(f"{address}/v1/chat/completions", content=content, headers={"Content-Type": type})
+    answer = HTTP.post(f"{address}/v1/chat/completions", content=content, headers={"Content-Type": type})
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert len(answer.json()["error"]["message"]) < 300
 
@@ -297,7 +324,7 @@ def test_half_a_character_is_refused(start: Callable[..., Any]) -> None:
     address, _ = start(batcher)
     for body in (r'{"role": "user", "content": "\ud83d"}', r'{"role": "\ud83d", "content": "a"}'):
         content = f'{{"model": "m", "messages": [{body}]}}'
-        answer = httpx.post(
+        answer = HTTP.post(
             f"{address}/v1/chat/completions", content=content, headers={"Content-Type": "application/json"}
         )
         assert answer.status_code == 400, answer.text
@@ -313,10 +340,10 @@ def test_a_key(start: Callable[..., Any]) -> None:
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {KEY}"}, {"Authorization": "é"}):
         encoded = {name: value.encode() for name, value in headers.items()}
         for path in ("/v1/models", "/metrics", "/v1/nothing"):
-            answer = httpx.get(f"{address}{path}", headers=encoded)
+            answer = HTTP.get(f"{address}{path}", headers=encoded)
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
         assert post(address, headers=encoded).status_code == 401
-    assert httpx.get(f"{address}/health").status_code == httpx.get(f"{address}/v1/health").status_code == 200
+    assert HTTP.get(f"{address}/health").status_code == HTTP.get(f"{address}/v1/health").status_code == 200
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{address}/v1", api_key="wrong").chat.completions.create(**ASK)
     assert openai.OpenAI(base_url=f"{address}/v1", api_key=KEY).chat.completions.create(**ASK).choices
@@ -331,23 +358,41 @@ def test_pages_of_other_sites_may_not_use_it(start: Callable[..., Any]) -> None:
     assert answer.status_code == 403
     assert "access-control-allow-origin" not in answer.headers
     preflight = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
-    assert httpx.options(f"{address}/v1/chat/completions", headers=preflight).status_code == 403
+    assert HTTP.options(f"{address}/v1/chat/completions", headers=preflight).status_code == 403
     address, _ = start(batcher, allow_origins=("https://mine.example",), api_key=KEY)
     mine = {"Origin": "https://mine.example", "Authorization": f"Bearer {KEY}"}
     answer = post(address, headers=mine)
     assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "https://mine.example")
     preflight = {"Origin": "https://mine.example", "Access-Control-Request-Method": "POST"}
     preflight |= {"Access-Control-Request-Headers": "authorization,content-type"}
-    assert httpx.options(f"{address}/v1/chat/completions", headers=preflight).status_code == 200
+    assert HTTP.options(f"{address}/v1/chat/completions", headers=preflight).status_code == 200
     assert post(address, headers=mine | {"Origin": "https://evil.example"}).status_code == 403
 
 
 # ---- the engine ----
 
 
+def test_what_has_not_ended_in_time_is_told_so(processor: Processor) -> None:
+    """At the end of the grace that a signal leaves."""
+    batcher = ScriptedBatcher(DONE, held=1)
+    app = App(ServerConfig())
+    app.service = make_service(processor, batcher, app.config)
+    texts: list[str] = []
+    with running(app, grace_s=0.2) as address:
+        bodies = [ASK, ASK | {"stream": True}]
+        threads = [threading.Thread(target=lambda b=body: texts.append(post(address, b).text)) for body in bodies]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(batcher.tickets) == 2)
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 2
+    assert all("The server is being stopped." in text for text in texts)
+
+
 def test_while_the_model_is_loading() -> None:
     with running(App(ServerConfig())) as address:
-        for answer in (httpx.get(f"{address}/health"), httpx.get(f"{address}/v1/models"), post(address)):
+        for answer in (HTTP.get(f"{address}/health"), HTTP.get(f"{address}/v1/models"), post(address)):
             assert answer.status_code == 503
             assert answer.json()["error"] == {
                 "message": "Loading the model.",
@@ -361,8 +406,17 @@ def test_an_engine_that_has_died(start: Callable[..., Any]) -> None:
     batcher = ScriptedBatcher(DONE)
     address, _ = start(batcher)
     batcher.is_alive = False
-    for answer in (httpx.get(f"{address}/health"), post(address), httpx.get(f"{address}/v1/models")):
+    for answer in (HTTP.get(f"{address}/health"), post(address), HTTP.get(f"{address}/v1/models")):
         assert (answer.status_code, answer.json()["error"]["type"]) == (503, "unavailable_error")
+
+
+def test_small_events_do_not_wait_for_each_other() -> None:
+    """Nagle's algorithm holds a second small packet back until the first is confirmed: 40 ms for each token."""
+    with listen("127.0.0.1", 0) as server, socket.create_connection(server.getsockname()) as client:
+        connection, _ = server.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert client.recv(1) == b""
 
 
 def test_health_is_quick_while_others_wait(start: Callable[..., Any]) -> None:
@@ -373,7 +427,7 @@ def test_health_is_quick_while_others_wait(start: Callable[..., Any]) -> None:
     for thread in threads:
         thread.start()
     wait_until(lambda: app.service is not None and app.service.active == 8)
-    assert httpx.get(f"{address}/health", timeout=2).json() == {"status": "ok"}
+    assert HTTP.get(f"{address}/health", timeout=2).json() == {"status": "ok"}
     batcher.go.set()
     for thread in threads:
         thread.join()

@@ -816,7 +816,9 @@ def test_training_all_of_a_model_with_low_rank_updates(
         for key, parameter in model.named_parameters():
             if ".lora_b" in key:
                 parameter.normal_(std=0.1)
-    monkeypatch.setattr(hub_checkpoint, "load_decoder", lambda name, dtype: (make_tiny()[0].decoder, processor.tokenizer))
+    monkeypatch.setattr(
+        hub_checkpoint, "load_decoder", lambda name, dtype: (make_tiny()[0].decoder, processor.tokenizer)
+    )
     (tmp_path / "start").mkdir()
     save_model(model, processor, tmp_path / "start")
     recipe = tiny_recipe(data, start=str(tmp_path / "start"), model=None, train={"steps": 2, "lr": 1e-2})

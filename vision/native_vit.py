@@ -183,26 +183,30 @@ class NativeViT(nn.Module):
         return rearrange(own[0], "d (r a) (c b) -> (r c a b) d", a=m, b=m)
 
     def _layout(self, grids: Sequence[Grid], device: torch.device) -> Layout:
-        config, patches = self.config, self.config.num_patches
+        config = self.config
         head_size = config.width // config.num_heads
         steps = torch.arange(0, head_size // 2, 2, dtype=torch.float32, device=device)
         frequencies = config.rope_theta ** (-steps / (head_size // 2))  # (c/4,), for rows and for columns
         places = torch.cat([patch_places(grid, config.merge) for grid in grids]).to(device)  # (P, 2)
         angles = (places[:, :, None] * frequencies).flatten(1).repeat(1, 2)  # (P, c)
-        whole, windows, start = [], [], 0
-        for rows, cols in grids:
-            cells = torch.arange(start, start + rows * cols).view(rows, cols)
-            start += rows * cols
-            whole.append(cells.flatten())
-            if config.window:
-                windows += [
-                    part.flatten() for band in cells.split(config.window) for part in band.split(config.window, 1)
-                ]
-        inside = torch.arange(patches)
-        to_groups = lambda groups: [  # noqa: E731
-            (torch.stack(equal)[:, :, None] * patches + inside).flatten(1).to(device) for equal in _by_length(groups)
+        images = torch.arange(sum(rows * cols for rows, cols in grids)).split([rows * cols for rows, cols in grids])
+        windows: list[Tensor] = []
+        if config.window:
+            for cells, grid in zip(images, grids, strict=True):
+                for band in cells.view(grid).split(config.window):
+                    windows += [window.flatten() for window in band.split(config.window, dim=1)]
+        whole, parts = (self._patch_groups(cells, device) for cells in (images, windows))
+        return Layout(angles.cos(), angles.sin(), whole, parts)
+
+    def _patch_groups(self, groups: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """Groups of cells as groups of patches, those of one size together: (groups, patches) for each size."""
+        inside = torch.arange(self.config.num_patches)
+        by_size: dict[int, list[Tensor]] = {}
+        for cells in groups:
+            by_size.setdefault(len(cells), []).append(cells)
+        return [
+            (torch.stack(equal)[:, :, None] * len(inside) + inside).flatten(1).to(device) for equal in by_size.values()
         ]
-        return Layout(angles.cos(), angles.sin(), to_groups(whole), to_groups(windows))
 
 
 def patch_places(grid: Grid, merge: int) -> Tensor:
@@ -210,13 +214,6 @@ def patch_places(grid: Grid, merge: int) -> Tensor:
     rows, cols = (torch.arange(length * merge) for length in grid)
     places = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1)
     return rearrange(places, "(r a) (c b) x -> (r c a b) x", a=merge, b=merge)
-
-
-def _by_length(groups: Sequence[Tensor]) -> list[list[Tensor]]:
-    lengths: dict[int, list[Tensor]] = {}
-    for group in groups:
-        lengths.setdefault(len(group), []).append(group)
-    return list(lengths.values())
 
 
 def _rotate(x: Tensor, layout: Layout) -> Tensor:

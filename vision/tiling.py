@@ -51,8 +51,8 @@ MAX_LONGEST_EDGE = 4096
 """Idefics3's processor goes no higher."""
 MAX_TILES = 1000
 """Of one image. The released models have 36 at most."""
-MAX_PIXELS = 2**26
-"""Of one image of a native resolution. The released models have 2**24 at most."""
+MAX_PIXELS, MAX_CELLS = 2**26, 2**17
+"""Of one image of a native resolution. The released models have 2**24 and 2**14 at most."""
 MAX_ASPECT = 200
 """How much longer than the other a side of such an image may be."""
 
@@ -129,7 +129,7 @@ class Tiler:
             return
         if image.mode != "squash":
             raise ConfigError(f"tiles come from mode 'squash', not {image.mode!r}")
-        if tiling.kind != "native" and (most := _most_tiles(tiling, image.size)) > MAX_TILES:
+        if (most := _most_tiles(tiling, image.size)) > (MAX_CELLS if tiling.kind == "native" else MAX_TILES):
             raise ConfigError(f"tiling {tiling.kind!r} makes up to {most} tiles of {image.size} pixels: too many")
         # Of several images each is padded to a square: LLaVA-OneVision's way
         self._square = ImageTransform(dataclasses.replace(image, mode="pad"))
@@ -235,6 +235,8 @@ class Tiler:
 
 def _most_tiles(tiling: TilingConfig, tile: int) -> int:
     """How many tiles an image may become, besides the global one."""
+    if tiling.kind == "native":
+        return tiling.max_pixels // tile**2
     pairs = tiling.pinpoints or ((tiling.longest_edge, tiling.longest_edge),)
     return max(tiling.max_tiles, *(-(-height // tile) * -(-width // tile) for height, width in pairs))
 

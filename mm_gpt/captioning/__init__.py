@@ -8,8 +8,9 @@ DECODING_BYTES, beside the undecoded files of LOADER_THREADS images; an image th
 library may keep what a thread has freed: up to 4 bytes for each pixel of its largest image.)
 """
 
+import itertools
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
@@ -50,31 +51,35 @@ def caption_lines(
     prompt: str = CAPTION_PROMPT,
     options: "GenerationOptions | None" = None,
 ) -> Iterator[list[CaptionLine]]:
-    """The lines of each batch, in the order of `items`. While the model runs, threads load the next batch's images.
+    """The lines of each batch, in the order of `items`. While the model runs, threads load the images that follow.
 
     Raises MMGPTError when the prompt does not fit, an option is impossible or the model takes no images; a broken image
     is a line with its error.
     """
-    batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     budget = ByteBudget(DECODING_BYTES)
     pool = ThreadPoolExecutor(LOADER_THREADS, thread_name_prefix="load-image")
+    errors: dict[int, str] = {}
 
-    def load(batch: Sequence[ImageItem]) -> list[Future[Image | str]]:
-        return [pool.submit(_load, item, assistant.processor, budget) for item in batch]
+    def loaded() -> Iterator[Image | None]:
+        ahead: deque[Future[Image | str]] = deque()
+        left = iter(items)
+        for number in range(len(items)):
+            for item in itertools.islice(left, batch_size + 1 - len(ahead)):
+                ahead.append(pool.submit(_load, item, assistant.processor, budget))
+            image = ahead.popleft().result()
+            if isinstance(image, str):
+                errors[number] = image
+            yield None if isinstance(image, str) else image
 
     try:
-        ahead = load(batches[0]) if batches else []
-        for number, batch in enumerate(batches):
-            loaded = [future.result() for future in ahead]
-            ahead = load(batches[number + 1]) if number + 1 < len(batches) else []
-            images = [image for image in loaded if not isinstance(image, str)]
-            captions = assistant.caption(images, batch_size=batch_size, prompt=prompt, **(options or {}))
-            answers = iter(captions)
+        captions = assistant.captions(loaded(), batch_size=batch_size, prompt=prompt, **(options or {}))
+        numbered = zip(enumerate(items), captions, strict=True)
+        while batch := list(itertools.islice(numbered, batch_size)):
             yield [
-                CaptionLine(item.name, error=image)
-                if isinstance(image, str)
-                else CaptionLine(item.name, caption=next(answers).text)
-                for item, image in zip(batch, loaded, strict=True)
+                CaptionLine(item.name, error=errors[number])
+                if caption is None
+                else CaptionLine(item.name, caption=caption.text)
+                for (number, item), caption in batch
             ]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

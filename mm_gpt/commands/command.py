@@ -69,7 +69,9 @@ def add_generation(parser: argparse.ArgumentParser, *, beams: int | None, tokens
     group.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     if beams is not None:
         group.add_argument("--num-beams", type=int, metavar="N", help=f"beam search (default: {beams})")
-    group.add_argument("--min-p", type=float, metavar="P", help="sample from tokens with P of the likeliest one's share")
+    group.add_argument(
+        "--min-p", type=float, metavar="P", help="sample from tokens with P of the likeliest one's share"
+    )
     group.add_argument(
         "--repetition-penalty", type=float, metavar="R", help="above 1 makes tokens that were there less likely"
     )

@@ -46,13 +46,19 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 opens it to the network (default: %(default)s)")
     parser.add_argument("-p", "--port", type=positive, default=7860, metavar="N", help="default: %(default)s")
+    parser.add_argument("--server", metavar="URL", help="of a server, whose first model answers: none is loaded here")
+    parser.add_argument("--api-key", metavar="KEY", help="of that server (default: what MM_GPT_API_KEY says)")
 
 
 def run_demo(args: argparse.Namespace) -> int:
     with nothing_collected():
         from mm_gpt.serving.gradio_demo import launch
 
-    launch(args.model, args.host, args.port, args.device, args.dtype)
+    if args.server is not None:
+        key = args.api_key if args.api_key is not None else os.environ.get("MM_GPT_API_KEY", "")
+        launch(host=args.host, port=args.port, server=args.server, api_key=key)
+    else:
+        launch(args.model, args.host, args.port, args.device, args.dtype)
     return 0
 
 
@@ -119,7 +125,7 @@ COMMANDS = {
     ),
     "demo": Command(
         "Open a web page to try a model.",
-        ("mm-gpt demo", "mm-gpt demo --model runs/tiny/best --port 8000"),
+        ("mm-gpt demo", "mm-gpt demo --model runs/tiny/best --port 8000", "mm-gpt demo --server http://127.0.0.1:8000"),
         add_demo,
         run_demo,
     ),

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from mm_gpt.commands.command import Command, add_model, load_assistant, positive
+from mm_gpt.commands.command import Command, add_model, load_assistant, nothing_collected, positive
 
 KEY = "MM_GPT_API_KEY"
 
@@ -42,11 +42,10 @@ def _port(text: str) -> int:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    from mm_gpt.hub.choice import chosen_model
-    from mm_gpt.serving.server.config import ServerConfig
-    from mm_gpt.serving.server.run import listen, serve
+    with nothing_collected():
+        from mm_gpt.serving.server.config import ServerConfig
+        from mm_gpt.serving.server.run import listen, serve
 
-    args.model = chosen_model() if args.model is None else args.model
     key = args.api_key if args.api_key is not None else os.environ.get(KEY, "")
     config = ServerConfig(
         api_key=key,

@@ -126,7 +126,8 @@ def read_configs(folder: Path) -> tuple[ModelConfig, ProcessorConfig]:
 def load_decoder(name: str, dtype: str = "fp32") -> tuple[Decoder, Tokenizer]:
     """A decoder and its tokenizer by registry name (downloaded on first use) or from a folder.
 
-    `dtype`: how its matrices are kept (mm_gpt.hub.packing). Raises MMGPTError for an unknown name, DownloadError or CheckpointError when its files are out of reach or broken.
+    `dtype`: how its matrices are kept (mm_gpt.hub.packing). Raises MMGPTError for an unknown name, DownloadError or
+    CheckpointError when its files are out of reach or broken.
     """
     if (folder := _local_folder(name)) is not None:
         return _folder_decoder(folder, dtype)

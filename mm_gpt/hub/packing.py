@@ -6,6 +6,7 @@ is kept stays in its file, mapped into memory.
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from mm_gpt.errors import CheckpointError, ConfigError, unknown_name
 from mm_gpt.kernels.formats import FORMATS, PLAIN, quantize
+from mm_gpt.kernels.memory import passing
 from mm_gpt.model.packed import PLAIN_DTYPES, Matrix, PackedEmbedding, PackedLinear, multiplies_bf16, workers
 
 DTYPES = ("auto", "fp32", "bf16", "int8", "int4")
@@ -153,24 +155,23 @@ def packed(
 
     Raises CheckpointError naming the parameter when a kind has no room for its values.
     """
-    kinds = [packing.kind(name, source.kind, source.columns) for source in sources]
-    if update is None and all(source.kind == kind for source, kind in zip(sources, kinds, strict=True)):
-        return [source.whole() for source in sources]
-    parts, start = [], 0
-    while start < len(sources):
-        stop = start + 1
-        while stop < len(sources) and kinds[stop] == kinds[start]:
-            stop += 1
-        first_row = sum(source.rows for source in sources[:start])
-        parts.append(_converted(f"{where}: {name}", sources[start:stop], kinds[start], update, first_row))
-        start = stop
+    parts: list[Matrix] = []
+    first_row = 0
+    for kind, same in groupby(sources, lambda source: packing.kind(name, source.kind, source.columns)):
+        group = list(same)
+        if update is None and all(source.kind == kind for source in group):
+            parts += [source.whole() for source in group]
+        else:
+            parts.append(_converted(f"{where}: {name}", group, kind, update, first_row))
+        first_row += sum(source.rows for source in group)
     return parts
 
 
 def _converted(name: str, sources: Sequence[Rows], kind: str, update: Update | None, first_row: int) -> Matrix:
     rows, columns = sum(source.rows for source in sources), sources[0].columns
     format, dtype = FORMATS[kind], PLAIN_DTYPES.get(kind, torch.uint8)
-    out = torch.empty(rows, columns if kind in PLAIN else format.row_bytes(columns), dtype=dtype)
+    # The compiled decoder moves it once more: what it leaves must not stay
+    out = passing(rows * format.row_bytes(columns)).view(dtype).view(rows, -1)
 
     def convert(job: tuple[Rows, int, int, int]) -> None:
         source, start, stop, place = job
@@ -183,7 +184,7 @@ def _converted(name: str, sources: Sequence[Rows], kind: str, update: Update | N
         if kind in PLAIN:
             out[place : place + len(values)] = values
         else:
-            out[place : place + len(values)] = torch.from_numpy(quantize(values.numpy(), kind))
+            out[place : place + len(values)] = torch.from_numpy(quantize(values.numpy(), kind, fit=True))
 
     step = max(1, TILE // max(1, columns))
     jobs, place = [], 0

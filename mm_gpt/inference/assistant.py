@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
@@ -161,16 +161,25 @@ class Assistant:
         `prompt` asks something else about each of them. `caption_config` says what is used where no option is given.
         Raises ImageError naming the first image that cannot be read.
         """
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
         single = not isinstance(images, list | tuple) and not _is_iterable_of_images(images)
         sources = [images] if single else list(images)
-        config = self.caption_config(options)
-        answers: list[Answer] = []
-        for start in range(0, len(sources), batch_size):
-            batch = [self.processor.chat([_user([s], prompt)]) for s in sources[start : start + batch_size]]
-            answers += self.engine.generate(batch, config)
+        answers = [cast(Answer, a) for a in self.captions(sources, batch_size=batch_size, prompt=prompt, **options)]
         return answers[0] if single else answers
+
+    def captions(
+        self,
+        images: Iterable[Any],
+        *,
+        batch_size: int = 8,
+        prompt: str = CAPTION_PROMPT,
+        **options: Unpack[GenerationOptions],
+    ) -> Iterator[Answer | None]:
+        """`caption` for any number of images, one after the other; None for None. `batch_size` of them are worked on at
+        a time: when one is done, the next takes its place."""
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
+        asked = (None if image is None else self.processor.chat([_user([image], prompt)]) for image in images)
+        return self.engine.each(asked, self.caption_config(options), ahead=batch_size)
 
     @overload
     def chat(
@@ -219,11 +228,10 @@ class Assistant:
         """Whether answers may repeat themselves: those of public models, and where a form asks for it."""
         return self.is_public or options.get("constraint") is not None
 
-    def samples(self, messages: Sequence[Message], n: int, **options: Unpack[GenerationOptions]) -> list[Answer]:
+    def samples(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> list[Answer]:
         """`n` answers to a chat, as `chat` takes it. They share its prompt, and each is drawn by a seed of its own, which
         follows from `seed` and its place. Raises ConfigError for an impossible option."""
-        config = self.chat_config({**options, "n": n})
-        return self.engine.generate([self.processor.chat(messages)], config)
+        return self.engine.generate([self.processor.chat(messages)], self.chat_config(options))
 
     def complete(self, parts: str | Iterable[Any], **options: Unpack[GenerationOptions]) -> Answer:
         """Continue an interleaved prompt as it stands, without a chat template.

@@ -27,6 +27,7 @@ MAX_CHOICE, MAX_CHOICES_TEXT = 10_000, 100_000
 """Characters of one choice, and of all together."""
 PLACE_SECONDS = 0.2
 """How long the place of what is refused is looked for."""
+UNFULFILLED = "nothing fulfils it with this tokenizer"
 UNTOLD = "options of oneOf that neither their type nor a constant of a required property tells apart; try anyOf"
 LIMITS: dict[str, Any] = {
     "max_items_in_row": 20_000,
@@ -263,7 +264,7 @@ class GrammarState:
         if self.finished or self._matcher.is_accepting():
             out[[*grammars.end_ids]] = True
         if not out.any():
-            raise MMGPTError("nothing fulfils it with this tokenizer")
+            raise MMGPTError(UNFULFILLED)
 
     def accept(self, id: int) -> None:
         """Take the next token. Raises MMGPTError for one that was not allowed."""
@@ -282,7 +283,8 @@ class GrammarState:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise MMGPTError(_first_line(self._matcher.get_error()))
+            error = _first_line(self._matcher.get_error())
+            raise MMGPTError(UNFULFILLED if error.startswith("NoExtension") else error)
 
     def copy(self) -> "GrammarState":
         new = GrammarState(self._grammars, self._matcher.deep_copy(), is_empty=self._is_empty)

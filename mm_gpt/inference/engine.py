@@ -8,7 +8,7 @@ Shapes: R rows in one step, T prompt tokens, D width, V vocabulary.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -76,6 +76,34 @@ class Engine:
             run.close()
         return [answer for job in jobs for answer in job.answers()]
 
+    def each(
+        self, documents: Iterable[Document | None], config: GenerationConfig, *, ahead: int
+    ) -> Iterator[Answer | None]:
+        """The answer to each of any number of documents, in their order; None for None. At most `ahead` of them are
+        worked on at a time, and a place that is free is the next one's. Raises what `generate` does."""
+        if config.n > 1:
+            raise ConfigError(f"each document has one answer here: n cannot be {config.n}")
+        run, jobs, left = Run(self, starts=ahead), deque[Job | None](), iter(documents)
+        is_over = False
+        try:
+            while not is_over or jobs:
+                while not is_over and sum(job is not None and not job.is_done for job in jobs) < ahead:
+                    try:
+                        document = next(left)
+                    except StopIteration:
+                        is_over = True
+                        break
+                    jobs.append(None if document is None else self.job(document, config))
+                    if (job := jobs[-1]) is not None:
+                        run.waiting.append(job)
+                while jobs and (jobs[0] is None or jobs[0].is_done):
+                    done = jobs.popleft()
+                    yield None if done is None else done.answers()[0]
+                if run.is_busy:
+                    run.step()
+        finally:
+            run.close()
+
     def stream(self, document: Document, config: GenerationConfig) -> "Stream":
         """Pieces of the answer as they are generated."""
         if config.num_beams > 1:
@@ -116,6 +144,9 @@ class Job:
         """`known`: digests of images that were met before, see `Reader.prompt`."""
         self.engine, self.example, self.config, self.known = engine, example, config, known
         self.context = self._room()
+        vocab_size = engine.model.decoder.config.vocab_size
+        if unknown := [id for id in config.logit_bias if id >= vocab_size]:
+            raise ConfigError(f"logit_bias: there is no token {unknown[0]}; the model has {vocab_size}")
         self.grammar = None if config.constraint is None else engine.grammars().compile(config.constraint)
         self.rows: list[Row] = []
         """Those that are sampled; empty until the prompt was read."""
@@ -201,8 +232,9 @@ class Job:
 class Run:
     """Jobs that are generated together. Others may be added between two steps."""
 
-    def __init__(self, engine: Engine, max_rows: int | None = None):
-        self.engine, self.max_rows = engine, max_rows or engine.max_rows
+    def __init__(self, engine: Engine, max_rows: int | None = None, *, starts: int = 1):
+        """`starts`: prompts that are read between two steps while rows are running, for they wait meanwhile."""
+        self.engine, self.max_rows, self.starts = engine, max_rows or engine.max_rows, starts
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
 
@@ -251,9 +283,9 @@ class Run:
         return list(zip(jobs, logits.split([len(group) for group in rows]), strict=True))
 
     def _start(self) -> list[tuple[Job, Tensor]]:
-        """Read the prompts for which there is room; beside rows that are running one at a time, for they wait."""
+        """Read the prompts for which there is room."""
         jobs: list[Job] = []
-        room, most = self.max_rows - self.num_rows, 1 if self.running else len(self.waiting)
+        room, most = self.max_rows - self.num_rows, self.starts if self.running else len(self.waiting)
         while self.waiting and len(jobs) < most:
             rows = self.waiting[0].num_rows
             if rows > room and (self.running or jobs):

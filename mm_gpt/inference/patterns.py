@@ -21,6 +21,9 @@ EXCLUDED = {"d": r"\p{Nd}", "w": r"\p{L}\p{N}_", "s": r"\s\x1c-\x1f\x{feff}"}
 CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "0": "\0"}
 UNWRITABLE = re.compile("[\0-\x07\x0b\x0e-\x1f\x7f]")
 """Characters that JSON text has no short escape for; the grammars of `llguidance` leave them away."""
+OTHER_ESCAPES = re.compile(r"\\[^dDwWsS]")
+VARYING = re.compile(r"\\[dDwWsS]|\.")
+"""What some languages find in more texts than others, once other escapes are away."""
 LINE_ENDS = r"\n\r\x{2028}\x{2029}"
 
 _ESCAPE = r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|[dDwWsSnrtfv]|0(?![0-9])|[^0-9A-Za-z\s])"

@@ -71,6 +71,7 @@ class Row:
         ended = id in self.end_ids
         if self.grammar is not None and not ended:
             self.grammar.accept(id)
+            ended = self.grammar.finished  # no step for an end mark that must come
         is_last = ended or len(self.ids) == self.limit
         new, stopped = self._stops.add(self._words.add(id))
         if stopped or ended:
@@ -84,7 +85,7 @@ class Row:
 
     def answer(self) -> Answer:
         return Answer(
-            self.text.strip(),
+            self.text if self.grammar is not None else self.text.strip(),
             ids=tuple(self.ids),
             prompt_tokens=len(self.prompt),
             image_tokens=self.prompt.example.image_tokens,

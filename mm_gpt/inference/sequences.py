@@ -79,10 +79,6 @@ class TorchSequences:
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.decoder.parameters()).device
-
     def read(
         self, before: TorchSequence | None, length: int, embedded: Embedded, positions: Tensor, masks: dict[str, Any]
     ) -> tuple[TorchSequence, Tensor]:

@@ -74,12 +74,9 @@ def write_keep(module: Module, spec: HeadSpec) -> ir.Function:
     with module.function("keep", 5) as (code, (key, value, keys, values, slot)):
         with code.loop(0, C) as c:
             _keep(code, spec, code.load(key, F32, c * 4), keys, c * BLOCK + slot)
-        for c in range(0, padded, LANES):
-            whole = C - c >= LANES
-            numbers = (
-                code.load(value, FLOATS, c * 4) if whole else code.load_first(value + c * 4, FLOATS, code.i64(C - c))
-            )
-            _keep(code, spec, numbers, values, slot * padded + c)
+        for start in range(0, padded, LANES):
+            numbers = code.load_first(value + start * 4, FLOATS, code.i64(C - start))
+            _keep(code, spec, numbers, values, slot * padded + start)
     return module.ir.globals["keep"]
 
 
@@ -196,16 +193,16 @@ def write_attend(module: Module, name: str, spec: HeadSpec, pattern: PatternSpec
                 # No further than the last token: what lies behind may be anything, NaN too.
                 with code.loop(0, (left < BLOCK).where(left, BLOCK)) as token:
                     weights = [code.load(line, F32, ((block - first) * BLOCK + token) * 4) for line in lines]
-                    for v, c in enumerate(starts):
-                        value = _load(code, spec, values, token * padded + c)
+                    for v, column in enumerate(starts):
+                        value = _load(code, spec, values, token * padded + column)
                         for g in range(heads):
                             results[g][v].set(code.fma(value, weights[g], results[g][v].get()))
             for g in range(heads):
-                for v, c in enumerate(starts):
+                for v, column in enumerate(starts):
                     result = results[g][v].get() * inverses[g]
-                    if c + LANES <= C:
-                        code.store(result, out, (g * C + c) * 4)
+                    if column + LANES <= C:
+                        code.store(result, out, (g * C + column) * 4)
                     else:
-                        for lane in range(C - c):
-                            code.store(result.lane(lane), out, (g * C + c + lane) * 4)
+                        for lane in range(C - column):
+                            code.store(result.lane(lane), out, (g * C + column + lane) * 4)
     return module.ir.globals[name]

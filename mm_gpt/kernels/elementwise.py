@@ -1,6 +1,7 @@
 """Functions of vectors of float32: exponential, activations, norms. Relative errors are about 1e-7 unless said."""
 
 import math
+from collections.abc import Callable
 
 from mm_gpt.kernels.simd import F32, I32, Code, Value, vector
 
@@ -76,11 +77,11 @@ def norm(code: Code, kind: str, eps: float, x: Value, size: int, out: Value, wei
     whole = size // LANES * LANES
     tail = code.i64(size - whole)
 
-    def each(apply: "object") -> None:
+    def each(apply: Callable[[Value, Value | None], None]) -> None:
         with code.loop(0, whole, LANES) as i:
-            apply(i, None)  # type: ignore[operator]
+            apply(i, None)
         if whole < size:
-            apply(code.i64(whole), tail)  # type: ignore[operator]
+            apply(code.i64(whole), tail)
 
     def read(address: Value, i: Value, count: Value | None) -> Value:
         place = address + i * 4

@@ -59,11 +59,12 @@ PLAIN = ("F32", "F16", "BF16")
 """The formats without blocks."""
 
 
-def quantize(values: np.ndarray, name: str) -> np.ndarray:
+def quantize(values: np.ndarray, name: str, *, fit: bool = False) -> np.ndarray:
     """Values (rows, columns) in float32 as bytes (rows, row_bytes).
 
-    Values beyond `FORMATS[name].largest` make scales infinite, as in the reference: who calls looks first. Raises
-    ValueError for rows that are no whole blocks.
+    With `fit`, Q4_1 and Q5_1 have the scales of the least squared error, as K formats always do, instead of the
+    reference's bytes. Values beyond `FORMATS[name].largest` make scales infinite, as in the reference: who calls looks
+    first. Raises ValueError for rows that are no whole blocks.
     """
     rows, columns = values.shape
     format = FORMATS[name]
@@ -74,16 +75,21 @@ def quantize(values: np.ndarray, name: str) -> np.ndarray:
     if name == "F16":
         with np.errstate(over="ignore"):
             return values.astype(np.float16).view(np.uint8).reshape(rows, size)
+    out = np.empty((rows, size), np.uint8)
+    if name == "Q8_0":
+        from mm_gpt.kernels import expand
+
+        expand.encode_q8_0(values.reshape(-1, format.block), out.reshape(-1, format.block_bytes))
+        return out
     from mm_gpt.kernels import blocks
 
-    out = np.empty((rows, size), np.uint8)
     if name == "BF16":
         blocks.encode_bf16(values.view(np.uint32).reshape(-1), out.view(np.uint16).reshape(-1))
         return out
-    if name.endswith("_K"):
-        from mm_gpt.kernels import k_blocks
+    if name.endswith("_K") or (fit and name in ("Q4_1", "Q5_1")):
+        from mm_gpt.kernels import fitting
 
-        k_blocks.encode(name, values.reshape(-1, format.block), out.reshape(-1, format.block_bytes))
+        fitting.encode(name, values.reshape(-1, format.block), out.reshape(-1, format.block_bytes))
     else:
         blocks.encode(name, values.reshape(-1, format.block), out.reshape(-1, format.block_bytes))
     return out
@@ -103,22 +109,15 @@ def dequantize(data: np.ndarray, name: str, out: np.ndarray | None = None) -> np
     elif name == "BF16":
         np.left_shift(data.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
     else:
-        from mm_gpt.kernels import blocks
+        from mm_gpt.kernels import expand
 
-        blocks.decode(name, data.reshape(-1, format.block_bytes), out.reshape(-1, format.block))
+        expand.decode(name, data.reshape(-1, format.block_bytes), out.reshape(-1, format.block))
     return out
-
-
-CHUNK = 1 << 17
-"""Values that pass from blocks to bfloat16 at a time: half of what a core's cache holds."""
 
 
 def expand_bf16(data: np.ndarray, name: str, out: np.ndarray) -> None:
     """Blocks (rows, row_bytes) as the bits of bfloat16 in `out`, (rows, columns) of uint16: `dequantize`, rounded."""
-    from mm_gpt.kernels import blocks
+    from mm_gpt.kernels import expand
 
-    step = max(1, CHUNK // out.shape[1])
-    buffer = np.empty((min(step, len(out)), out.shape[1]), np.float32)
-    for start in range(0, len(out), step):
-        piece = dequantize(data[start : start + step], name, buffer[: len(out) - start])
-        blocks.encode_bf16(piece.view(np.uint32).reshape(-1), out[start : start + step].reshape(-1))
+    format = FORMATS[name]
+    expand.decode(name, np.ascontiguousarray(data).reshape(-1, format.block_bytes), out.reshape(-1, format.block))

@@ -6,8 +6,6 @@ and among others, and whoever of the team computes it. Weights are read and unpa
 Float weights: float32 activations; for BF16 weights activations are rounded to bfloat16, as the processor's bfloat16
 dot product wants them. Blocks: activations become int16 in blocks of 32 with a scale each, and the products of a block
 are summed as integers, exactly, whatever the instruction set; one block's sum is at most 32 · 128 · 32767 < 2^31.
-
-The formats are those of ggml-quants.c (llama.cpp): a float16 scale d, often a float16 minimum m, and the numbers.
 """
 
 import ctypes
@@ -17,140 +15,16 @@ from functools import cache
 
 from llvmlite import ir
 
-from mm_gpt.kernels.simd import BF16, F16, F32, I8, I16, I32, ISA, Code, Module, Value, library, vector
+from mm_gpt.kernels.library import library
+from mm_gpt.kernels.processor import ISA
+from mm_gpt.kernels.simd import BF16, F16, F32, I16, I32, Code, Module, Value, lanes_of, vector
+from mm_gpt.kernels.unpack import BLOCK_FORMATS, MINIMUM, BlockFormat
 
 BLOCK = 32
 """Values of activations under one scale."""
 LANES = 16
 TILE = 4
 """Rows of weights and of activations that one pass over K works on, where there are several of both."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """32 values of a row of weights: value = scale · number + minimum."""
-
-    numbers: Value
-    """<32 x i16>"""
-    scale: Value
-    """float, or <16 x float> for each pair of numbers."""
-    minimum: Value | None = None
-
-
-@dataclass(frozen=True)
-class BlockFormat:
-    block_values: int
-    block_bytes: int
-    unpack: Callable[[Code, Value], list[Part]]
-
-
-def _half(code: Code, address: Value, offset: int = 0) -> Value:
-    return code.load(address, F16, offset).to(F32)
-
-
-def _nibbles(code: Code, packed: Value) -> Value:
-    """<16 x i8> -> <32 x i8>: the low halves of all bytes, then the high ones."""
-    return packed.shuffle(range(32), packed >> 4) & 15
-
-
-def _fifth_bits(code: Code, address: Value) -> Value:
-    """32 bits in memory -> <32 x i8> of 0 or 16."""
-    bits = code.load(address, I32).bits_as_lanes()
-    return bits.where(code.number(vector(I8, 32), 16), 0)
-
-
-def _q8_0(code: Code, block: Value) -> list[Part]:
-    return [Part(code.load(block, vector(I8, 32), 2).to(I16), _half(code, block))]
-
-
-def _q4_0(code: Code, block: Value) -> list[Part]:
-    numbers = _nibbles(code, code.load(block, vector(I8, 16), 2)) - 8
-    return [Part(numbers.to(I16), _half(code, block))]
-
-
-def _q4_1(code: Code, block: Value) -> list[Part]:
-    numbers = _nibbles(code, code.load(block, vector(I8, 16), 4))
-    return [Part(numbers.to(I16, signed=False), _half(code, block), _half(code, block, 2))]
-
-
-def _q5_0(code: Code, block: Value) -> list[Part]:
-    numbers = (_nibbles(code, code.load(block, vector(I8, 16), 6)) | _fifth_bits(code, block + 2)) - 16
-    return [Part(numbers.to(I16), _half(code, block))]
-
-
-def _q5_1(code: Code, block: Value) -> list[Part]:
-    numbers = _nibbles(code, code.load(block, vector(I8, 16), 8)) | _fifth_bits(code, block + 4)
-    return [Part(numbers.to(I16, signed=False), _half(code, block), _half(code, block, 2))]
-
-
-def _scales_of_k(code: Code, block: Value) -> list[tuple[Value, Value]]:
-    """Eight pairs of scale and minimum from the 12 bytes of 6-bit numbers at 4, and d and dmin at 0."""
-    first, second, high = (code.load(block, I32, 4 + 4 * word) for word in range(3))
-    # Bytes 0-3 and 4-7 hold the low six bits' first four scales and minima; their two top bits and the last four
-    # bytes' nibbles make the second four.
-    words = (
-        (first & 0x3F3F3F3F, (high & 0x0F0F0F0F) | ((first >> 2) & 0x30303030), _half(code, block)),
-        (second & 0x3F3F3F3F, ((high >> 4) & 0x0F0F0F0F) | ((second >> 2) & 0x30303030), _half(code, block, 2) * -1.0),
-    )
-    scales, minima = (
-        low.splat(1).shuffle([0, 1], upper.splat(1)).bits(I8).to(F32, signed=False) * factor
-        for low, upper, factor in words
-    )
-    return [(scales.shuffle([index] * LANES), minima.shuffle([index] * LANES)) for index in range(8)]
-
-
-def _q4_k(code: Code, block: Value) -> list[Part]:
-    parts = []
-    for pair in range(4):
-        packed = code.load(block, vector(I8, 32), 16 + 32 * pair)
-        parts += [packed & 15, packed >> 4]
-    scales = _scales_of_k(code, block)
-    return [Part(numbers.to(I16, signed=False), *scale) for numbers, scale in zip(parts, scales, strict=True)]
-
-
-def _q5_k(code: Code, block: Value) -> list[Part]:
-    high = code.load(block, vector(I8, 32), 16)
-    parts = []
-    for pair in range(4):
-        packed = code.load(block, vector(I8, 32), 48 + 32 * pair)
-        parts += [
-            (packed & 15) | (((high >> (2 * pair)) & 1) << 4),
-            (packed >> 4) | (((high >> (2 * pair + 1)) & 1) << 4),
-        ]
-    scales = _scales_of_k(code, block)
-    return [Part(numbers.to(I16, signed=False), *scale) for numbers, scale in zip(parts, scales, strict=True)]
-
-
-def _q6_k(code: Code, block: Value) -> list[Part]:
-    d = _half(code, block, 208)
-    parts = []
-    for half in range(2):
-        first = code.load(block, vector(I8, 32), 64 * half)
-        second = code.load(block, vector(I8, 32), 64 * half + 32)
-        high = code.load(block, vector(I8, 32), 128 + 32 * half)
-        parts += [
-            (first & 15) | ((high & 3) << 4),
-            (second & 15) | (((high >> 2) & 3) << 4),
-            (first >> 4) | (((high >> 4) & 3) << 4),
-            (second >> 4) | ((high >> 6) << 4),
-        ]
-    scales = code.load(block, vector(I8, 16), 192).to(F32) * d
-    return [
-        Part((numbers - 32).to(I16), scales.shuffle([2 * index] * 8 + [2 * index + 1] * 8))
-        for index, numbers in enumerate(parts)
-    ]
-
-
-BLOCK_FORMATS = {
-    "Q8_0": BlockFormat(32, 34, _q8_0),
-    "Q4_0": BlockFormat(32, 18, _q4_0),
-    "Q4_1": BlockFormat(32, 20, _q4_1),
-    "Q5_0": BlockFormat(32, 22, _q5_0),
-    "Q5_1": BlockFormat(32, 24, _q5_1),
-    "Q4_K": BlockFormat(256, 144, _q4_k),
-    "Q5_K": BlockFormat(256, 176, _q5_k),
-    "Q6_K": BlockFormat(256, 210, _q6_k),
-}
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 KINDS = (*FLOAT_BYTES, *BLOCK_FORMATS)
 Prepared = str
@@ -262,28 +136,47 @@ class _Tile:
                 code.prefetch(self.ahead + offset * len(self.weights) + line)
 
 
-def _block_tile(code: Code, form: BlockFormat, tile: _Tile) -> list[Value]:
-    """Vectors whose lanes sum to the dot product of each row of activations with each of weights, row by row."""
+def _block_tile(code: Code, form: BlockFormat, tile: _Tile) -> Value:
+    """The dot product of each row of activations with each of weights, row by row, as lanes of one vector."""
     weights, rows, columns = tile.weights, tile.rows, tile.columns
-    zeros = code.number(vector(F32, 16), 0.0)
-    sums = [[code.variable(zeros) for _ in weights] for _ in rows]
+    sums = [[code.variable(code.number(vector(F32, LANES), 0.0)) for _ in weights] for _ in rows]
     scales = [row + columns * 2 for row in rows]
     offsets = [scale + columns // 8 for scale in scales]
     per_block = form.block_values // BLOCK
+    count = len(weights) * len(rows)
+    # Alone, the vector that a minimum comes in is summed as it is: taking a lane out costs more than all the others.
+    alone = count == 1 and per_block == 1
+    minima = code.variable(code.number(vector(F32, 4) if alone else lanes_of(F32, count), 0.0))
+
     with code.loop(0, columns // form.block_values) as block:
         tile.fetch(code, block * form.block_bytes, form.block_bytes)
-        for n, weight in enumerate(weights):
-            for index, part in enumerate(form.unpack(code, weight + block * form.block_bytes)):
-                place = block * per_block + index
-                for r, row in enumerate(rows):
-                    numbers = code.load(row, vector(I16, 32), place * 64)
-                    dots = _multiply_pairs(code, part.numbers, numbers).to(F32) * part.scale
-                    total = code.fma(dots, code.load(scales[r], F32, place * 4), sums[r][n].get())
-                    if part.minimum is not None:
-                        offset = code.first_lane(code.load(offsets[r], F32, place * 4), 16)
-                        total = code.fma(offset, part.minimum, total)
-                    sums[r][n].set(total)
-    return [total.get() for line in sums for total in line]
+        unpacked = [form.unpack(code, weight + block * form.block_bytes) for weight in weights]
+        for index in range(per_block):
+            place = block * per_block + index
+            parts = [each[index] for each in unpacked]
+            row_scales = [code.load(scale, F32, place * 4) for scale in scales]
+            numbers = [part.numbers() for part in parts]
+            for r, row in enumerate(rows):
+                values = code.load(row, vector(I16, 32), place * 64)
+                for n, part in enumerate(parts):
+                    dots = _multiply_pairs(code, numbers[n], values).to(F32)
+                    scale = part.scale * row_scales[r]
+                    if part.lane is not None:
+                        scale = scale.shuffle([part.lane] * LANES)
+                    sums[r][n].set(code.fma(dots, scale, sums[r][n].get()))
+            found = [part.minimum for part in parts if part.minimum is not None]
+            row_offsets = [code.load(offset, F32, place * 4) for offset in offsets]
+            if found and alone:
+                minima.set(code.fma(found[0][0], row_offsets[0], minima.get()))
+            elif found:
+                minimum = code.vector_of([values.lane(lane) for values, lane in found])
+                minimum = minimum.part_of(list(range(len(weights))) * len(rows))
+                offset = code.vector_of(row_offsets).part_of([r for r in range(len(rows)) for _ in weights])
+                minima.set(code.fma(minimum, offset, minima.get()))
+    totals = code.sum_lanes_of([total.get() for line in sums for total in line])
+    if not form.has_minima:
+        return totals
+    return totals + (minima.get().lane(MINIMUM) if alone else minima.get())
 
 
 def _float_product(code: Code, kind: str, weight: Value, row: Value, total: Value) -> Value:
@@ -295,13 +188,14 @@ def _float_product(code: Code, kind: str, weight: Value, row: Value, total: Valu
         return code.intrinsic(
             "x86.avx512bf16.dpbf16ps.512", total, weight.bits(BF16), row.bits(BF16), result=total.type, typed=False
         )
-    pairs = (weight.bits(I32), row.bits(I32))
-    odd, even = ([half(pair).bits(F32) for pair in pairs] for half in (lambda x: x & 0xFFFF0000, lambda x: x << 16))
-    return code.fma(*even, code.fma(*odd, total))
+    low_weight, low_row = (pair.bits(I32) << 16 for pair in (weight, row))
+    high_weight, high_row = (pair.bits(I32) & 0xFFFF0000 for pair in (weight, row))
+    total = code.fma(high_weight.bits(F32), high_row.bits(F32), total)
+    return code.fma(low_weight.bits(F32), low_row.bits(F32), total)
 
 
 def _float_tile(code: Code, kind: str, tile: _Tile) -> list[Value]:
-    """The same for weights that are floats."""
+    """Vectors whose lanes sum to the dot products, in the same order."""
     weights, rows, columns = tile.weights, tile.rows, tile.columns
     lanes = 32 if kind == "BF16" else 16
     stored = vector({"F32": F32, "F16": F16, "BF16": I16}[kind], lanes)
@@ -349,11 +243,10 @@ def write_matmul(module: Module, kind: str) -> None:
                 weights + (n + num_weights) * stride if num_weights > 1 else None,
             )
             if kind in FLOAT_BYTES:
-                sums = _float_tile(code, kind, addresses)
+                results = code.sum_lanes_of(_float_tile(code, kind, addresses))
             else:
-                sums = _block_tile(code, BLOCK_FORMATS[kind], addresses)
-            results = code.sum_lanes_of(sums)
-            extra = code.variable(code.number(results.type if size == 1 else _lanes_type(num_weights), 0.0))
+                results = _block_tile(code, BLOCK_FORMATS[kind], addresses)
+            extra = code.variable(code.number(lanes_of(F32, num_weights), 0.0))
             with code.when(bias > 0):
                 extra.set(code.load(bias, extra.get().type, n * 4))
             for j in range(size):
@@ -375,8 +268,24 @@ def write_matmul(module: Module, kind: str) -> None:
             all_rows(n, 1)
 
 
-def _lanes_type(lanes: int) -> ir.Type:
-    return F32 if lanes == 1 else vector(F32, lanes)
+def write_expand(module: Module, kind: str) -> None:
+    """`expand(row, columns, out)`: one row of weights as float32, up to a whole vector."""
+    with module.function("expand", 3, exported=True) as (code, (row, columns, out)):
+        if kind in FLOAT_BYTES:
+            stored = vector({"F32": F32, "F16": F16, "BF16": I16}[kind], LANES)
+            with code.loop(0, columns, LANES) as i:
+                values = code.load_first(row + i * FLOAT_BYTES[kind], stored, columns - i)
+                values = widen_bf16(values) if kind == "BF16" else values.to(F32) if kind == "F16" else values
+                code.store(values, out, i * 4)
+        else:
+            form = BLOCK_FORMATS[kind]
+            with code.loop(0, columns // form.block_values) as block:
+                for index, part in enumerate(form.unpack(code, row + block * form.block_bytes)):
+                    lanes = [i // 2 if part.lane is None else part.lane for i in range(BLOCK)]
+                    values = part.numbers().to(F32) * part.scale.shuffle(lanes)
+                    if part.minimum is not None:
+                        values = values + part.minimum[0].shuffle([part.minimum[1]] * BLOCK)
+                    code.store(values, out, (block * form.block_values + index * BLOCK) * 4)
 
 
 @dataclass(frozen=True)
@@ -385,6 +294,7 @@ class Kernels:
 
     matmul: int
     prepare: int
+    expand: int
 
 
 @cache
@@ -392,9 +302,10 @@ def kernels(kind: str, level: ISA) -> Kernels:
     def write(module: Module) -> None:
         write_prepare(module, prepared_for(kind), exported=True)
         write_matmul(module, kind)
+        write_expand(module, kind)
 
     made = library(f"matmul {kind}", level, write)
-    return Kernels(made.address("matmul"), made.address(f"prepare_{prepared_for(kind)}"))
+    return Kernels(made.address("matmul"), made.address(f"prepare_{prepared_for(kind)}"), made.address("expand"))
 
 
 def callable_at(address: int, num_args: int) -> Callable[..., None]:

@@ -228,7 +228,7 @@ class MMGPT(nn.Module):
         if images is not None and not images.any():
             images = None
         local_mask = None
-        if window is not None and (prefix_lm or images is not None):
+        if window is not None and (prefix_lm or images is not None or batch.branch_ids.any()):
             local_mask = attention_mask(batch, prefix_lm=prefix_lm, images=images, window=window, past=past)
         return {
             "mask": attention_mask(batch, prefix_lm=prefix_lm, images=images, past=past),
@@ -262,15 +262,17 @@ def attention_mask(
     same = documents.unsqueeze(2) == documents.unsqueeze(1)  # (B, query, key)
     visible = (branches.unsqueeze(1) == 0) | (branches.unsqueeze(2) == branches.unsqueeze(1))
     keys = torch.arange(past + T, device=documents.device)
-    distance = keys[past:, None] - keys  # (T, past + T)
-    looks = distance >= 0
+    looks = keys[past:, None] >= keys  # (T, past + T)
     if images is not None:
         starts = images & ~F.pad(images[:, :-1], (1, 0))
         runs = starts.cumsum(dim=1).where(images, 0)
         together = images.unsqueeze(2) & (runs.unsqueeze(2) == runs.unsqueeze(1))
         looks = looks | F.pad(together, (past, 0))
     if window is not None:
-        looks = looks & (distance < window)
+        # A branch lies behind the shared part, whatever other branches stand between them in the row
+        places = past + (same & visible).tril().sum(dim=2) - 1  # (B, T) in the token's own text
+        behind = torch.cat([keys[:past].expand(len(places), -1), places], dim=1)
+        looks = looks & (places.unsqueeze(2) - behind.unsqueeze(1) < window)
     if prefix_lm:
         prefix = _before_targets(batch)
         looks = looks | F.pad(prefix.unsqueeze(2) & prefix.unsqueeze(1), (past, 0))

@@ -70,19 +70,14 @@ class Matrix:
             return data.float()
         return torch.from_numpy(dequantize(data.numpy(), self.kind))
 
-    def _expanded(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """`values` by all threads, in float32 or bfloat16."""
-        data = self.data[start:stop]
-        if self.kind in PLAIN:
-            return data.to(dtype)
-        out = torch.empty(len(data), self.columns, dtype=dtype)
+    def _expand_shared(self, data: Tensor, out: Tensor) -> None:
+        """`_expand` by all threads."""
         size = -(-len(data) // torch.get_num_threads())
         parts = [slice(at, at + size) for at in range(0, len(data), size)]
         if len(parts) < 2 or out.numel() < TILE // 64:
             self._expand(data, out)
         else:
             list(workers().map(lambda part: self._expand(data[part], out[part]), parts))
-        return out
 
     def _expand(self, data: Tensor, out: Tensor) -> None:
         if out.dtype == torch.bfloat16:
@@ -99,11 +94,21 @@ class Matrix:
         for start in range(0, self.rows, size):
             yield start, min(start + size, self.rows)
 
-    def product(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """x (R, columns) -> (R, rows), multiplied in `dtype`; both in float32."""
-        x = x.to(dtype)
-        products = [F.linear(x, self._expanded(start, stop, dtype)).float() for start, stop in self.tiles()]
-        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+    def product(self, x: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """x (R, columns) -> (R, rows), multiplied in `dtype`; both in float32. `out`: where it is written, if given."""
+        x, y = x.to(dtype), torch.empty(len(x), self.rows) if out is None else out
+        tiles = list(self.tiles())
+        # One room for all tiles: the C library would not find that of the one before again, and memory would grow
+        room = None if self.kind in PLAIN else torch.empty(tiles[0][1], self.columns, dtype=dtype)
+        for start, stop in tiles:
+            weights = self.data[start:stop]
+            if room is None:
+                weights = weights.to(dtype)
+            else:
+                self._expand_shared(weights, room[: stop - start])
+                weights = room[: stop - start]
+            y[:, start:stop] = F.linear(x, weights)
+        return y
 
 
 def workers() -> ThreadPoolExecutor:
@@ -132,8 +137,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in_features) -> (…, out_features)."""
         flat = x.reshape(-1, self.in_features)
-        products = [part.product(flat, product_dtype(part.kind)) for part in self.parts]
-        y = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+        y, first = torch.empty(len(flat), self.out_features), 0
+        for part in self.parts:
+            part.product(flat, product_dtype(part.kind), y[:, first : first + part.rows])
+            first += part.rows
         if self.bias is not None:
             y += self.bias
         return y.view(*x.shape[:-1], self.out_features)

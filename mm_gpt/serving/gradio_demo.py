@@ -30,6 +30,7 @@ from mm_gpt.hub.choice import chosen_model
 from mm_gpt.images import load_image, source_name
 from mm_gpt.inference.assistant import Assistant, GenerationOptions, load
 from mm_gpt.inference.hints import Hints
+from mm_gpt.serving.remote import RemoteAssistant
 from mm_gpt.templates.prompts import CAPTION_PROMPT
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ _WATCH_LOST_FILES = """
 _TELL_LOST_FILE = "(entry, _) => { const lost = window.lostFile; window.lostFile = false; return [entry, !!lost]; }"
 
 
-def build(assistant: Assistant, hints: Hints | None = None) -> gr.Blocks:
+def build(assistant: Assistant | RemoteAssistant, hints: Hints | None = None) -> gr.Blocks:
     """The page, not yet served. What `hints` has to say about a question goes to stderr.
 
     What was entered leaves the box at once, before the model is free: what is typed meanwhile stays. A message that is
@@ -275,20 +276,32 @@ def check_port(host: str, port: int) -> None:
 
 
 def launch(
-    model: str | None = None, host: str = "127.0.0.1", port: int = 7860, device: str = "auto", dtype: str = "auto"
+    model: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    server: str | None = None,
+    api_key: str = "",
 ) -> None:
     """Load a model (`mm_gpt.load` says which) and serve the page until interrupted.
 
-    `host` 0.0.0.0 opens it to the network: whoever reaches the port can use it. Raises MMGPTError when the model
-    cannot be loaded or the port is taken.
+    With `server`, the URL of one that is running, its model answers (the first, where none is named) and none is loaded
+    here. `host` 0.0.0.0 opens it to the network: whoever reaches the port can use it. Raises MMGPTError when the model
+    cannot be loaded, the server does not answer, or the port is taken.
     """
     check_port(host, port)
     # Uploads go into a folder that only this user can read, and are gone at the end, by whatever signal it comes.
     with _signals_raise(), tempfile.TemporaryDirectory(prefix="mm-gpt-demo-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        model = chosen_model() if model is None else model
-        serve(build(load(model, device=device, dtype=dtype), Hints(model)), host=host, port=port)
+        if server is None:
+            model = chosen_model() if model is None else model
+            page = build(load(model, device=device, dtype=dtype), Hints(model))
+        else:
+            page = build(RemoteAssistant(server, api_key=api_key, model=model))
+        serve(page, host=host, port=port)
 
 
 @contextmanager

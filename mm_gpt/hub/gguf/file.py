@@ -23,6 +23,8 @@ MAX_ARRAY = 1 << 24
 """Values in a field: the largest vocabularies have 2^18 tokens."""
 MAX_NESTING = 4
 MAX_DIMENSIONS = 4
+LENGTH = struct.Struct("<Q")
+"""Of a text, in bytes, before it."""
 MAPPED_BYTES = 1 << 16
 """From this size on a tensor is mapped."""
 
@@ -177,7 +179,24 @@ class _Parser:
         if kind in SCALARS:
             dtype = np.dtype(SCALARS[kind])
             return np.frombuffer(self.take(dtype.itemsize * length), dtype).tolist()
+        if kind == STRING:
+            return self.texts(length)
         return [self.value(kind, depth + 1) for _ in range(length)]
+
+    def texts(self, count: int) -> list[str]:
+        """`text`, so many times, in a fraction of the time: vocabularies have a hundred thousand."""
+        data, size, length, texts = self.data, len(self.data), LENGTH.unpack_from, list[str]()
+        try:
+            for _ in range(count):
+                start = self.at + LENGTH.size
+                end = start + length(data, self.at)[0] if start <= size else start
+                if end > size:
+                    self.text()  # which says what is missing
+                texts.append(data[start:end].decode())
+                self.at = end
+        except UnicodeDecodeError:
+            raise self.error(f"a text before {end} that is no UTF-8") from None
+        return texts
 
     def tensor_entry(self, name: str) -> tuple[Any, tuple[int, ...], int]:
         """Type, shape with the rows outermost, and offset in the data."""

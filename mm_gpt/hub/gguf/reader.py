@@ -58,8 +58,8 @@ ARCHITECTURES = {"llama": GGUF_TABLE, "qwen2": GGUF_TABLE, "qwen3": GGUF_TABLE, 
 def load_gguf(path: Path, dtype: str = "fp32") -> tuple[Decoder, Fields]:
     """The decoder in a GGUF file, kept as `dtype` says (mm_gpt.hub.packing), and the file's metadata.
 
-    In `fp32` all is expanded. With `stored`, which is `auto` for all files with blocks, what lies in the file is
-    mapped and used as it is. Raises CheckpointError naming the file when it is corrupt, of another architecture, or
+    In `fp32` all is expanded. With `stored`, which is `auto` for all files but those of float32, what lies in the file
+    is mapped and used as it is. Raises CheckpointError naming the file when it is corrupt, of another architecture, or
     its tensors don't fit or are of a type that is not multiplied here.
     """
     file = read_gguf(path)
@@ -84,6 +84,8 @@ def load_gguf(path: Path, dtype: str = "fp32") -> tuple[Decoder, Fields]:
     with naming(str(path)), unfilled():
         decoder = Decoder(config)
     matrices = {tensor.kind.name for tensor in tensors.values() if tensor.data.ndim > 1}
+    if dtype == "auto" and matrices != {"F32"}:
+        dtype = "stored"
     packing = packing_of(dtype, matrices)
     if packing is not None:
         unfill(decoder)

@@ -67,6 +67,11 @@ class App:
         self.service.check()
         return self.service
 
+    def close(self) -> None:
+        """End the engine; whoever waits for it is told."""
+        if self.service is not None:
+            self.service.close()
+
     async def _health(self, request: Request) -> Response:
         self.loaded()
         return _json({"status": "ok"})

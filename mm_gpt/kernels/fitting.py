@@ -1,8 +1,9 @@
-"""Values into GGUF's K blocks: 256 values that share two scales, each group of them with small factors of its own.
+"""Values into blocks whose scales are searched for: GGUF's K blocks, where the format leaves that to the writer, and
+Q4_1 and Q5_1 where bytes need not be the reference's.
 
-The format leaves the search for scales to the writer. Here each group tries some ranges, fits scale (and minimum) to
-its codes by least squares, and keeps what has the least squared error; then the groups' factors are rounded, and the
-codes are chosen anew for what the file will say.
+Each group of values tries some ranges, fits scale (and minimum) to its codes by least squares, and keeps what has the
+least squared error. Then scales are rounded to what the file can say, and the codes are chosen anew for that. A K block
+has two scales in half precision for 256 values, and small factors of them for each group.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from mm_gpt.kernels.blocks import F0, F1, HALF_UP, _jit
+from mm_gpt.kernels.blocks import F0, F1, HALF_UP, jit, store
 
 TRIALS = 12
 """Ranges that are tried: from more than the whole one to one that cuts the largest values off."""
@@ -19,8 +20,16 @@ _search = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"nna
 
 
 def encode(name: str, values: np.ndarray, out: np.ndarray) -> None:
-    """Values (n, 256) in float32 into blocks (n, bytes)."""
+    """Values (n, block) in float32 into blocks (n, bytes)."""
     num = len(values)
+    if name in ("Q4_1", "Q5_1"):
+        most = 15 if name == "Q4_1" else 31
+        scales, minima = np.empty((num, 1), np.float32), np.empty((num, 1), np.float32)
+        ranges(values, np.float32(most), scales, minima, True)
+        both = _half(np.hstack((scales, -minima)))
+        out[:, :4] = both.view(np.uint8)
+        _store_pairs(values, both.astype(np.float32), most, out)
+        return
     if name == "Q6_K":
         factors = np.empty((num, 16), np.float32)
         _scales(values, factors)
@@ -31,7 +40,7 @@ def encode(name: str, values: np.ndarray, out: np.ndarray) -> None:
         return
     most = 31 if name == "Q5_K" else 15
     scales, minima = np.empty((num, 8), np.float32), np.empty((num, 8), np.float32)
-    _ranges(values, np.float32(most), scales, minima)
+    ranges(values, np.float32(most), scales, minima, False)
     d, m = (_half(array.max(axis=1, keepdims=True) / np.float32(63)) for array in (scales, minima))
     m[d == 0] = 0  # minima without a scale say nothing
     out[:, :2], out[:, 2:4] = d.view(np.uint8), m.view(np.uint8)
@@ -43,29 +52,32 @@ def _half(values: np.ndarray) -> np.ndarray:
         return values.astype(np.float16)
 
 
-@_jit
+@jit
 def _nearest(x: Any, low: Any, high: Any) -> Any:
     """A float as a whole number in [low, high]."""
     return np.int32(min(max(np.floor(x + HALF_UP), np.float32(low)), np.float32(high)))
 
 
-@_jit
+@jit
 def _ratio(a: Any, b: Any) -> Any:
     return a / b if b != F0 else F0
 
 
 @_search
-def _ranges(values: np.ndarray, most: Any, scales: np.ndarray, minima: np.ndarray) -> None:
-    """Scale s and minimum m >= 0 of each 32 values x ~ s q - m, with q from 0 to `most`."""
+def ranges(values: np.ndarray, most: Any, scales: np.ndarray, minima: np.ndarray, positive: bool) -> None:
+    """Scale s and minimum m of each 32 values x ~ s q - m, with q from 0 to `most`; x may be `positive`, all of them,
+    with an m below 0."""
     for b in range(len(values)):
-        for group in range(8):
+        for group in range(scales.shape[1]):
             x = values[b, 32 * group : 32 * group + 32]
             low, high, sum_x = F0, F0, F0
+            if positive:
+                low, high = x[0], x[0]
             for j in range(32):
                 low, high = min(low, x[j]), max(high, x[j])
                 sum_x += x[j]
-            if high == low:  # all are 0
-                scales[b, group], minima[b, group] = F0, F0
+            if high == low:  # all are the same, or 0
+                scales[b, group], minima[b, group] = F0, -low
                 continue
             scales[b, group], minima[b, group], best = (high - low) / most, -low, np.float32(np.inf)
             for trial in range(TRIALS):
@@ -79,7 +91,7 @@ def _ranges(values: np.ndarray, most: Any, scales: np.ndarray, minima: np.ndarra
                 spread = np.float32(32) * sum_qq - sum_q * sum_q
                 scale = _ratio(np.float32(32) * sum_qx - sum_q * sum_x, spread)
                 start = (sum_x - scale * sum_q) / np.float32(32)
-                if start > F0:  # the format has no minimum above 0
+                if start > F0 and not positive:  # the K formats have no m below 0
                     scale, start = _ratio(sum_qx, sum_qq), F0
                 if scale <= F0:
                     continue
@@ -92,7 +104,16 @@ def _ranges(values: np.ndarray, most: Any, scales: np.ndarray, minima: np.ndarra
                     scales[b, group], minima[b, group], best = scale, -start, error
 
 
-@_jit
+@jit
+def _store_pairs(values: np.ndarray, pairs: np.ndarray, most: int, out: np.ndarray) -> None:
+    codes = np.empty(32, np.int32)
+    for b in range(len(values)):
+        for j in range(32):
+            codes[j] = _nearest(_ratio(values[b, j] - pairs[b, 1], pairs[b, 0]), 0, most)
+        store(codes, out[b], 8 if most == 31 else 4, most == 31)
+
+
+@jit
 def _store_affine(
     values: np.ndarray, scales: np.ndarray, minima: np.ndarray, d: np.ndarray, m: np.ndarray, most: int, out: np.ndarray
 ) -> None:
@@ -149,7 +170,7 @@ def _scales(values: np.ndarray, scales: np.ndarray) -> None:
                     scales[b, group], best = _ratio(sum_qx, sum_qq), gain
 
 
-@_jit
+@jit
 def _store_q6(values: np.ndarray, scales: np.ndarray, d: np.ndarray, out: np.ndarray) -> None:
     codes = np.empty(256, np.int32)
     for b in range(len(values)):
