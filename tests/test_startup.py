@@ -38,7 +38,7 @@ TOWERS: dict[str, str | ViTConfig] = {
 
 def run(code: str, *args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *args], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(code), *args], capture_output=True, text=True, timeout=600
     )
 
 
@@ -149,5 +149,5 @@ def test_leaving_tells_of_what_cannot_be_written() -> None:
 
 def test_python_m_gives_the_commands_code(tmp_path: Path) -> None:
     for argv, code in ((["--version"], 0), (["nope"], 2), (["ask", "missing.jpg", "What?"], 1)):
-        done = subprocess.run([sys.executable, "-m", "mm_gpt", *argv], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-m", "mm_gpt", *argv], capture_output=True, text=True, timeout=600)
         assert done.returncode == code

@@ -1,4 +1,4 @@
-"""Blocks of small numbers in and out: the loops behind `formats`, compiled by numba, cached on disk, without the GIL.
+"""Floats into the blocks that `expand` has no code for: loops compiled by numba, cached on disk, without the GIL.
 
 Scales pass through numpy, which has half precision. Largest values are found among the bits of floats, as integers:
 such loops become vector instructions, those over floats do not.
@@ -12,7 +12,7 @@ import numpy as np
 
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 MAGNITUDE = np.uint32(0x7FFFFFFF)
-F0, F1, F2, HALF_UP = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5)
+F0, F1, HALF_UP = np.float32(0), np.float32(1), np.float32(0.5)
 LIMIT = np.float32(1 << 20)
 """Above all codes: what is not below is an overflow or no number, and becomes 0 as in the reference."""
 
@@ -24,13 +24,6 @@ def encode(name: str, values: np.ndarray, out: np.ndarray) -> None:
     num = 2 if name in ("Q4_1", "Q5_1") else 1
     with np.errstate(over="ignore"):
         out[:, : 2 * num] = scales[:, :num].astype(np.float16).view(np.uint8)
-
-
-def decode(name: str, blocks: np.ndarray, out: np.ndarray) -> None:
-    """Blocks (n, bytes) into values (n, block) in float32."""
-    start, num = _SCALES[name]
-    scales = blocks[:, start : start + 2 * num].copy().view(np.float16).astype(np.float32)
-    _DECODERS[name](blocks, scales, out)
 
 
 @jit
@@ -75,21 +68,6 @@ def _ends(bits: np.ndarray, ends: np.ndarray) -> None:
         low, high = min(low, key), max(high, key)
     ends[0] = low ^ ((low >> np.int32(31)) & np.int32(0x7FFFFFFF))
     ends[1] = high ^ ((high >> np.int32(31)) & np.int32(0x7FFFFFFF))
-
-
-@jit
-def _encode_q8_0(values: np.ndarray, bits: np.ndarray, out: np.ndarray, scales: np.ndarray) -> None:
-    for b in range(len(values)):
-        d = abs(_extreme(values[b], bits[b])) / np.float32(127)
-        scales[b, 0] = d
-        inverse = _inverse(d)
-        for j in range(32):
-            x = values[b, j] * inverse
-            size = abs(x)
-            whole = np.floor(size)
-            whole += np.floor(F2 * (size - whole))
-            code = np.int32(whole) if whole < LIMIT else np.int32(0)
-            out[b, 2 + j] = np.uint8(-code if x < F0 else code)
 
 
 def _symmetric(bits_a_value: int) -> Callable[..., None]:
@@ -145,105 +123,9 @@ def store(codes: np.ndarray, out: np.ndarray, start: int, high_bits: bool) -> No
             out[start - 4 + byte] = np.uint8(word)
 
 
-@jit
-def _decode_q8_0(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
-    for b in range(len(blocks)):
-        for j in range(32):
-            out[b, j] = scales[b, 0] * np.float32(np.int8(blocks[b, 2 + j]))
-
-
-def _decoder(bits_a_value: int, affine: bool) -> Callable[..., None]:
-    five = bits_a_value == 5
-    start = 2 + 2 * affine + 4 * five
-    middle = 0 if affine else 1 << (bits_a_value - 1)
-
-    @jit
-    def decode(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
-        for b in range(len(blocks)):
-            d = scales[b, 0]
-            word = np.uint32(0)
-            if five:
-                for byte in range(4):
-                    word |= np.uint32(blocks[b, start - 4 + byte]) << np.uint32(8 * byte)
-            for j in range(16):
-                pair = np.uint32(blocks[b, start + j])
-                low, high = pair & np.uint32(15), pair >> np.uint32(4)
-                if five:
-                    low |= ((word >> np.uint32(j)) & np.uint32(1)) << np.uint32(4)
-                    high |= ((word >> np.uint32(j + 16)) & np.uint32(1)) << np.uint32(4)
-                first = d * np.float32(np.int32(low) - np.int32(middle))
-                second = d * np.float32(np.int32(high) - np.int32(middle))
-                if affine:
-                    first += scales[b, 1]
-                    second += scales[b, 1]
-                out[b, j], out[b, j + 16] = first, second
-
-    return decode
-
-
-@jit
-def _factors(packed: np.ndarray, factors: np.ndarray) -> None:
-    """The eight scales and eight minima of six bits in twelve bytes."""
-    for j in range(4):
-        factors[j], factors[8 + j] = packed[j] & 63, packed[4 + j] & 63
-        factors[4 + j] = (packed[8 + j] & 15) | ((packed[j] >> 2) & 48)
-        factors[12 + j] = (packed[8 + j] >> 4) | ((packed[4 + j] >> 2) & 48)
-
-
-def _k_decoder(five: bool) -> Callable[..., None]:
-    start = 48 if five else 16
-
-    @jit
-    def decode(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
-        factors = np.empty(16, np.uint8)
-        for b in range(len(blocks)):
-            _factors(blocks[b, 4:16], factors)
-            for group in range(8):
-                d, m = scales[b, 0] * np.float32(factors[group]), scales[b, 1] * np.float32(factors[8 + group])
-                at, shift = start + group // 2 * 32, np.uint8(4 * (group % 2))
-                for j in range(32):
-                    code = (blocks[b, at + j] >> shift) & np.uint8(15)
-                    if five:
-                        code |= ((blocks[b, 16 + j] >> np.uint8(group)) & np.uint8(1)) << np.uint8(4)
-                    out[b, 32 * group + j] = d * np.float32(code) - m
-
-    return decode
-
-
-@jit
-def _decode_q6_k(blocks: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
-    for b in range(len(blocks)):
-        for group in range(8):  # of 32 values: the nibbles of 64 bytes hold four groups
-            low, shift = group // 4 * 64 + group % 2 * 32, np.uint8(group % 4 // 2 * 4)
-            high, high_shift = 128 + group // 4 * 32, np.uint8(2 * (group % 4))
-            for half in range(2):
-                d = scales[b, 0] * np.float32(np.int8(blocks[b, 192 + 2 * group + half]))
-                for j in range(16 * half, 16 * half + 16):
-                    code = (blocks[b, low + j] >> shift) & np.uint8(15)
-                    code |= ((blocks[b, high + j] >> high_shift) & np.uint8(3)) << np.uint8(4)
-                    out[b, 32 * group + j] = d * np.float32(np.int32(code) - np.int32(32))
-
-
-_SCALES = {
-    **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0"), (0, 1)),
-    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
-    "Q6_K": (208, 1),
-}
-"""Where a block's half precision scales begin, and how many there are."""
 _ENCODERS: dict[str, Callable[..., None]] = {
-    "Q8_0": _encode_q8_0,
     "Q4_0": _symmetric(4),
     "Q5_0": _symmetric(5),
     "Q4_1": _affine(4),
     "Q5_1": _affine(5),
-}
-_DECODERS: dict[str, Callable[..., None]] = {
-    "Q8_0": _decode_q8_0,
-    "Q4_0": _decoder(4, affine=False),
-    "Q5_0": _decoder(5, affine=False),
-    "Q4_1": _decoder(4, affine=True),
-    "Q5_1": _decoder(5, affine=True),
-    "Q4_K": _k_decoder(five=False),
-    "Q5_K": _k_decoder(five=True),
-    "Q6_K": _decode_q6_k,
 }

@@ -75,9 +75,14 @@ def quantize(values: np.ndarray, name: str, *, fit: bool = False) -> np.ndarray:
     if name == "F16":
         with np.errstate(over="ignore"):
             return values.astype(np.float16).view(np.uint8).reshape(rows, size)
+    out = np.empty((rows, size), np.uint8)
+    if name == "Q8_0":
+        from mm_gpt.kernels import expand
+
+        expand.encode_q8_0(values.reshape(-1, format.block), out.reshape(-1, format.block_bytes))
+        return out
     from mm_gpt.kernels import blocks
 
-    out = np.empty((rows, size), np.uint8)
     if name == "BF16":
         blocks.encode_bf16(values.view(np.uint32).reshape(-1), out.view(np.uint16).reshape(-1))
         return out
@@ -104,22 +109,15 @@ def dequantize(data: np.ndarray, name: str, out: np.ndarray | None = None) -> np
     elif name == "BF16":
         np.left_shift(data.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
     else:
-        from mm_gpt.kernels import blocks
+        from mm_gpt.kernels import expand
 
-        blocks.decode(name, data.reshape(-1, format.block_bytes), out.reshape(-1, format.block))
+        expand.decode(name, data.reshape(-1, format.block_bytes), out.reshape(-1, format.block))
     return out
-
-
-CHUNK = 1 << 17
-"""Values that pass from blocks to bfloat16 at a time: half of what a core's cache holds."""
 
 
 def expand_bf16(data: np.ndarray, name: str, out: np.ndarray) -> None:
     """Blocks (rows, row_bytes) as the bits of bfloat16 in `out`, (rows, columns) of uint16: `dequantize`, rounded."""
-    from mm_gpt.kernels import blocks
+    from mm_gpt.kernels import expand
 
-    step = max(1, CHUNK // out.shape[1])
-    buffer = np.empty((min(step, len(out)), out.shape[1]), np.float32)
-    for start in range(0, len(out), step):
-        piece = dequantize(data[start : start + step], name, buffer[: len(out) - start])
-        blocks.encode_bf16(piece.view(np.uint32).reshape(-1), out[start : start + step].reshape(-1))
+    format = FORMATS[name]
+    expand.decode(name, np.ascontiguousarray(data).reshape(-1, format.block_bytes), out.reshape(-1, format.block))

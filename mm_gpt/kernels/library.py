@@ -43,6 +43,7 @@ def _sources() -> bytes:
         "kv_blocks",
         "step",
         "team",
+        "expand",
     )
     return b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in names)
 
