@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mm_gpt.errors import ConfigError
+from mm_gpt.hub.fetching import download
+from mm_gpt.hub.gguf.reader import load_gguf, read_tokenizer
 from mm_gpt.inference.compiled import CompiledDecoder, missing
 from mm_gpt.kernels.formats import quantize
 from mm_gpt.kernels.kv_blocks import BLOCK
@@ -251,3 +253,24 @@ def test_tables_and_lengths_are_checked() -> None:
         compiled(one, -one, one, [blocks])
     with pytest.raises(IndexError):
         compiled(one, one, one, [[10**9]])
+
+
+@pytest.mark.slow
+def test_smollm2() -> None:
+    """The published model: logits, the 64 greedy tokens after a prompt, and what integer products cost."""
+    path = next(iter(download.fetch("smollm2-135m-instruct").values()))
+    decoder, fields = load_gguf(path)
+    ids = torch.tensor(read_tokenizer(fields).encode("The three laws of thermodynamics say that energy"))
+    for _ in range(64):
+        hidden = decoder(decoder.embed(ids[None]), torch.arange(len(ids))[None])
+        logits = decoder.logits(hidden)[0].detach()
+        ids = torch.cat([ids, logits[-1:].argmax(dim=-1)])
+    ids = ids[:-1]
+    exact = run(CompiledDecoder(decoder), ids)[1]
+    torch.testing.assert_close(exact, logits, atol=3e-4, rtol=0)  # of numbers up to 30
+    assert torch.equal(exact.argmax(dim=-1), logits.argmax(dim=-1))
+    stored, _ = load_gguf(path, "stored")
+    found = run(CompiledDecoder(stored), ids)[1].double().log_softmax(dim=-1)
+    expected = logits.double().log_softmax(dim=-1)
+    assert (expected.exp() * (expected - found)).sum(dim=-1).mean() < 1e-5
+    assert (found.argmax(dim=-1) == expected.argmax(dim=-1)).float().mean() >= 0.999
