@@ -26,13 +26,16 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--allow-origin", action="append", default=[], metavar="URL", help="a web page that may use it")
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-rows", type=positive, default=8, metavar="N", help="at once (default: %(default)s)")
-    limits.add_argument("--max-waiting", type=positive, default=64, metavar="N", help="queued (default: %(default)s)")
-    limits.add_argument("--max-images", type=int, default=16, metavar="N", help="in a request (default: %(default)s)")
-    limits.add_argument("--max-body", type=positive, default=32, metavar="MIB", help="a request (default: %(default)s)")
+    for option, kind, default, metavar, about in (
+        ("--max-rows", positive, 8, "N", "answers that are generated at once"),
+        ("--max-waiting", positive, 64, "N", "prompts that wait; whoever comes then is told to come back"),
+        ("--max-images", int, 16, "N", "images in a request"),
+        ("--max-body", positive, 32, "MIB", "size of a request"),
+        ("--timeout", float, 600, "S", "seconds for a request"),
+        ("--grace", float, 30, "S", "seconds for what runs at the end"),
+    ):
+        limits.add_argument(option, type=kind, default=default, metavar=metavar, help=f"{about} (default: {default})")
     limits.add_argument("--max-tokens", type=positive, metavar="N", help="longest answer (default: as the context)")
-    limits.add_argument("--timeout", type=float, default=600, metavar="S", help="for a request (default: %(default)s)")
-    limits.add_argument("--grace", type=float, default=30, metavar="S", help="to end in (default: %(default)s)")
 
 
 def _port(text: str) -> int:
