@@ -64,13 +64,13 @@ def _write_expand(module: Module, kind: str, target: str, size: int) -> None:
 
 def _values(numbers: Value, part: Part, half: int) -> Value:
     """<16 x float>, one half of a part's numbers."""
-    values = numbers.part(LANES * half, LANES).to(F32) * _of_half(part.scale, half)
-    return values if part.minimum is None else values + _of_half(part.minimum, half)
-
-
-def _of_half(factor: Value, half: int) -> Value:
-    """A factor of all numbers, or of each pair of them, for the numbers of one half."""
-    return factor if factor.lanes == 1 else factor.shuffle([8 * half + lane // 2 for lane in range(LANES)])
+    pairs = [8 * half + lane // 2 for lane in range(LANES)]
+    scale = part.scale.shuffle(pairs if part.lane is None else [part.lane] * LANES)
+    values = numbers.part(LANES * half, LANES).to(F32) * scale
+    if part.minimum is None:
+        return values
+    minima, lane = part.minimum
+    return values + minima.shuffle([lane] * LANES)
 
 
 def _encode_block(code: Code, floats: Value, scale: Value, codes: Value) -> None:
