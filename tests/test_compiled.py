@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from mm_gpt.errors import ConfigError
 from mm_gpt.inference.compiled import CompiledDecoder, missing
+from mm_gpt.kernels.formats import quantize
 from mm_gpt.kernels.kv_blocks import BLOCK
 from mm_gpt.model.cache import KVCache
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.decoder_config import DecoderConfig
+from mm_gpt.model.packed import Matrix, PackedEmbedding, PackedLinear
 from mm_gpt.model.positions import RopeScaling
 from mm_gpt.model.presets import PRESETS
 
@@ -179,11 +181,73 @@ def test_bfloat16_weights() -> None:
     assert (bf16 - expected).abs().max() > 0
 
 
+def pack(decoder: Decoder, kinds: dict[str, str]) -> None:
+    """Weights into blocks of the first kind whose name is a part of the module's."""
+    for name, module in list(decoder.named_modules()):
+        kind = next((kind for part, kind in kinds.items() if part in name), None)
+        if kind is None or not isinstance(module, (nn.Linear, nn.Embedding)):
+            continue
+        blocks = torch.from_numpy(quantize(module.weight.numpy(), kind))
+        packed: PackedLinear | PackedEmbedding
+        if isinstance(module, nn.Linear):
+            packed = PackedLinear(module.in_features, module.out_features, bias=False)
+            third = len(blocks) // 4  # parts may end anywhere
+            packed.parts = [Matrix(kind, blocks[:third]), Matrix(kind, blocks[third:])]
+        else:
+            packed = PackedEmbedding(module.num_embeddings, module.embedding_dim)
+            packed.matrix = Matrix(kind, blocks)
+        parent, _, last = name.rpartition(".")
+        setattr(decoder.get_submodule(parent), last, packed)
+
+
+PACKED = [
+    {"embedding": "Q8_0", "": "Q4_0"},
+    {"embedding": "Q6_K", "qkv": "Q4_K", "down": "Q6_K", "": "Q5_K"},
+    {"embedding": "Q5_1", "qkv": "Q4_1", "": "Q5_0"},
+]
+
+
+@pytest.mark.parametrize("kinds", PACKED, ids=lambda kinds: kinds["embedding"])
+def test_packed_weights(kinds: dict[str, str]) -> None:
+    """Blocks as they are stored, against their values in float32."""
+    changes: dict[str, Any] = {"width": 256, "num_heads": 8, "head_size": 32, "mlp_width": 512, "num_layers": 2}
+    decoder, plain = make(**changes), make(**changes)
+    for parameter in (*decoder.parameters(), *plain.parameters()):
+        if parameter.dim() > 1:
+            parameter.mul_(0.3)  # or softmax makes rounding errors into other answers
+    pack(decoder, kinds)
+    for name, module in decoder.named_modules():
+        if isinstance(module, (PackedLinear, PackedEmbedding)):
+            parts = module.parts if isinstance(module, PackedLinear) else [module.matrix]
+            values = torch.cat([part.values(0, part.rows) for part in parts])
+            plain.get_submodule(name).weight.data = values
+    ids = torch.randint(0, 101, (20,))
+    expected = plain.logits(plain(plain.embed(ids[None]), torch.arange(20)[None]))[0]
+    compiled = CompiledDecoder(decoder, threads=2)
+    found = run(compiled, ids)[1]
+    # Activations keep 15 bits; bfloat16 would be fifty times as far away.
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert torch.equal(run(CompiledDecoder(decoder, threads=1), ids)[1], found)
+
+
+def test_blocks_that_do_not_fit() -> None:
+    decoder = make(num_layers=1, head_size=10)  # 40 columns, which are no whole blocks
+    packed = PackedLinear(40, 40, bias=False)
+    packed.parts = [Matrix("Q8_0", torch.zeros(40, 34, dtype=torch.uint8))]
+    decoder.blocks[0].attention.out = packed
+    with pytest.raises(ConfigError, match=r"attention\.out has 32 columns, not 40"):
+        CompiledDecoder(decoder)
+
+
 def test_tables_and_lengths_are_checked() -> None:
     compiled = CompiledDecoder(make(num_layers=1), threads=1)
     one = torch.tensor([1])
     blocks = [compiled.pool.allocate()]
     with pytest.raises(ValueError, match="16 tokens has 1 blocks"):
         compiled(one, one, torch.tensor([16]), [blocks])
+    with pytest.raises(IndexError, match="no token 101"):
+        compiled(torch.tensor([101]), one, one, [blocks])
+    with pytest.raises(IndexError, match="no position -1"):
+        compiled(one, -one, one, [blocks])
     with pytest.raises(IndexError):
         compiled(one, one, one, [[10**9]])

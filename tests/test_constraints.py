@@ -15,6 +15,7 @@ from test_engine import sentencepiece_tokenizer
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.inference.constraints import Constraint, Grammars, GrammarState
 from mm_gpt.inference.detokenizer import TokenBytes
+from mm_gpt.inference.json_keywords import CHECKS, LISTS, MAPS, SINGLE
 from mm_gpt.inference.patterns import portable
 from mm_gpt.tokenizer import Tokenizer
 from tests.conftest import make_tokenizer
@@ -250,6 +251,34 @@ def test_what_cannot_be_enforced_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         GRAMMARS.compile(Constraint(json_schema=schema))
     assert "\n" not in str(caught.value)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, -1, 2.5, 1e308, 10**400, 1e-300, 2**70, "", "#", "#/", "#/$defs/0/a", "string", "^a$", "date"]),
+    st.lists(st.sampled_from([0, "a", {}, [], True, "string", {"type": "integer"}, {"$ref": "#"}]), max_size=3),
+    st.dictionaries(
+        st.sampled_from(["a", "type", "0", "[", "$ref"]), st.sampled_from([0, "a", {}, [], True]), max_size=2
+    ),
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted({*CHECKS, *LISTS, *MAPS, *SINGLE, "$ref", "$defs", "$schema", "title"})), VALUES
+    )
+)
+@settings(max_examples=100)
+def test_whatever_stands_in_a_schema_is_read_or_refused(schema: dict[str, Any]) -> None:
+    """Stops: a traceback for a malformed schema."""
+    refusal = ""
+    try:
+        state = GRAMMARS.compile(Constraint(json_schema=schema)).start()
+    except ConfigError as error:
+        refusal = str(error)
+    assert "\n" not in refusal
+    assert refusal or allowed_by(state)
 
 
 def test_more_than_the_parser_can_hold_is_an_error_not_a_free_answer() -> None:

@@ -29,6 +29,7 @@ ELSEWHERE = (
     "apt-get",
     "python examples/english_text.py",  # needs the Debian package that apt-get fetches
     "python examples/benchmarks",  # minutes, and its result is a matter of the machine
+    "python examples/quantisation_quality.py",  # minutes; test_quantisation_quality.py runs its parts
     "pip install",
     "python examples/debian_corpora.py",  # downloads 400 MB; test_debian_corpora.py runs its parts
     "python examples/multilingual_tokenizer.py",  # needs those corpora

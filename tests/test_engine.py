@@ -338,6 +338,13 @@ def test_a_form_that_was_cut_off_says_so(engine: Engine) -> None:
         engine.stream(PROMPTS[0], dataclasses.replace(config, constraint=Constraint(json_schema={"not": {}})))
 
 
+def test_a_bias_of_no_token_is_refused(engine: Engine) -> None:
+    size = engine.model.decoder.config.vocab_size
+    engine.generate(PROMPTS[:1], GenerationConfig(max_new_tokens=1, logit_bias={size - 1: 1.0}))
+    with pytest.raises(ConfigError, match=f"logit_bias: there is no token {size};"):
+        engine.generate(PROMPTS[:1], GenerationConfig(max_new_tokens=1, logit_bias={size: 1.0}))
+
+
 # ---- beam search ----
 
 

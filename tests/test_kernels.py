@@ -14,13 +14,17 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 
 from mm_gpt.errors import ConfigError, MMGPTError
-from mm_gpt.kernels import elementwise, matmul, simd
+from mm_gpt.kernels import elementwise, matmul
+from mm_gpt.kernels import library as libraries
 from mm_gpt.kernels.kv_blocks import BLOCK, BlockPool
-from mm_gpt.kernels.simd import F32, Code, Module, Value, host_isa, isa, library
+from mm_gpt.kernels.library import library
+from mm_gpt.kernels.processor import ISA, host_isa, isa
+from mm_gpt.kernels.simd import F32, Code, Module, Value
 from mm_gpt.kernels.team import BASE, default_threads, team, write_barrier
+from mm_gpt.kernels.unpack import BLOCK_FORMATS
 
 
-def level(name: str) -> simd.ISA:
+def level(name: str) -> ISA:
     try:
         return isa(name)
     except ConfigError:
@@ -34,7 +38,7 @@ def stored(kind: str, rows: int, columns: int, seed: int = 0) -> tuple[np.ndarra
     if kind == "F32":
         return values, values
     if kind.endswith("_K"):  # the library only reads these: random bytes with scales that make sense
-        form = matmul.BLOCK_FORMATS[kind]
+        form = BLOCK_FORMATS[kind]
         blocks = rng.integers(0, 256, (rows * columns // form.block_values, form.block_bytes), dtype=np.uint8)
         for at in (208,) if kind == "Q6_K" else (0, 2):
             blocks[:, at : at + 2] = rng.uniform(0.001, 0.01, (len(blocks), 1)).astype(np.float16).view(np.uint8)
@@ -44,7 +48,7 @@ def stored(kind: str, rows: int, columns: int, seed: int = 0) -> tuple[np.ndarra
     return data, dequantize(data, Type[kind])
 
 
-def product(kind: str, data: np.ndarray, x: np.ndarray, level: simd.ISA, bias: np.ndarray | None = None) -> np.ndarray:
+def product(kind: str, data: np.ndarray, x: np.ndarray, level: ISA, bias: np.ndarray | None = None) -> np.ndarray:
     """x (R, K) times stored weights -> (R, N)."""
     kernels = matmul.kernels(kind, level)
     rows, columns = x.shape
@@ -202,7 +206,7 @@ def test_cache_is_used_and_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     whole = path.read_bytes()
     for content in (whole, whole[:-100], b""):
         path.write_bytes(content)
-        monkeypatch.setattr(simd, "_libraries", {})
+        monkeypatch.setattr(libraries, "_libraries", {})
         assert _answer(_library_of("test cache")) == 42
         assert path.read_bytes() == whole
 

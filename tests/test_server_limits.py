@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -252,6 +253,31 @@ def test_a_request_that_takes_too_long(start: Callable[..., Any], stream: bool) 
     assert answer.status_code == (200 if stream else 504)
     assert stream or answer.headers["x-should-retry"] == "false"
     assert batcher.tickets[0].cancelled.wait(20)
+
+
+def test_preparing_counts_as_time(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    address, app = start(ScriptedBatcher(DONE), timeout_s=0.1, body_s=0.2)
+    go = threading.Event()
+    assert app.service is not None
+    monkeypatch.setattr(app.service.prompts, "chat", lambda *_: go.wait(20))
+    answer = post(address)
+    go.set()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as sock:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        sock.sendall(f"{head}Content-Length: 100\r\n\r\n".encode() + b'{"model"')
+        assert b"408 Request Timeout" in sock.recv(1000)
+
+
+def test_a_text_that_cannot_fit_is_not_cut_into_tokens(start: Callable[..., Any]) -> None:
+    address, app = start(ScriptedBatcher(DONE))
+    assert app.service is not None
+    app.service.prompts.processor = SimpleNamespace(config=SimpleNamespace(max_length=200))  # type: ignore[assignment]
+    body = {"model": "m", "messages": [{"role": "user", "content": "a " * 100_000}]}
+    answers = [post(address, body), HTTP.post(f"{address}/v1/completions", json={"model": "m", "prompt": "a" * 10**5})]
+    for answer in answers:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
 
 
 def test_bodies_are_counted_while_they_come(start: Callable[..., Any]) -> None:

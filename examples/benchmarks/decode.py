@@ -33,7 +33,7 @@ from mm_gpt.hub.gguf.reader import load_gguf
 from mm_gpt.inference.compiled import CompiledDecoder
 from mm_gpt.kernels.kv_blocks import BLOCK
 from mm_gpt.kernels.memory import huge
-from mm_gpt.kernels.simd import host_features, host_isa
+from mm_gpt.kernels.processor import host_features, host_isa
 from mm_gpt.kernels.team import default_threads
 
 MODEL = "smollm2-135m-instruct"

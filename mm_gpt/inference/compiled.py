@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from mm_gpt.errors import ConfigError
 from mm_gpt.kernels.attention import HeadSpec, PatternSpec
 from mm_gpt.kernels.kv_blocks import BLOCK, BlockPool
-from mm_gpt.kernels.matmul import BLOCK_FORMATS, KINDS, kernels, prepared_for, row_bytes
+from mm_gpt.kernels.library import library
+from mm_gpt.kernels.matmul import KINDS, kernels, prepared_for, row_bytes
 from mm_gpt.kernels.memory import Arena, huge
-from mm_gpt.kernels.simd import isa as find_isa
-from mm_gpt.kernels.simd import library
+from mm_gpt.kernels.processor import isa as find_isa
 from mm_gpt.kernels.step import (
     ARGUMENTS,
     LAYER,
@@ -36,8 +36,11 @@ from mm_gpt.model.packed import Matrix, PackedEmbedding, PackedLinear
 from mm_gpt.model.positions import rotation, sinusoids, xpos_rotation
 
 FLOAT_KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-ANGLE_ROWS = 1024
+TABLE_ROWS = 1024
 """Positions by which the tables of angles grow."""
+CALL = ("num_rows", "ids", "positions", "lengths", "tables", "table_stride", "hidden", "logits")
+"""The arguments that are a call's own; they come first."""
+assert ARGUMENTS.names[: len(CALL)] == CALL
 
 
 def missing(config: DecoderConfig) -> str | None:
@@ -88,6 +91,7 @@ class CompiledDecoder:
         _move_matrices(decoder)
         products = self._products()
         forms = {name: sorted({part[1] for parts in products[name] for part in parts}) for name in PRODUCTS}
+        self._num_forms = max(len(found) for found in forms.values())
         spec = self._spec(kv_dtype, forms)
         self._line = max(
             line_bytes(max(config.width, config.num_heads * config.head_size, config.mlp_width)),
@@ -95,9 +99,9 @@ class CompiledDecoder:
         )
         self._step = library(f"step {spec!r}", self._isa, lambda module: write_step(module, spec)).address("step")
         self._records(products, forms, layer_patterns)
-        self._angles: dict[bool, Tensor] = {}
-        self._rows = self._length = 0
+        self._rows = self._length = self._positions = 0
         self._reserve(1, BLOCK)
+        self._cover(0)
 
     # ---- building ----
 
@@ -123,18 +127,23 @@ class CompiledDecoder:
 
     def _products(self) -> dict[str, list[list[tuple[str, str, Tensor, int, int, Tensor | None]]]]:
         """For each product its layers' parts: kind, prepared form, weights, rows, columns, bias."""
-        decoder = self.decoder
+        config, decoder = self.config, self.decoder
         blocks: list[Any] = list(decoder.blocks)
-        up = "gate_up" if self.config.gated_mlp else "up"
+        up, ups = ("gate_up", 2) if config.gated_mlp else ("up", 1)
+        D, M, inner = config.width, config.mlp_width, config.num_heads * config.head_size
+        all_heads = inner + 2 * config.num_kv_heads * config.head_size
+        head = decoder.embedding if decoder.head is None else decoder.head
         return {
-            "qkv": [self._parts(block.attention.qkv, "attention.qkv") for block in blocks],
-            "out": [self._parts(block.attention.out, "attention.out") for block in blocks],
-            "up": [self._parts(getattr(block.mlp, up), f"mlp.{up}") for block in blocks],
-            "down": [self._parts(block.mlp.down, "mlp.down") for block in blocks],
-            "head": [self._parts(decoder.embedding if decoder.head is None else decoder.head, "head")],
+            "qkv": [self._parts(block.attention.qkv, "attention.qkv", all_heads, D) for block in blocks],
+            "out": [self._parts(block.attention.out, "attention.out", D, inner) for block in blocks],
+            "up": [self._parts(getattr(block.mlp, up), f"mlp.{up}", ups * M, D) for block in blocks],
+            "down": [self._parts(block.mlp.down, "mlp.down", D, M) for block in blocks],
+            "head": [self._parts(head, "head", config.vocab_size, D)],
         }
 
-    def _parts(self, module: nn.Module, name: str) -> list[tuple[str, str, Tensor, int, int, Tensor | None]]:
+    def _parts(
+        self, module: nn.Module, name: str, num_outputs: int, num_inputs: int
+    ) -> list[tuple[str, str, Tensor, int, int, Tensor | None]]:
         bias = getattr(module, "bias", None)
         if isinstance(module, (nn.Linear, nn.Embedding)):
             weight = module.weight.detach()
@@ -149,15 +158,14 @@ class CompiledDecoder:
         for kind, data, rows, columns in found:
             if kind not in KINDS:
                 raise ConfigError(f"{name} cannot be compiled: no kernel for {kind}")
-            if kind in BLOCK_FORMATS and columns % BLOCK_FORMATS[kind].block_values:
-                size = BLOCK_FORMATS[kind].block_values
-                raise ConfigError(f"{name} cannot be {kind}: its {columns} columns are no multiple of {size}")
+            if columns != num_inputs:
+                raise ConfigError(f"{name} has {columns} columns, not {num_inputs}")
             data = data.contiguous()
-            if data.numel() * data.itemsize != rows * row_bytes(kind, columns):
-                raise ConfigError(f"{name}: {rows} x {columns} in {kind} is not {data.numel() * data.itemsize} bytes")
             part_bias = None if bias is None else bias.detach().float()[first : first + rows].contiguous()
             parts.append((kind, prepared_for(kind), data, rows, columns, part_bias))
             first += rows
+        if first != num_outputs:
+            raise ConfigError(f"{name} has {first} rows, not {num_outputs}")
         return parts
 
     def _records(
@@ -201,6 +209,17 @@ class CompiledDecoder:
             "head_parts": tables["head"][0],
             "head_count": len(products["head"][0]),
         }
+        kind, _, data, _, columns, _ = self._parts(
+            self.decoder.embedding, "embedding", self.config.vocab_size, self.config.width
+        )[0]
+        self._arguments |= {
+            "expand": kernels(kind, self._isa).expand,
+            "embedding": self._keep(data),
+            "embedding_row": row_bytes(kind, columns),
+        }
+        if self.config.positions == "learned":
+            places = self.decoder.position_embedding.weight.detach().float()[self.config.position_offset :]
+            self._arguments["places"] = self._keep(places.contiguous())
 
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
@@ -232,7 +251,7 @@ class CompiledDecoder:
         form_stride = rows * prepared_stride(widest)
         line = rows * line_bytes(config.width)
         prepared = line + self._line + 64
-        scores = prepared + 2 * form_stride
+        scores = prepared + self._num_forms * form_stride
         total = (scores + 4 * (length + 2 * BLOCK) * 4 + 4095) // 4096 * 4096
         self._buffers["scratch"] = _zeros(total * self.num_threads)
         self._arguments |= {name: buffer.data_ptr() for name, buffer in self._buffers.items()}
@@ -243,27 +262,27 @@ class CompiledDecoder:
             "form_stride": form_stride,
             "scores": scores,
         }
+        self._record = np.array(ARGUMENTS.values(**self._arguments), dtype=np.int64)
 
-    def _angle_rows(self, positions: Tensor, *, local: bool) -> np.ndarray:
-        """The address of each position's angles (R,)."""
-        table = self._angles.get(local)
-        highest = int(positions.max())
-        if table is None or highest >= len(table):
-            size = (highest // ANGLE_ROWS + 1) * ANGLE_ROWS
-            table = self._angles[local] = _angle_table(self.config, size, local=local)
-        return table.data_ptr() + positions.numpy() * (table.shape[1] * 4)
+    def _cover(self, highest: int) -> None:
+        """Tables of what goes by position, up to the highest one."""
+        if highest < self._positions:
+            return
+        config = self.config
+        self._positions = (highest // TABLE_ROWS + 1) * TABLE_ROWS
+        if config.positions == "sinusoidal":
+            places = torch.arange(self._positions) + config.position_offset
+            self._places = sinusoids(places, config.width, torch.float32)
+            self._arguments["places"] = self._places.data_ptr()
+        elif config.positions in ("rope", "xpos"):
+            self._angles = [_angle_table(config, self._positions, local=False)]
+            if config.local_rope_theta is not None:
+                self._angles.append(_angle_table(config, self._positions, local=True))
+            self._arguments["angles"] = self._angles[0].data_ptr()
+            self._arguments["local_angles"] = self._angles[-1].data_ptr()
+        self._record = np.array(ARGUMENTS.values(**self._arguments), dtype=np.int64)
 
-    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        config, decoder = self.config, self.decoder
-        x = decoder.embed(ids).float()
-        places = positions + config.position_offset
-        if config.positions == "learned":
-            x = x + decoder.position_embedding(places)
-        elif config.positions == "sinusoidal":
-            x = x + sinusoids(places, config.width, torch.float32)
-        return x
-
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self, ids: Tensor, positions: Tensor, lengths: Tensor, tables: list[list[int]]
     ) -> tuple[Tensor, Tensor]:
@@ -273,38 +292,35 @@ class CompiledDecoder:
         tables: the numbers of each row's blocks, with room for the new token, whose key and value are written there.
         """
         rows, config = len(ids), self.config
-        for length, table in zip(lengths.tolist(), tables, strict=True):
-            if not 0 <= length < len(table) * BLOCK:
-                raise ValueError(f"a row of {length} tokens has {len(table)} blocks, and no room for one more")
+        ids, positions, lengths = (numbers.to(torch.int64).contiguous() for numbers in (ids, positions, lengths))
+        self._check(ids.tolist(), positions.tolist(), lengths.tolist(), tables)
         self._reserve(rows, int(lengths.max()) + 1)
+        self._cover(int(positions.max()))
         width = max(len(table) for table in tables)
         numbers = np.zeros((rows, width), dtype=np.int64)
         for row, table in enumerate(tables):
             numbers[row, : len(table)] = table
         addresses = self.pool.addresses[numbers]
-        lengths = lengths.contiguous()
-        padded_width, padded_vocab = line_bytes(config.width) // 4, line_bytes(config.vocab_size) // 4
-        x = self._embed(ids, positions)
-        if padded_width != config.width:
-            x = nn.functional.pad(x, (0, padded_width - config.width))
-        x = x.contiguous()
-        hidden, logits = torch.empty(rows, padded_width), torch.empty(rows, padded_vocab)
-        arguments = self._arguments | {
-            "num_rows": rows,
-            "x": x.data_ptr(),
-            "hidden": hidden.data_ptr(),
-            "logits": logits.data_ptr(),
-            "lengths": lengths.data_ptr(),
-            "tables": addresses.ctypes.data,
-            "table_stride": width,
-        }
-        if config.positions in ("rope", "xpos"):
-            turns = self._angle_rows(positions, local=False)
-            local_turns = turns if config.local_rope_theta is None else self._angle_rows(positions, local=True)
-            arguments |= {"turns": turns.ctypes.data, "local_turns": local_turns.ctypes.data}
-        record = np.array(ARGUMENTS.values(**arguments), dtype=np.int64)
-        team(self.num_threads).run(self._step, record.ctypes.data)
+        hidden = torch.empty(rows, line_bytes(config.width) // 4)
+        logits = torch.empty(rows, line_bytes(config.vocab_size) // 4)
+        self._record[: len(CALL)] = (
+            *(rows, ids.data_ptr(), positions.data_ptr(), lengths.data_ptr()),
+            *(addresses.ctypes.data, width, hidden.data_ptr(), logits.data_ptr()),
+        )
+        team(self.num_threads).run(self._step, self._record.ctypes.data)
         return hidden[:, : config.width], logits[:, : config.vocab_size]
+
+    def _check(self, ids: list[int], positions: list[int], lengths: list[int], tables: list[list[int]]) -> None:
+        """What compiled code would read from wherever it is told to."""
+        config = self.config
+        learned = config.max_length if config.positions == "learned" else None
+        for token, position, length, table in zip(ids, positions, lengths, tables, strict=True):
+            if not 0 <= token < config.vocab_size:
+                raise IndexError(f"there is no token {token}: the vocabulary has {config.vocab_size}")
+            if position < 0 or (learned is not None and position >= learned):
+                raise IndexError(f"there is no position {position}")
+            if not 0 <= length < len(table) * BLOCK:
+                raise ValueError(f"a row of {length} tokens has {len(table)} blocks, and no room for one more")
 
 
 def _move_matrices(decoder: Decoder) -> None:

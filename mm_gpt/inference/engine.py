@@ -144,6 +144,9 @@ class Job:
         """`known`: digests of images that were met before, see `Reader.prompt`."""
         self.engine, self.example, self.config, self.known = engine, example, config, known
         self.context = self._room()
+        vocab_size = engine.model.decoder.config.vocab_size
+        if unknown := [id for id in config.logit_bias if id >= vocab_size]:
+            raise ConfigError(f"logit_bias: there is no token {unknown[0]}; the model has {vocab_size}")
         self.grammar = None if config.constraint is None else engine.grammars().compile(config.constraint)
         self.rows: list[Row] = []
         """Those that are sampled; empty until the prompt was read."""

@@ -8,13 +8,27 @@ become patterns that every checker reads alike, exclusive bounds become the next
 import decimal
 import json
 import urllib.parse
-from collections.abc import Callable
 from typing import Any
 
 from mm_gpt.errors import ConfigError, unknown_name
-from mm_gpt.inference.patterns import OTHER_ESCAPES, UNWRITABLE, VARYING, portable
+from mm_gpt.inference.json_keywords import (
+    ANNOTATIONS,
+    CHECKS,
+    DIGITS,
+    FORMATS,
+    LISTS,
+    MAPS,
+    REFUSED,
+    SINGLE,
+    SMALLEST,
+    TYPES,
+    Schema,
+    check_names,
+    fail,
+    short,
+)
+from mm_gpt.inference.patterns import OTHER_ESCAPES, VARYING, portable
 
-Schema = dict[str, Any]
 MAX_TEXT = 100_000
 """Characters of a schema, written as JSON."""
 MAX_DEPTH = 64
@@ -22,53 +36,7 @@ MAX_DEPTH = 64
 MAX_SCHEMAS = 2000
 """Schemas inside a schema."""
 MAX_PATTERN_PROPERTIES = 50
-MAX_NAME = 1000
-"""Characters of a property's name."""
-MAX_LENGTH = 10_000
-"""Of minLength, maxLength, and a text in const or enum."""
-MAX_ITEMS = 1000
-"""Of minItems, maxItems, minProperties and maxProperties."""
-MAX_MULTIPLE = 1000
-LARGEST, SMALLEST = 2.0**53, 1e-6
-"""Between these a double holds whole numbers exactly, and any number of `DIGITS` digits as that which is nearest."""
-DIGITS = decimal.Context(prec=15)
-
 DRAFTS = ("2020-12", "2019-09", "draft-07", "draft-06")
-TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
-ANNOTATIONS = {
-    *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"),
-    *("contentEncoding", "contentMediaType", "discriminator", "example"),  # the last two are OpenAPI's
-}
-REFUSED = {
-    *("not", "if", "then", "else", "contains", "minContains", "maxContains", "propertyNames", "dependentRequired"),
-    *("dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties", "additionalItems"),
-    *("$id", "$anchor", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$vocabulary", "contentSchema"),
-}
-LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
-"""Keywords that hold a list of schemas."""
-MAPS = ("properties", "patternProperties")
-"""Keywords that hold schemas by name."""
-SINGLE = ("items", "additionalProperties")
-
-_DAY = r"(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)|02-(?:0[1-9]|1\d|2[0-8]))"
-_YEAR = r"(?:\d{3}[1-9]|\d{2}[1-9]\d|\d[1-9]\d{2}|[1-9]\d{3})"
-_LEAP = r"(?:\d\d(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
-_DATE = rf"(?:{_YEAR}-{_DAY}|{_LEAP}-02-29)"
-_TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
-_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-_BYTE = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-FORMATS = {
-    "date": f"^{_DATE}$",
-    "time": f"^{_TIME}$",
-    "date-time": f"^{_DATE}T{_TIME}$",
-    "uuid": "^[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$",
-    "hostname": rf"^(?:{_LABEL}\.){{0,2}}{_LABEL}$",
-    "email": rf"^[A-Za-z0-9_%+-]{{1,32}}(?:\.[A-Za-z0-9_%+-]{{1,15}}){{0,2}}@(?:{_LABEL}\.){{1,2}}[A-Za-z]{{2,20}}$",
-    "ipv4": rf"^(?:{_BYTE}\.){{3}}{_BYTE}$",
-    "ipv6": "^(?:[0-9a-fA-F]{1,4}:){7}[0-9a-fA-F]{1,4}$",
-    "uri": rf"^https?://(?:{_LABEL}\.){{0,2}}{_LABEL}(?::[1-9]\d{{0,3}})?(?:/[A-Za-z0-9._~!$&'()*+,;=:@-]*)*$",
-}
-"""The texts of a format that are written: those that every checker takes, not all that its standard knows."""
 
 
 def enforceable(schema: Schema) -> Schema:
@@ -94,10 +62,6 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _fail(path: str, why: str) -> ConfigError:
-    return ConfigError(f"json_schema at {path}: {why}")
-
-
 class _Writer:
     """Writes one schema anew, keyword by keyword."""
 
@@ -114,7 +78,7 @@ class _Writer:
         if isinstance(root, dict):
             draft = root.get("$schema")
             if draft is not None and not (isinstance(draft, str) and any(name in draft for name in DRAFTS)):
-                raise _fail("#/$schema", f"{draft!r} is none of the drafts that are read ({', '.join(DRAFTS)})")
+                raise fail("#/$schema", f"{draft!r} is none of the drafts that are read ({', '.join(DRAFTS)})")
             root = {key: value for key, value in root.items() if key not in ("$schema", "$id")}
         written = self.schema(root, "#", inlined=())
         while self.waiting:
@@ -129,11 +93,11 @@ class _Writer:
     def schema(self, value: Any, path: str, *, inlined: tuple[str, ...]) -> Any:
         self.count += 1
         if self.count > MAX_SCHEMAS:
-            raise _fail(path, f"more than {MAX_SCHEMAS} schemas inside the schema")
+            raise fail(path, f"more than {MAX_SCHEMAS} schemas inside the schema")
         if isinstance(value, bool):
             return value
         if not isinstance(value, dict):
-            raise _fail(path, f"a schema is an object or a boolean, not {_short(value)}")
+            raise fail(path, f"a schema is an object or a boolean, not {short(value)}")
         out: Schema = {}
         for key, inner in value.items():
             at = f"{path}/{key}"
@@ -141,7 +105,7 @@ class _Writer:
                 continue
             if key in ("$defs", "definitions"):
                 if not isinstance(inner, dict):
-                    raise _fail(at, "must be an object")
+                    raise fail(at, "must be an object")
             elif key in LISTS:
                 out[key] = self._list(key, inner, at, inlined)
             elif key in MAPS:
@@ -156,16 +120,16 @@ class _Writer:
                     continue
                 out[key] = int(inner) if key.startswith(("min", "max")) and key not in ("minimum", "maximum") else inner
             elif key in REFUSED:
-                raise _fail(at, f"{key} cannot be enforced")
+                raise fail(at, f"{key} cannot be enforced")
             else:
-                raise _fail(at, unknown_name("keyword", key, [*CHECKS, *LISTS, *MAPS, *SINGLE, "$ref", "$defs"]))
+                raise fail(at, unknown_name("keyword", key, [*CHECKS, *LISTS, *MAPS, *SINGLE, "$ref", "$defs"]))
         _check_names(value, f"{path}/patternProperties")
         _rewrite(out, path)
         return out
 
     def _list(self, key: str, value: Any, path: str, inlined: tuple[str, ...]) -> list[Any]:
         if not isinstance(value, list) or not value:
-            raise _fail(path, "must be a list of schemas with at least one")
+            raise fail(path, "must be a list of schemas with at least one")
         out = []
         for i, option in enumerate(value):
             if (
@@ -184,10 +148,10 @@ class _Writer:
 
     def _map(self, key: str, value: Any, path: str, inlined: tuple[str, ...]) -> Schema:
         if not isinstance(value, dict):
-            raise _fail(path, "must be an object")
+            raise fail(path, "must be an object")
         if key == "patternProperties" and len(value) > MAX_PATTERN_PROPERTIES:
-            raise _fail(path, f"{len(value)} patterns; at most {MAX_PATTERN_PROPERTIES} are enforced")
-        _names(list(value), path)
+            raise fail(path, f"{len(value)} patterns; at most {MAX_PATTERN_PROPERTIES} are enforced")
+        check_names(list(value), path)
         out = {}
         for name, inner in value.items():
             at = f"{path}/{name}"
@@ -204,7 +168,7 @@ class _Writer:
 
     def _place(self, value: Any, path: str) -> str:
         if not isinstance(value, str) or not (value == "#" or value.startswith("#/")):
-            raise _fail(path, f"{_short(value)} does not point into this schema (#/…)")
+            raise fail(path, f"{short(value)} does not point into this schema (#/…)")
         self._find(value, path)
         return value
 
@@ -216,7 +180,7 @@ class _Writer:
             try:
                 value = value[int(name)] if isinstance(value, list) else value[name]
             except (KeyError, ValueError, IndexError, TypeError):
-                raise _fail(path, f"nothing stands at {place}") from None
+                raise fail(path, f"nothing stands at {place}") from None
         if place == "#" and isinstance(value, dict):
             return {key: inner for key, inner in value.items() if key not in ("$schema", "$id")}
         return value
@@ -230,7 +194,7 @@ def _check_names(schema: Schema, path: str) -> None:
     for pattern in schema.get("patternProperties", ()):
         if VARYING.search(OTHER_ESCAPES.sub("", pattern)):
             why = "cannot be enforced: name its letters, or set additionalProperties to false and use plain names"
-            raise _fail(path, f"{_short(pattern)} {why}")
+            raise fail(path, f"{short(pattern)} {why}")
 
 
 def _rewrite(schema: Schema, path: str) -> None:
@@ -238,7 +202,7 @@ def _rewrite(schema: Schema, path: str) -> None:
     minimum = schema.get("minProperties", 0)
     if minimum > max(1, len(set(schema.get("required", ())))):
         # Names that the schema does not list may come twice, and count once.
-        raise _fail(f"{path}/minProperties", "more than 1, and more than are required, cannot be enforced")
+        raise fail(f"{path}/minProperties", "more than 1, and more than are required, cannot be enforced")
     if schema.get("type") != "integer":
         for exclusive, inclusive, nearer, following, zero in (
             ("exclusiveMinimum", "minimum", max, DIGITS.next_plus, SMALLEST),
@@ -261,112 +225,7 @@ def _pattern(pattern: str, path: str) -> str:
     try:
         return f"^{portable(pattern)}$"
     except ConfigError as error:
-        raise _fail(path, str(error)) from None
-
-
-# ---- The values of keywords ----
-
-Check = Callable[[Any, str], None]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _count(limit: int) -> Check:
-    def check(value: Any, path: str) -> None:
-        if not _is_number(value) or value != int(value) or value < 0:
-            raise _fail(path, f"must be a whole number from 0, not {_short(value)}")
-        if value > limit:
-            raise _fail(path, f"{_short(value)} is above {limit}, the most that is enforced")
-
-    return check
-
-
-def _number(value: Any, path: str) -> None:
-    if not _is_number(value):
-        raise _fail(path, f"must be a number, not {_short(value)}")
-    if abs(value) > LARGEST or 0 < abs(value) < SMALLEST:
-        raise _fail(path, f"{_short(value)} cannot be enforced: a number from {SMALLEST} to 2**53, or 0")
-    if value != int(value) and DIGITS.create_decimal(repr(value)) != decimal.Decimal(repr(value)):
-        raise _fail(path, f"{_short(value)} cannot be enforced: it has more than {DIGITS.prec} digits")
-
-
-def _multiple(value: Any, path: str) -> None:
-    if not _is_number(value) or value <= 0:
-        raise _fail(path, f"must be a number above 0, not {_short(value)}")
-    if value != int(value) or value > MAX_MULTIPLE:
-        raise _fail(path, f"{_short(value)} cannot be enforced: a whole number up to {MAX_MULTIPLE}")
-
-
-def _types(value: Any, path: str) -> None:
-    names = value if isinstance(value, list) else [value]
-    for name in names:
-        if name not in TYPES:
-            raise _fail(path, unknown_name("type", str(name), TYPES))
-    if not names:
-        raise _fail(path, "names no type")
-
-
-def _names(value: Any, path: str) -> None:
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise _fail(path, "must be a list of names")
-    if any(len(name) > MAX_NAME for name in value):
-        raise _fail(path, f"a name of more than {MAX_NAME} characters")
-
-
-def _text(value: Any, path: str) -> None:
-    if not isinstance(value, str):
-        raise _fail(path, f"must be a text, not {_short(value)}")
-
-
-def _format(value: Any, path: str) -> None:
-    if value not in FORMATS:
-        raise _fail(path, unknown_name("format", str(value), FORMATS))
-
-
-def _constant(value: Any, path: str) -> None:
-    values = [value]
-    while values:
-        value = values.pop()
-        if _is_number(value):
-            _number(value, path)
-        if isinstance(value, str) and (found := UNWRITABLE.search(value)):
-            raise _fail(path, f"the character {found.group()!a} cannot be enforced")
-        if isinstance(value, str) and len(value) > MAX_LENGTH:
-            raise _fail(path, f"a text of {len(value)} characters; at most {MAX_LENGTH} are enforced")
-        values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def _constants(value: Any, path: str) -> None:
-    if not isinstance(value, list) or not value:
-        raise _fail(path, "must be a list with at least one value")
-    _constant(value, path)
-
-
-def _no(value: Any, path: str) -> None:
-    if value is not False:
-        raise _fail(path, "uniqueItems cannot be enforced")
-
-
-CHECKS: dict[str, Check] = {
-    "type": _types,
-    "const": _constant,
-    "enum": _constants,
-    "required": _names,
-    "pattern": _text,
-    "format": _format,
-    "multipleOf": _multiple,
-    "uniqueItems": _no,
-    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), _number),
-    **dict.fromkeys(("minLength", "maxLength"), _count(MAX_LENGTH)),
-    **dict.fromkeys(("minItems", "maxItems", "minProperties", "maxProperties"), _count(MAX_ITEMS)),
-}
+        raise fail(path, str(error)) from None
 
 
 # ---- Recursion ----
@@ -405,9 +264,7 @@ def _check_ends(root: Schema) -> None:
             waiting += [inner for key in ("allOf", "anyOf", "oneOf") for inner in schema.get(key, ())]
             target = schema.get("$ref", "").removeprefix("#/$defs/")
             if target == name:
-                raise _fail(
-                    definitions[name]["$comment"], "a $ref leads back to itself, with no object or list between"
-                )
+                raise fail(definitions[name]["$comment"], "a $ref leads back to itself, with no object or list between")
             if target and target not in seen:
                 seen.add(target)
                 waiting.append(definitions[target])
@@ -416,7 +273,7 @@ def _check_ends(root: Schema) -> None:
         ending |= new
     for path, schema in subschemas(root):
         if not _ends(schema, ending):
-            raise _fail(path, "a value would have to hold itself, by $ref, without end")
+            raise fail(path, "a value would have to hold itself, by $ref, without end")
 
 
 def _ends(schema: Any, ending: set[str]) -> bool:

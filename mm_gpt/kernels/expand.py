@@ -9,8 +9,11 @@ from functools import cache
 
 import numpy as np
 
-from mm_gpt.kernels.matmul import BLOCK_FORMATS, Part, callable_at, round_bf16
-from mm_gpt.kernels.simd import F32, I8, I32, Code, Module, Value, host_isa, library, vector
+from mm_gpt.kernels.library import library
+from mm_gpt.kernels.matmul import callable_at, round_bf16
+from mm_gpt.kernels.processor import host_isa
+from mm_gpt.kernels.simd import F32, I8, I32, Code, Module, Value, vector
+from mm_gpt.kernels.unpack import BLOCK_FORMATS, Part
 
 LANES = 16
 LIMIT = float(1 << 20)
@@ -64,13 +67,15 @@ def _write_expand(module: Module, kind: str, target: str, size: int) -> None:
 
 def _values(numbers: Value, part: Part, half: int) -> Value:
     """<16 x float>, one half of a part's numbers."""
-    pairs = [8 * half + lane // 2 for lane in range(LANES)]
-    scale = part.scale.shuffle(pairs if part.lane is None else [part.lane] * LANES)
+    if part.lane is None:
+        scale = part.scale.shuffle([8 * half + lane // 2 for lane in range(LANES)])
+    else:
+        scale = part.scale.shuffle([part.lane] * LANES)
     values = numbers.part(LANES * half, LANES).to(F32) * scale
     if part.minimum is None:
         return values
-    minima, lane = part.minimum
-    return values + minima.shuffle([lane] * LANES)
+    minimums, place = part.minimum
+    return values + minimums.shuffle([place] * LANES)
 
 
 def _encode_block(code: Code, floats: Value, scale: Value, codes: Value) -> None:

@@ -3,24 +3,15 @@
 `Code` is a small notation over llvmlite: values with operators, loops and branches as `with` blocks, memory by address.
 Vectors have the width that the kernels ask for; LLVM splits them where the processor's are shorter. No operation may
 be reordered or fused but where `fma` says so: what is computed does not depend on the optimiser.
-
-Compiled objects are kept in the user's cache folder, named by what they were made from.
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager
 
-import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from mm_gpt.errors import ConfigError, unknown_name
+from mm_gpt.kernels.processor import ISA, machine_of
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -50,50 +41,6 @@ def vector(element: ir.Type, lanes: int) -> ir.Type:
 def lanes_of(element: ir.Type, lanes: int) -> ir.Type:
     """A vector, or the element itself where it would be alone."""
     return element if lanes == 1 else vector(element, lanes)
-
-
-@dataclass(frozen=True)
-class ISA:
-    """What kernels may use of the processor. All levels compute integer dots to the same bits."""
-
-    name: str
-    madd_bits: int
-    """Width of the instruction that multiplies int16 and adds pairs; 0: none."""
-    dot_bf16: bool
-    without: tuple[str, ...]
-    """Beginnings of the processor's features that LLVM must not use."""
-
-
-_LEVELS = (
-    ISA("bf16", 512, True, ()),
-    ISA("avx512", 512, False, ("avx512bf16",)),
-    ISA("avx2", 256, False, ("avx512", "avx10", "evex")),
-    ISA("plain", 0, False, ("avx512", "avx10", "evex", "avx2", "avxvnni")),
-)
-
-
-@cache
-def host_features() -> dict[str, bool]:
-    return dict(llvm.get_host_cpu_features())
-
-
-@cache
-def host_isa() -> ISA:
-    """The highest level that this processor has."""
-    has = host_features()
-    if has.get("avx512bw") and has.get("avx512dq") and has.get("avx512vl"):
-        return _LEVELS[0] if has.get("avx512bf16") else _LEVELS[1]
-    return _LEVELS[2] if has.get("avx2") and has.get("fma") else _LEVELS[3]
-
-
-def isa(name: str | None) -> ISA:
-    """A level by name, no higher than the processor's. Raises ConfigError."""
-    levels = {level.name: level for level in _LEVELS[_LEVELS.index(host_isa()) :]}
-    if name is None:
-        return host_isa()
-    if name not in levels:
-        raise ConfigError(unknown_name("instruction set", name, levels))
-    return levels[name]
 
 
 class Value:
@@ -466,77 +413,9 @@ class Module:
     def compile(self) -> bytes:
         """The machine code, as an object file."""
         module = llvm.parse_assembly(str(self.ir))
-        machine = _machine(self.isa)
+        machine = machine_of(self.isa)
         options = llvm.create_pipeline_tuning_options(speed_level=2)
         options.loop_vectorization = options.slp_vectorization = False
         passes = llvm.create_pass_builder(machine, options)
         passes.getModulePassManager().run(module, passes)
         return machine.emit_object(module)
-
-
-def _features(level: ISA) -> str:
-    on = {name: value and not name.startswith(level.without) for name, value in host_features().items()}
-    return ",".join(("+" if value else "-") + name for name, value in sorted(on.items()))
-
-
-def _machine(level: ISA) -> Any:
-    target = llvm.Target.from_triple(llvm.get_process_triple())
-    return target.create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=_features(level), opt=2, reloc="pic", codemodel="jitdefault", jit=True
-    )
-
-
-class Library:
-    """Machine code in memory, kept for the life of the process."""
-
-    def __init__(self, machine_code: bytes, level: ISA):
-        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _machine(level))
-        self._engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(machine_code))
-        self._engine.finalize_object()
-
-    def address(self, name: str) -> int:
-        return self._engine.get_function_address(name)
-
-
-_libraries: dict[str, Library] = {}
-
-
-@cache
-def _sources() -> bytes:
-    """What all of these kernels are made from: a change of it makes new ones."""
-    names = ("simd", "matmul", "elementwise", "attention", "kv_blocks", "step", "team", "expand")
-    return b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in names)
-
-
-def _cache_folder() -> Path:
-    """Beside what is downloaded."""
-    if folder := os.environ.get("MM_GPT_CACHE"):
-        return Path(folder) / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mm-gpt" / "kernels"
-
-
-def library(what: str, level: ISA, write: Callable[[Module], None]) -> Library:
-    """The functions that `write` puts into a module; compiled once for each description, processor and source."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    made_from = f"{what} {level.name} {llvm.get_host_cpu_name()} {_features(level)} {llvmlite.__version__} ".encode()
-    key = hashlib.sha256(made_from + _sources()).hexdigest()[:32]
-    if key in _libraries:
-        return _libraries[key]
-    path = _cache_folder() / f"{key}.o"
-    machine_code = b""
-    with suppress(OSError):
-        machine_code = path.read_bytes()
-    # The digest in front tells a whole file from one that a full disk cut short.
-    head, machine_code = machine_code[:32], machine_code[32:]
-    if not machine_code or hashlib.sha256(machine_code).digest() != head:
-        module = Module(level)
-        write(module)
-        machine_code = module.compile()
-        with suppress(OSError):  # a cache that cannot be written costs time, nothing else
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_bytes(hashlib.sha256(machine_code).digest() + machine_code)
-            partial.replace(path)
-    _libraries[key] = Library(machine_code, level)
-    return _libraries[key]

@@ -32,6 +32,7 @@ class Record:
 
     def __init__(self, *names: str):
         self.names = names
+        self.index = {name: index for index, name in enumerate(names)}
         self.size = 8 * len(names)
 
     def values(self, **fields: int) -> list[int]:
@@ -40,7 +41,7 @@ class Record:
         return [fields[name] for name in self.names]
 
     def get(self, code: Code, address: Value, name: str) -> Value:
-        return code.load_i64(address, 8 * self.names.index(name))
+        return code.load_i64(address, 8 * self.index[name])
 
 
 NORMS = ("attention", "attention_post", "attention_sub", "mlp", "mlp_post", "mlp_sub")
@@ -53,14 +54,16 @@ LAYER = Record(
     *(f"{name}_{what}" for name in PRODUCTS[:-1] for what in ("parts", "count")),
 )
 ARGUMENTS = Record(
-    *("num_rows", "x", "hidden", "logits", "lengths", "tables", "table_stride", "turns", "local_turns"),
+    *("num_rows", "ids", "positions", "lengths", "tables", "table_stride", "hidden", "logits"),
+    *("expand", "embedding", "embedding_row", "places", "angles", "local_angles"),
     *("qkv", "heads", "gates", "mlp", "added"),
     *("scratch", "scratch_stride", "line", "prepared", "form_stride", "scores"),
     *("layers", "last_norm_weight", "last_norm_bias", "head_parts", "head_count"),
 )
-"""x, hidden, logits and the five shared buffers have rows of whole vectors. tables: (R, table_stride) addresses of
-blocks. turns: R addresses of angles. scratch: for each thread the rows' states, then, so many bytes from its beginning,
-one row of anything, prepared inputs (a form after the other) and scores."""
+"""ids, positions, lengths: R numbers each. tables: (R, table_stride) addresses of blocks. expand: the function for rows
+of `embedding`. places: D floats for each position, to be added, or 0. angles: a row for each position. hidden, logits
+and the five shared buffers have rows of whole vectors. scratch: for each thread the rows' states, then, so many bytes
+from its beginning, one row of anything, prepared inputs (a form after the other) and scores."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class StepSpec:
     gated_mlp: bool
     logit_softcap: float | None
     residual_scale: float
+    embedding_scale: float
     heads: HeadSpec
     patterns: tuple[tuple[PatternSpec, ...], ...]
     """The different ones of the layers; each of all heads, or of their first and second half."""
@@ -165,7 +169,7 @@ class _Step:
             self.x = self.argument("scratch") + thread * self.argument("scratch_stride")
             self.line = self.x + self.argument("line")
             self.prepared = self.x + self.argument("prepared")
-            self._copy_in()
+            self._embed()
             layers = self.argument("layers")
             with code.loop(0, self.spec.num_layers) as index:
                 layer = layers + index * LAYER.size
@@ -193,11 +197,21 @@ class _Step:
         with self.code.loop(0, self.num_rows) as r:
             yield [*(address + r * stride for address, stride in buffers), r]
 
-    def _copy_in(self) -> None:
-        stride = line_bytes(self.spec.width)
-        buffers = (self.argument("x"), stride), (self.x, stride)
-        with self.rows(*buffers) as (source, target, _), self.code.loop(0, stride, 64) as i:
-            self.code.store(self.code.load(source, FLOATS, i), target, i)
+    def _embed(self) -> None:
+        """Embeddings of the new tokens into the states."""
+        code, D = self.code, self.spec.width
+        ids, positions, places = (self.argument(name) for name in ("ids", "positions", "places"))
+        with self.rows((self.x, line_bytes(D))) as (x, r):
+            row = self.argument("embedding") + code.load_i64(ids, r * 8) * self.argument("embedding_row")
+            code.call_address(self.argument("expand"), row, D, x)
+            if self.spec.embedding_scale != 1.0:
+                with code.loop(0, line_bytes(D), 64) as i:
+                    code.store(code.load(x, FLOATS, i) * self.spec.embedding_scale, x, i)
+            with code.when(places > 0):
+                place = places + code.load_i64(positions, r * 8) * (D * 4)
+                with code.loop(0, D, LANES) as i:
+                    added = code.load_first(place + i * 4, FLOATS, code.i64(D) - i)
+                    code.store(code.load(x, FLOATS, i * 4) + added, x, i * 4)
 
     def _norm(self, record: Value, name: str, x: Value, size: int, out: Value) -> None:
         weight, bias = (LAYER.get(self.code, record, f"{name}_{what}") for what in ("weight", "bias"))
@@ -302,10 +316,11 @@ class _Step:
         angles = code.i64(0)
         if heads.rotary:
             is_local = LAYER.get(code, layer, "is_local") > 0
-            turns = is_local.where(self.argument("local_turns"), self.argument("turns"))
-            angles = code.load_i64(turns, row * 8)
+            position = code.load_i64(self.argument("positions"), row * 8)
+            table = is_local.where(self.argument("local_angles"), self.argument("angles"))
+            angles = table + position * (C * (8 if heads.rotary_scaled else 4))
         place = code.load_i64(self.argument("lengths"), row * 8)
-        table = self.argument("tables") + row * self.argument("table_stride") * 8
+        blocks = self.argument("tables") + row * self.argument("table_stride") * 8
         key_bytes, value_bytes = (width * BLOCK * heads.value_bytes for width in (C, padded_head(C)))
         key_offset = index * (K * (key_bytes + value_bytes)) + kv_head * key_bytes
         value_offset = index * (K * (key_bytes + value_bytes)) + K * key_bytes + kv_head * value_bytes
@@ -313,7 +328,7 @@ class _Step:
         key, query = self.line, self.line + line_bytes(C)
         key_angles = angles + C * 4 if heads.rotary_scaled else angles
         code.call(self.turn, qkv + (kv_head + H) * (C * 4), LAYER.get(code, layer, "k_norm"), key_angles, key)
-        block = code.load_i64(table, place // BLOCK * 8)
+        block = code.load_i64(blocks, place // BLOCK * 8)
         value = qkv + (kv_head + (H + K)) * (C * 4)
         code.call(self.keep, key, value, block + key_offset, block + value_offset, place % BLOCK)
         q_norm = LAYER.get(code, layer, "q_norm")
@@ -330,7 +345,7 @@ class _Step:
                     in_half = (head >= H // 2).compare("==", half)
                     with code.when(in_half if len(halves) == 2 else code.i64(0).compare("==", 0)):
                         call = self.attend[pattern, size]
-                        code.call(call, query, table, key_offset, value_offset, place, scores, out)
+                        code.call(call, query, blocks, key_offset, value_offset, place, scores, out)
 
     def _logits(self) -> None:
         spec, code, stride = self.spec, self.code, line_bytes(self.spec.width)

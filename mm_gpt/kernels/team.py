@@ -13,7 +13,9 @@ from pathlib import Path
 
 from llvmlite import ir
 
-from mm_gpt.kernels.simd import I32, I64, VOID, Code, Module, Value, host_isa, library
+from mm_gpt.kernels.library import library
+from mm_gpt.kernels.processor import host_isa
+from mm_gpt.kernels.simd import I32, I64, VOID, Code, Module, Value
 
 # Where things lie in a team's memory, a cache line for each thing that different threads write.
 TICKET, ARRIVED, SLEEPING, JOB, MUTEX, CONDITION, SIZE = 0, 128, 256, 384, 512, 640, 768

@@ -31,8 +31,10 @@ class ServerConfig:
     """Longest answer in tokens; None: as long as the context."""
     timeout_s: float = 600.0
     """For one request, from its last byte to the answer's."""
+    body_s: float = 60.0
+    """For its body to come."""
     fetch_s: float = 10.0
-    """For the download of one image."""
+    """For the downloads of one request's images together."""
     grace_s: float = 30.0
     """What is running may take so long to end after SIGTERM."""
     ping_s: float = 10.0
@@ -43,7 +45,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "max_rows", "max_waiting", "max_body_bytes", "max_tokens", at_least=1)
         check_numbers(self, "max_images", "grace_s", at_least=0)
-        check_numbers(self, "timeout_s", "fetch_s", "ping_s", above=0)
+        check_numbers(self, "timeout_s", "body_s", "fetch_s", "ping_s", above=0)
         if not self.api_key.isascii() or self.api_key.strip() != self.api_key:
             raise ConfigError("the API key must be ASCII without spaces around it: HTTP headers carry nothing else")
 

@@ -14,7 +14,7 @@ from mm_gpt.serving.server.service import Admission
 
 
 async def read_body(scope: Scope, receive: Receive, admission: Admission) -> bytes:
-    """All of a body, counted while it comes. Raises RequestError (413, 415), and ClientDisconnect."""
+    """All of a body, counted while it comes. Raises RequestError (408, 413, 415), and ClientDisconnect."""
     request = Request(scope, receive)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # which no web page may send to another site without asking first
@@ -29,12 +29,16 @@ async def read_body(scope: Scope, receive: Receive, admission: Admission) -> byt
     if length.isdecimal() and int(length[:20]) > limit:
         raise too_large
     pieces, size = [], 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > limit:
-            raise too_large
-        admission.hold(len(piece))
-        pieces.append(piece)
+    try:
+        async with asyncio.timeout(admission.service.config.body_s):
+            async for piece in request.stream():
+                size += len(piece)
+                if size > limit:
+                    raise too_large
+                admission.hold(len(piece))
+                pieces.append(piece)
+    except TimeoutError:
+        raise RequestError("The body did not come in time.", status=408, code="timeout") from None
     return b"".join(pieces)
 
 

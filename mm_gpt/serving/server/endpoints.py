@@ -1,10 +1,12 @@
 """`/v1/chat/completions` and `/v1/completions`: from a request's first byte to its answer's last."""
 
+import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AsyncExitStack, aclosing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +20,7 @@ from mm_gpt.processor import Example
 from mm_gpt.serving.server import responses
 from mm_gpt.serving.server.connection import read_body, send_events, send_json, while_connected
 from mm_gpt.serving.server.errors import ClientGoneError, RequestError, from_model, internal_error
-from mm_gpt.serving.server.jobs import Job
+from mm_gpt.serving.server.jobs import Job, too_late
 from mm_gpt.serving.server.messages import ImagePart
 from mm_gpt.serving.server.requests import (
     ChatRequest,
@@ -35,6 +37,16 @@ from mm_gpt.serving.server.writers import ChatWriter, TextWriter
 logger = logging.getLogger(__name__)
 GONE = 499
 """What web servers write into their logs when a client left."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request whose prompts are ready to be submitted."""
+
+    request: Request
+    job: Job
+    waiting: Waiting
+    writer: Writer
 
 
 class Endpoint(ABC):
@@ -65,14 +77,23 @@ class Endpoint(ABC):
             service.metrics.request(self.name, status)
 
     @abstractmethod
+    async def _prepare(self, admission: Admission, body: bytes, stack: AsyncExitStack) -> Prepared:
+        """All that comes before the model. `stack` holds what is given back at the end. Raises RequestError."""
+
     async def _answer(self, admission: Admission, body: bytes, send: Send) -> None:
         """Raises RequestError as long as nothing was sent."""
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(admission.remaining_s):
+                    prepared = await self._prepare(admission, body, stack)
+            except TimeoutError:
+                raise too_late(admission.service.config.timeout_s) from None
+            await self._send(admission, prepared, send)
 
-    async def _send(
-        self, admission: Admission, job: Job, waiting: Waiting, request: Request, writer: Writer, send: Send
-    ) -> None:
+    async def _send(self, admission: Admission, prepared: Prepared, send: Send) -> None:
         """Run a job and send what comes of it."""
-        completion = Completion(writer, admission.service.served)
+        request, job, waiting = prepared.request, prepared.job, prepared.waiting
+        completion = Completion(prepared.writer, admission.service.served)
         try:
             await admission.start_job(job, waiting)
             if request.stream:
@@ -119,20 +140,18 @@ async def _events(
 class Chat(Endpoint):
     name = "chat.completions"
 
-    async def _answer(self, admission: Admission, body: bytes, send: Send) -> None:
+    async def _prepare(self, admission: Admission, body: bytes, stack: AsyncExitStack) -> Prepared:
         service = admission.service
         request = await service.prepare(lambda: read_chat(read_json(body), service.served, service.config))
         num_images = sum(isinstance(part, ImagePart) for message in request.messages for part in message.parts)
-        async with AsyncExitStack() as stack:
-            run = service.prepare
-            if num_images:
-                await stack.enter_async_context(service.image_slots(num_images))
-                run = service.fetch
-            document = await run(partial(service.prompts.chat, request.messages, admission.hold))
-            job = Job(service.batcher, request.generation, param="messages")
-            waiting: Waiting = deque([partial(_submit_chat, service, job, document, request)])
-            writer = ChatWriter(request, service.served.end_ids)
-            await self._send(admission, job, waiting, request, writer, send)
+        run = service.prepare
+        if num_images:
+            await stack.enter_async_context(service.image_slots(num_images))
+            run = service.fetch
+        document = await run(partial(service.prompts.chat, request.messages, admission.hold))
+        job = Job(service.batcher, request.generation, param="messages")
+        waiting: Waiting = deque([partial(_submit_chat, service, job, document, request)])
+        return Prepared(request, job, waiting, ChatWriter(request, service.served.end_ids))
 
 
 def _submit_chat(service: Service, job: Job, document: Document, request: ChatRequest) -> Ticket:
@@ -143,14 +162,15 @@ def _submit_chat(service: Service, job: Job, document: Document, request: ChatRe
 class Completions(Endpoint):
     name = "completions"
 
-    async def _answer(self, admission: Admission, body: bytes, send: Send) -> None:
+    async def _prepare(self, admission: Admission, body: bytes, stack: AsyncExitStack) -> Prepared:
         service = admission.service
         request = await service.prepare(lambda: read_completion(read_json(body), service.served, service.config))
-        prompts = await service.prepare(lambda: list(map(service.prompts.completion, request.prompts)))
+        named = request.echo and request.logprobs is not None
+        read = partial(service.prompts.completion, named=named)
+        prompts = await service.prepare(lambda: list(map(read, request.prompts)))
         job = Job(service.batcher, request.generation, param="prompt")
         waiting: Waiting = deque(partial(_submit_text, job, prompt.example, request) for prompt in prompts)
-        writer = TextWriter(request, prompts, job)
-        await self._send(admission, job, waiting, request, writer, send)
+        return Prepared(request, job, waiting, TextWriter(request, prompts, job))
 
 
 def _submit_text(job: Job, example: Example, request: CompletionRequest) -> Ticket:

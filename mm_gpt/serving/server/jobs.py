@@ -68,7 +68,8 @@ class Job:
     async def next(self, timeout_s: float | None = None) -> tuple[int, Piece] | None:
         """The next piece with its choice; None when none came in time. Raises RequestError where there is no answer."""
         try:
-            choice, piece = await asyncio.wait_for(self._pieces.get(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                choice, piece = await self._pieces.get()
         except TimeoutError:
             return None
         if piece.error is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -48,7 +49,7 @@ class TextPrompt:
     text: str
     example: Example
     tokens: list[tuple[str, bytes]]
-    """Its tokens' names and what each adds to the text."""
+    """Its tokens' names and what each adds to the text; empty where nobody wants to know."""
 
 
 class Prompts:
@@ -58,10 +59,13 @@ class Prompts:
         self.processor, self.config = processor, config
         self._decoding = ByteBudget(DECODE_BYTES)
         self._tokens = TokenBytes(processor.tokenizer)
+        self._longest_token = max(map(len, processor.tokenizer.backend.get_vocab()))
 
     def chat(self, messages: Sequence[ChatMessage], hold: Callable[[int], None]) -> Document:
         """Fetch the images of a chat and render it. `hold(bytes)` is told what they take. Raises RequestError."""
-        left = self.config.max_body_bytes
+        left, deadline = self.config.max_body_bytes, time.monotonic() + self.config.fetch_s
+        texts = [part for message in messages for part in message.parts if isinstance(part, str)]
+        self._check_length(sum(map(len, texts)), "messages")
         rendered: list[Message] = []
         for message in messages:
             parts: list[Text | Image] = []
@@ -69,7 +73,7 @@ class Prompts:
                 if isinstance(part, str):
                     parts.append(Text(part, is_target=False))
                     continue
-                data = self._image(part, left)
+                data = self._image(part, left, deadline - time.monotonic())
                 if part.url[:5].lower() != "data:":
                     hold(len(data))
                     left -= len(data)
@@ -81,14 +85,23 @@ class Prompts:
         except MMGPTError as error:
             raise from_model(error, "messages") from error
 
-    def completion(self, prompt: str | list[int]) -> "TextPrompt":
-        """A prompt as it is: a text, or tokens. Raises RequestError."""
+    def completion(self, prompt: str | list[int], *, named: bool = False) -> "TextPrompt":
+        """A prompt as it is: a text, or tokens. `named`: with the names of its tokens. Raises RequestError."""
         text = self._text(prompt)
+        self._check_length(len(text.text), "prompt")
         try:
             example = self.processor(Document((text,)))
         except MMGPTError as error:
             raise from_model(error, "prompt") from error
-        return TextPrompt(text.text, example, [self._shown(id) for id in example.input_ids.tolist()])
+        ids = example.input_ids.tolist() if named else []
+        return TextPrompt(text.text, example, list(map(self._shown, ids)))
+
+    def _check_length(self, length: int, param: str) -> None:
+        """What cannot fit, whatever its tokens are, is refused before it is cut into tokens, which may take long."""
+        context = self.processor.config.max_length
+        if length > context * self._longest_token:
+            message = f"The prompt has {length:,} characters; the context holds {context:,} tokens."
+            raise RequestError(message, param=param, code="context_length_exceeded")
 
     def _shown(self, id: int) -> tuple[str, bytes]:
         name = self._tokens.name(id)
@@ -123,9 +136,9 @@ class Prompts:
                     raise from_model(broken, part.path) from error
             raise
 
-    def _image(self, part: ImagePart, left: int) -> bytes:
+    def _image(self, part: ImagePart, max_bytes: int, seconds: float) -> bytes:
         """The file behind a URL, its header checked."""
-        limits = dataclasses.replace(DEFAULT_LIMITS, max_bytes=left, timeout_s=self.config.fetch_s)
+        limits = dataclasses.replace(DEFAULT_LIMITS, max_bytes=max_bytes, timeout_s=max(0.0, seconds))
         try:
             data = image_bytes(part.url, limits=limits)
             image_size(data, limits=limits)
