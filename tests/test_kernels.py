@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mm_gpt.kernels import library as libraries
 from mm_gpt.kernels.kv_blocks import BLOCK, BlockPool
 from mm_gpt.kernels.library import library
 from mm_gpt.kernels.processor import ISA, host_isa, isa
-from mm_gpt.kernels.simd import F32, Code, Module, Value
+from mm_gpt.kernels.simd import F32, I64, Code, Module, Value
 from mm_gpt.kernels.team import BASE, default_threads, team, write_barrier
 from mm_gpt.kernels.unpack import BLOCK_FORMATS
 
@@ -343,3 +344,19 @@ def test_blocks_end() -> None:
 def test_blocks_of_another_type() -> None:
     with pytest.raises(ConfigError, match="float16"):
         BlockPool(1, 1, 16, torch.float16)
+
+
+def test_threads_that_need_the_same_code_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stops code from going away while a thread runs it: of two that were made, one took the other's place."""
+    monkeypatch.setenv("MM_GPT_CACHE", str(tmp_path))
+
+    def write(module: Module) -> None:
+        with module.function("store_7", 1, exported=True) as (code, (address,)):
+            code.store(code.number(I64, 7), address)
+
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: library("seven", host_isa(), write), range(8)))
+    assert len({id(each) for each in made}) == 1
+    out = np.zeros(1, np.int64)
+    matmul.callable_at(made[0].address("store_7"), 1)(out.ctypes.data)
+    assert out[0] == 7

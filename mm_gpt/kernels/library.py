@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -27,6 +28,8 @@ class Library:
 
 
 _libraries: dict[str, Library] = {}
+_making = threading.Lock()
+"""Two threads that make the same one would lose one of them, and the code behind the addresses that it has given."""
 
 
 @cache
@@ -61,22 +64,28 @@ def library(what: str, level: ISA, write: Callable[[Module], None]) -> Library:
     llvm.initialize_native_asmprinter()
     made_from = f"{what} {level.name} {llvm.get_host_cpu_name()} {features_of(level)} {llvmlite.__version__} ".encode()
     key = hashlib.sha256(made_from + _sources()).hexdigest()[:32]
-    if key in _libraries:
+    with _making:
+        if key not in _libraries:
+            _libraries[key] = Library(_machine_code(key, level, write), level)
         return _libraries[key]
+
+
+def _machine_code(key: str, level: ISA, write: Callable[[Module], None]) -> bytes:
+    """From the cache, or compiled into it."""
     path = _cache_folder() / f"{key}.o"
     machine_code = b""
     with suppress(OSError):
         machine_code = path.read_bytes()
     # The digest in front tells a whole file from one that a full disk cut short.
     head, machine_code = machine_code[:32], machine_code[32:]
-    if not machine_code or hashlib.sha256(machine_code).digest() != head:
-        module = Module(level)
-        write(module)
-        machine_code = module.compile()
-        with suppress(OSError):  # a cache that cannot be written costs time, nothing else
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_bytes(hashlib.sha256(machine_code).digest() + machine_code)
-            partial.replace(path)
-    _libraries[key] = Library(machine_code, level)
-    return _libraries[key]
+    if machine_code and hashlib.sha256(machine_code).digest() == head:
+        return machine_code
+    module = Module(level)
+    write(module)
+    machine_code = module.compile()
+    with suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(hashlib.sha256(machine_code).digest() + machine_code)
+        partial.replace(path)
+    return machine_code
