@@ -2,6 +2,8 @@
 
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -360,3 +362,24 @@ def test_threads_that_need_the_same_code_at_once(tmp_path: Path, monkeypatch: py
     out = np.zeros(1, np.int64)
     matmul.callable_at(made[0].address("store_7"), 1)(out.ctypes.data)
     assert out[0] == 7
+
+
+def test_threads_end_before_python_does() -> None:
+    """Stops: a crash at the end of a process, when code and memory go under threads that spin or sleep."""
+    script = """
+import time, torch
+from mm_gpt.kernels import team
+from mm_gpt.kernels.library import library
+from mm_gpt.kernels.processor import host_isa
+def write(module):
+    barrier = team.write_barrier(module)
+    with module.function("nothing", 4, exported=True) as (code, (argument, thread, threads, address)):
+        code.call(barrier, address, code.load_i64(address, team.BASE) + threads)
+made = team.team(3)
+made.run(library("nothing", host_isa(), write).address("nothing"), 0)
+made.run(library("nothing", host_isa(), write).address("nothing"), 0)
+time.sleep(PAUSE)
+"""
+    for pause in ("0", "0.2"):  # threads that spin, and threads that sleep
+        done = subprocess.run([sys.executable, "-c", script.replace("PAUSE", pause)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ Within a run, phases are separated by `write_barrier`; who waits long there give
 machine slows down and does not stall.
 """
 
+import atexit
 import ctypes
 import os
 import threading
@@ -19,7 +20,7 @@ from mm_gpt.kernels.simd import I32, I64, VOID, Code, Module, Value
 
 # Where things lie in a team's memory, a cache line for each thing that different threads write.
 TICKET, ARRIVED, SLEEPING, JOB, MUTEX, CONDITION, SIZE = 0, 128, 256, 384, 512, 640, 768
-FUNCTION, ARGUMENT, BASE, NUM_THREADS = (JOB + 8 * i for i in range(4))
+FUNCTION, ARGUMENT, BASE, NUM_THREADS, STOP = (JOB + 8 * i for i in range(5))
 SPINS_BEFORE_YIELD = 2_000
 SPINS_BEFORE_SLEEP = 20_000
 
@@ -66,21 +67,30 @@ def write_barrier(module: Module) -> ir.Function:
     return module.ir.globals["barrier"]
 
 
+def _wake(code: Code, team: Value) -> None:
+    """Others find a new ticket, or are woken to find it."""
+    _add(code, team, TICKET, 1)
+    with code.when(_read(code, team, SLEEPING, "seq_cst") > 0):
+        _libc(code, "pthread_mutex_lock", team + MUTEX)
+        _libc(code, "pthread_cond_broadcast", team + CONDITION)
+        _libc(code, "pthread_mutex_unlock", team + MUTEX)
+
+
 def _write_team(module: Module) -> None:
+    with module.function("stop", 1, exported=True) as (code, (team,)):
+        code.store(code.i64(1), team, STOP)
+        _wake(code, team)
+
     with module.function("run", 3, exported=True) as (code, (team, function, argument)):
         code.store(function, team, FUNCTION)
         code.store(argument, team, ARGUMENT)
         code.store(_read(code, team, ARRIVED), team, BASE)
-        _add(code, team, TICKET, 1)
-        with code.when(_read(code, team, SLEEPING, "seq_cst") > 0):
-            _libc(code, "pthread_mutex_lock", team + MUTEX)
-            _libc(code, "pthread_cond_broadcast", team + CONDITION)
-            _libc(code, "pthread_mutex_unlock", team + MUTEX)
+        _wake(code, team)
         code.call_address(function, argument, 0, code.load_i64(team, NUM_THREADS), team)
 
     with module.function("work", 2, exported=True) as (code, (team, index)):
         seen = code.variable(code.i64(0))
-        with code.repeat():
+        with code.repeat() as end_if:
             spins = code.variable(code.i64(0))
             with code.repeat() as leave_if:
                 leave_if(_read(code, team, TICKET).compare("!=", seen.get()))
@@ -95,6 +105,7 @@ def _write_team(module: Module) -> None:
                     _libc(code, "pthread_cond_wait", team + CONDITION, team + MUTEX)
                 _add(code, team, SLEEPING, -1)
                 _libc(code, "pthread_mutex_unlock", team + MUTEX)
+            end_if(_read(code, team, STOP) > 0)
             seen.set(seen.get() + 1)
             function, argument = code.load_i64(team, FUNCTION), code.load_i64(team, ARGUMENT)
             code.call_address(function, argument, index, code.load_i64(team, NUM_THREADS), team)
@@ -114,9 +125,14 @@ class Team:
         ctypes.c_int64.from_address(self._address + NUM_THREADS).value = num_threads
         self._run = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(functions.address("run"))
         self._work = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2)(functions.address("work"))
+        self._stop = ctypes.CFUNCTYPE(None, ctypes.c_int64)(functions.address("stop"))
         self._lock = threading.Lock()
-        for index in range(1, num_threads):
-            threading.Thread(target=self._work, args=(self._address, index), name="mm-gpt-team", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._work, args=(self._address, index), name="mm-gpt-team", daemon=True)
+            for index in range(1, num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def run(self, function: int, argument: int) -> None:
         """Calls `function(argument, thread, num_threads, team)`, compiled, in every thread at once.
@@ -125,6 +141,14 @@ class Team:
         """
         with self._lock:
             self._run(self._address, function, argument)
+
+
+    def stop(self) -> None:
+        """Ends the threads. While Python itself ends, their code and memory would go away under them."""
+        with self._lock:
+            self._stop(self._address)
+        for thread in self._threads:
+            thread.join()
 
 
 _teams: dict[tuple[int, int], Team] = {}
@@ -138,6 +162,13 @@ def team(num_threads: int) -> Team:
         if key not in _teams:
             _teams[key] = Team(num_threads)
         return _teams[key]
+
+
+@atexit.register
+def _stop_all() -> None:
+    for (process, _), made in _teams.items():
+        if process == os.getpid():
+            made.stop()
 
 
 def default_threads(root: Path = Path("/")) -> int:
