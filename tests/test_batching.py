@@ -299,6 +299,32 @@ def test_when_memory_is_used_up(fresh: Engine) -> None:
     assert pool.num_used == 0
 
 
+def test_the_youngest_makes_room(fresh: Engine) -> None:
+    """Where memory ends in the middle, one prompt is told, and the others go on to their ends."""
+    if not isinstance(fresh.sequences, BlockSequences):
+        pytest.skip("torch asks the system")
+    pool = fresh.sequences.pool
+    jobs = [fresh.job(Document((Text("x" * 14),)), GenerationConfig(max_new_tokens=12, logprobs=True)) for _ in "ab"]
+    run = Run(fresh)
+    run.waiting.extend(jobs)
+    run.step()  # both prompts are read, each in one block; their third token needs another
+    most, pool.max_blocks = pool.max_blocks, len(pool.addresses)
+    held = [pool.allocate() for _ in range(pool.max_blocks - pool.num_used)]
+    try:
+        while run.is_busy:
+            run.step()
+    finally:
+        pool.max_blocks = most
+        for block in held:
+            pool.release(block)
+    assert isinstance(jobs[1].error, MMGPTError)
+    fresh.forget()
+    (alone,) = fresh.generate([Document((Text("x" * 14),))], jobs[0].config)
+    assert jobs[0].answers()[0].ids == alone.ids
+    fresh.forget()
+    assert pool.num_used == 0
+
+
 def test_new_weights_are_told(fresh: Engine) -> None:
     model, processor = make_tiny()
     engine = Engine(model, processor, compiled=isinstance(fresh.sequences, BlockSequences))

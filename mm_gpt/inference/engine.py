@@ -6,6 +6,7 @@ company; elsewhere matrix products round differently with the size of the batch.
 Shapes: R rows in one step, T prompt tokens, D width, V vocabulary.
 """
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mm_gpt.document import Document, check_document
-from mm_gpt.errors import ConfigError, ContextOverflowError
+from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
 from mm_gpt.inference.beams import BeamSearch
 from mm_gpt.inference.constraints import Grammars
 from mm_gpt.inference.detokenizer import TokenBytes
@@ -28,6 +29,8 @@ from mm_gpt.inference.sampling import choose
 from mm_gpt.inference.sequences import Sequences, TorchSequences
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Example, Processor
+
+logger = logging.getLogger(__name__)
 
 MAX_ROWS = 32
 """Rows that are generated side by side. More only take memory: at 32, two cores are as busy as they get."""
@@ -49,6 +52,8 @@ class Engine:
             self.plain_because = missing(model.decoder.config)
             if self.plain_because is None:
                 self.sequences = BlockSequences(model.decoder, make_room=self._make_room)
+            else:
+                logger.warning("torch decodes, without the compiled step: %s", self.plain_because)
         self.reader = Reader(model, processor, self.sequences)
         self.tokens = TokenBytes(processor.tokenizer)
         self._grammars: Grammars | None = None
@@ -170,10 +175,6 @@ class Job:
         return max(self.config.n, self.config.num_beams)
 
     @property
-    def is_running(self) -> bool:
-        return self.beams is not None or bool(self.rows)
-
-    @property
     def is_done(self) -> bool:
         if self.error is not None or self.cancelled:
             return True
@@ -255,12 +256,14 @@ class Run:
         with self.engine.lock:
             self._leave()
             running = list(self.running)
-            try:
-                after = self._next(running)
-            except Exception as error:  # no memory for one more token, say
-                for job in running:
-                    job.error = error
-                after = []
+            after: list[tuple[Job, Tensor]] = []
+            while running:
+                try:
+                    after = self._next(running)
+                    break
+                except MMGPTError as error:  # no memory for one more token of each: the youngest makes room
+                    running.pop().error = error
+                    self._leave()
             started = self._start()
             added = self._add([*after, *started])
             self._leave()
