@@ -65,7 +65,7 @@ def run_serve(args: argparse.Namespace) -> int:
         print(f"mm-gpt: anyone who reaches {args.host} can use this server: set {KEY}", file=sys.stderr)
 
     with listen(args.host, args.port) as sock:
-        serve(lambda: load_assistant(args), args.name or _name(args.model), config, sock)
+        serve(lambda: load_assistant(args, many=True), args.name or _name(args.model), config, sock)
     return 0
 
 
