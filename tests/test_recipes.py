@@ -231,7 +231,7 @@ def test_a_docked_encoder_is_saved_and_resumed(texts: Path, tmp_path: Path) -> N
     model, processor = load_semicausal(tmp_path / "whole/best")
     example = processor(Document((Text("The cat sat on the mat and looked."),)))
     batch = collate([[example]], torch.zeros(0, 3, 0, 0))
-    plain = mm_gpt.load(tmp_path / "whole/best", device="cpu").model
+    plain = mm_gpt.load(tmp_path / "whole/best", device="cpu", dtype="fp32").model
     with torch.inference_mode():
         assert torch.equal(model(batch, [[]]), plain(batch))  # without spans: the decoder alone
         assert not torch.allclose(model(batch, [[(2, 6)]])[:, 2:], plain(batch)[:, 2:])
