@@ -113,7 +113,8 @@ def test_samples_of_one_prompt(fresh: Engine) -> None:
     assert single.ids == answers[0].ids
     crowd = fresh.generate(PROMPTS, config)
     assert [answer.ids for answer in crowd[4:8]] == [answer.ids for answer in answers]
-    assert fresh.reader.images.queries - fresh.reader.images.hits - encoded == 3  # each of the three images is encoded once
+    # Each of the three images is encoded once
+    assert fresh.reader.images.queries - fresh.reader.images.hits - encoded == 3
 
 
 def test_one_answer_where_one_is_given() -> None:
@@ -417,9 +418,11 @@ def test_what_is_wrong_is_said_when_it_is_asked(fresh: Engine, batcher: Batcher)
 def test_a_full_queue(fresh: Engine, batcher: Batcher) -> None:
     endless = GenerationConfig(max_new_tokens=200, temperature=1.0, logit_bias={0: -100.0, 2: -100.0})
     askers = []
-    with fresh.lock, pytest.raises(QueueFullError, match="8 prompts are waiting"):
-        for _ in range(12):
+    with fresh.lock:
+        for _ in range(8):
             askers.append(Asker(batcher, PROMPTS[0], endless))
+        with pytest.raises(QueueFullError, match="8 prompts are waiting"):
+            Asker(batcher, PROMPTS[0], endless)
     for asker in askers:
         asker.ticket.cancel()
         asker.wait()

@@ -98,7 +98,7 @@ def make_folder(folder: Path) -> None:
             begin_of_text=True,
         ),
         vocab_size=VOCABULARY,
-        template=ChatTemplate(TEMPLATE, special=tokenizer.names, where="the benchmark", end_tokens=tokenizer.end_tokens),
+        template=ChatTemplate(TEMPLATE, special=tokenizer.names, where="here", end_tokens=tokenizer.end_tokens),
     )
     (folder / "own").mkdir(parents=True, exist_ok=True)
     save_model(model.bfloat16(), processor, folder / "own")
@@ -121,7 +121,8 @@ def photos(count: int) -> list[PILImage.Image]:
 
     samples = Path(mm_gpt.__file__).parent / "serving" / "samples"
     found = [PILImage.open(path).convert("RGB") for path in sorted(samples.glob("*.jpg"))]
-    found += [PILImage.fromarray(getattr(skimage.data, name)()) for name in ("chelsea", "coffee", "astronaut", "rocket")]
+    names = ("chelsea", "coffee", "astronaut", "rocket")
+    found += [PILImage.fromarray(getattr(skimage.data, name)()) for name in names]
     result = []
     for number in range(count):
         picture = found[number % len(found)].rotate(number // len(found), resample=PILImage.Resampling.BILINEAR)

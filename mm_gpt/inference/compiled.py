@@ -15,7 +15,7 @@ from mm_gpt.errors import ConfigError
 from mm_gpt.kernels.attention import HeadSpec, PatternSpec
 from mm_gpt.kernels.kv_blocks import BLOCK, BlockPool
 from mm_gpt.kernels.library import library
-from mm_gpt.kernels.matmul import callable_at, KINDS, kernels, prepared_for, row_bytes
+from mm_gpt.kernels.matmul import KINDS, callable_at, kernels, prepared_for, row_bytes
 from mm_gpt.kernels.memory import Arena, huge
 from mm_gpt.kernels.processor import isa as find_isa
 from mm_gpt.kernels.step import (

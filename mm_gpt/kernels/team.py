@@ -142,7 +142,6 @@ class Team:
         with self._lock:
             self._run(self._address, function, argument)
 
-
     def stop(self) -> None:
         """Ends the threads. While Python itself ends, their code and memory would go away under them."""
         with self._lock:
