@@ -229,7 +229,7 @@ class Assistant:
         return self.is_public or options.get("constraint") is not None
 
     def samples(self, messages: Sequence[Message], **options: Unpack[GenerationOptions]) -> list[Answer]:
-        """`n` answers to a chat, as `chat` takes it. They share its prompt; the seed of each follows from `seed` and its
+        """`n` answers to a chat, as `chat` takes it. They share its prompt; each one's seed follows from `seed` and its
         place. Raises ConfigError for an impossible option."""
         return self.engine.generate([self.processor.chat(messages)], self.chat_config(options))
 
