@@ -71,13 +71,14 @@ def pictures(count: int) -> list[str]:
     return urls
 
 
-def body(number: int, urls: list[str], tokens: int) -> dict[str, Any]:
+def body(number: int, urls: list[str], tokens: int, without: list[int]) -> dict[str, Any]:
     picture = {"type": "image_url", "image_url": {"url": urls[number % len(urls)]}}
     words = {"type": "text", "text": QUESTIONS[number // len(urls) % len(QUESTIONS)]}
     return {
         "model": "model",
         "messages": [{"role": "user", "content": [picture, words]}],
         "max_completion_tokens": tokens,
+        "logit_bias": {str(id): -100 for id in without},
         "seed": number,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -159,6 +160,13 @@ def main() -> None:
     parser.add_argument("--compared", type=int, default=48, help="requests of each of the other rounds")
     parser.add_argument("--pictures", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32, help="of each answer, at most")
+    parser.add_argument(
+        "--without",
+        type=int,
+        nargs="*",
+        default=[],
+        help="ids that never come: without the model's end marks, all answers are as long as --tokens",
+    )
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     args, options = parser.parse_known_args()  # what is left are options of the server
     urls = pictures(args.pictures)
@@ -166,7 +174,7 @@ def main() -> None:
     with server(args.model, options) as (address, process):
 
         def make(number: int) -> dict[str, Any]:
-            return body(number, urls, args.tokens)
+            return body(number, urls, args.tokens, args.without)
 
         def at(number: int) -> None:
             if number == args.requests // 10:
