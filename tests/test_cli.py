@@ -641,6 +641,25 @@ def test_eval_is_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["eval", "--task", "vqa", "--data", "."]) == 7
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json-schema", "nofile.json"], "nofile.json: not readable as JSON (No such file or directory)"),
+        (["--json-schema", "{schema}"], "schema.json: not readable as JSON (Expecting property"),
+        (["--choice", ""], "choices: needs at least one text"),
+        (["--min-p", "2"], "min_p cannot be 2.0"),
+        (["--presence-penalty", "-3"], "presence_penalty cannot be -3.0"),
+    ],
+)
+def test_forms_and_penalties_are_checked_before_a_model_is_loaded(
+    options: list[str], message: str, no_model: None, picture: str, tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "schema.json").write_text("{")
+    words = [word.format(schema=tmp_path / "schema.json") for word in options]
+    assert main(["ask", picture, "What?", *words]) == 1
+    assert_one_line(capsys.readouterr(), message)
+
+
 def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     launched = []
     module = ModuleType("gradio_demo")

@@ -125,7 +125,8 @@ def _constraint(args: argparse.Namespace) -> "Constraint | None":
         try:
             schema = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise MMGPTError(f"{path}: not readable as JSON ({error})") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise MMGPTError(f"{path}: not readable as JSON ({reason})") from None
         return Constraint(json_schema=schema)
     if args.regex is not None:
         return Constraint(regex=args.regex)
