@@ -75,8 +75,8 @@ class VisionEncoder(nn.Module):
         self.config = config
         self._unfolded: dict[str, Tensor] = {}
         """The tower's weights before BatchNorm was folded, if it was."""
-        self._packed: Literal["bf16", "int8"] | None = None
-        """What the tower's weights are packed in, if they are."""
+        self._changed: str | None = None
+        """What has become of the tower's weights, where they can be neither saved nor trained any more."""
         self.tower: ViT | NativeViT | Trunk | OpenClipTower
         if isinstance(config.model, ViTConfig):
             self.tower, self.left_out = ViT(config.model), frozenset[str]()
@@ -142,8 +142,8 @@ class VisionEncoder(nn.Module):
         counts as one); blocks behind the layer that gives the tokens do not count. KOSMOS-1 trains the last block of
         its ViT only. Raises ConfigError if there are fewer blocks.
         """
-        if self._packed:
-            raise ConfigError(f"{self.config.model_name} is packed in {self._packed}: to train it, load it in fp32")
+        if self._changed:
+            raise ConfigError(f"{self.config.model_name} is {self._changed}: to train it, load it in fp32")
         blocks = _blocks(self.tower)
         if num_blocks is not None and not 0 <= num_blocks <= len(blocks):
             raise ConfigError(f"cannot unfreeze {num_blocks} blocks: {self.config.model_name} has {len(blocks)}")
@@ -153,8 +153,8 @@ class VisionEncoder(nn.Module):
 
     def state_dict(self, *args: Any, prefix: str = "", **options: Any) -> Any:
         """As `config` has it, also after `fold_batch_norm`. Raises MMGPTError where `prepare` packed the weights."""
-        if self._packed:
-            raise MMGPTError(f"{self.config.model_name} is packed in {self._packed}: to save it, load it in fp32")
+        if self._changed:
+            raise MMGPTError(f"{self.config.model_name} is {self._changed}: to save it, load it in fp32")
         state = super().state_dict(*args, prefix=prefix, **options)
         if self._unfolded:
             for name in [name for name in state if name.startswith(f"{prefix}tower.")]:
@@ -165,13 +165,15 @@ class VisionEncoder(nn.Module):
     def prepare(self, dtype: Literal["fp32", "bf16", "int8", "int4"], connector: nn.Module | None = None) -> str | None:
         """Make ready for inference alone on the CPU, where the decoder's weights are stored in `dtype`.
 
-        In fp32, and in towers of timm and open_clip, BatchNorm is folded and nothing else changes. A ViT's weights are
+        BatchNorm is folded; in fp32, and in towers of timm and open_clip, nothing else changes. A ViT's weights are
         packed for fast products in bf16, or in int8 for int8 and int4; those of a NativeViT and of the linear layers of
         `connector` in bf16. Nothing else keeps them, so that they can neither be saved nor trained any more.
         Returns why the tower stays in fp32, in a few words, if it does against `dtype`.
         """
-        self.fold_batch_norm()
-        if dtype == "fp32" or self._packed:
+        if self._changed:
+            return None
+        self.fold_batch_norm(keep=dtype == "fp32")
+        if dtype == "fp32":
             return None
         if not isinstance(self.tower, ViT | NativeViT):
             return f"{self.config.model_name} has no products in {dtype}"
@@ -185,24 +187,28 @@ class VisionEncoder(nn.Module):
         if lack := missing():
             return lack
         if isinstance(self.tower, NativeViT):
-            self._packed = "bf16"
+            self._changed = "packed in bf16"
             use_bf16(self.tower)
         else:
-            self._packed = "bf16" if dtype == "bf16" else "int8"
-            self.tower = PackedViT(self.tower, self._packed)
+            kind: Literal["bf16", "int8"] = "bf16" if dtype == "bf16" else "int8"
+            self._changed = f"packed in {kind}"
+            self.tower = PackedViT(self.tower, kind)
         if connector is not None:
             use_bf16(connector)
         return None
 
-    def fold_batch_norm(self) -> None:
+    def fold_batch_norm(self, *, keep: bool = True) -> None:
         """Fold BatchNorm into the convolution before it, for inference only: same tokens up to rounding, in less time.
 
-        The state dict stays the one before folding, so that the model can be saved; none can be loaded any more. Towers
-        that are not an EfficientNet stay as they are.
+        With `keep` the state dict stays the one before folding, so that the model can be saved; none can be loaded any
+        more. Towers that are not an EfficientNet stay as they are.
         """
         if self._unfolded or not (isinstance(self.tower, Trunk) and self.tower.is_efficientnet):
             return
-        self._unfolded = {name: tensor.clone() for name, tensor in self.tower.state_dict().items()}
+        if keep:
+            self._unfolded = {name: tensor.clone() for name, tensor in self.tower.state_dict().items()}
+        else:
+            self._changed = "folded"
         for module in list(self.tower.trunk.modules()):
             children = list(module.named_children())  # in the order of execution, in every block of an EfficientNet
             for (_, conv), (norm_name, norm) in pairwise(children):
