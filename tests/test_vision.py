@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from mm_gpt.config import from_dict, to_dict
-from mm_gpt.errors import CheckpointError, ConfigError
+from mm_gpt.errors import CheckpointError, ConfigError, MMGPTError
 from mm_gpt.hub.fetching.download import cache_folder
 from mm_gpt.hub.fetching.registry import lookup
 from mm_gpt.hub.weights import unfilled
@@ -169,6 +169,20 @@ def test_folding_batch_norm_keeps_the_tokens(model: str) -> None:
     after = torch.nn.ModuleDict({"vision": vision}).state_dict()
     assert {f"vision.{name}" for name in before} == set(after)
     assert all(torch.equal(after[f"vision.{name}"], tensor) for name, tensor in before.items())
+
+
+def test_what_is_folded_for_good_cannot_be_saved() -> None:
+    """Weights in fewer bits are for answers alone: a second copy of the tower would take memory for nothing."""
+    vision = encoder(LITE)
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = vision(pixels)
+        assert vision.prepare("int8") == f"{LITE} has no products in int8"
+        torch.testing.assert_close(vision(pixels), expected, atol=1e-4, rtol=1e-3)
+    with pytest.raises(MMGPTError, match="is folded: to save it, load it in fp32"):
+        vision.state_dict()
+    with pytest.raises(ConfigError, match="is folded: to train it, load it in fp32"):
+        vision.unfreeze()
 
 
 @pytest.mark.parametrize(
