@@ -114,7 +114,9 @@ def scores(assistant: Assistant, args: argparse.Namespace, dtype: str) -> dict[s
     found = {}
     for task in ("captioning", "vqa"):
         if data := getattr(args, task):
-            config = EvalConfig(task, (data,), model=args.model, controls=("none",), limit=args.limit, dtype=dtype)
+            config = EvalConfig(
+                task=task, data=(data,), model=args.model, controls=("none",), limit=args.limit, dtype=dtype
+            )
             with tempfile.TemporaryDirectory() as folder:
                 found[task] = evaluate(config, Path(folder) / "results.json", assistant=assistant)["metrics"]
     return found

@@ -1,10 +1,14 @@
 """What is reported about quantised weights."""
 
+import argparse
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_picture
+
+import mm_gpt
 
 EXAMPLE = runpy.run_path(str(Path(__file__).resolve().parent.parent / "examples/quantisation_quality.py"))
 
@@ -30,3 +34,14 @@ def test_what_is_compared() -> None:
 def test_perplexity() -> None:
     logprobs = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.9, 0.1]]).log()
     assert EXAMPLE["perplexity"]([logprobs], [torch.tensor([0, 1, 0])]) == pytest.approx((1 / (0.75 * 0.5)) ** 0.5)
+
+
+def test_scores_of_a_task(tiny_model_folder: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        make_picture(number).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("A red circle on a blue ground.")
+    args = argparse.Namespace(captioning=str(tmp_path), vqa=None, model=str(tiny_model_folder), limit=2)
+    assistant = mm_gpt.load(tiny_model_folder, dtype="int8")
+    found = EXAMPLE["scores"](assistant, args, "int8")
+    assert found.keys() == {"captioning"}
+    assert found["captioning"]
