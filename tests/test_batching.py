@@ -326,6 +326,28 @@ def test_the_youngest_makes_room(fresh: Engine) -> None:
     assert pool.num_used == 0
 
 
+@pytest.mark.parametrize("options", [{"n": 4, "temperature": 1.0}, {"num_beams": 4}])
+@pytest.mark.parametrize("spare", [0, 1, 2, 3])
+def test_what_has_no_room_leaves_nothing_behind(fresh: Engine, options: dict[str, Any], spare: int) -> None:
+    """Stops: blocks of a prompt whose forks failed, of which nobody knows any more."""
+    if not isinstance(fresh.sequences, BlockSequences):
+        pytest.skip("torch asks the system")
+    pool = fresh.sequences.pool
+    ask(fresh, "x")
+    fresh.forget()
+    most, pool.max_blocks = pool.max_blocks, len(pool.addresses)
+    held = [pool.allocate() for _ in range(pool.max_blocks - pool.num_used - spare)]
+    try:
+        with pytest.raises(MMGPTError, match="no room for more keys and values"):
+            ask(fresh, "xxx", **options)
+        fresh.forget()
+        assert pool.num_used == len(held)
+    finally:
+        pool.max_blocks = most
+        for block in held:
+            pool.release(block)
+
+
 def test_new_weights_are_told(fresh: Engine) -> None:
     model, processor = make_tiny()
     engine = Engine(model, processor, compiled=isinstance(fresh.sequences, BlockSequences))

@@ -74,21 +74,26 @@ class BeamSearch:
         parents, self._scores = self.rows, [score for score, _, _ in survivors]
         self.rows = [row for _, _, row in survivors]
         given: set[int] = set()
+        later: list[tuple[Row, Row]] = []
         for _, parent, row in survivors:
             if id(parent) in given:
-                row.sequence = self.sequences.fork(parent.sequence)
+                later.append((parent, row))
             else:
                 given.add(id(parent))
                 row.sequence = parent.sequence
         for parent in parents:
             if id(parent) not in given:
                 self.sequences.release(parent.sequence)
+        for parent, row in later:  # when there is most room
+            row.sequence = self.sequences.fork(parent.sequence)
+        for parent in parents:
             parent.sequence = None
 
     def close(self) -> None:
         """Let go of what the beams hold."""
         for row in self.rows:
-            self.sequences.release(row.sequence)
+            if row.sequence is not None:  # a fork that there was no room for
+                self.sequences.release(row.sequence)
         self.rows = []
 
 

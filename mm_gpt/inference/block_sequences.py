@@ -29,12 +29,12 @@ class BlockSequence:
 class BlockSequences:
     """Keys and values in blocks of 16 tokens, which several sequences may share, and steps that are compiled."""
 
-    def __init__(self, decoder: Decoder, *, threads: int | None = None, make_room: Callable[[], bool] = lambda: False):
+    def __init__(self, decoder: Decoder, *, make_room: Callable[[], bool]):
         """`make_room` lets go of a sequence that nobody needs, when memory is used up; False when there is none."""
         self.decoder, config = decoder, decoder.config
         is_exact = isinstance(decoder.embedding, nn.Embedding) and decoder.embedding.weight.dtype == torch.float32
         kv_dtype = torch.float32 if is_exact else torch.bfloat16
-        self.compiled = CompiledDecoder(decoder, kv_dtype=kv_dtype, threads=threads)
+        self.compiled = CompiledDecoder(decoder, kv_dtype=kv_dtype)
         self.pool, self.make_room = self.compiled.pool, make_room
         self._users: dict[int, int] = {}
         """How many sequences hold each block."""
@@ -90,7 +90,11 @@ class BlockSequences:
             self._users[block] += 1
             new.blocks.append(block)
         if length % BLOCK:  # the last one will be written to
-            old, own = new.blocks[-1], self._fresh()
+            try:
+                old, own = new.blocks[-1], self._fresh()
+            except MMGPTError:
+                self.release(new)
+                raise
             self.pool.copy(old, own)
             new.blocks[-1] = own
             self._release(old)

@@ -207,26 +207,21 @@ class Job:
         return [row.answer() for row in rows]
 
     def start(self) -> Tensor:
-        """Read the prompt: logits (1, V) of what follows it."""
+        """Read the prompt: logits (1, V) of what follows. What was read is in `rows` or `beams`, also where this fails."""
         engine, config, prompt = self.engine, self.config, self.prepare()
         self._prompt = None  # what holds its pixels
+        end_ids = engine.processor.tokenizer.end_ids
+        first = Row(prompt, config, engine.tokens, context=self.context, end_ids=end_ids, grammar=self.grammar)
         reading = self.read(prompt)
-        decoder = engine.model.decoder
-        first = Row(
-            prompt,
-            config,
-            engine.tokens,
-            context=self.context,
-            end_ids=engine.processor.tokenizer.end_ids,
-            grammar=self.grammar,
-        )
         first.sequence, first.cached_tokens = reading.sequence, reading.cached_tokens
-        if config.prompt_logprobs:
-            first.prompt_logprobs = prompt_logprobs(decoder, prompt, reading.hidden, first)
         if config.num_beams > 1:
             self.beams = BeamSearch(first, engine.sequences)
         else:
-            self.rows = [first, *(first.sibling(index, engine.sequences) for index in range(1, config.n))]
+            self.rows = [first]
+        if config.prompt_logprobs:
+            first.prompt_logprobs = prompt_logprobs(engine.model.decoder, prompt, reading.hidden, first)
+        for index in range(1, config.n):
+            self.rows.append(first.sibling(index, engine.sequences))
         return engine.sequences.logits(reading.hidden[-1:])
 
 
@@ -296,12 +291,15 @@ class Run:
             room -= rows
             jobs.append(self.waiting.popleft())
         prompts = [prompt for job in jobs if (prompt := _tried(job, job.prepare)) is not None]
-        self.engine.reader.see(prompts)
+        if len(prompts) > 1:  # their images together; one alone is read with those that it needs
+            self.engine.reader.see(prompts)
         started: list[tuple[Job, Tensor]] = []
         for job in jobs:
-            logits = None if job.error is not None else _tried(job, job.start)
+            if job.error is not None:
+                continue
+            self.running.append(job)  # also if it fails: then it leaves, with what it has read
+            logits = _tried(job, job.start)
             if logits is not None:
-                self.running.append(job)
                 started.append((job, logits.expand(len(_live(job)), -1)))
         return started
 
