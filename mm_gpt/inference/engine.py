@@ -207,7 +207,7 @@ class Job:
         return [row.answer() for row in rows]
 
     def start(self) -> Tensor:
-        """Read the prompt: logits (1, V) of what follows. What was read is in `rows` or `beams`, also where this fails."""
+        """Read the prompt: logits (1, V) of what follows. What was read is in `rows` or `beams`, even if this fails."""
         engine, config, prompt = self.engine, self.config, self.prepare()
         self._prompt = None  # what holds its pixels
         end_ids = engine.processor.tokenizer.end_ids
