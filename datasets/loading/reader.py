@@ -16,7 +16,7 @@ from mm_gpt.datasets.loading.loader import Loaded
 from mm_gpt.datasets.loading.plan import Row
 from mm_gpt.datasets.loading.sources import IndexedSource
 from mm_gpt.datasets.samples import BadRecordError
-from mm_gpt.document import Document, Image, Segment, Text
+from mm_gpt.document import Concepts, Document, Image, Segment, Text
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.processor import Batch, Example, Processor, collate, stack_pixels
 from mm_gpt.vision.transforms import TrainTransform
@@ -87,7 +87,8 @@ class Reader:
     def _tiles(self, image: Image, grid: tuple[int, int], seeds: Iterator[tuple[int, ...]] | None) -> Tensor:
         """(N, 3, H, W) of one image."""
         config = self.processor.config
-        if seeds is not None and self.augment and config.image is not None and config.tiling is None:
+        is_seen = not isinstance(image.source, Concepts)
+        if is_seen and seeds is not None and self.augment and config.image is not None and config.tiling is None:
             generator = torch.Generator().manual_seed(hash(next(seeds)) % 2**63)
             return TrainTransform(config.image, generator)(image)[None]
         return self.processor.tiles(image, grid)
