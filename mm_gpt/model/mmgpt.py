@@ -217,6 +217,14 @@ class MMGPT(nn.Module):
         # A tower may run in bf16 beside a connector in float32: see VisionEncoder.prepare
         return (patches if dtype == pixel_values.dtype else patches.to(self.decoder.dtype)), scores
 
+    def told(self, pixel_values: Tensor) -> list[list[tuple[str, float]]]:
+        """Of each image (N, 3, H, W) the kind and the names that the decoder is told, with their probabilities."""
+        if self.concepts is None:
+            raise MMGPTError("this model has no concepts")
+        scores = self._see(pixel_values, ())[1]
+        assert scores is not None
+        return self.concepts.told(scores)
+
     def _with_concepts(self, tokens: Tensor, scores: Tensor, batch: Batch) -> Tensor:
         """(N, k, D), the tokens of an image and of its concepts; blanks for what is not shown of it."""
         assert self.concepts is not None
