@@ -12,6 +12,7 @@ from torch import Tensor
 from mm_gpt.document import Concepts, Image
 from mm_gpt.errors import CheckpointError, ConfigError, ImageError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model, save_model
+from mm_gpt.hub.export.export_model import export_model
 from mm_gpt.inference.assistant import Assistant
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Batch, Processor, ProcessorConfig, collate
@@ -21,7 +22,7 @@ from mm_gpt.vision.efficientnet import EfficientNetLite
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
 from mm_gpt.vision.tiling import TilingConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
-from tests.conftest import make_picture, make_tokenizer, tiny_config
+from tests.conftest import IMAGE_SIZE, make_picture, make_tiny, make_tokenizer, tiny_config
 
 SIZE = 64
 NAMES = ("tabby cat", "cat", "golden retriever", "pug", "cat")
@@ -274,3 +275,22 @@ def test_a_model_without_concepts_has_none_to_tell(tiny_assistant: Assistant) ->
     assert tiny_assistant.concepts(make_picture()) == []
     with pytest.raises(MMGPTError, match="no concepts"):
         tiny_assistant.model.told(torch.zeros(1, 3, 32, 32))
+
+
+def test_another_tower_lends_the_mean_of_its_tokens(tmp_path: Path) -> None:
+    model, processor = make_tiny()
+    assert model.vision is not None
+    state = {"classifier.weight": torch.randn(5, model.vision.width), "classifier.bias": torch.randn(5)}
+    model.add_concepts(dataclasses.replace(CONCEPTS, own_blocks=0), state, processor.tokenizer)
+    pixels = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    with torch.no_grad():
+        tokens, scores = model.vision.see(pixels)
+    wanted = (tokens.mean(1) @ state["classifier.weight"].T + state["classifier.bias"]).softmax(-1)
+    torch.testing.assert_close(scores, wanted)
+    with pytest.raises(ConfigError, match="all but the last 0 blocks"):
+        model.vision.unfreeze(1)
+    (tmp_path / "model").mkdir()
+    sized = dataclasses.replace(processor.config, tokens_per_image=model.tokens_per_image)
+    save_model(model, Processor(processor.tokenizer, sized, vocab_size=processor.vocab_size), tmp_path / "model")
+    with pytest.raises(CheckpointError, match="concepts .* have no counterpart"):
+        export_model(tmp_path / "model", tmp_path / "out")

@@ -108,7 +108,7 @@ class MMGPT(nn.Module):
             self.concepts = ConceptTokens(config.vision.concepts, width)
 
     def add_concepts(self, config: ConceptsConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
-        """Concepts for a tower without: `state` has the weights of its trunk as they were, with the classifier.
+        """Concepts for a tower without: `state` has what `ConceptClassifier.load_untouched` takes.
 
         Raises ConfigError or CheckpointError where they do not fit the tower.
         """
@@ -116,7 +116,7 @@ class MMGPT(nn.Module):
             raise ConfigError("this model reads text alone: it has no vision encoder for concepts")
         self.vision.add_concepts(config)
         assert self.vision.concepts is not None
-        self.vision.concepts.load_untouched(state, self.vision.tower.trunk)  # type: ignore[arg-type]
+        self.vision.concepts.load_untouched(state, getattr(self.vision.tower, "trunk", None))
         self.config = dataclasses.replace(self.config, vision=self.vision.config)
         self.concepts = ConceptTokens(config, self.decoder.config.width)
         self.concepts.tokenize(tokenizer.encode)
