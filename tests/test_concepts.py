@@ -132,7 +132,7 @@ def test_patch_tokens_are_those_without_concepts_and_scores_those_of_the_trunk()
 
 
 def test_the_classifier_keeps_what_it_sees_when_the_tower_is_tuned() -> None:
-    model, processor = make_model()
+    model, _ = make_model()
     assert model.vision is not None
     pixels = torch.randn(2, 3, SIZE, SIZE)
     model.vision.unfreeze(3)
@@ -292,5 +292,5 @@ def test_another_tower_lends_the_mean_of_its_tokens(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     sized = dataclasses.replace(processor.config, tokens_per_image=model.tokens_per_image)
     save_model(model, Processor(processor.tokenizer, sized, vocab_size=processor.vocab_size), tmp_path / "model")
-    with pytest.raises(CheckpointError, match="concepts .* have no counterpart"):
+    with pytest.raises(CheckpointError, match=r"concepts .* have no counterpart"):
         export_model(tmp_path / "model", tmp_path / "out")
