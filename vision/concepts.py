@@ -2,8 +2,8 @@
 
 An ImageNet trunk knows a thousand things that few captions name. The names of the likeliest ones come behind the tokens
 of the image, as object tags do in Oscar (2004.06165) and RAM (2306.03514): the decoder's own embeddings of their words,
-each plus a learned vector that tells how sure the classifier is. So the decoder can say words that no caption taught it,
-and learn when to believe them.
+each plus a learned vector that tells how sure the classifier is. So the decoder can say words that no caption taught
+it, and learns when to believe them.
 
 Shapes: N images, C classes, U names and kinds, k concept tokens, D width of the decoder.
 """

