@@ -25,6 +25,7 @@ from mm_gpt.training.contrastive import ContrastiveRecipe, ContrastiveTask
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import TrainConfig, train
+from mm_gpt.training.self_critical import SelfCriticalRecipe, SelfCriticalTask
 from mm_gpt.training.semicausal import SemiCausalRecipe, SemiCausalTask
 from mm_gpt.training.stage import Stage
 from mm_gpt.vision.connectors import ConnectorConfig
@@ -34,7 +35,7 @@ from mm_gpt.vision.transforms import ImageTransformConfig
 
 logger = logging.getLogger(__name__)
 
-Recipe = LanguageRecipe | SemiCausalRecipe | ContrastiveRecipe | ClassificationRecipe
+Recipe = LanguageRecipe | SemiCausalRecipe | SelfCriticalRecipe | ContrastiveRecipe | ClassificationRecipe
 
 HALF = (0.5, 0.5, 0.5)
 LITE2 = VisionConfig(model="timm/tf_efficientnet_lite2", image_size=256)
@@ -162,6 +163,17 @@ def default_questions(data: str) -> LanguageRecipe:
     )
 
 
+def default_critical(data: str) -> SelfCriticalRecipe:
+    """Captions after the others: what the model samples itself is rewarded by CIDEr-D (self-critical training)."""
+    return SelfCriticalRecipe(
+        train=TrainConfig(steps=300, lr=1e-4, warmup_steps=10, final_lr=0.1, validate_every=50, save_every=50),
+        start="runs/default_joint/best",
+        sources=(*(SourceConfig(path=path) for path in FLICKR8K_TRAIN), SourceConfig(path="coco2017_mini")),
+        validation=(SourceConfig(path=FLICKR8K_VALIDATION),),
+        data=data,
+    )
+
+
 def _mixed(sources: tuple[SourceConfig, ...], *, chats: float, **repeat: float) -> tuple[SourceConfig, ...]:
     """The sources of `default`, `repeat` by their folders' names, with few of the questions derived from captions."""
     return tuple(
@@ -280,6 +292,7 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
     "default": default,
     "default_joint": default_joint,
     "default_questions": default_questions,
+    "default_critical": default_critical,
 }
 
 
@@ -326,6 +339,8 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: boo
             stage = LanguageTask(recipe)
         case SemiCausalRecipe():
             stage = SemiCausalTask(recipe)
+        case SelfCriticalRecipe():
+            stage = SelfCriticalTask(recipe)
         case ClassificationRecipe():
             stage = ClassificationTask(recipe)
         case _:
