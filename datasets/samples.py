@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from mm_gpt.document import Document, Image, Message, Text
+from mm_gpt.document import Concepts, Document, Image, Message, Text
 from mm_gpt.errors import MMGPTError, not_installed
 from mm_gpt.image_headers import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from mm_gpt.image_headers import OTHER_KINDS
@@ -37,10 +37,13 @@ class QuestionAnswer:
 
 @dataclass(frozen=True)
 class Record:
-    """An image that is not decoded yet (file bytes from a tar, a path, an http(s) URL) and what people say about it."""
+    """An image that is not decoded yet (file bytes from a tar, a path, an http(s) URL) and what people say about it.
+
+    Or only the concepts of one: what a model's classifier would see.
+    """
 
     key: str
-    image: bytes | Path | str
+    image: bytes | Path | str | Concepts
     captions: tuple[str, ...] = ()
     questions: tuple[QuestionAnswer, ...] = ()
     source: str = ""
@@ -145,7 +148,8 @@ def _parts(value: Any) -> Any:
         case Document():
             return [value.id, value.segments, value.branches, value.metadata]
         case Record():
-            return [value.key, value.captions, value.questions, value.source, value.metadata]
+            concepts = dict(value.image.scores) if isinstance(value.image, Concepts) else None
+            return [value.key, concepts, value.captions, value.questions, value.source, value.metadata]
         case Conversation():
             return [value.key, value.messages, value.source, value.metadata]
         case QuestionAnswer():

@@ -5,12 +5,13 @@ Pretraining pages, captions, questions, chats and few-shot prompts differ only i
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image as PILImage
 from PIL import ImageOps
 
 from mm_gpt.errors import MMGPTError
+from mm_gpt.images import Concepts as Concepts
 from mm_gpt.images import ImageSource, image_size, load_image, load_pixels, source_name
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class Text:
     """Its tokens, where somebody has chosen them: `text` is then only what they say."""
 
 
+Shown = Literal["all", "pixels", "concepts", "borrowed"]
+
+
 @dataclass(frozen=True)
 class Image:
     """An image: path, bytes, PIL image, array or http(s) URL. Decoded when it is needed, with every check."""
@@ -39,6 +43,9 @@ class Image:
     """Left and right swapped, for training: a caption without sides or written words fits that as well."""
     alt: str = ""
     """What the page says in place of the image. Not fed to the model: see `datasets.extract`."""
+    shown: Shown = "all"
+    """What a model with concepts is given of it: `pixels` leaves the concepts out, `concepts` everything else. For
+    training alone: `borrowed` puts the tokens of the next image in the batch before its concepts."""
 
     def load(self) -> PILImage.Image:
         """The decoded RGB image. Raises ImageError naming the source."""

@@ -13,7 +13,7 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -32,7 +32,16 @@ from mm_gpt.network.urls import one_line as _one_line
 if TYPE_CHECKING:
     import numpy as np
 
-ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | PILImage.Image | np.ndarray"
+
+@dataclass(frozen=True)
+class Concepts:
+    """An image of which nothing is known but what it shows, for models with concepts (`mm_gpt.vision.concepts`)."""
+
+    scores: Mapping[str, float]
+    """Probabilities by the names of the model's concepts."""
+
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | PILImage.Image | np.ndarray | Concepts"
 """A path, an http(s) or data URL, the bytes of an image file, a PIL image, or an array (see `load_image`)."""
 
 
@@ -114,6 +123,8 @@ def load_image(source: ImageSource, *, limits: ImageLimits = DEFAULT_LIMITS) -> 
         return _decode(image_bytes(source, limits=limits), name, limits)
     if numpy is not None and isinstance(source, numpy.ndarray):
         return _from_array(source, name, limits)
+    if isinstance(source, Concepts):
+        raise ImageError("only the concepts of this image are known, not its pixels")
     raise ImageError(f"{name}: not an image; give a path, URL, bytes, PIL image or numpy array")
 
 

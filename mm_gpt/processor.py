@@ -6,7 +6,7 @@ tokens per tile.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm_gpt.document import Document, Image, Message, Segment, Text
+from mm_gpt.document import Concepts, Document, Image, Message, Segment, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
 from mm_gpt.templates.chat_template import ChatTemplate, begins_with, content_part
 from mm_gpt.templates.image_text import ImageTextConfig, image_text, mrope_positions
@@ -110,6 +110,10 @@ class Batch:
     image_tiles: Tensor  # (M,) the tiles of each image, the one of the whole included
     image_sizes: Tensor  # (M, 2) height and width of each image; 0 where nothing depends on it
     pixel_values: Tensor  # (N, 3, H, W)
+    image_shown: list[str] = field(default_factory=list)
+    """Of each image, what a model with concepts is given of it: see `Image.shown`."""
+    image_concepts: list[Mapping[str, float] | None] = field(default_factory=list)
+    """Of each image, its concepts where they are given, not seen."""
     ids: list[str] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -238,12 +242,17 @@ class Processor:
         MMGPTError where the model takes no images."""
         if self._tiler is None:
             raise MMGPTError(f"{image.name}: this model reads text alone, no images")
-        return TiledImage(image.name, tiles=self._tiler(image.load()))  # the name: bytes would stay in memory
+        return TiledImage(
+            image.name, shown=image.shown, tiles=self._tiler(image.load())
+        )  # the name: bytes would stay in memory
 
     def tiles(self, image: Image, grid: Size) -> Tensor:
         """One image, cut as its Example says: (N, 3, H, W). Raises ImageError."""
         if isinstance(image, TiledImage) and image.tiles is not None:
             return image.tiles.pixel_values
+        if isinstance(image.source, Concepts):
+            assert self.config.image is not None
+            return torch.zeros(1, 3, self.config.image.size, self.config.image.size)
         assert self._tiler is not None
         return self._tiler(image.load(), alone=grid != (0, 0)).pixel_values
 
@@ -443,6 +452,7 @@ def collate(
     grids = [grid for _, example in examples for grid in example.grids]
     sizes = [size for _, example in examples for size in example.sizes]
     tiles = [max(1, math.prod(g) + example.whole) for _, example in examples for g in example.grids]
+    images = [image for _, example in examples for image in example.images]
     return Batch(
         input_ids=torch.stack(columns["input"]),
         labels=torch.stack(columns["label"]),
@@ -454,5 +464,11 @@ def collate(
         image_tiles=torch.tensor(tiles, dtype=torch.long),
         image_sizes=torch.tensor(sizes, dtype=torch.long).reshape(-1, 2),
         pixel_values=pixel_values,
+        image_shown=["concepts" if _given(i) is not None and i.shown == "all" else i.shown for i in images],
+        image_concepts=[_given(image) for image in images],
         ids=[" ".join(example.id for example in row) for row in rows],
     )
+
+
+def _given(image: Image) -> Mapping[str, float] | None:
+    return image.source.scores if isinstance(image.source, Concepts) else None

@@ -7,6 +7,7 @@ it is here because importing timm takes longer than importing torch.
 Shapes: N images, (H, W) pixels.
 """
 
+import copy
 import math
 import pickle
 import re
@@ -51,9 +52,29 @@ class EfficientNetLite(nn.Module):
         self.conv_head, self.bn2 = _conv(before, HEAD_WIDTH, 1), _norm(HEAD_WIDTH)
 
     def forward_features(self, x: Tensor) -> Tensor:
+        return self.after(self.before(x, 1), 1)
+
+    def before(self, x: Tensor, last: int) -> Tensor:
+        """What the `last` blocks are given, of which the head convolution is one: (N, C, h, w)."""
         x = F.relu6(self.bn1(self.conv_stem(x)), inplace=True)
-        x = self.blocks(x)
+        return self.blocks[: len(self.blocks) + 1 - last](x)
+
+    def after(self, x: Tensor, last: int) -> Tensor:
+        """The feature map, from what `before` gives."""
+        x = self.blocks[len(self.blocks) + 1 - last :](x)
         return F.relu6(self.bn2(self.conv_head(x)), inplace=True)
+
+
+class LastBlocks(nn.Module):
+    """The `last` blocks of a trunk once more, with weights of their own: from what they are given to a feature map."""
+
+    def __init__(self, trunk: EfficientNetLite, last: int) -> None:
+        super().__init__()
+        self.blocks = copy.deepcopy(trunk.blocks[len(trunk.blocks) + 1 - last :])
+        self.conv_head, self.bn2 = copy.deepcopy(trunk.conv_head), copy.deepcopy(trunk.bn2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(self.bn2(self.conv_head(self.blocks(x))), inplace=True)
 
 
 class _SeparableBlock(nn.Module):

@@ -5,6 +5,7 @@ Shapes: N images, (H, W) pixels, P patch tokens, D_v the width of the tower.
 Weights are never downloaded here: a tower is built with random ones and a state dict is loaded into it.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.vision.concepts import ConceptClassifier, ConceptsConfig
 from mm_gpt.vision.efficientnet import STRIDE, EfficientNetLite
 from mm_gpt.vision.native_vit import Grid, NativeViT, NativeViTConfig
 from mm_gpt.vision.towers import (
@@ -46,6 +49,8 @@ class VisionConfig:
     train_batch_norm: bool = False
     """Let BatchNorm use and update batch statistics in training. Off, a token never depends on the other images of
     the batch and pretrained statistics survive; on is for training a convolutional trunk from scratch."""
+    concepts: ConceptsConfig | None = None
+    """Tell the decoder what the tower's own classifier sees, in words."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.image_size <= MAX_SIZE:
@@ -74,7 +79,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self._unfolded: dict[str, Tensor] = {}
-        """The tower's weights before BatchNorm was folded, if it was."""
+        """All weights as they were before BatchNorm was folded, if it was."""
         self._changed: str | None = None
         """What has become of the tower's weights, where they can be neither saved nor trained any more."""
         self.tower: ViT | NativeViT | Trunk | OpenClipTower
@@ -86,7 +91,19 @@ class VisionEncoder(nn.Module):
             self.tower, self.left_out = build_tower(config.model, config.image_size)
         self.eval()
         self.num_patches, self.width = self._output_shape()
+        self.concepts: ConceptClassifier | None = None
+        if config.concepts is not None:
+            self.add_concepts(config.concepts)
         self.train()
+
+    def add_concepts(self, config: ConceptsConfig) -> None:
+        """A classifier beside the tower's tokens, whose weights are to be loaded. Raises ConfigError."""
+        self.config = dataclasses.replace(self.config, concepts=config)
+        self.concepts = ConceptClassifier(config, self._trunk, self.width)
+
+    @property
+    def _trunk(self) -> nn.Module | None:
+        return self.tower.trunk if isinstance(self.tower, Trunk) else None
 
     def forward(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> Tensor:
         """Normalised pixels (N, 3, H, W) to patch tokens (N, P, D_v), rows of the image from top to bottom.
@@ -108,6 +125,22 @@ class VisionEncoder(nn.Module):
         else:
             tokens = open_clip_tokens(self.tower, pixel_values, with_class_token=self.config.include_class_token)
         return F.normalize(tokens, dim=-1) if self.config.l2_normalize else tokens
+
+    def see(self, pixel_values: Tensor, grids: Sequence[Grid] = ()) -> tuple[Tensor, Tensor | None]:
+        """The patch tokens as `forward` gives them, and the probabilities of the classes (N, C), if there are any."""
+        if self.concepts is None or self.concepts.own is None:
+            tokens = self(pixel_values, grids)
+            return tokens, None if self.concepts is None else self.concepts(tokens)
+        size, trunk = self.config.image_size, self._trunk
+        assert isinstance(trunk, EfficientNetLite)
+        assert self.config.concepts is not None
+        if pixel_values.shape[1:] != (3, size, size):
+            raise ValueError(f"expected pixel_values (N, 3, {size}, {size}), got {tuple(pixel_values.shape)}")
+        last = self.config.concepts.own_blocks
+        shared = trunk.before(pixel_values.contiguous(memory_format=torch.channels_last), last)
+        tokens = rearrange(trunk.after(shared, last), "n c h w -> n (h w) c")
+        tokens = F.normalize(tokens, dim=-1) if self.config.l2_normalize else tokens
+        return tokens, self.concepts(shared)
 
     def _output_shape(self) -> tuple[int, int]:
         """(P, D_v): of towers that are not ours, a forward pass on the meta device tells."""
@@ -147,6 +180,10 @@ class VisionEncoder(nn.Module):
         blocks = _blocks(self.tower)
         if num_blocks is not None and not 0 <= num_blocks <= len(blocks):
             raise ConfigError(f"cannot unfreeze {num_blocks} blocks: {self.config.model_name} has {len(blocks)}")
+        if self.concepts is not None and self.config.concepts is not None:
+            own = self.config.concepts.own_blocks
+            if num_blocks is None or num_blocks > own:
+                raise ConfigError(f"the concepts' classifier needs all but the last {own} blocks as they are")
         self.requires_grad_(num_blocks is None)
         for block in blocks[len(blocks) - num_blocks :] if num_blocks else []:
             block.requires_grad_(True)
@@ -157,15 +194,16 @@ class VisionEncoder(nn.Module):
             raise MMGPTError(f"{self.config.model_name} is {self._changed}: to save it, load it in fp32")
         state = super().state_dict(*args, prefix=prefix, **options)
         if self._unfolded:
-            for name in [name for name in state if name.startswith(f"{prefix}tower.")]:
+            for name in [name for name in state if name.startswith(prefix)]:
                 del state[name]
-            state |= {f"{prefix}tower.{name}": tensor for name, tensor in self._unfolded.items()}
+            state |= {f"{prefix}{name}": tensor for name, tensor in self._unfolded.items()}
         return state
 
     def prepare(self, dtype: Literal["fp32", "bf16", "int8", "int4"], connector: nn.Module | None = None) -> str | None:
         """Make ready for inference alone on the CPU, where the decoder's weights are stored in `dtype`.
 
-        BatchNorm is folded; in fp32, and in towers of timm and open_clip, nothing else changes. A ViT's weights are
+        BatchNorm is folded; in fp32, and in towers of timm and open_clip, nothing else changes. An EfficientNet-Lite's
+        convolutions run in bf16, in two thirds of the time, where the processor multiplies in it. A ViT's weights are
         packed for fast products in bf16, or in int8 for int8 and int4; those of a NativeViT and of the linear layers of
         `connector` in bf16. Nothing else keeps them, so that they can neither be saved nor trained any more.
         Returns why the tower stays in fp32, in a few words, if it does against `dtype`.
@@ -174,6 +212,12 @@ class VisionEncoder(nn.Module):
             return None
         self.fold_batch_norm(keep=dtype == "fp32")
         if dtype == "fp32":
+            return None
+        if isinstance(self._trunk, EfficientNetLite):
+            if not torch.cpu._is_avx512_bf16_supported():
+                return "the processor has no products in bf16"
+            self._changed = "in bf16"
+            self.bfloat16()
             return None
         if not isinstance(self.tower, ViT | NativeViT):
             return f"{self.config.model_name} has no products in {dtype}"
@@ -206,10 +250,11 @@ class VisionEncoder(nn.Module):
         if self._unfolded or not (isinstance(self.tower, Trunk) and self.tower.is_efficientnet):
             return
         if keep:
-            self._unfolded = {name: tensor.clone() for name, tensor in self.tower.state_dict().items()}
+            self._unfolded = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         else:
             self._changed = "folded"
-        for module in list(self.tower.trunk.modules()):
+        own = [] if self.concepts is None else list(self.concepts.modules())
+        for module in [*self.tower.trunk.modules(), *own]:
             children = list(module.named_children())  # in the order of execution, in every block of an EfficientNet
             for (_, conv), (norm_name, norm) in pairwise(children):
                 if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
@@ -220,7 +265,7 @@ class VisionEncoder(nn.Module):
                         conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
                     )
                     setattr(module, norm_name, getattr(norm, "act", nn.Identity()))  # timm's norms hold the activation
-        self.tower.trunk.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)
 
 
 def _has_class_token(tower: ViT | NativeViT | Trunk | OpenClipTower) -> bool:

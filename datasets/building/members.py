@@ -1,7 +1,8 @@
 """Samples as members of a tar, and back: what stands in a shard of a corpus.
 
 `json` is `{"segments": [{"text": ...}, {"image": "0.jpg", "alt": ...}], ...}` for a Document, `{"messages": ...}` for a
-Conversation, `{"captions": ..., "qa": ...}` for a Record; images are members of their own, which it names.
+Conversation, `{"captions": ..., "qa": ...}` for a Record; images are members of their own, which it names. A Record of
+which only the concepts are known has those in place of an image.
 """
 
 import json
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mm_gpt.datasets.formats.captioned import MAX_MEMBER_BYTES, make_record
+from mm_gpt.datasets.formats.captioned import MAX_MEMBER_BYTES, concepts_of, make_record
 from mm_gpt.datasets.samples import (
     IMAGE_SUFFIXES,
     BadRecordError,
@@ -19,7 +20,7 @@ from mm_gpt.datasets.samples import (
     Record,
     Sample,
 )
-from mm_gpt.document import Document, Image, Message, Segment, Text
+from mm_gpt.document import Concepts, Document, Image, Message, Segment, Text
 from mm_gpt.images import STORED_FORMATS, image_format, load_image, to_file
 
 
@@ -70,7 +71,11 @@ def to_members(sample: Sample, *, refer: bool = False) -> dict[str, bytes]:
             values = {"id": sample.key, "messages": turns, "source": sample.source}
         case Record():
             pairs = [{"question": q.question, "answer": q.answer, "answers": list(q.answers)} for q in sample.questions]
-            values = {"id": sample.key, "image": stored(sample.image), "captions": list(sample.captions), "qa": pairs}
+            values = {"id": sample.key, "captions": list(sample.captions), "qa": pairs}
+            if isinstance(sample.image, Concepts):
+                values["concepts"] = dict(sample.image.scores)
+            else:
+                values["image"] = stored(sample.image)
             values["source"] = sample.source
     if sample.metadata:
         values["metadata"] = dict(sample.metadata)
@@ -127,7 +132,8 @@ def from_members(key: str, members: Mapping[str, bytes], source: str = "", *, re
     if isinstance(values.get("messages"), list):
         return Conversation(name, tuple(map(message, values["messages"])), source, metadata)
     named = values.get("image")
-    if "qa" in values and (_string(named) in members or (refer and isinstance(named, dict))):
+    is_named = _string(named) in members or (refer and isinstance(named, dict))
+    if "qa" in values and (is_named or ("concepts" in values and not set(members) & set(IMAGE_SUFFIXES))):
         captions = values.get("captions") or []
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
             raise BadRecordError("captions are not text")
@@ -138,8 +144,8 @@ def from_members(key: str, members: Mapping[str, bytes], source: str = "", *, re
             )
         except (TypeError, KeyError, AttributeError, RecursionError):
             raise BadRecordError("question without text or answer") from None
-        pixels: Any = image(values).source
-        return Record(name, pixels, tuple(captions), pairs, source, metadata)
+        shown: Any = image(values).source if is_named else concepts_of(values["concepts"])
+        return Record(name, shown, tuple(captions), pairs, source, metadata)
     return make_record(key, dict(members), source)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mm_gpt.datasets.samples import Conversation, Record, Sample
-from mm_gpt.document import Document, Image, Text
+from mm_gpt.document import Concepts, Document, Image, Text
 
 
 class Filter(Protocol):
@@ -37,7 +37,8 @@ def as_document(sample: Sample) -> Document:
             return Document(segments, id=sample.key, metadata=sample.metadata)
         case Record():
             texts = [*sample.captions, *(text for q in sample.questions for text in (q.question, q.answer))]
-            return Document((Image(sample.image), *map(Text, texts)), id=sample.key, metadata=sample.metadata)
+            images = () if isinstance(sample.image, Concepts) else (Image(sample.image),)
+            return Document((*images, *map(Text, texts)), id=sample.key, metadata=sample.metadata)
 
 
 def _parts(content: Any) -> Sequence[Any]:

@@ -21,7 +21,7 @@ from mm_gpt.datasets.duplicates.fingerprints import write_fingerprints
 from mm_gpt.datasets.filters.published_filters import Filters
 from mm_gpt.datasets.reading import files
 from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, Sample
-from mm_gpt.document import Document, Image, Segment, Text
+from mm_gpt.document import Concepts, Document, Image, Segment, Text
 from mm_gpt.errors import ImageError, MMGPTError
 from mm_gpt.images import (
     DEFAULT_LIMITS,
@@ -181,6 +181,8 @@ def _stored(source: ImageSource, side: int | None) -> bytes:
 def _with_images(sample: Record | Conversation, images: Iterator[Image]) -> Sample:
     """The sample with other image sources, in order."""
     if isinstance(sample, Record):
+        if isinstance(sample.image, Concepts):
+            return sample
         source = next(images).source
         assert isinstance(source, bytes)
         return dataclasses.replace(sample, image=source)

@@ -24,7 +24,7 @@ from mm_gpt.datasets.contamination.evaluation_index import (
 from mm_gpt.datasets.contamination.overlap import composed, find_words, letters_of, window_hashes
 from mm_gpt.datasets.duplicates.image_hash import perceptual_hash
 from mm_gpt.datasets.samples import Conversation, Record, Sample
-from mm_gpt.document import Image, Segment, Text
+from mm_gpt.document import Concepts, Image, Segment, Text
 from mm_gpt.errors import ImageError
 from mm_gpt.images import ImageSource, load_image
 from mm_gpt.system.processes import process_pool
@@ -130,7 +130,8 @@ def contents(sample: Sample) -> tuple[str, list[str], list[ImageSource]]:
     """
     if isinstance(sample, Record):
         asked = [f"{pair.question} {pair.answer}" for pair in sample.questions]
-        return sample.key, [*sample.captions, *asked], [sample.image]
+        images = [] if isinstance(sample.image, Concepts) else [sample.image]
+        return sample.key, [*sample.captions, *asked], images
     if isinstance(sample, Conversation):
         parts: list[Any] = []
         for message in sample.messages:

@@ -24,7 +24,7 @@ from mm_gpt.datasets.duplicates.minhash import U32, MinHash, shingle_hashes, wor
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ImageError, MMGPTError
-from mm_gpt.images import image_bytes, is_url, load_image
+from mm_gpt.images import Concepts, image_bytes, is_url, load_image
 
 Rows = NDArray[np.void]
 
@@ -97,7 +97,7 @@ def _image_fingerprint(image: Image, name: str, errors: ErrorCounter, looks: boo
     if isinstance(source, str) and is_url(source) and source[:5].lower() != "data:":
         return ImageFingerprint(_digest(b"url" + source.encode("utf-8", "surrogatepass")), None)
     try:
-        if isinstance(source, PILImage.Image | np.ndarray):
+        if isinstance(source, PILImage.Image | np.ndarray | Concepts):
             picture = load_image(source)
             content = _digest(b"%d %d" % picture.size + picture.tobytes())
             return ImageFingerprint(content, perceptual_hash(picture) if looks else None)

@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 from mm_gpt.datasets.duplicates.image_hash import content_hash, hamming, perceptual_hash
 from mm_gpt.document import Document, Image, Segment
 from mm_gpt.errors import ConfigError, ImageError
-from mm_gpt.images import IMAGE_FORMATS, image_bytes, image_format, image_size, is_url, load_image
+from mm_gpt.images import IMAGE_FORMATS, Concepts, image_bytes, image_format, image_size, is_url, load_image
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class ImageFile:
     def data(self) -> bytes | None:
         """The file's bytes; None for an image that is decoded already."""
         source = self.image.source
-        if isinstance(source, PILImage.Image) or hasattr(source, "__array__"):
+        if isinstance(source, PILImage.Image | Concepts) or hasattr(source, "__array__"):
             return None
         return image_bytes(source)
 

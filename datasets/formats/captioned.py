@@ -36,6 +36,7 @@ from mm_gpt.datasets.samples import (
     Record,
     split_name,
 )
+from mm_gpt.document import Concepts
 from mm_gpt.errors import MMGPTError
 from mm_gpt.images import source_name
 
@@ -44,7 +45,7 @@ NO_CAPTIONS = """images without captions: put photo.txt (a caption in each line)
 captions.jsonl: {"image": "photo.jpg", "caption": "..."}"""
 """What to say of a folder of images alone."""
 MAX_MEMBER_BYTES = 64 * 2**20
-_NOT_METADATA = ("id", "key", "image", "caption", "captions", "qa", "txt", "source", "exif", *IMAGE_SUFFIXES)
+_NOT_METADATA = ("id", "key", "image", "concepts", "caption", "captions", "qa", "txt", "source", "exif", *IMAGE_SUFFIXES)
 """`exif` tells where and with what a photo was taken: it is of no use here, and private."""
 
 
@@ -55,7 +56,8 @@ def read_records(
 
     `path` is one of
     - a WebDataset .tar: `key.jpg` with `key.json` (`{"captions": [...]}`, `{"caption": ...}` or
-      `{"qa": [{"question", "answer", "answers"?}]}`) and/or `key.txt` (one caption a line), as from img2dataset
+      `{"qa": [{"question", "answer", "answers"?}]}`) and/or `key.txt` (one caption a line), as from img2dataset;
+      without an image, `key.json` may say what one would show: `{"concepts": {"golden retriever": 0.8}, ...}`
     - an img2dataset .parquet with the images inside (its "parquet" output)
     - a folder with `captions.jsonl` (lines of `{"image": "photo.jpg", ...}` with the keys above) or `captions.csv`
       (columns image,caption; several lines may name one image); `images` is the folder of the images, if another one
@@ -298,10 +300,15 @@ def _record(
     """`text` has one caption a line, unless it is just the caption that `values` have."""
     if values.get("status") in ("failed_to_download", "failed_to_resize"):
         raise BadRecordError("not downloaded")
-    if image is None:
+    source_of_image: bytes | Path | Concepts
+    if image is not None:
+        source_of_image = image
+        if (image.stat().st_size if isinstance(image, Path) else len(image)) == 0:
+            raise BadRecordError("empty image")
+    elif "concepts" in values:
+        source_of_image = concepts_of(values["concepts"])
+    else:
         raise BadRecordError("no image")
-    if (image.stat().st_size if isinstance(image, Path) else len(image)) == 0:
-        raise BadRecordError("empty image")
     captions, questions = _texts(values)
     # img2dataset writes the same caption to .txt and .json: one of several lines is still one
     if text.strip() not in captions:
@@ -309,14 +316,26 @@ def _record(
         captions += [line.strip() for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
     if not captions and not questions:
         raise BadRecordError("no captions or questions")
-    if check_hash:
+    if check_hash and image is not None:
         data = image.read_bytes() if isinstance(image, Path) else image
         if values.get("sha256") != hashlib.sha256(data).hexdigest():
             raise BadRecordError("sha256 is missing or another one")
     if isinstance(values.get("source"), str):
         source = values["source"]
     metadata = plain_values(values, without=_NOT_METADATA)
-    return Record(key, image, _unique(captions), _unique(questions), source, metadata)
+    return Record(key, source_of_image, _unique(captions), _unique(questions), source, metadata)
+
+
+def concepts_of(values: Any) -> Concepts:
+    """`{"golden retriever": 0.8, ...}`, as JSON has it. Raises BadRecordError for anything else."""
+    if not isinstance(values, dict) or not values:
+        raise BadRecordError("concepts are not names with scores")
+    if not all(name.strip() for name in values):
+        raise BadRecordError("a concept without a name")
+    for score in values.values():
+        if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:  # NaN is neither
+            raise BadRecordError("a concept's score is not a number from 0 to 1")
+    return Concepts({name: float(score) for name, score in values.items()})
 
 
 def _texts(values: Mapping[str, Any]) -> tuple[list[str], list[QuestionAnswer]]:

@@ -522,6 +522,90 @@ def _places(caption: _Caption) -> Iterator[str]:
                 yield PLACES[token]
 
 
+@dataclass(frozen=True)
+class MainThing:
+    """What a photo is of."""
+
+    word: str
+    """As people say it: "dog", "dogs", "surfer"."""
+    name: str
+    """Of the lexicon: "dog", "person"."""
+    is_plural: bool
+
+    @property
+    def is_animate(self) -> bool:
+        return self.name in ANIMATE
+
+    @property
+    def is_animal(self) -> bool:
+        return self.name in ANIMATE - PEOPLE_NAMES
+
+
+def shows_people(captions: Sequence[str]) -> int:
+    """How many of the captions mention people, real or not."""
+    return sum(any(m.name in PEOPLE_NAMES for m in _parse(caption).mentions) for caption in captions)
+
+
+def shows_animal(captions: Sequence[str]) -> bool:
+    """Whether any caption mentions an animal, real or not."""
+    return any(m.name in ANIMATE - PEOPLE_NAMES for caption in captions for m in _parse(caption).mentions)
+
+
+def main_thing(captions: Sequence[str]) -> MainThing | None:
+    """What most captions of one image begin with: somebody before something. None where they do not agree."""
+    return _main_thing([_parse(caption) for caption in _settle_bikes(captions)])
+
+
+def _main_thing(captions: list[_Caption]) -> MainThing | None:
+    subjects = [subject for caption in captions if (subject := _first_named(caption)) is not None]
+    needed = max(min(2, len(captions)), (len(captions) + 1) // 2)
+    if len(subjects) < needed:
+        return None
+    votes = Counter((m.name, m.is_plural) for m in subjects)
+    (name, is_plural), count = votes.most_common(1)[0]
+    if count < needed or (name == "person" and not is_plural):
+        # Told apart differently: a boy to some, a child to others.
+        if len({m.is_plural for m in subjects}) > 1 or not all(m.name in PEOPLE_NAMES for m in subjects):
+            return None
+        is_plural = subjects[0].is_plural
+        young = all(m.name == "child" or "child" in NOUNS[m.name].parents for m in subjects)
+        name = name if count >= needed and name != "person" else "child" if young else "person"
+    word = NOUNS[name].plural if is_plural else name
+    if name == "person" and not is_plural:
+        surfaces = Counter(m.surface for m in subjects if m.name == "person" and m.surface not in _VAGUE)
+        if surfaces and surfaces.most_common(1)[0][1] >= needed:
+            word = surfaces.most_common(1)[0][0]
+    return MainThing(word, name, is_plural)
+
+
+_VAGUE = PRONOUNS | COLLECTIVE | word_set("person adult other partner friend fan teen figure")
+
+
+def _first_named(caption: _Caption) -> _Mention | None:
+    """The first person or animal; without one, the noun that the caption begins with."""
+    mentions = caption.mentions
+    for number, mention in enumerate(mentions):
+        if mention.name not in ANIMATE or mention.surface in PRONOUNS:
+            continue
+        if not mention.is_real:
+            return None
+        following = mentions[number + 1] if number + 1 < len(mentions) else None
+        is_group = caption.tokens[mention.end : mention.end + 1] == ("of",) and mention.surface in COLLECTIVE
+        if is_group and following is not None and following.name in ANIMATE and following.is_real:
+            return following
+        return mention
+    first = mentions[0] if mentions else None
+    return first if first is not None and first.start <= 2 and first.is_real else None
+
+
+def _main(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionAnswer]:
+    """What is the main thing in the picture?"""
+    thing = _main_thing(captions)
+    if thing is not None:
+        phrasings = "what is the main thing in the {p}?|what is the main subject of the {p}?|who or what is in the {p}?"
+        yield _ask(rng, phrasings, [thing.word], p=rng.choice(("photo", "picture", "image")))
+
+
 def _animal(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionAnswer]:
     """What animal is in the picture? Only if it is one kind."""
     sets = list(_name_sets(captions))
@@ -537,5 +621,5 @@ def _animal(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionAn
 
 _Rule = Callable[[list[_Caption], random.Random], Iterator[QuestionAnswer]]
 _RULES: tuple[_Rule, ...] = (
-    _presence, _colours, _clothes, _counts, _actions, _riding, _setting, _where, _animal,
+    _presence, _colours, _clothes, _counts, _actions, _riding, _setting, _where, _animal, _main,
 )  # fmt: skip

@@ -29,7 +29,7 @@ from mm_gpt.datasets.loading.draws import DERIVED_SETS, PROMPTS, derived_questio
 from mm_gpt.datasets.loading.pieces import sample_pieces
 from mm_gpt.datasets.loading.store import cache_of, only_here, read_skipped, write_array, write_skipped
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, QuestionAnswer, Record, Sample, sample_name
-from mm_gpt.document import Document, Image
+from mm_gpt.document import Concepts, Document, Image
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.images import is_url
 from mm_gpt.processor import Processor
@@ -45,8 +45,8 @@ RECORD = (
     *("sample", "image_tokens", "height", "width", "first_text", "captions", "questions"),
     *(f"derived_{n}" for n in range(DERIVED_SETS)),
 )
-"""Columns of a record. The size of an image behind a URL is 0. Its texts, from `first_text` on, are its captions, its
-questions, and each derived set."""
+"""Columns of a record. The size of an image behind a URL, or of concepts alone, is 0. Its texts, from `first_text` on,
+are its captions, its questions, and each derived set."""
 CHUNK = 512
 """Samples that a process indexes at a time."""
 MAPPED_BYTES = 2**20
@@ -133,7 +133,9 @@ class PairMeasure:
     def table(self, samples: Iterable[tuple[int, Sample]], name: str, errors: ErrorCounter) -> Table:
         records, texts = list[tuple[int, ...]](), list[int]()
         for number, sample in samples:
-            if isinstance(sample, Record) and sample.captions:
+            if isinstance(sample, Record) and isinstance(sample.image, Concepts):
+                errors.add("concepts without an image", _full_name(name, sample, number))
+            elif isinstance(sample, Record) and sample.captions:
                 records.append((number, 0, 0, 0, len(texts), len(sample.captions), 0, *[0] * DERIVED_SETS))
                 texts += [len(self.tokenizer.encode(clean_caption(text))) for text in sample.captions]
             else:
@@ -242,7 +244,8 @@ class Measure:
         sets = [derived_questions(record, n, self.derived) if self.derived else [] for n in range(DERIVED_SETS)]
         try:
             image = Image(record.image)
-            size = (0, 0) if is_url(record.image) else image.size()  # what is broken is known before hours of training
+            is_unseen = isinstance(record.image, Concepts) or is_url(record.image)
+            size = (0, 0) if is_unseen else image.size()  # what is broken is known before hours of training
             tokens = self.image_tokens(image)
             texts = [self.caption(text) for text in record.captions]
             texts += [self.question(pair) for pairs in (record.questions, *sets) for pair in pairs]

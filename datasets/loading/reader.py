@@ -6,6 +6,7 @@ written, and holds no model, no tables, no pixels.
 
 import dataclasses
 import itertools
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from mm_gpt.datasets.loading.loader import Loaded
 from mm_gpt.datasets.loading.plan import Row
 from mm_gpt.datasets.loading.sources import IndexedSource
 from mm_gpt.datasets.samples import BadRecordError
-from mm_gpt.document import Document, Image, Segment, Text
+from mm_gpt.document import Concepts, Document, Image, Segment, Text
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.processor import Batch, Example, Processor, collate, stack_pixels
 from mm_gpt.vision.transforms import TrainTransform
@@ -35,6 +36,9 @@ class Reader:
     """Random crops and colours, where a model sees an image as one tile."""
     seed: int
     pad_to_multiple: int = 64
+    concept_dropout: float = 0.0
+    """How often an image of training is shown without its concepts; half as often its concepts are shown alone. Where
+    nothing but concepts is known, half of them have the tokens of another image before them."""
 
     def __call__(self, rows: Sequence[tuple[int, Row]]) -> Loaded:
         """What cannot be read is skipped and named."""
@@ -69,8 +73,11 @@ class Reader:
             tiles: list[Tensor] = []
             try:
                 example = self.processor(document)
-                for broken, grid in zip(example.images, example.grids, strict=True):
-                    tiles.append(self._tiles(broken, grid, seeds))
+                for n, grid in enumerate(example.grids):
+                    broken, seed = example.images[n], None if seeds is None else next(seeds)
+                    tiles.append(self._tiles(broken, grid, seed))
+                    if seed is not None:
+                        example.images[n] = self._shown(broken, seed)
                 return example, tiles
             except MMGPTError as error:
                 if broken is None and isinstance(error, ImageError):  # its size is asked for before its pixels
@@ -84,11 +91,20 @@ class Reader:
                 return None
             document = dataclasses.replace(document, segments=left)
 
-    def _tiles(self, image: Image, grid: tuple[int, int], seeds: Iterator[tuple[int, ...]] | None) -> Tensor:
+    def _shown(self, image: Image, seed: tuple[int, ...]) -> Image:
+        draw = random.Random(f"shown/{seed}").random()
+        if isinstance(image.source, Concepts):
+            return dataclasses.replace(image, shown="borrowed" if draw < 0.5 else "concepts")
+        if draw >= 1.5 * self.concept_dropout:
+            return image
+        return dataclasses.replace(image, shown="pixels" if draw < self.concept_dropout else "concepts")
+
+    def _tiles(self, image: Image, grid: tuple[int, int], seed: tuple[int, ...] | None) -> Tensor:
         """(N, 3, H, W) of one image."""
         config = self.processor.config
-        if seeds is not None and self.augment and config.image is not None and config.tiling is None:
-            generator = torch.Generator().manual_seed(hash(next(seeds)) % 2**63)
+        is_seen = not isinstance(image.source, Concepts)
+        if seed is not None and self.augment and is_seen and config.image is not None and config.tiling is None:
+            generator = torch.Generator().manual_seed(hash(seed) % 2**63)
             return TrainTransform(config.image, generator)(image)[None]
         return self.processor.tiles(image, grid)
 

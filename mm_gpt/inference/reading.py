@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm_gpt.document import Concepts, Image
 from mm_gpt.inference.sequences import Sequences
 from mm_gpt.model.mmgpt import MMGPT, ImageFeatures
 from mm_gpt.processor import Example, Processor, collate
@@ -80,10 +81,10 @@ class Reader:
         pixels: list[Tensor | None] = []
         keys: list[Key] = []
         for image, grid, size in zip(example.images, example.grids, example.sizes, strict=True):
-            name = (id(image.source), image.mirrored, grid)
+            name = (id(image.source), image.mirrored, image.shown, grid)
             tiles = None if name in known else self.processor.tiles(image, grid)
             if tiles is not None:
-                known[name] = _key(tiles, grid, size)
+                known[name] = _key(tiles, grid, size, image)
             pixels.append(tiles)
             keys.append(known[name])
         return Prompt(example, pixels, keys, _spans(example, self.processor))
@@ -268,9 +269,10 @@ def _is_part(kept: _KeptPrompt, ids: Tensor, images: list[tuple[int, Key]]) -> b
     return size <= len(ids) and torch.equal(ids[:size], kept.ids) and images[: len(kept.images)] == kept.images
 
 
-def _key(tiles: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Key:
-    """A digest of what the vision encoder is given; the file it came from does not matter, the settings do."""
-    digest = hashlib.sha256(repr((tuple(tiles.shape), str(tiles.dtype), grid, size)).encode())
+def _key(tiles: Tensor, grid: tuple[int, int], size: tuple[int, int], image: Image) -> Key:
+    """A digest of what the model is given; the file it came from does not matter, the settings do."""
+    given = sorted(image.source.scores.items()) if isinstance(image.source, Concepts) else None
+    digest = hashlib.sha256(repr((tuple(tiles.shape), str(tiles.dtype), grid, size, image.shown, given)).encode())
     digest.update(tiles.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     return digest.digest()
 

@@ -5,7 +5,7 @@ D width. An image is one tile, or several: its parts at full resolution and the 
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from mm_gpt.model.decoder import Decoder, init_weights
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig, add_lora, merge_lora
 from mm_gpt.processor import IGNORE_INDEX, Batch
+from mm_gpt.tokenizer import Tokenizer
+from mm_gpt.vision.concepts import ConceptsConfig, ConceptTokens
 from mm_gpt.vision.connectors import ConnectorConfig, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
 from mm_gpt.vision.native_vit import NativeViT
@@ -47,6 +49,8 @@ class ModelConfig:
         if (self.vision is None) != (self.connector is None):
             raise ConfigError("vision and connector go together: give both, or neither for a model of text alone")
         own = (self.image_token_id is not None, self.tiling is not None, self.bidirectional_images)
+        if self.vision is not None and self.vision.concepts is not None and self.tiling is not None:
+            raise ConfigError("concepts are those of a whole image: they do not go with tiling")
         if self.vision is None and any(own):
             raise ConfigError("image_token_id, tiling and bidirectional_images need a vision encoder")
 
@@ -87,6 +91,7 @@ class MMGPT(nn.Module):
         self.connector: nn.Module | None = None
         self.image_marks: nn.Parameter | None = None
         self.image_newline: nn.Parameter | None = None
+        self.concepts: ConceptTokens | None = None
         if config.vision is None or config.connector is None:
             return
         self.vision = VisionEncoder(config.vision)
@@ -99,6 +104,22 @@ class MMGPT(nn.Module):
             self.image_marks = nn.Parameter(nn.init.normal_(marks, std=scale))
         if config.tiling is not None:
             self.image_newline = nn.Parameter(nn.init.normal_(torch.empty(width), std=scale))
+        if config.vision.concepts is not None:
+            self.concepts = ConceptTokens(config.vision.concepts, width)
+
+    def add_concepts(self, config: ConceptsConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
+        """Concepts for a tower without: `state` has the weights of its trunk as they were, with the classifier.
+
+        Raises ConfigError or CheckpointError where they do not fit the tower.
+        """
+        if self.vision is None:
+            raise ConfigError("this model reads text alone: it has no vision encoder for concepts")
+        self.vision.add_concepts(config)
+        assert self.vision.concepts is not None
+        self.vision.concepts.load_untouched(state, self.vision.tower.trunk)  # type: ignore[arg-type]
+        self.config = dataclasses.replace(self.config, vision=self.vision.config)
+        self.concepts = ConceptTokens(config, self.decoder.config.width)
+        self.concepts.tokenize(tokenizer.encode)
 
     def add_lora(self, config: LoRAConfig) -> None:
         """Freeze the decoder and put low-rank updates on the linear layers of its blocks."""
@@ -114,8 +135,9 @@ class MMGPT(nn.Module):
 
     @property
     def tokens_per_image(self) -> int:
-        """k, the tokens of one tile; 0 for a model of text alone."""
-        return 0 if self.connector is None else int(self.connector.num_tokens)  # type: ignore[arg-type]
+        """k, the tokens of one tile and its concepts; 0 for a model of text alone."""
+        own = 0 if self.connector is None else int(self.connector.num_tokens)  # type: ignore[arg-type]
+        return own + (0 if self.concepts is None else self.concepts.num_tokens)
 
     @property
     def device(self) -> torch.device:
@@ -178,15 +200,40 @@ class MMGPT(nn.Module):
         assert self.connector is not None
         counts = batch.image_tiles.tolist()
         if self.training or not isinstance(self.vision.tower, NativeViT):
-            return self.connector(self._see(batch.pixel_values, grids)).split(counts)
+            patches, scores = self._see(batch.pixel_values, grids)
+            tokens = self.connector(patches)
+            return (tokens if scores is None else self._with_concepts(tokens, scores, batch)).split(counts)
         each = zip(batch.pixel_values.split(counts), grids, strict=True)
-        return [self.connector(self._see(pixels, [grid])) for pixels, grid in each]
+        return [self.connector(self._see(pixels, [grid])[0]) for pixels, grid in each]
 
-    def _see(self, pixel_values: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """Patch tokens (N, P, D_v). On the CPU in float32, also inside autocast: bf16 convolutions are slower there."""
+    def _see(self, pixel_values: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+        """Patch tokens (N, P, D_v), and the probabilities of classes (N, C) where the model has concepts.
+
+        On the CPU in float32, also inside autocast: bf16 convolutions are slower there."""
         assert self.vision is not None
+        dtype = next(self.vision.parameters()).dtype
         with torch.autocast(pixel_values.device.type, enabled=pixel_values.is_cuda and torch.is_autocast_enabled()):
-            return self.vision(pixel_values.to(next(self.vision.parameters()).dtype), grids)
+            patches, scores = self.vision.see(pixel_values.to(dtype), grids)
+        # A tower may run in bf16 beside a connector in float32: see VisionEncoder.prepare
+        return (patches if dtype == pixel_values.dtype else patches.to(self.decoder.dtype)), scores
+
+    def _with_concepts(self, tokens: Tensor, scores: Tensor, batch: Batch) -> Tensor:
+        """(N, k, D), the tokens of an image and of its concepts; blanks for what is not shown of it."""
+        assert self.concepts is not None
+        scores = scores.clone()
+        for n, given in enumerate(batch.image_concepts):
+            if given is not None:
+                scores[n] = self.concepts.scores_of(given)
+        told = self.concepts(scores, self.decoder.embed).to(tokens.dtype)
+        if any(shown != "all" for shown in batch.image_shown):
+            blind = torch.tensor([shown == "concepts" for shown in batch.image_shown], device=tokens.device)
+            untold = torch.tensor([shown == "pixels" for shown in batch.image_shown], device=tokens.device)
+            tokens = torch.where(blind[:, None, None], self.concepts.blank_image.to(tokens.dtype), tokens)
+            told = torch.where(untold[:, None, None], self.concepts.blank.to(tokens.dtype), told)
+        if "borrowed" in batch.image_shown:
+            of = [(n + 1) % len(tokens) if s == "borrowed" else n for n, s in enumerate(batch.image_shown)]
+            tokens = tokens[of]
+        return torch.cat([tokens, told], dim=1)
 
     def _check_rows(self, placeholders: Tensor, images: Sequence[ImageFeatures], batch: Batch) -> None:
         given = [0] * len(placeholders)

@@ -40,6 +40,7 @@ from mm_gpt.training.compiling import compile_blocks
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.loop import TrainConfig, use_bf16
 from mm_gpt.training.stage import ParameterGroup
+from mm_gpt.vision.concepts import ConceptsConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,12 @@ class LanguageRecipe:
     """Low-rank adaptation for the decoder of `start`, where it has none and `decoder` is not "full"."""
     vision_weights: str | None = None
     """Folder of a contrastive run whose vision tower is taken."""
+    concepts: ConceptsConfig | None = None
+    """Concepts for the tower of `start`, where it has none."""
+    concept_weights: str = "efficientnet-lite2"
+    """The registry's trunk whose classifier gives their scores: the one that the tower was tuned from."""
+    concept_dropout: float = 0.1
+    """How often an image is shown without its concepts, where the model has any; half as often they are shown alone."""
     decoder: Literal["frozen", "full"] = "frozen"
     """`full` trains every weight of the decoder; with `model.lora` it stays frozen under its adaptation. Without
     `model`, the adaptation that `start` has becomes part of its weights."""
@@ -110,6 +117,7 @@ class LanguageRecipe:
         check_numbers(self, "max_captions", "max_questions", "workers", "vision_blocks", at_least=0)
         check_numbers(self, "connector_lr", "vision_lr", at_least=0)
         check_numbers(self, "exponent", at_least=0, at_most=1)
+        check_numbers(self, "concept_dropout", at_least=0, at_most=0.5)
         if self.model is None and self.start is None:
             raise ConfigError("give a model, or one to start from")
 
@@ -157,7 +165,8 @@ class LanguageTask:
         )
         # Blocks are compiled once for each shape: all training batches have the same one.
         multiple = self.row_length if recipe.compile else 64
-        self.reader = Reader(self.sources, self.processor, recipe.augment, seed, multiple)
+        dropout = 0.0 if self.model.concepts is None else recipe.concept_dropout
+        self.reader = Reader(self.sources, self.processor, recipe.augment, seed, multiple, dropout)
         rank, world = ranks()
         self.loader = Loader(
             plan,
@@ -180,6 +189,7 @@ class LanguageTask:
         recipe, model = self.recipe, self.model
         connector = [] if model.connector is None else [*model.connector.parameters()]
         connector += [mark for mark in (model.image_marks, model.image_newline) if mark is not None]
+        connector += [] if model.concepts is None else [*model.concepts.parameters()]
         for parameter in connector:
             parameter.requires_grad_(recipe.train_connector)
         if model.vision is not None:
@@ -346,6 +356,12 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
             length = max(length, recipe.row_length)
         config = ProcessorConfig(image=recipe.image, tokens_per_image=model.tokens_per_image, max_length=length)
         processor = Processor(tokenizer, config, vocab_size=vocab_size)
+    if recipe.concepts is not None and model.concepts is None:
+        add_concepts(model, recipe.concepts, recipe.concept_weights, processor.tokenizer)
+        sized = dataclasses.replace(processor.config, tokens_per_image=model.tokens_per_image)
+        processor = Processor(
+            processor.tokenizer, sized, vocab_size=model.decoder.config.vocab_size, template=processor.template
+        )
     if recipe.vision_weights is not None:
         if model.vision is None:
             raise ConfigError("vision_weights need a model with a vision encoder")
@@ -354,6 +370,15 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
         # Its weights are no longer those that the name stands for: they are saved with the model.
         model.config = dataclasses.replace(model.config, decoder=model.decoder.config)
     return model, processor
+
+
+def add_concepts(model: MMGPT, config: ConceptsConfig, name: str, tokenizer: Tokenizer) -> None:
+    """Concepts from a trunk of the registry. Raises ConfigError, CheckpointError, DownloadError."""
+    from mm_gpt.hub.fetching import download
+    from mm_gpt.vision.efficientnet import load_efficientnet_lite
+
+    path = next(iter(download.fetch(name).values()))
+    model.add_concepts(config, load_efficientnet_lite(path, with_classifier=True), tokenizer)
 
 
 def load_vision(vision: nn.Module, name: str) -> None:

@@ -28,9 +28,11 @@ from mm_gpt.training.loop import TrainConfig, train
 from mm_gpt.training.self_critical import SelfCriticalRecipe, SelfCriticalTask
 from mm_gpt.training.semicausal import SemiCausalRecipe, SemiCausalTask
 from mm_gpt.training.stage import Stage
+from mm_gpt.vision.concepts import ConceptsConfig
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.contrastive import ContrastiveConfig, TextTowerConfig
 from mm_gpt.vision.encoder import VisionConfig
+from mm_gpt.vision.imagenet import read_classes
 from mm_gpt.vision.transforms import ImageTransformConfig
 
 logger = logging.getLogger(__name__)
@@ -163,13 +165,43 @@ def default_questions(data: str) -> LanguageRecipe:
     )
 
 
+def default_concepts(data: str) -> LanguageRecipe:
+    """The default model learns what its trunk's classifier sees, and when to believe it.
+
+    `DATA/concepts` holds what examples/make_concept_data.py writes.
+    """
+    recipe = default_joint(data)
+    return dataclasses.replace(
+        recipe,
+        train=dataclasses.replace(recipe.train, steps=1000, lr=8e-4, warmup_steps=20),
+        model=None,
+        image=None,
+        sources=(
+            *_mixed(recipe.sources, flickr8k=1.0, coco2017_mini=3.0, daquar=1.6, easy_vqa=0.8, nlvr1=0.1, chats=1.0),
+            SourceConfig(path="concepts/classes.tar"),
+            SourceConfig(path="concepts/photos.tar"),
+        ),
+        start="runs/default_joint/best",
+        concepts=imagenet_concepts(),
+        row_length=256,
+        rows=6,
+    )
+
+
+def imagenet_concepts() -> ConceptsConfig:
+    """ImageNet's thousand classes as people call them."""
+    classes = read_classes()
+    return ConceptsConfig(names=tuple(c.plain for c in classes), kinds=tuple(c.kind for c in classes))
+
+
 def default_critical(data: str) -> SelfCriticalRecipe:
     """Captions after the others: what the model samples itself is rewarded by CIDEr-D (self-critical training)."""
     return SelfCriticalRecipe(
         train=TrainConfig(steps=300, lr=1e-4, warmup_steps=10, final_lr=0.1, validate_every=50, save_every=50),
-        start="runs/default_joint/best",
+        start="runs/default_concepts/best",
         sources=(*(SourceConfig(path=path) for path in FLICKR8K_TRAIN), SourceConfig(path="coco2017_mini")),
         validation=(SourceConfig(path=FLICKR8K_VALIDATION),),
+        max_captions=2,
         data=data,
     )
 
@@ -292,6 +324,7 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
     "default": default,
     "default_joint": default_joint,
     "default_questions": default_questions,
+    "default_concepts": default_concepts,
     "default_critical": default_critical,
 }
 
