@@ -1,7 +1,7 @@
 """How long answers and captions take, of two checkouts (or two models) in the same run.
 
 git worktree add before COMMIT
-python examples/benchmarks/answer_time.py photos --before before -o docs/results/answer_time.json
+python examples/benchmarks/answer_time.py photos --against before -o docs/results/answer_time.json
 
 Each is a process of its own, loaded and warmed up, and they take turns; photos are never seen twice by one of them.
 """
@@ -55,7 +55,7 @@ def run(checkout: Path, photos: Path, model: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, help="a folder of at least 9 photos")
-    parser.add_argument("--before", type=Path, help="another checkout, to be compared with")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout of this project, from before")
     parser.add_argument("--model", default="default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-o", "--out", type=Path)
@@ -67,7 +67,7 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(photos, args.model)))
         return
-    checkouts = {"now": HERE} | ({} if args.before is None else {"before": args.before.resolve()})
+    checkouts = {"now": HERE} | ({} if args.against is None else {"before": args.against.resolve()})
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in checkouts}
     for _ in range(args.rounds):
         for name, checkout in checkouts.items():
