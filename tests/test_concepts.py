@@ -189,6 +189,15 @@ def test_a_saved_model_sees_and_says_the_same(tmp_path: Path, dtype: str) -> Non
         assert its == pytest.approx(score, abs=0.05)
 
 
+def test_a_model_in_half_precision_is_told_the_same() -> None:
+    model, processor = make_model()
+    image = Image(make_picture(4))
+    tokens = tokens_of(model, processor, image)
+    half = tokens_of(model.to(torch.bfloat16), processor, image)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half[-12:].float(), tokens[-12:], rtol=0.1, atol=0.1)
+
+
 def test_what_is_shown_of_an_image() -> None:
     model, processor = make_model()
     assert model.concepts is not None

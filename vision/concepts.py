@@ -171,8 +171,9 @@ class ConceptTokens(nn.Module):
                 at = end
         ids, is_kind, probability = (t.to(self.blank.device) for t in (ids, is_kind, probability))
         size = torch.stack([torch.ones_like(probability), probability, probability.log()], dim=-1)  # (N, k, 3)
-        told = embed(ids.clamp(min=0)) + torch.einsum("nkf,nkfd->nkd", size, self.of_score[is_kind])
-        return torch.where((ids >= 0).unsqueeze(-1), told, self.blank)
+        of_score = self.of_score[is_kind]  # (N, k, 3, D)
+        told = embed(ids.clamp(min=0)) + torch.einsum("nkf,nkfd->nkd", size.to(of_score.dtype), of_score)
+        return torch.where((ids >= 0).unsqueeze(-1), told, self.blank.to(told.dtype))
 
     def _sums(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities of names, and of kinds, on the CPU."""
