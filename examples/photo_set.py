@@ -84,7 +84,7 @@ def read_table(path: Path = TABLE) -> list[Photo]:
             or not re.fullmatch(r"[0-9][A-Za-z0-9.+:~-]*", row[2])
             or not re.fullmatch(r"[0-9a-f]{64}", row[4])
             or not row[5]
-            or not re.fullmatch(r"[0-9]{1,3}", row[7])
+            or not re.fullmatch(r"[0-9]{1,3}", row[7])  # 1,000 classes
         ):
             raise MMGPTError(f"{path}:{number}: not a photo")
         photos.append(Photo(*row[:7], int(row[7])))
@@ -206,25 +206,32 @@ def write_set(photos: list[Photo], out: Path, work: Path) -> None:
         if count > MAX_OF_A_CLASS:
             raise MMGPTError(f"{TABLE.name}: {count} photos of class {index}, more than {MAX_OF_A_CLASS}")
     partial = out.with_name(f".{out.name}.partial")
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, photo in enumerate(photos):
-            name = CLASSES[photo.index].plain
-            about = {
-                "class": photo.index,
-                "name": name,
-                "qa": [{"question": QUESTION, "answer": name}],
-                "licence": photo.licence,
-                "source": f"{photo.package} {photo.version} {photo.path}",
-                "author": photo.author,
-            }
-            for suffix, data in (
-                ("jpg", jpeg(read_photo(photo, work))),
-                ("json", json.dumps(about, ensure_ascii=False).encode()),
-            ):
-                member = tarfile.TarInfo(f"{number:03d}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    partial.replace(out)
+    try:
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number, photo in enumerate(photos):
+                for suffix, data in (("jpg", jpeg(read_photo(photo, work))), ("json", described(photo))):
+                    member = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        partial.replace(out)
+    except OSError as error:
+        raise MMGPTError(f"{out}: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def described(photo: Photo) -> bytes:
+    """What the set says of a photo, as JSON."""
+    name = CLASSES[photo.index].plain
+    about = {
+        "class": photo.index,
+        "name": name,
+        "qa": [{"question": QUESTION, "answer": name}],
+        "licence": photo.licence,
+        "source": f"{photo.package} {photo.version} {photo.path}",
+        "author": photo.author,
+    }
+    return json.dumps(about, ensure_ascii=False).encode()
 
 
 def main() -> None:
@@ -232,8 +239,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the tar to write")
     parser.add_argument("--work", type=Path, default=Path("photo-packages"), help="folder of packages (about 700 MB)")
     args = parser.parse_args()
-    photos = read_table()
     try:
+        photos = read_table()
         write_set(photos, args.out, args.work)
     except MMGPTError as error:
         sys.exit(f"error: {error}")

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from mm_gpt.eval.metrics.captions import (
 )
 from mm_gpt.eval.metrics.tokenize import ptb_tokenize
 from mm_gpt.model.cache import KVCache
+from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.loss import next_token_loss
 from mm_gpt.model.mmgpt import MMGPT, ImageFeatures
 from mm_gpt.processor import IGNORE_INDEX, Batch, Example, collate
@@ -85,6 +86,10 @@ class SelfCriticalRecipe:
     """The photo's own captions are learned as well, each like a sample with this advantage. 0: they are not."""
     max_captions: int = 5
     """Of the photo's own captions that are learned so; all of them are references of the reward."""
+    lora: LoRAConfig | None = None
+    """Low-rank adaptation for the decoder of `start`, where it has none and `decoder` is not "full"."""
+    decoder: Literal["frozen", "full"] = "frozen"
+    """`full` trains every weight of the decoder; else its low-rank adaptation alone is trained."""
     train_connector: bool = True
     connector_lr: float = 1.0
     """Learning rate as a multiple of `train.lr`."""
