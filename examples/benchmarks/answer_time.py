@@ -55,7 +55,7 @@ def run(checkout: Path, photos: Path, model: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, help="a folder of at least 9 photos")
-    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout of this project, from before")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout of this project")
     parser.add_argument("--model", default="default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-o", "--out", type=Path)
