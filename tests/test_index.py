@@ -111,7 +111,11 @@ def test_a_plan_knows_the_length_of_what_is_drawn(
 
 def test_concepts_are_records_of_a_plan(tmp_path: Path) -> None:
     """Without pixels; beside photos in the same tar, and bad ones are named once the table is kept, too."""
-    good = {"concepts": {"golden retriever": 0.8}, "captions": ["A dog."], "qa": [{"question": "What?", "answer": "dog"}]}
+    good = {
+        "concepts": {"golden retriever": 0.8},
+        "captions": ["A dog."],
+        "qa": [{"question": "What?", "answer": "dog"}],
+    }
     with TarWriter(str(tmp_path / "t.tar")) as tar:
         tar.write({"__key__": "a", "json": json.dumps(good).encode()})
         tar.write({"__key__": "b", "json": json.dumps({**good, "concepts": {"golden retriever": 2}}).encode()})

@@ -225,7 +225,9 @@ def test_parts_of_messages_as_people_write_them() -> None:
 
 
 def test_concepts_come_back() -> None:
-    record = Record("a", Concepts({"golden retriever": 0.8}), ("A dog.",), (QuestionAnswer("What?", "dog", ("dog",)),), "s")
+    record = Record(
+        "a", Concepts({"golden retriever": 0.8}), ("A dog.",), (QuestionAnswer("What?", "dog", ("dog",)),), "s"
+    )
     members = to_members(record)
     assert list(members) == ["json"]
     assert from_members("x", members) == record
