@@ -101,7 +101,7 @@ def caption_pairs(captions: Sequence[str], seen: Seen, kinds: KindNames, rng: ra
         return
     asked = rng.choice((f"Is there a person in the {photo}?", f"Are there people in the {photo}?", "Can you see a person?"))
     people = shows_people(captions)
-    if people >= 3 and rng.random() < 0.25:
+    if people >= 3 and rng.random() < 0.15:
         yield _pair(asked, "yes")
     elif people == 0:
         yield _pair(asked, "no")

@@ -599,10 +599,10 @@ def _first_named(caption: _Caption) -> _Mention | None:
 
 
 def _main(captions: list[_Caption], rng: random.Random) -> Iterator[QuestionAnswer]:
-    """What is the main thing in the picture?"""
+    """What is the main thing in the picture? Only people: of an animal, captions rarely tell which kind it is."""
     thing = _main_thing(captions)
-    if thing is not None:
-        phrasings = "what is the main thing in the {p}?|what is the main subject of the {p}?|who or what is in the {p}?"
+    if thing is not None and thing.name in PEOPLE_NAMES:
+        phrasings = "what is the main thing in the {p}?|what is the main subject of the {p}?|who is in the {p}?"
         yield _ask(rng, phrasings, [thing.word], p=rng.choice(("photo", "picture", "image")))
 
 
