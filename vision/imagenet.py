@@ -1,7 +1,7 @@
 """The 1,000 classes of ImageNet-1k: WordNet's names of each, the words that people use for it, and its broader kind.
 
 The classes stand in the usual order (sorted by WordNet id): class i is row i of a classifier's scores. The names are
-those of WordNet 3.0 (Fellbaum 1998; its licence is in WORDNET_LICENSE.txt), the classes those of Russakovsky et al. 2015
+those of WordNet 3.0 (Fellbaum 1998; its licence: WORDNET_LICENSE.txt), the classes those of Russakovsky et al. 2015
 (arXiv 1409.0575). examples/make_imagenet_classes.py made the table.
 """
 
