@@ -24,8 +24,8 @@ PEOPLE_SAY_OTHERWISE = {
     "angelfish", "apple", "bathtub", "beach", "beehive", "bell tower", "Belgian sheepdog", "breastplate",
     "chest of drawers", "computer monitor", "corn", "cruise ship", "duck", "elephant", "graduation cap", "hair clip",
     "hawk", "horse", "keyboard", "lake", "laptop", "Leonberger", "magnifying glass", "messenger bag", "mountain",
-    "newt", "pacifier", "rooster", "sailboat", "scarf", "shipwreck", "sink", "skirt", "solar panel", "soup", "spiked helmet",
-    "standing stone", "swimsuit", "thistle", "toilet", "typewriter", "vaulted ceiling", "vintage car",
+    "newt", "pacifier", "rooster", "sailboat", "scarf", "shipwreck", "sink", "skirt", "solar panel", "soup",
+    "spiked helmet", "standing stone", "swimsuit", "thistle", "toilet", "typewriter", "vaulted ceiling", "vintage car",
 }  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def read_classes(path: Path = TABLE) -> tuple[ImageNetClass, ...]:
         rows = list(csv.reader(file, "excel-tab", quoting=csv.QUOTE_NONE))
     if not rows or rows[0] != COLUMNS:
         raise ValueError(f"{path}: its columns are not {', '.join(COLUMNS)}")
-    classes = []
+    classes: list[ImageNetClass] = []
     for line, row in enumerate(rows[1:], start=2):
         if len(row) != len(COLUMNS) or row[0] != str(len(classes)) or not all(row[:-1]):
             raise ValueError(f"{path}, line {line}: is not class {len(classes)} with its {len(COLUMNS)} columns")
