@@ -22,10 +22,10 @@ import make_imagenet_classes  # noqa: E402
 # What people call these is none of WordNet's names, nor the last word of one.
 PEOPLE_SAY_OTHERWISE = {
     "angelfish", "apple", "bathtub", "beach", "beehive", "bell tower", "Belgian sheepdog", "breastplate",
-    "chest of drawers", "computer monitor", "corn", "cruise ship", "duck", "elephant", "graduation cap", "hair clip", "hawk", "horse",
-    "keyboard", "lake", "laptop", "Leonberger", "magnifying glass", "messenger bag", "mountain", "newt",
-    "pacifier", "rooster", "sailboat", "scarf", "shipwreck", "sink", "skirt", "solar panel", "soup", "spiked helmet",
-    "standing stone", "swimsuit", "thistle", "toilet", "typewriter", "vaulted ceiling", "vintage car",
+    "chest of drawers", "computer monitor", "corn", "cruise ship", "duck", "elephant", "graduation cap", "hair clip",
+    "hawk", "horse", "keyboard", "lake", "laptop", "Leonberger", "magnifying glass", "messenger bag", "mountain",
+    "newt", "pacifier", "rooster", "sailboat", "scarf", "shipwreck", "sink", "skirt", "solar panel", "soup",
+    "spiked helmet", "standing stone", "swimsuit", "thistle", "toilet", "typewriter", "vaulted ceiling", "vintage car",
 }  # fmt: skip
 
 

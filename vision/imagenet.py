@@ -1,7 +1,7 @@
 """The 1,000 classes of ImageNet-1k: WordNet's names of each, the words that people use for it, and its broader kind.
 
 The classes stand in the usual order (sorted by WordNet id): class i is row i of a classifier's scores. The names are
-those of WordNet 3.0 (Fellbaum 1998; its licence is in WORDNET_LICENSE.txt), the classes those of Russakovsky et al. 2015
+those of WordNet 3.0 (Fellbaum 1998; its licence: WORDNET_LICENSE.txt), the classes those of Russakovsky et al. 2015
 (arXiv 1409.0575). examples/make_imagenet_classes.py made the table.
 """
 
@@ -125,7 +125,7 @@ def read_classes(path: Path = TABLE) -> tuple[ImageNetClass, ...]:
         rows = list(csv.reader(file, "excel-tab", quoting=csv.QUOTE_NONE))
     if not rows or rows[0] != COLUMNS:
         raise ValueError(f"{path}: its columns are not {', '.join(COLUMNS)}")
-    classes = []
+    classes: list[ImageNetClass] = []
     for line, row in enumerate(rows[1:], start=2):
         if len(row) != len(COLUMNS) or row[0] != str(len(classes)) or not all(row[:-1]):
             raise ValueError(f"{path}, line {line}: is not class {len(classes)} with its {len(COLUMNS)} columns")
