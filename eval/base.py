@@ -22,7 +22,7 @@ from PIL import Image as PILImage
 from mm_gpt.datasets.contamination.evaluation_index import EvaluationItem
 from mm_gpt.datasets.samples import ErrorCounter, Record, sample_name
 from mm_gpt.datasets.sources import read_samples
-from mm_gpt.document import Document, Image, Shown
+from mm_gpt.document import Concepts, Document, Image, Shown
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.eval.config import EvalConfig
 from mm_gpt.eval.metrics.statistics import bootstrap_statistic, wilson_interval
@@ -190,6 +190,7 @@ class ImageTask(Task):
                 instances += fitting
                 self.images.append(Image(record.image))
                 self._digest.update(repr([(instance.id, instance.row) for instance in fitting]).encode())
+                assert not isinstance(record.image, Concepts)  # these have no pixels that `_records` could open
                 self._digest.update(hashlib.sha256(image_bytes(record.image)).digest())
             if len(self.images) == self.config.limit:
                 break
