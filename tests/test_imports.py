@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "model": CONTRACTS | {"vision"},
     "hub": CONTRACTS | {"vision", "model"},
     "inference": CONTRACTS | {"vision", "model", "hub"},
-    "training": CONTRACTS | {"vision", "model", "hub", "datasets", "inference"},
+    "training": CONTRACTS | {"vision", "model", "hub", "datasets", "inference", "eval"},
     "eval": CONTRACTS | {"vision", "model", "hub", "datasets", "inference"},
 }
 HEAVY = ("torch", "open_clip", "timm", "transformers", "torchvision", "matplotlib", "gradio", "tokenizers", "numpy")

@@ -39,6 +39,26 @@ def test_equals_cross_entropy(
     assert not ours[0][labels == IGNORE_INDEX].any()  # what is not learned gets exactly no gradient
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_each_position_may_have_a_factor(monkeypatch: pytest.MonkeyPatch, softcap: float | None) -> None:
+    """Of either sign, in value and gradients of states and weights, over the bounds of chunks."""
+    monkeypatch.setattr(module, "CHUNK", 4)
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
+    labels, scales = torch.randint(0, 23, (2, 5)), torch.randn(2, 5)
+    labels[0, 1] = IGNORE_INDEX
+    value, count = next_token_loss(hidden, weight, labels, softcap=softcap, scales=scales)
+    logits = hidden @ weight.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
+    expected = (each * scales.flatten()).sum()
+    assert int(count) == 9
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(total, [hidden, weight]) for total in (value, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_gradcheck() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(1, 4, 3, dtype=torch.float64, requires_grad=True)

@@ -7,7 +7,7 @@ them x100 (CIDEr-D 0.847 is "84.7").
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +51,7 @@ class CaptionScore:
         n = len(counts)
         offsets = np.arange(len(indices))[:, None] * n
         times_drawn = np.bincount((indices + offsets).ravel(), minlength=len(indices) * n).reshape(-1, n)
-        return _bleu_from_counts(times_drawn @ counts)[:, -1]
+        return bleu_from_counts(times_drawn @ counts)[:, -1]
 
 
 def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScore:
@@ -61,33 +61,32 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> C
     image scores 0, and a caption too short to have 4-grams loses a quarter. Raises MMGPTError for unequal or
     empty input.
     """
-    tokenized = _tokenize(candidates, references)
     counts = [
-        (_ngram_counts(candidate.split()), [_ngram_counts(reference.split()) for reference in group])
-        for candidate, group in tokenized
+        (ngram_counts(candidate.split()), [ngram_counts(reference.split()) for reference in group])
+        for candidate, group in _tokenize(candidates, references)
     ]
-    document_frequency: Counter[Ngram] = Counter()
-    for _, group in counts:
-        document_frequency.update({ngram for reference in group for ngram in reference})
-    log_images = math.log(len(counts))
+    metric = CiderD(group for _, group in counts)
+    per_item = np.array([metric.score(candidate, group) for candidate, group in counts])
+    return CaptionScore(metric="CIDEr-D", score=float(per_item.mean()), per_item=per_item)
 
-    def vector(ngrams: Counter[Ngram]) -> tuple[dict[Ngram, float], list[float], int]:
-        """tf-idf weights, their norm for each n, and the number of bigrams."""
-        weights: dict[Ngram, float] = {}
-        squares = [0.0] * _MAX_N
-        for ngram, count in ngrams.items():
-            weight = count * (log_images - math.log(max(1, document_frequency[ngram])))
-            weights[ngram] = weight
-            squares[len(ngram) - 1] += weight * weight
-        bigrams = sum(count for ngram, count in ngrams.items() if len(ngram) == 2)
-        return weights, [math.sqrt(square) for square in squares], bigrams
 
-    per_item = np.zeros(len(counts))
-    for item, (candidate, group) in enumerate(counts):
-        weights, norms, bigrams = vector(candidate)
+class CiderD:
+    """CIDEr-D of single captions, whose document frequencies are those of a set of images."""
+
+    def __init__(self, images: Iterable[Sequence[Counter[Ngram]]]):
+        """`images`: of each image the n-grams of its references (`ngram_counts`)."""
+        self.document_frequency: Counter[Ngram] = Counter()
+        self.num_images = 0
+        for group in images:
+            self.document_frequency.update({ngram for reference in group for ngram in reference})
+            self.num_images += 1
+
+    def score(self, candidate: Counter[Ngram], references: Sequence[Counter[Ngram]]) -> float:
+        """0..10, the mean over the references."""
+        weights, norms, bigrams = self._vector(candidate)
         total = 0.0
-        for reference in group:
-            reference_weights, reference_norms, reference_bigrams = vector(reference)
+        for reference in references:
+            reference_weights, reference_norms, reference_bigrams = self._vector(reference)
             dots = [0.0] * _MAX_N
             for ngram, weight in weights.items():
                 if ngram in reference_weights:
@@ -97,8 +96,19 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> C
             for dot, norm, reference_norm in zip(dots, norms, reference_norms, strict=True):
                 if norm and reference_norm:
                     total += penalty * dot / (norm * reference_norm)
-        per_item[item] = 10 * total / (_MAX_N * len(group))
-    return CaptionScore(metric="CIDEr-D", score=float(per_item.mean()), per_item=per_item)
+        return 10 * total / (_MAX_N * len(references))
+
+    def _vector(self, ngrams: Counter[Ngram]) -> tuple[dict[Ngram, float], list[float], int]:
+        """tf-idf weights, their norm for each n, and the number of bigrams."""
+        log_images = math.log(self.num_images)
+        weights: dict[Ngram, float] = {}
+        squares = [0.0] * _MAX_N
+        for ngram, count in ngrams.items():
+            weight = count * (log_images - math.log(max(1, self.document_frequency[ngram])))
+            weights[ngram] = weight
+            squares[len(ngram) - 1] += weight * weight
+        bigrams = sum(count for ngram, count in ngrams.items() if len(ngram) == 2)
+        return weights, [math.sqrt(square) for square in squares], bigrams
 
 
 def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]], *, max_n: int = 4) -> list[CaptionScore]:
@@ -107,22 +117,13 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]], *, max_
     The reference length is that of the reference closest in length, the shorter one on ties. Raises MMGPTError for
     unequal or empty input.
     """
-    rows = []
-    for candidate_text, group_texts in _tokenize(candidates, references):
-        candidate = candidate_text.split()
-        group = [reference.split() for reference in group_texts]
-        most: Counter[Ngram] = Counter()
-        for reference in group:
-            most |= _ngram_counts(reference, max_n)
-        matches = [0] * max_n
-        for ngram, count in _ngram_counts(candidate, max_n).items():
-            matches[len(ngram) - 1] += min(count, most[ngram])
-        guesses = [max(0, len(candidate) - n) for n in range(max_n)]
-        closest = min((abs(len(reference) - len(candidate)), len(reference)) for reference in group)[1]
-        rows.append([len(candidate), closest, *matches, *guesses])
+    rows = [
+        bleu_counts(candidate.split(), [reference.split() for reference in group], max_n)
+        for candidate, group in _tokenize(candidates, references)
+    ]
     counts = np.array(rows, dtype=np.float64)
-    per_item = _bleu_from_counts(counts)
-    corpus = _bleu_from_counts(counts.sum(axis=0, keepdims=True))[0]
+    per_item = bleu_from_counts(counts)
+    corpus = bleu_from_counts(counts.sum(axis=0, keepdims=True))[0]
     return [
         CaptionScore(
             metric=f"BLEU-{n}",
@@ -132,6 +133,19 @@ def bleu(candidates: Sequence[str], references: Sequence[Sequence[str]], *, max_
         )
         for n in range(1, max_n + 1)
     ]
+
+
+def bleu_counts(candidate: list[str], references: Sequence[list[str]], max_n: int = _MAX_N) -> list[int]:
+    """Of one tokenised caption, as in `CaptionScore.bleu_counts`: (2 + 2n)."""
+    most: Counter[Ngram] = Counter()
+    for reference in references:
+        most |= ngram_counts(reference, max_n)
+    matches = [0] * max_n
+    for ngram, count in ngram_counts(candidate, max_n).items():
+        matches[len(ngram) - 1] += min(count, most[ngram])
+    guesses = [max(0, len(candidate) - n) for n in range(max_n)]
+    closest = min((abs(len(reference) - len(candidate)), len(reference)) for reference in references)[1]
+    return [len(candidate), closest, *matches, *guesses]
 
 
 def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScore:
@@ -170,11 +184,12 @@ def _tokenize(candidates: Sequence[str], references: Sequence[Sequence[str]]) ->
     ]
 
 
-def _ngram_counts(words: list[str], max_n: int = _MAX_N) -> Counter[Ngram]:
+def ngram_counts(words: list[str], max_n: int = _MAX_N) -> Counter[Ngram]:
+    """How often each run of 1 to `max_n` words comes."""
     return Counter(tuple(words[i : i + n]) for n in range(1, max_n + 1) for i in range(len(words) - n + 1))
 
 
-def _bleu_from_counts(counts: np.ndarray) -> np.ndarray:
+def bleu_from_counts(counts: np.ndarray) -> np.ndarray:
     """(N, 2 + 2n) counts as in `CaptionScore.bleu_counts` -> (N, n) BLEU-1 to BLEU-n."""
     max_n = (counts.shape[1] - 2) // 2
     length, reference_length = counts[:, 0], counts[:, 1]

@@ -17,7 +17,9 @@ CHUNK = 512  # positions projected at a time: 512 · 49,152 float32 logits are 1
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, scales: Tensor | None
+    ) -> Tensor:
         precise = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=precise)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -28,11 +30,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if softcap is not None:
                 bent = torch.tanh(logits / softcap)
                 logits = softcap * bent
-            total += F.cross_entropy(logits, labels[rows], reduction="sum")
+            if scales is None:
+                total += F.cross_entropy(logits, labels[rows], reduction="sum")
+            else:
+                total += F.cross_entropy(logits, labels[rows], reduction="none") @ scales[rows].to(precise)
             if grad_hidden is None and grad_weight is None:
                 continue
             grad = logits.softmax(dim=-1)
             grad[torch.arange(len(grad), device=grad.device), labels[rows]] -= 1
+            if scales is not None:
+                grad *= scales[rows].to(precise).unsqueeze(1)
             if softcap is not None:
                 grad *= 1 - bent * bent
             grad = grad.to(hidden.dtype)
@@ -44,7 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_output
         return (
@@ -52,20 +59,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
             None,
             None,
+            None,
         )
 
 
 def next_token_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    softcap: float | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The summed cross-entropy (nats) over supervised positions, and their count.
 
     hidden (B, T, D), weight (V, D), labels (B, T) already shifted; `softcap` is the decoder's `logit_softcap`.
+    scales (B, T): what each position's loss is multiplied by, of either sign; None: 1.
     The caller divides by the step's global count, so that micro-batches with more targets weigh more.
     """
     if not torch.is_grad_enabled():  # autograd functions are not told, and would compute gradients for nothing
         weight = weight.detach()
     supervised = labels != IGNORE_INDEX
     rows = hidden[supervised]  # (M, D)
-    loss = _ChunkedCrossEntropy.apply(rows, weight, labels[supervised], softcap)
+    own = None if scales is None else scales[supervised]
+    loss = _ChunkedCrossEntropy.apply(rows, weight, labels[supervised], softcap, own)
     return loss, supervised.sum()

@@ -25,6 +25,7 @@ from mm_gpt.training.contrastive import ContrastiveRecipe, ContrastiveTask
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import TrainConfig, train
+from mm_gpt.training.self_critical import SelfCriticalRecipe, SelfCriticalTask
 from mm_gpt.training.semicausal import SemiCausalRecipe, SemiCausalTask
 from mm_gpt.training.stage import Stage
 from mm_gpt.vision.concepts import ConceptsConfig
@@ -36,7 +37,7 @@ from mm_gpt.vision.transforms import ImageTransformConfig
 
 logger = logging.getLogger(__name__)
 
-Recipe = LanguageRecipe | SemiCausalRecipe | ContrastiveRecipe | ClassificationRecipe
+Recipe = LanguageRecipe | SemiCausalRecipe | SelfCriticalRecipe | ContrastiveRecipe | ClassificationRecipe
 
 HALF = (0.5, 0.5, 0.5)
 LITE2 = VisionConfig(model="timm/tf_efficientnet_lite2", image_size=256)
@@ -172,13 +173,13 @@ def default_concepts(data: str) -> LanguageRecipe:
     recipe = default_joint(data)
     return dataclasses.replace(
         recipe,
-        train=dataclasses.replace(recipe.train, steps=1000, lr=8e-4, warmup_steps=20),
+        train=dataclasses.replace(recipe.train, steps=880, lr=7e-4, warmup_steps=20),
         model=None,
         image=None,
         sources=(
-            *_mixed(recipe.sources, flickr8k=1.0, coco2017_mini=3.0, daquar=1.6, easy_vqa=0.8, nlvr1=0.1, chats=1.0),
-            SourceConfig(path="concepts/classes.tar"),
-            SourceConfig(path="concepts/photos.tar"),
+            *_mixed(recipe.sources, flickr8k=0.8, coco2017_mini=3.0, daquar=1.8, easy_vqa=0.8, nlvr1=0.1, chats=1.2),
+            SourceConfig(path="concepts/classes.tar", repeat=0.14, format="captioned"),
+            SourceConfig(path="concepts/photos.tar", repeat=0.35),
         ),
         start="runs/default_joint/best",
         concepts=imagenet_concepts(),
@@ -191,6 +192,18 @@ def imagenet_concepts() -> ConceptsConfig:
     """ImageNet's thousand classes as people call them."""
     classes = read_classes()
     return ConceptsConfig(names=tuple(c.plain for c in classes), kinds=tuple(c.kind for c in classes))
+
+
+def default_critical(data: str) -> SelfCriticalRecipe:
+    """Captions after the others: what the model samples itself is rewarded by CIDEr-D (self-critical training)."""
+    return SelfCriticalRecipe(
+        train=TrainConfig(steps=300, lr=1e-4, warmup_steps=10, final_lr=0.1, validate_every=50, save_every=50),
+        start="runs/default_concepts/best",
+        sources=(*(SourceConfig(path=path) for path in FLICKR8K_TRAIN), SourceConfig(path="coco2017_mini")),
+        validation=(SourceConfig(path=FLICKR8K_VALIDATION),),
+        max_captions=2,
+        data=data,
+    )
 
 
 def _mixed(sources: tuple[SourceConfig, ...], *, chats: float, **repeat: float) -> tuple[SourceConfig, ...]:
@@ -312,6 +325,7 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
     "default_joint": default_joint,
     "default_questions": default_questions,
     "default_concepts": default_concepts,
+    "default_critical": default_critical,
 }
 
 
@@ -358,6 +372,8 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: boo
             stage = LanguageTask(recipe)
         case SemiCausalRecipe():
             stage = SemiCausalTask(recipe)
+        case SelfCriticalRecipe():
+            stage = SelfCriticalTask(recipe)
         case ClassificationRecipe():
             stage = ClassificationTask(recipe)
         case _:
