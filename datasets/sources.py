@@ -206,7 +206,8 @@ def _is_img2dataset(info: SourceInfo) -> bool:
 
 
 def _is_captioned_archive(info: SourceInfo) -> bool:
-    return any(os.path.splitext(name)[1].lower() in _IMAGES for name in info.members)
+    has_images = any(os.path.splitext(name)[1].lower() in _IMAGES for name in info.members)
+    return has_images or bool(info.members and "concepts" in info.row)
 
 
 def _table(*formats: Format) -> dict[str, Format]:

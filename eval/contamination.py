@@ -20,8 +20,8 @@ from mm_gpt.errors import MMGPTError, unknown_name
 from mm_gpt.eval.metrics.statistics import bootstrap_statistic
 
 if TYPE_CHECKING:
+    from mm_gpt.eval.base import Score, Task
     from mm_gpt.eval.config import EvalConfig
-    from mm_gpt.eval.tasks import Score, Task
     from mm_gpt.inference.assistant import Assistant
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def _split(score: Score, is_dirty: np.ndarray, groups: np.ndarray, task: Task) -
 
 def _part(score: Score, keep: np.ndarray, groups: np.ndarray, seed: int) -> dict[str, float | None]:
     """The score of the items in `keep`, bool (N,), and its interval where they are of two groups or more."""
-    from mm_gpt.eval.tasks import RatioScore
+    from mm_gpt.eval.base import RatioScore
 
     if not keep.any():
         return {"value": None, "low": None, "high": None}
@@ -173,7 +173,7 @@ def _relative_difference(score: Score, is_clean: np.ndarray, groups: np.ndarray,
 
 def _clean_resampler(score: Score, is_clean: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Group indices (R, G) -> the score of the clean items among them, (R,); nan where there are none."""
-    from mm_gpt.eval.tasks import RatioScore
+    from mm_gpt.eval.base import RatioScore
 
     if isinstance(score, RatioScore):
         return dataclasses.replace(score, totals=score.totals * is_clean, weights=score.weights * is_clean).resampled

@@ -24,8 +24,8 @@ from mm_gpt.errors import MMGPTError, unknown_name
 from mm_gpt.eval.config import EvalConfig
 
 if TYPE_CHECKING:
+    from mm_gpt.eval.base import Score, Task
     from mm_gpt.eval.contamination import DirtyItems
-    from mm_gpt.eval.tasks import Score, Task
     from mm_gpt.inference.assistant import Assistant
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ INTERVALS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mm-gpt eval`."""
-    parser.description = "Evaluate a model: captioning and vqa on images, perplexity on plain text."
-    parser.add_argument("--task", required=True, help="captioning, vqa or perplexity")
+    parser.description = "Evaluate a model: captioning, vqa and naming on images, perplexity on plain text."
+    parser.add_argument("--task", required=True, help="captioning, vqa, naming or perplexity")
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="PATH", help="tars or folders of records; text files for perplexity"
     )
@@ -54,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--control",
         action="append",
         metavar="NAME",
-        help="also run without the right image: shuffled, blank, no-image, all; repeatable. For perplexity: before, "
-        "the decoder before it was adapted (there the default)",
+        help="also run without the right image: shuffled, blank, no-image; of a model that has concepts "
+        "no-concepts and concepts-alone; all; repeatable. For perplexity: before, the decoder before it was adapted "
+        "(there the default)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images (windows of text)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: %(default)s")
@@ -128,7 +129,7 @@ def evaluate(
     if config.task not in TASKS:
         raise MMGPTError(unknown_name("task", config.task, TASKS))
     kind = TASKS[config.task]
-    chosen, is_explicit = _controls(config.controls, kind), config.controls is not None
+    chosen, named = _controls(config.controls, kind), config.controls or ()
     earlier = None if restart else _read_results(output)
     assistant = assistant or load(config.model, device=config.device, dtype=config.dtype)
     config = dataclasses.replace(
@@ -142,7 +143,7 @@ def evaluate(
         try:
             task.check_control(control)
         except MMGPTError as error:
-            if is_explicit:
+            if control in named:  # not by "all", nor as a default
                 raise
             logger.warning("%s", error)
             config = dataclasses.replace(config, controls=tuple(c for c in config.controls or () if c != control))

@@ -1,7 +1,8 @@
 """Questions about the training photos whose answers their captions and the trunk's scores agree on.
 
-A class is named only where the captions support it: they say dog, and the trunk says golden retriever. Where they do not,
-what the captions say is the truth, and an animal that only the trunk sees is not there. That teaches when to trust it.
+A class is named only where the captions support it: they say dog, and the trunk says golden retriever. Where they do
+not, what the captions say is the truth, and an animal that only the trunk sees is not there. That teaches when to trust
+it.
 """
 
 import random
@@ -15,7 +16,7 @@ from torch import Tensor
 from trunk_scores import Trunk, scores_of
 
 from mm_gpt.datasets.formats.captioned import read_records
-from mm_gpt.datasets.loading.caption_questions import MainThing, main_thing, shows_animal, shows_people
+from mm_gpt.datasets.loading.caption_facts import MainThing, main_thing, shows_animal, shows_people
 from mm_gpt.datasets.samples import ErrorCounter, QuestionAnswer
 from mm_gpt.vision.imagenet import CLASSES, is_kind, is_named
 
@@ -51,7 +52,9 @@ class Seen:
         return self._index[name]
 
 
-def photo_records(data: Path, kept: Path, trunk: Trunk, seed: int) -> Iterator[tuple[str, dict[str, Any], bytes | None]]:
+def photo_records(
+    data: Path, kept: Path, trunk: Trunk, seed: int
+) -> Iterator[tuple[str, dict[str, Any], bytes | None]]:
     """(key, `{"qa": ...}`, the image file as it is) of each photo that something can be asked about."""
     kinds = KindNames(CLASSES)
     for place in TARS:
@@ -99,9 +102,11 @@ def caption_pairs(captions: Sequence[str], seen: Seen, kinds: KindNames, rng: ra
             yield rng.choice(both)
     if len(captions) < 3:
         return
-    asked = rng.choice((f"Is there a person in the {photo}?", f"Are there people in the {photo}?", "Can you see a person?"))
+    asked = rng.choice(
+        (f"Is there a person in the {photo}?", f"Are there people in the {photo}?", "Can you see a person?")
+    )
     people = shows_people(captions)
-    if people >= 3 and rng.random() < 0.25:
+    if people >= 3 and rng.random() < 0.15:
         yield _pair(asked, "yes")
     elif people == 0:
         yield _pair(asked, "no")
@@ -146,7 +151,9 @@ def _presence(captions: Sequence[str], seen: Seen, kinds: KindNames, photo: str,
     there = rng.choice(("Is there {} in the {}?", "Can you see {} in the {}?"))
 
     def ask(name: str, answer: str) -> Pair:
-        return _pair((there.replace("Is", "Are") if is_plural(name) else there).format(with_article(name), photo), answer)
+        return _pair(
+            (there.replace("Is", "Are") if is_plural(name) else there).format(with_article(name), photo), answer
+        )
 
     said = [n for n in seen.names[:5] if seen.scores[n] >= 0.2 and any(is_named(c, seen.index(n)) for c in captions)]
     if said and not is_plural(said[0]) and rng.random() < 0.7:

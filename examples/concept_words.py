@@ -15,15 +15,18 @@ def _words(text: str) -> frozenset[str]:
 
 
 PLURAL = _words(
-    "binoculars; jeans; maracas; pajamas; panpipes; parallel bars; sunglasses; swimming trunks; mashed potatoes; clothes; "
+    "binoculars; jeans; maracas; pajamas; panpipes; parallel bars; sunglasses; swimming trunks; mashed "
+    "potatoes; clothes; "
     "glasses; cosmetics"
 )
 MASS = _words(
-    "broccoli; cauliflower; corn; guacamole; ice cream; face powder; hair spray; lotion; sunscreen; perfume; velvet; wool; "
+    "broccoli; cauliflower; corn; guacamole; ice cream; face powder; hair spray; lotion; sunscreen; perfume; "
+    "velvet; wool; "
     "hay; dough; chocolate sauce; red wine; espresso; eggnog; soup; toilet paper; chain mail; rapeseed; coral; "
     "pasta carbonara; food; furniture; water; clothing; jewelry; equipment; bread; armor; fabric; pasta; paper; sports "
-    "equipment; cosmetics; cloth; wine; coffee; dessert; land; meat; "
-        "medical equipment; lab equipment; computer equipment; electronics; stationery; hardware; bedding; grass; hair; shelter"
+    "equipment; cloth; wine; coffee; dessert; land; meat; "
+    "medical equipment; lab equipment; computer equipment; electronics; stationery; hardware; bedding; grass; "
+    "hair; shelter"
 )
 # Kinds that one picture may be called by both names of.
 RELATED = tuple(
@@ -45,7 +48,8 @@ RELATED = tuple(
             "whale; shark; fish; seal; sea creature",
             "rodent; rabbit",
             "worm; snake; sea creature; shell; crab",
-            "car; truck; van; bus; vehicle; cart; train; bicycle; motorcycle; military vehicle; car part; ride; machine; sled",
+            "car; truck; van; bus; vehicle; cart; train; bicycle; motorcycle; military vehicle; car part; "
+            "ride; machine; sled",
             "boat; ship; vehicle; pier; water; sea; coast",
             "airplane; aircraft; spacecraft; vehicle; weapon",
         ),
@@ -58,12 +62,15 @@ TOGETHER = tuple(
         (
             "desktop computer; computer monitor; keyboard; computer mouse; laptop; desk; computer; television; website",
             "refrigerator; stove; microwave; dishwasher; sink; dining table; plate of food",
-            "plate of food; cheeseburger; hot dog; pizza; soup; mashed potatoes; burrito; guacamole; hot pot; meat loaf",
+            "plate of food; cheeseburger; hot dog; pizza; soup; mashed potatoes; burrito; guacamole; hot pot; "
+            "meat loaf",
             "cup; coffee mug; espresso; soup bowl; teapot; saucer",
-            "car wheel; car grille; sports car; convertible; car mirror; station wagon; race car; taxi; limousine; vintage "
+            "car wheel; car grille; sports car; convertible; car mirror; station wagon; race car; taxi; "
+            "limousine; vintage "
             "car; jeep; minivan; pickup truck; seat belt; car; truck",
             "horse; horse cart; ox; ox cart; plow",
-            "lake; boathouse; dock; canoe; pier; water; boat; mountain; valley; cliff; beach; sandbar; headland; breakwater",
+            "lake; boathouse; dock; canoe; pier; water; boat; mountain; valley; cliff; beach; sandbar; "
+            "headland; breakwater",
             "church; bell tower; dome; altar; monastery; palace; castle; mosque; vaulted ceiling; building; tower",
             "orange; lemon; banana; apple; pineapple; grocery store; fruit",
             "bottle cap; soda bottle; beer bottle; wine bottle; water bottle; red wine; beer glass; goblet",
@@ -76,7 +83,8 @@ TOGETHER = tuple(
             "bookcase; library; bookstore; comic book; book",
             "tripod; camera; Polaroid camera; lens cap; projector",
             "couch; pillow; table lamp; lampshade; window shade; home theater; entertainment center; television; rug",
-            "coral reef; coral; sea anemone; clown fish; angelfish; lionfish; starfish; sea urchin; scuba diver; sea cucumber",
+            "coral reef; coral; sea anemone; clown fish; angelfish; lionfish; starfish; sea urchin; scuba "
+            "diver; sea cucumber",
         ),
     )
 )

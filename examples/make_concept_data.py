@@ -3,9 +3,9 @@
     python examples/make_concept_data.py DATA OUT
 
 `OUT/classes.tar` has records without an image for each of ImageNet's 1,000 classes: scores as the classifier might give
-them, with questions and captions whose answers hold whatever such a picture shows. So the model learns to say words that
-no caption of its photos has. `OUT/photos.tar` has the training photos of DATA with questions whose answers the photo's
-captions and the trunk's scores agree on (see `concept_photos.py`). The same seed gives the same bytes.
+them, with questions and captions whose answers hold whatever such a picture shows. So the model learns to say words
+that no caption of its photos has. `OUT/photos.tar` has the training photos of DATA, with questions whose answers the
+photo's captions and the trunk's scores agree on (see `concept_photos.py`). The same seed gives the same bytes.
 """
 
 import argparse
@@ -31,8 +31,9 @@ from mm_gpt.vision.imagenet import CLASSES
 LISTED = 10
 """Names with scores in a record."""
 CAPTIONS = (
-    *("{A}.", "{A}.", "A close-up of {a}.", "A photo of {a}.", "A picture of {a}.", "{This} {a}.", "A close-up photo of {a}."),
-    *("{There} {a} in the picture.", "{A} in a photo.", "The photo shows {a}.", "{A} can be seen in the picture."),
+    *("{A}.", "{A}.", "A close-up of {a}.", "A photo of {a}.", "A picture of {a}.", "{This} {a}."),
+    *("A close-up photo of {a}.", "{There} {a} in the picture.", "{A} in a photo.", "The photo shows {a}."),
+    "{A} can be seen in the picture.",
 )  # fmt: skip
 ANIMAL_CAPTIONS = (*CAPTIONS, "{A} looks at the camera.", "{A} is looking at something.", "{A} up close.")
 UNSURE = 0.4
@@ -40,7 +41,7 @@ UNSURE = 0.4
 
 
 def simulated_scores(target: int, nearness: Tensor, rng: random.Random) -> dict[str, float]:
-    """Probabilities by plain name, the target's the highest: the rest goes to what looks like it, and a little anywhere.
+    """Probabilities by plain name, the target's the highest. The rest goes to what looks like it, a little anywhere.
 
     `nearness`: cosines (1000,) of the classifier's rows with the target's.
     """
@@ -56,7 +57,9 @@ def simulated_scores(target: int, nearness: Tensor, rng: random.Random) -> dict[
     for index, score in scores.items():
         merged[CLASSES[index].plain] += min(score, 0.9 * top)
     own = merged[CLASSES[target].plain]
-    limited = {name: value if name == CLASSES[target].plain else min(value, 0.9 * own) for name, value in merged.items()}
+    limited = {
+        name: value if name == CLASSES[target].plain else min(value, 0.9 * own) for name, value in merged.items()
+    }
     best = sorted(limited.items(), key=lambda item: (-item[1], item[0]))[:LISTED]
     return {name: round(min(value, 1.0), 4) for name, value in best if value >= 0.003}
 
@@ -107,7 +110,9 @@ def _questions(target: int, scores: dict[str, float], is_animal: bool, rng: rand
         naming += [_pair(asked, name), _pair(asked, name)]
     yield from rng.sample(naming, 2)
     wrong = [other for other in scores if other != name and KINDS.are_apart(other, name)]
-    same_kind = [other for other in KINDS.members(kind) if other != name and KINDS.are_apart(other, name)] if kind else []
+    same_kind = (
+        [other for other in KINDS.members(kind) if other != name and KINDS.are_apart(other, name)] if kind else []
+    )
     hard = wrong[:2] + rng.sample(same_kind, min(2, len(same_kind)))
     if hard:
         other = rng.choice(hard)

@@ -55,7 +55,7 @@ class Trunk:
 
 
 def scores_of(tar: Path, kept: Path, trunk: Trunk) -> dict[str, Tensor]:
-    """Probabilities (1000,) of each photo of a tar by its key. Kept in the folder `kept`; broken photos are left out."""
+    """Probabilities (1000,) of each photo of a tar by its key, kept in the folder `kept`. Broken ones are left out."""
     state = tar.stat()
     name = hashlib.sha256(f"{tar.resolve()} {state.st_size} {SIDE}".encode()).hexdigest()[:16]
     file = kept / f"{tar.parent.name}-{tar.stem}-{name}.safetensors"

@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 
 from mm_gpt.datasets.formats.captioned import clean_caption, read_records
 from mm_gpt.datasets.samples import ErrorCounter, QuestionAnswer, Record
+from mm_gpt.document import Concepts
 from mm_gpt.errors import MMGPTError
 
 JPEG = b"\xff\xd8 not decoded here"
+LICENCE = {"licence": "CC0"}
+BAD_SCORE = "a concept's score is not a number from 0 to 1"
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -188,6 +191,15 @@ def test_tars_from_elsewhere_and_by_pattern(tmp_path: Path) -> None:
         ([("k.jpg", JPEG), ("k.json", b'{"captions": [1]}')], "captions are not text"),
         ([("k.jpg", JPEG), ("k.json", b'{"qa": [{"question": "q"}]}')], "question without text or answer"),
         ([("k.jpg", JPEG), ("k.txt", b"\xff\xfe\x00")], "text is not UTF-8"),
+        ([("k.json", b'{"concepts": {"cat": 0.9}}')], "no captions or questions"),
+        ([("k.json", b'{"concepts": {}, "caption": "x"}')], "concepts are not names with scores"),
+        ([("k.json", b'{"concepts": ["cat"], "caption": "x"}')], "concepts are not names with scores"),
+        ([("k.json", b'{"concepts": null, "caption": "x"}')], "concepts are not names with scores"),
+        ([("k.json", b'{"concepts": {" ": 0.5}, "caption": "x"}')], "a concept without a name"),
+        *(
+            ([("k.json", b'{"concepts": {"cat": %s}, "caption": "x"}' % value)], BAD_SCORE)
+            for value in (b"1.5", b"-0.1", b"NaN", b'"0.5"', b"true", b"null")
+        ),
     ],
 )
 def test_bad_records_are_counted_named_and_skipped(
@@ -201,6 +213,18 @@ def test_bad_records_are_counted_named_and_skipped(
     assert errors.counts == {reason: 1}
     assert "t.tar:k" in caplog.text
     assert errors.summary() == f"1 record skipped: 1 {reason} (t.tar:k)"
+
+
+def test_concepts_stand_for_an_image_that_is_not_there(tmp_path: Path) -> None:
+    values = {"concepts": {"golden retriever": 0.81, "dog sled": 0}, "captions": ["A dog ."], "licence": "CC0"}
+    tar = write_tar(
+        tmp_path / "t.tar",
+        [("a.json", json.dumps(values).encode()), ("b.jpg", JPEG), ("b.json", json.dumps(values).encode())],
+    )
+    (without, beside), errors = read(tar)
+    assert errors.total == 0
+    assert without == Record("a", Concepts({"golden retriever": 0.81, "dog sled": 0.0}), ("A dog .",), (), "t", LICENCE)
+    assert beside.image == JPEG  # what is seen comes before what is said
 
 
 def test_pickle_members_are_never_loaded(tmp_path: Path) -> None:

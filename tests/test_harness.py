@@ -26,12 +26,13 @@ from mm_gpt.datasets.loading.draws import training_prompt
 from mm_gpt.datasets.samples import QuestionAnswer
 from mm_gpt.document import Document, Text
 from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.eval.base import RatioScore, derangement
 from mm_gpt.eval.config import EvalConfig
 from mm_gpt.eval.harness import add_arguments, evaluate, git_commit, model_sha256, run, table
 from mm_gpt.eval.metrics.captions import bleu, cider_d, rouge_l
 from mm_gpt.eval.metrics.statistics import wilson_interval
 from mm_gpt.eval.perplexity import windows
-from mm_gpt.eval.tasks import RatioScore, accepted_answers, derangement
+from mm_gpt.eval.tasks import accepted_answers
 from mm_gpt.hub.checkpoint import save_model
 from mm_gpt.hub.decoders import decoder_table, part_sizes
 from mm_gpt.hub.weights import written

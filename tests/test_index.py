@@ -21,14 +21,14 @@ from webdataset import TarWriter
 
 from mm_gpt.datasets.loading import index
 from mm_gpt.datasets.loading.draws import DERIVED_SETS, RecordSampling, choose, draw_documents
-from mm_gpt.datasets.loading.index import Measure, Table, index_tables
+from mm_gpt.datasets.loading.index import Measure, PairMeasure, Table, index_tables
 from mm_gpt.datasets.loading.loader import Loader
 from mm_gpt.datasets.loading.plan import Plan
 from mm_gpt.datasets.loading.reader import Reader
 from mm_gpt.datasets.loading.sources import IndexedSource, SourceConfig, open_sources
 from mm_gpt.datasets.loading.store import TarFolder, open_store, write_array
 from mm_gpt.datasets.samples import Conversation, ErrorCounter, QuestionAnswer, Record, Sample
-from mm_gpt.document import Document, Image, Text
+from mm_gpt.document import Concepts, Document, Image, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.images import to_file
 from mm_gpt.processor import Batch, Processor
@@ -107,6 +107,58 @@ def test_a_plan_knows_the_length_of_what_is_drawn(
         is_caption = bool(captions) and document is found[0]
         if which < 2 and (is_caption or separate):
             assert length - wanted <= (0 if is_caption and not separate else 6)
+
+
+def test_concepts_are_records_of_a_plan(tmp_path: Path) -> None:
+    """Without pixels; beside photos in the same tar, and bad ones are named once the table is kept, too."""
+    good = {
+        "concepts": {"golden retriever": 0.8},
+        "captions": ["A dog."],
+        "qa": [{"question": "What?", "answer": "dog"}],
+    }
+    with TarWriter(str(tmp_path / "t.tar")) as tar:
+        tar.write({"__key__": "a", "json": json.dumps(good).encode()})
+        tar.write({"__key__": "b", "json": json.dumps({**good, "concepts": {"golden retriever": 2}}).encode()})
+        tar.write({"__key__": "c", "jpg": PICTURES[0], "json": json.dumps(good).encode()})
+    for _ in range(2):
+        errors = ErrorCounter()
+        source = source_of(tmp_path / "t.tar", errors=errors)
+        assert errors.counts == {"a concept's score is not a number from 0 to 1": 1}
+        assert source.tables[0].records[:, 0].tolist() == [0, 2]
+        units = units_of(source)
+        documents = [source.document(unit) for unit, _ in units]
+        assert sorted(d.id for d in documents) == ["a", "a", "c", "c"]
+        for document, (_, tokens) in zip(documents, units, strict=True):
+            assert tokens == len(PROCESSOR(document))
+            assert (document.images[0].source == Concepts({"golden retriever": 0.8})) == (document.id == "a")
+
+
+def test_concepts_in_batches_beside_photos(tmp_path: Path) -> None:
+    """Their pixels are blank, with and without augmentation."""
+    with TarWriter(str(tmp_path / "t.tar")) as tar:
+        values = {"concepts": {"golden retriever": 0.8}, "captions": ["A dog."]}
+        tar.write({"__key__": "a", "json": json.dumps(values).encode()})
+        tar.write({"__key__": "b", "jpg": PICTURES[0], "json": json.dumps({"captions": ["A circle."]}).encode()})
+    source = source_of(tmp_path / "t.tar")
+    for augment in (False, True):
+        reader = Reader([source], PROCESSOR, augment=augment, seed=0)
+        documents = {d.id: d for d in (source.document(unit) for unit, _ in units_of(source))}
+        skipped: list[tuple[str, str]] = []
+        read = {key: reader.read(d, skipped, iter([(0, 0, 0)])) for key, d in documents.items()}
+        assert not skipped
+        pixels = {key: found[1][0] for key, found in read.items() if found is not None}
+        assert not pixels["a"].any()
+        assert pixels["b"].any()
+        batch = reader.batch([[found[0]] for found in read.values() if found is not None], list(pixels.values()))
+        assert sorted(map(str, batch.image_concepts)) == ["None", "{'golden retriever': 0.8}"]
+
+
+def test_concepts_are_no_pairs(tmp_path: Path) -> None:
+    """Contrastive training needs pixels."""
+    errors = ErrorCounter()
+    record = Record("a", Concepts({"cat": 0.8}), ("A cat.",))
+    assert not len(PairMeasure(PROCESSOR.tokenizer).table([(0, record)], "t.tar", errors))
+    assert errors.summary() == "1 record skipped: 1 concepts without an image (t.tar:a)"
 
 
 def lengths(table: Table, measure: Measure, how: RecordSampling, number: int) -> list[int]:

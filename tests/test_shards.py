@@ -45,7 +45,7 @@ from mm_gpt.datasets.samples import (
     Sample,
     split_name,
 )
-from mm_gpt.document import Document, Image, Text
+from mm_gpt.document import Concepts, Document, Image, Text
 from mm_gpt.errors import MMGPTError
 
 
@@ -222,6 +222,18 @@ def test_parts_of_messages_as_people_write_them() -> None:
     read = from_members("a", members)
     assert isinstance(read, Conversation)
     assert read.messages[0]["content"] == ["What?", Image(PICTURES[0]), "And?"]
+
+
+def test_concepts_come_back() -> None:
+    record = Record(
+        "a", Concepts({"golden retriever": 0.8}), ("A dog.",), (QuestionAnswer("What?", "dog", ("dog",)),), "s"
+    )
+    members = to_members(record)
+    assert list(members) == ["json"]
+    assert from_members("x", members) == record
+    bad = {"json": members["json"].replace(b"0.8", b"8")}
+    with pytest.raises(BadRecordError, match="not a number from 0 to 1"):
+        from_members("x", bad)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ it, and learns when to believe them.
 Shapes: N images, C classes, U names and kinds, k concept tokens, D width of the decoder.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,27 +74,26 @@ class ConceptClassifier(nn.Module):
             pooled = x.mean(dim=1) if self.own is None else self.own(x).mean(dim=(2, 3))
             return self.classifier(pooled).float().softmax(dim=-1)
 
-    def load_untouched(self, state: Mapping[str, Tensor], trunk: EfficientNetLite) -> None:
-        """Take the weights of an EfficientNet-Lite with its classifier, in timm's names.
+    def load_untouched(self, state: Mapping[str, Tensor], trunk: nn.Module | None) -> None:
+        """Take the classifier's weights, and those of the blocks that are its own, from `state`.
 
-        Raises CheckpointError where classes or shapes differ, or where the blocks that `trunk` lends are not those.
+        For the `trunk` of an EfficientNet-Lite these are all of its weights before it was tuned, in timm's names; for
+        other towers `classifier.weight` and `classifier.bias`.
+        Raises CheckpointError where they do not fit, or where the blocks that `trunk` lends are other ones.
         """
-        first = len(trunk.blocks) - (0 if self.own is None else len(self.own.blocks))
-        for name, tensor in trunk.state_dict().items():
-            shared = not name.startswith(("conv_head.", "bn2."))
-            if (block := re.match(r"blocks\.(\d+)\.", name)) is not None:
-                shared = int(block[1]) < first
-            if (shared or self.own is None) and not _alike(tensor, state.get(name)):
-                raise CheckpointError(f"{name} of the tower is not that of the classifier's trunk: it was tuned")
+        if isinstance(trunk, EfficientNetLite):
+            own_blocks = 0 if self.own is None else len(self.own.blocks) + 1
+            for name, tensor in trunk.named_before(own_blocks):
+                if not _alike(tensor, state.get(name)):
+                    raise CheckpointError(f"{name} of the tower is not that of the classifier's trunk: it was tuned")
         own = {name: value for name, value in state.items() if name.startswith("classifier.")}
         if self.own is not None:
             own |= {f"own.{name}": state[name] for name in self.own.state_dict() if name in state}
         try:
             self.load_state_dict(own, strict=True)
         except RuntimeError as error:
-            raise CheckpointError(
-                f"not the weights of this classifier: {str(error).splitlines()[-1].strip()}"
-            ) from None
+            reason = str(error).splitlines()[-1].strip()
+            raise CheckpointError(f"not the weights of this classifier: {reason}") from None
 
 
 def _alike(tensor: Tensor, other: Tensor | None) -> bool:
@@ -173,8 +171,9 @@ class ConceptTokens(nn.Module):
                 at = end
         ids, is_kind, probability = (t.to(self.blank.device) for t in (ids, is_kind, probability))
         size = torch.stack([torch.ones_like(probability), probability, probability.log()], dim=-1)  # (N, k, 3)
-        told = embed(ids.clamp(min=0)) + torch.einsum("nkf,nkfd->nkd", size, self.of_score[is_kind])
-        return torch.where((ids >= 0).unsqueeze(-1), told, self.blank)
+        of_score = self.of_score[is_kind]  # (N, k, 3, D)
+        told = embed(ids.clamp(min=0)) + torch.einsum("nkf,nkfd->nkd", size.to(of_score.dtype), of_score)
+        return torch.where((ids >= 0).unsqueeze(-1), told, self.blank.to(told.dtype))
 
     def _sums(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities of names, and of kinds, on the CPU."""

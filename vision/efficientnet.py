@@ -59,6 +59,12 @@ class EfficientNetLite(nn.Module):
         x = F.relu6(self.bn1(self.conv_stem(x)), inplace=True)
         return self.blocks[: len(self.blocks) + 1 - last](x)
 
+    def named_before(self, last: int) -> list[tuple[str, Tensor]]:
+        """The weights that `before` uses, all of them for 0."""
+        own = [f"blocks.{n}." for n in range(len(self.blocks) + 1 - last, len(self.blocks))]
+        own += ["conv_head.", "bn2."] if last else []
+        return [(name, tensor) for name, tensor in self.state_dict().items() if not name.startswith(tuple(own))]
+
     def after(self, x: Tensor, last: int) -> Tensor:
         """The feature map, from what `before` gives."""
         x = self.blocks[len(self.blocks) + 1 - last :](x)

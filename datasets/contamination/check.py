@@ -130,8 +130,8 @@ def contents(sample: Sample) -> tuple[str, list[str], list[ImageSource]]:
     """
     if isinstance(sample, Record):
         asked = [f"{pair.question} {pair.answer}" for pair in sample.questions]
-        images = [] if isinstance(sample.image, Concepts) else [sample.image]
-        return sample.key, [*sample.captions, *asked], images
+        own: list[ImageSource] = [] if isinstance(sample.image, Concepts) else [sample.image]
+        return sample.key, [*sample.captions, *asked], own
     if isinstance(sample, Conversation):
         parts: list[Any] = []
         for message in sample.messages:

@@ -45,7 +45,19 @@ NO_CAPTIONS = """images without captions: put photo.txt (a caption in each line)
 captions.jsonl: {"image": "photo.jpg", "caption": "..."}"""
 """What to say of a folder of images alone."""
 MAX_MEMBER_BYTES = 64 * 2**20
-_NOT_METADATA = ("id", "key", "image", "concepts", "caption", "captions", "qa", "txt", "source", "exif", *IMAGE_SUFFIXES)
+_NOT_METADATA = (
+    "id",
+    "key",
+    "image",
+    "concepts",
+    "caption",
+    "captions",
+    "qa",
+    "txt",
+    "source",
+    "exif",
+    *IMAGE_SUFFIXES,
+)
 """`exif` tells where and with what a photo was taken: it is of no use here, and private."""
 
 

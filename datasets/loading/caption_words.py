@@ -208,6 +208,88 @@ SIMILAR = [{"man", "boy", "baby", "child"}, {"woman", "girl", "baby", "child"}, 
 SIMILAR += [{"cow", "bull"}, {"bicycle", "motorcycle"}, {"car", "truck", "bus"}, {"couch", "bed", "chair", "bench"}]
 SIMILAR += [{"child", "boy", "girl", "baby"}, {"sheep", "goat"}, {"surfboard", "snowboard", "skateboard"}]
 
+# Words of scenes in which these are often seen, and mentioned where they are.
+LIKELY_WITH = {
+    name: word_set(words)
+    for name, words in {
+        "dog": "grass field park yard collar leash lawn beach backyard animal cat",
+        "cat": "dog couch floor animal bed",
+        "horse": "field track racing race fence dirt grass cow cowboy animal farm rodeo",
+        "cow": "field grass horse animal farm",
+        "sheep": "field grass animal hill",
+        "bird": "lake water sea beach flying animal tree fountain",
+        "duck": "lake pond water river",
+        "boat": "beach shore water swimming swim dock",
+        "bicycle": "skateboard skateboarder trail dirt ramp woods path sidewalk helmet",
+        "motorcycle": "dirt track race racing helmet car",
+        "skateboard": "bicycle bmx railing concrete stairs scooter rollerblader",
+        "surfboard": "beach water swimming sand",
+        "snowboard": "snow snowy mountain sled winter",
+        "bench": "sidewalk wooden tree building couple",
+        "chair": "floor baby couple older",
+        "table": "couple lady cup plate glasses",
+        "car": "sidewalk building house bicycle motorcycle",
+        "truck": "car dirt",
+        "bus": "car sidewalk building",
+        "tree": "park field yard",
+        "ball": "jersey uniform field",
+        "frisbee": "field park grass jumps leaps",
+        "flag": "crowd building street",
+        "umbrella": "street coat couple",
+        "guitar": "microphone crowd stage",
+    }.items()
+}
+# What is no picture of the first, close as it stands to it. People see sex and age differently, so few of them.
+MISTAKEN_FOR = {
+    "dog": "cat horse sheep goat fox wolf rabbit cow",
+    "cat": "dog rabbit fox squirrel",
+    "horse": "cow dog camel donkey deer",
+    "cow": "horse sheep goat pig",
+    "bird": "squirrel butterfly airplane kite",
+    "sheep": "dog cow horse pig",
+    "monkey": "dog cat bear",
+    "man": "woman girl",
+    "woman": "man boy",
+    "boy": "girl woman",
+    "girl": "boy man",
+    "baby": "man woman",
+    "child": "dog cat",
+    "car": "bicycle boat train airplane",
+    "boat": "car airplane train",
+    "train": "boat airplane",
+    "airplane": "boat bird train",
+    "motorcycle": "car boat horse",
+    "bicycle": "car boat horse",
+}
+# Of two colours in one family people may say either.
+COLOUR_FAMILIES = [
+    word_set("brown tan gold beige orange red yellow"),
+    word_set("white beige silver gray tan yellow"),
+    word_set("black gray silver brown blue"),
+    word_set("blue purple green gray"),
+    word_set("red pink orange purple"),
+    word_set("yellow green orange gold"),
+]
+# What nobody does who does the first.
+OPPOSED = {
+    "running": "sleeping sitting swimming lying",
+    "jumping": "sleeping sitting swimming lying",
+    "walking": "sleeping sitting swimming lying",
+    "standing": "running swimming sleeping sitting lying",
+    "sitting": "running jumping swimming climbing walking standing",
+    "lying": "running jumping standing walking swimming",
+    "sleeping": "running jumping walking swimming eating",
+    "swimming": "sleeping climbing walking skiing",
+    "climbing": "swimming sleeping sitting skiing",
+    "surfing": "sleeping skiing climbing sitting",
+    "skiing": "swimming surfing sleeping sitting",
+    "snowboarding": "swimming surfing sleeping sitting",
+    "skateboarding": "swimming surfing sleeping sitting",
+    "dancing": "sleeping swimming sitting",
+    "sliding": "sleeping swimming standing",
+    "playing soccer": "sleeping swimming sitting",
+}
+
 _VERBS = word_set(
     "run jump sit stand walk sleep swim climb surf ski skate skateboard snowboard dance smile laugh slide "
     "swing leap dive "

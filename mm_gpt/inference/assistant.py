@@ -181,6 +181,17 @@ class Assistant:
         asked = (None if image is None else self.processor.chat([_user([image], prompt)]) for image in images)
         return self.engine.each(asked, self.caption_config(options), ahead=batch_size)
 
+    def concepts(self, image: ImageSource | Image) -> list[tuple[str, float]]:
+        """What the tower's classifier tells the decoder about an image: the likeliest kind ("dog"), then the names of
+        classes, each with its probability; nothing for a model without concepts. Raises ImageError.
+        """
+        if self.model.concepts is None:
+            return []
+        tiles = self.processor.tiled(image if isinstance(image, Image) else Image(image)).tiles
+        assert tiles is not None
+        with self.engine.lock, torch.inference_mode():
+            return self.model.told(tiles.pixel_values.to(self.model.device))[0]
+
     @overload
     def chat(
         self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Unpack[GenerationOptions]

@@ -108,7 +108,7 @@ class MMGPT(nn.Module):
             self.concepts = ConceptTokens(config.vision.concepts, width)
 
     def add_concepts(self, config: ConceptsConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer) -> None:
-        """Concepts for a tower without: `state` has the weights of its trunk as they were, with the classifier.
+        """Concepts for a tower without: `state` has what `ConceptClassifier.load_untouched` takes.
 
         Raises ConfigError or CheckpointError where they do not fit the tower.
         """
@@ -116,7 +116,7 @@ class MMGPT(nn.Module):
             raise ConfigError("this model reads text alone: it has no vision encoder for concepts")
         self.vision.add_concepts(config)
         assert self.vision.concepts is not None
-        self.vision.concepts.load_untouched(state, self.vision.tower.trunk)  # type: ignore[arg-type]
+        self.vision.concepts.load_untouched(state, getattr(self.vision.tower, "trunk", None))
         self.config = dataclasses.replace(self.config, vision=self.vision.config)
         self.concepts = ConceptTokens(config, self.decoder.config.width)
         self.concepts.tokenize(tokenizer.encode)
@@ -216,6 +216,14 @@ class MMGPT(nn.Module):
             patches, scores = self.vision.see(pixel_values.to(dtype), grids)
         # A tower may run in bf16 beside a connector in float32: see VisionEncoder.prepare
         return (patches if dtype == pixel_values.dtype else patches.to(self.decoder.dtype)), scores
+
+    def told(self, pixel_values: Tensor) -> list[list[tuple[str, float]]]:
+        """Of each image (N, 3, H, W) the kind and the names that the decoder is told, with their probabilities."""
+        if self.concepts is None:
+            raise MMGPTError("this model has no concepts")
+        scores = self._see(pixel_values, ())[1]
+        assert scores is not None
+        return self.concepts.told(scores)
 
     def _with_concepts(self, tokens: Tensor, scores: Tensor, batch: Batch) -> Tensor:
         """(N, k, D), the tokens of an image and of its concepts; blanks for what is not shown of it."""

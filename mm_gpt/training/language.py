@@ -356,16 +356,16 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
             length = max(length, recipe.row_length)
         config = ProcessorConfig(image=recipe.image, tokens_per_image=model.tokens_per_image, max_length=length)
         processor = Processor(tokenizer, config, vocab_size=vocab_size)
+    if recipe.vision_weights is not None:
+        if model.vision is None:
+            raise ConfigError("vision_weights need a model with a vision encoder")
+        load_vision(model.vision, recipe.vision_weights)
     if recipe.concepts is not None and model.concepts is None:
         add_concepts(model, recipe.concepts, recipe.concept_weights, processor.tokenizer)
         sized = dataclasses.replace(processor.config, tokens_per_image=model.tokens_per_image)
         processor = Processor(
             processor.tokenizer, sized, vocab_size=model.decoder.config.vocab_size, template=processor.template
         )
-    if recipe.vision_weights is not None:
-        if model.vision is None:
-            raise ConfigError("vision_weights need a model with a vision encoder")
-        load_vision(model.vision, recipe.vision_weights)
     if recipe.decoder == "full" and isinstance(model.config.decoder, str) and model.config.lora is None:
         # Its weights are no longer those that the name stands for: they are saved with the model.
         model.config = dataclasses.replace(model.config, decoder=model.decoder.config)

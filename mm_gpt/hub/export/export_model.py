@@ -14,6 +14,7 @@ import torch
 from mm_gpt.errors import CheckpointError, MMGPTError, unknown_name
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.hub.export.folder import write_folder
+from mm_gpt.hub.export.layout import INSTEAD
 from mm_gpt.hub.fetching.repository import CONFIG_FILE
 from mm_gpt.hub.gguf.mmproj import write_mmproj
 from mm_gpt.hub.gguf.writer import GGUF_TYPES, write_decoder
@@ -48,6 +49,8 @@ def export_model(
         raise MMGPTError(f"format {format}: {unknown_name('dtype', dtype, FORMATS[format])}")
     _check_place(Path(name), out, overwrite=overwrite)
     model, processor = load_model(name)
+    if model.concepts is not None and not decoder_only:
+        raise CheckpointError(f"{name}: concepts beside an image's tokens have no counterpart elsewhere; {INSTEAD}")
     model.merge_lora()
     place = out.resolve()  # a link to a folder stays, and what it leads to is replaced
     temporary = place.with_name(f".tmp-{place.name}")
