@@ -37,7 +37,7 @@ def add_ask(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     add_generation(parser, beams=1, tokens=128)
-    parser.add_argument("--json", action="store_true", help="print an object with the answer, its tokens, options and concepts")
+    parser.add_argument("--json", action="store_true", help="print an object: answer, tokens, concepts, options")
 
 
 def run_ask(args: argparse.Namespace) -> int:
