@@ -1,7 +1,7 @@
 """A page of photos drawn by chance, with what a model says of each: nothing is chosen.
 
     python examples/photo_set.py photos.tar
-    mm-gpt eval --task naming --data photos.tar -o naming.json
+    mm-gpt eval --task naming --data photos.tar --control all -o naming.json
     python examples/photo_page.py photos.tar docs --samples naming.samples.jsonl
 
 writes `docs/photos.md`, a list with sources, authors and licences, and `docs/photos.jpg`, one sheet of small pictures.
@@ -164,7 +164,7 @@ What `{model}` says of {count} of the {total} photos of things that ImageNet has
 
 ```
 python examples/photo_set.py photos.tar
-mm-gpt eval --task naming --data photos.tar -o naming.json
+mm-gpt eval --task naming --data photos.tar --control all -o naming.json
 python examples/photo_page.py photos.tar docs --samples naming.samples.jsonl
 ```
 
@@ -206,6 +206,7 @@ def write_page(
     if missing := [record.key for record in records if record.key not in said]:
         raise MMGPTError(f"nothing is said of photo {missing[0]}, and {len(missing) - 1} others")
     photos = [Said(record, *said[record.key]) for record in records]
+    out.mkdir(parents=True, exist_ok=True)
     with whole_file(out / "photos.jpg") as temporary:
         temporary.write_bytes(sheet(photos))
     write_text(out / "photos.md", page(photos, total=total, model=model))

@@ -1,9 +1,9 @@
 """The words that training data say about their pictures: what `mm_gpt.inference.hints` asks about a question.
 
-    python examples/seen_words.py mm_gpt/weights/default/words.txt flickr8k/train*.tar daquar/train*.tar
+    python examples/seen_words.py mm_gpt/weights/default/words.txt DATA/*/train*.tar DATA/concepts/classes.tar
 
-Takes tars with a JSON file for each picture, which holds `captions` or question-answer pairs (`qa`). A word counts if
-it came with at least `--least` pictures.
+Takes tars with a JSON file for each picture, or record of concepts without one, which holds `captions` or
+question-answer pairs (`qa`). A word counts if it came with at least `--least` of them.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def pictures(path: Path) -> Iterator[str]:
-    """All that is said about each picture."""
+    """All that is said about each picture, or about what its concepts would show."""
     with tarfile.open(path) as tar:
         for member in tar:
             if member.name.endswith(".json") and (file := tar.extractfile(member)) is not None:

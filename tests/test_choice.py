@@ -238,7 +238,7 @@ def test_what_is_beyond_it(question: str, images: int, said: str) -> None:
 
 def test_names_of_concepts_are_known(tmp_path: Path) -> None:
     """Stops: a hint that the model hardly met what its classifier tells it."""
-    (tmp_path / WORDS).write_text("ball\n")
+    (tmp_path / WORDS).write_text("are\nball\nthis\n")
     concepts = {"names": ["Old English sheepdog", "jack-o'-lantern"], "kinds": ["dog", ""]}
     for vision, known in ((None, False), ({"concepts": None}, False), ({"concepts": concepts}, True)):
         folder = tmp_path / str(known) / str(vision is None)

@@ -28,6 +28,7 @@ ELSEWHERE = (
     "mm-gpt serve",  # test_server_process.py runs it
     "apt-get",
     "python examples/english_text.py",  # needs the Debian package that apt-get fetches
+    "python examples/photo_set.py",  # downloads packages; test_photo_set.py runs its parts
     "python examples/benchmarks",  # minutes, and its result is a matter of the machine
     "python examples/quantisation_quality.py",  # minutes; test_quantisation_quality.py runs its parts
     "pip install",
@@ -49,6 +50,7 @@ SHORTER = {  # what makes an hour's training a step, and a minute's, which test_
     "mm-gpt train default_vision": "train.steps=1 batch_size=4 validation_images=4",
     "mm-gpt train default_joint": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
     "mm-gpt train default_questions": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
+    "mm-gpt train default_concepts": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
     "mm-gpt train gpt2-small": "train.steps=1 model.decoder.num_layers=1 model.decoder.vocab_size=600",
     "mm-gpt train default": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
 }
@@ -102,6 +104,7 @@ def write_data(folder: Path) -> None:
     photos = [path.read_bytes() for path in sorted((ROOT / "mm_gpt/serving/samples").glob("*.jpg"))]
     captions = {"captions": ["A brown dog runs .", "Two dogs on the grass .", "A dog ."]}
     asked = {"qa": [{"question": "what is it?", "answer": "cat"}, {"question": "There is a box.", "answer": "true"}]}
+    named = {"class": 281, "name": "tabby cat", "licence": "CC0-1.0", "source": "photos 1 cat.jpg", **asked}
     for name, about in {
         "flickr8k/train-000000.tar": captions,
         "flickr8k/train-000001.tar": captions,
@@ -112,6 +115,7 @@ def write_data(folder: Path) -> None:
             for task in ("daquar", "easy_vqa", "nlvr1")
             for split in ("train", "val")
         },
+        "../photos.tar": named,  # of examples/photo_set.py
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(folder / name, "w") as tar:

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 SAMPLES = Path(__file__).resolve().parent / "samples"
 """Photos to try, free for any use; LICENCES.txt there says where they are from."""
 EXAMPLES = {
-    "cat.jpg": "What colour is the cat?",
+    "cat.jpg": "What animal is it?",
     "coffee.jpg": "What colour is the cup?",
     "astronaut.jpg": "How many people are there?",
     "rocket.jpg": "Is this indoors or outdoors?",
