@@ -13,7 +13,7 @@ from mm_gpt.datasets.samples import ErrorCounter, QuestionAnswer
 from mm_gpt.document import Concepts
 from mm_gpt.vision.imagenet import CLASSES
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples/concept_data"))
 pytest.importorskip("concept_words", reason="the examples are not installed")
 
 from concept_photos import Seen, answer_pairs, caption_pairs

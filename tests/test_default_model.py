@@ -39,7 +39,7 @@ RIGHT = {
     ("rocket.jpg", "Is this indoors or outdoors?"): "outdoors",
 }
 """All that pages ask about the samples, and what of a short answer is right to whoever looks at them."""
-CAPTIONS = {"cat.jpg": r"(cat|kitten)", "coffee.jpg": r"(cup|mug|coffee|espresso)"}
+CAPTIONS = {"cat.jpg": r"\b(cat|kitten)\b", "coffee.jpg": r"\b(cup|mug|coffee|espresso)\b"}
 ELSEWHERE = {
     "What is a cat?", "What is a prism?", "What is the capital of France?",  # about no picture
     "What is red?",  # a model trained on shapes

@@ -450,6 +450,6 @@ def _draw(logits: Tensor, numbers: Tensor | None) -> Tensor:
     """(R, V) -> (R,): the likeliest ids, or those at `numbers` (R,), 0..1, of the cumulated probabilities."""
     if numbers is None:
         return logits.argmax(dim=-1)
-    cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    cumulated = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     places = (numbers[:, None] * cumulated[:, -1:]).contiguous()
     return torch.searchsorted(cumulated, places, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
