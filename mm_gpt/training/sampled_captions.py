@@ -1,7 +1,7 @@
 """Captions that a model in training samples, many side by side.
 
-The engine serves requests that come and go; here all prompts and their images are known, and their features are computed
-already, with the gradient that is needed afterwards.
+The engine serves requests that come and go. Here all prompts are known at once, and so are the features of their images,
+which the gradient needs afterwards.
 
 Shapes: P prompts, k samples of each, R = P k rows, T tokens, V vocabulary.
 """
