@@ -1,6 +1,6 @@
 """Captions that a model in training samples, many side by side.
 
-The engine serves requests that come and go. Here all prompts are known at once, and so are the features of their images,
+The engine serves requests that come and go. Here all prompts are known at once, and so are their images' features,
 which the gradient needs afterwards.
 
 Shapes: P prompts, k samples of each, R = P k rows, T tokens, V vocabulary.
