@@ -13,7 +13,8 @@ from mm_gpt.inference.assistant import load
 from mm_gpt.serving.gradio_demo import SAMPLES, build, serve
 
 PORT = 7861
-QUESTIONS = ["Is there a woman in the picture?", "Is there a dog in the picture?"]
+PHOTO = "cat.jpg"
+QUESTIONS = ["What animal is in the picture?", "What colour is the cat?"]
 
 
 def main(model: str) -> None:
@@ -26,7 +27,7 @@ def main(model: str) -> None:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(f"http://127.0.0.1:{PORT}")
         page.wait_for_selector("#box textarea")
-        page.set_input_files("#box input[type=file]", str(SAMPLES / "astronaut.jpg"))
+        page.set_input_files("#box input[type=file]", str(SAMPLES / PHOTO))
         page.wait_for_selector("#box .thumbnail-item")
         for number, question in enumerate(QUESTIONS):
             page.fill("#box textarea", question)

@@ -152,8 +152,13 @@ HEAD = """# {count} photos, drawn by chance
 
 What `{model}` says of {count} of the {total} photos of things that ImageNet has a class for, drawn by
 `examples/photo_page.py` with a fixed seed: nothing was chosen. The packaged model was not trained on any of them;
-[evaluation.md](evaluation.md) tells how the set was made. In {named} the caption or the answer to "{question}" names the class, in {kind} more only
-its broader kind ("dog" for a beagle), in {no} neither.
+[evaluation.md](evaluation.md) tells how the set was made. The answers are to "{question}"
+
+| | photos | |
+|---|---|---|
+| named | {named} | the caption or the answer names the class |
+| kind | {kind} | only its broader kind: "dog" for a beagle |
+| no | {no} | neither |
 
 ![The photos with their captions, in black, and answers, in blue](photos.jpg)
 

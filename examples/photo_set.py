@@ -87,7 +87,8 @@ def read_table(path: Path = TABLE) -> list[Photo]:
             or not re.fullmatch(r"[0-9]{1,3}", row[7])  # 1,000 classes
         ):
             raise MMGPTError(f"{path}:{number}: not a photo")
-        photos.append(Photo(*row[:7], int(row[7])))
+        registry, package, version, inside, sha256, licence, author, index = row
+        photos.append(Photo(registry, package, version, inside, sha256, licence, author, int(index)))
     return photos
 
 

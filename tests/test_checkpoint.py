@@ -317,6 +317,12 @@ def test_the_mean_of_models(folder: Path, tmp_path: Path) -> None:
         expected = ((tensor.double() + 2 * moved[name].double()) / 3).to(tensor.dtype)
         assert torch.equal(mean[name], expected), name
     load_model(tmp_path / "mean")
+    average([folder, other], tmp_path / "weighted", [1.0, 2.0])
+    weighted = load_file(tmp_path / "weighted/model.safetensors")
+    assert all(torch.equal(weighted[name], tensor) for name, tensor in mean.items())
+    for weights in ([1.0], [0.0, 0.0], [-1.0, 2.0]):
+        with pytest.raises(MMGPTError, match="2 folders need as many weights"):
+            average([folder, other], tmp_path / "never", weights)
     config = other / "config.json"
     config.write_text(config.read_text().replace('"head_size": ', '"head_size": 1'))
     with pytest.raises(CheckpointError, match=r"other holds another model than .*model"):

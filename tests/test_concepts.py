@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mm_gpt.commands.cli import main
 from mm_gpt.document import Concepts, Image
 from mm_gpt.errors import CheckpointError, ConfigError, ImageError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model, save_model
@@ -303,3 +305,16 @@ def test_another_tower_lends_the_mean_of_its_tokens(tmp_path: Path) -> None:
     save_model(model, Processor(processor.tokenizer, sized, vocab_size=processor.vocab_size), tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"concepts .* have no counterpart"):
         export_model(tmp_path / "model", tmp_path / "out")
+
+
+def test_ask_tells_concepts_in_json(
+    tmp_path: Path, picture_file: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, processor = make_model()
+    (tmp_path / "model").mkdir()
+    save_model(model, processor, tmp_path / "model")
+    assert main(["ask", str(picture_file), "What?", "-m", str(tmp_path / "model"), "--max-tokens", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["concepts"]
+    assert told == [pytest.approx(dict(Assistant(*make_model()).concepts(make_picture())), abs=0.05)]
+    assert main(["ask", str(picture_file), "What?", "-m", str(tiny_model_folder), "--max-tokens", "2", "--json"]) == 0
+    assert "concepts" not in json.loads(capsys.readouterr().out)

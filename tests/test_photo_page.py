@@ -58,7 +58,7 @@ def test_the_page_says_what_was_said(photos: Path, tmp_path: Path, monkeypatch: 
         f"| {licence} |",
         "| 3 | teapot | A dog. | y | no | some-photos 1.2, b.webp | the package's authors | public-domain |",
     ]
-    assert "In 1 the caption or the answer" in text
+    assert "| kind | 1 | only its broader kind" in text
     sheet = Image.open(tmp_path / "photos.jpg")
     assert sheet.format == "JPEG"
     assert sheet.width == PAGE["COLUMNS"] * PAGE["CELL"]

@@ -270,6 +270,8 @@ COLOUR_FAMILIES = [
     word_set("red pink orange purple"),
     word_set("yellow green orange gold"),
 ]
+FURS = ["black", "brown", "white"]
+"""Colours of animals that another one is mistaken for: nobody takes a dog for a green one."""
 # What nobody does who does the first.
 OPPOSED = {
     "running": "sleeping sitting swimming lying",

@@ -22,6 +22,7 @@ from mm_gpt.datasets.loading.caption_words import (
     ANIMATE,
     COLOUR_FAMILIES,
     COLOURS,
+    FURS,
     IMPLIED_BY,
     LIKELY_WITH,
     MASS,
@@ -166,18 +167,22 @@ def _identity(captions: list[Caption], rng: random.Random) -> Iterator[QuestionA
 
 def _is_coloured(captions: list[Caption], rng: random.Random) -> Iterator[QuestionAnswer]:
     """Is the dog black? Against colours that nobody takes for it."""
-    coloured = [(f"the {name}", "is", colours) for name, colours in colours_of(captions).items()]
+    usual = sorted(set(COLOURS.values()) - {"gold", "silver", "beige", "tan"})
+    coloured = [
+        (f"the {name}", "is", colours, FURS if name in ANIMATE else usual)
+        for name, colours in colours_of(captions).items()
+    ]
     for garment in clothes_of(captions):
-        coloured.append(
-            (f"the {garment.wearer}'s {garment.thing}", "are" if garment.is_pair else "is", garment.colours)
-        )
-    for thing, verb, colours in coloured:
+        verb = "are" if garment.is_pair else "is"
+        coloured.append((f"the {garment.wearer}'s {garment.thing}", verb, garment.colours, usual))
+    for thing, verb, colours, candidates in coloured:
         if len(colours) != 1:
             continue
         near = {colours[0]}.union(*(family for family in COLOUR_FAMILIES if colours[0] in family))
-        other = rng.choice(sorted(set(COLOURS.values()) - near - {"gold", "silver", "beige", "tan"}))
-        choice = f"{verb} {thing} {{a}} or {{b}}?"
-        yield _check(rng, f"{verb} {thing} {{x}}?", colours[0], other, choice)
+        others = [other for other in candidates if other not in near]
+        if others:
+            choice = f"{verb} {thing} {{a}} or {{b}}?"
+            yield _check(rng, f"{verb} {thing} {{x}}?", colours[0], rng.choice(others), choice)
 
 
 def _is_doing(captions: list[Caption], rng: random.Random) -> Iterator[QuestionAnswer]:

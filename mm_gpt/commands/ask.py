@@ -37,7 +37,7 @@ def add_ask(parser: argparse.ArgumentParser) -> None:
     )
     add_model(parser)
     add_generation(parser, beams=1, tokens=128)
-    parser.add_argument("--json", action="store_true", help="print an object with the answer, its tokens and options")
+    parser.add_argument("--json", action="store_true", help="print an object: answer, tokens, concepts, options")
 
 
 def run_ask(args: argparse.Namespace) -> int:
@@ -63,6 +63,8 @@ def run_ask(args: argparse.Namespace) -> int:
         answer = assistant.chat([turn], **options)
         fields = ("prompt_tokens", "image_tokens", "completion_tokens", "finish_reason")
         values = {"answer": answer.text} | {name: getattr(answer, name) for name in fields}
+        if assistant.model.concepts is not None:
+            values["concepts"] = [dict(assistant.concepts(image)) for image in images]
         values["generation"] = dataclasses.asdict(answer.generation)
         print(json.dumps(values, ensure_ascii=False))
     elif sys.stdout.isatty() and options.get("num_beams", 1) == 1:

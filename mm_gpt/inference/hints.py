@@ -1,9 +1,9 @@
 """One line where the packaged model is asked beyond its world.
 
 That world is small, and known: beside the weights lies a list of the words that its training said about its pictures
-(`examples/seen_words.py` made it). A question about a picture with another word in it, about written text, about
-several pictures, or for more than a few words gets an answer all the same, and the same confidence. So people are told
-once, and what would do better.
+(`examples/seen_words.py` made it), and its configuration names its concepts (`mm_gpt.vision.concepts`). A question
+about a picture with another word in it, about written text, about several pictures, or for more than a few words gets
+an answer all the same, and the same confidence. So people are told once, and what would do better.
 """
 
 import re
@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from mm_gpt.hub.checkpoint import model_folder, shipped_models
+from mm_gpt.hub.weights import read_json
 
 WORDS = "words.txt"
 LARGER = "--model smolvlm"
@@ -41,8 +42,8 @@ class Hints:
 
     def __init__(self, model: str):
         """`model` as it is named; only those of the package, with a list of words, are spoken about."""
-        path = model_folder(model) / WORDS if model in shipped_models() else None
-        self._words = _read(path) if path is not None and path.is_file() else None
+        folder = model_folder(model) if model in shipped_models() else None
+        self._words = known_words(folder) if folder is not None and (folder / WORDS).is_file() else None
 
     def about(self, question: str, images: int) -> str | None:
         """What to tell before a question about so many images is answered; None: nothing, or it was told already."""
@@ -68,14 +69,26 @@ def beyond(question: str, images: int, words: Collection[str]) -> str | None:
 
 
 @cache
-def _read(path: Path) -> frozenset[str]:
-    return frozenset(path.read_text(encoding="utf-8").split())
+def known_words(folder: Path) -> frozenset[str]:
+    """Of a model's folder: what its training said about pictures, and the names and kinds of its concepts, if any.
+
+    Raises CheckpointError naming a configuration that cannot be read.
+    """
+    words = (folder / WORDS).read_text(encoding="utf-8").split()
+    concepts = (read_json(folder / "config.json").get("vision") or {}).get("concepts") or {}
+    told = " ".join([*concepts.get("names", ()), *concepts.get("kinds", ())])
+    return frozenset([*words, *_letters(told.lower())])
 
 
 def _words_of(text: str) -> Iterator[str]:
     """Lower-case words of three letters and more that are about something."""
     text = re.sub(r"(n['’]t|['’]\w+)\b", "", text.lower())
-    return (word for word in re.findall(r"[^\W\d_]{3,}", text) if word not in ASKING)
+    return (word for word in _letters(text) if word not in ASKING)
+
+
+def _letters(text: str) -> list[str]:
+    """Its runs of three letters and more."""
+    return re.findall(r"[^\W\d_]{3,}", text)
 
 
 def _forms(word: str) -> Iterator[str]:

@@ -168,7 +168,7 @@ def default_questions(data: str) -> LanguageRecipe:
 def default_concepts(data: str) -> LanguageRecipe:
     """The default model learns what its trunk's classifier sees, and when to believe it.
 
-    `DATA/concepts` holds what examples/make_concept_data.py writes.
+    `DATA/concepts` holds what examples/concept_data/make_concept_data.py writes.
     """
     recipe = default_joint(data)
     return dataclasses.replace(

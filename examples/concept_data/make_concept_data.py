@@ -1,6 +1,6 @@
 """Write training data for a model with concepts: what to say of class scores, and when to trust them.
 
-    python examples/make_concept_data.py DATA OUT
+    python examples/concept_data/make_concept_data.py DATA OUT
 
 `OUT/classes.tar` has records without an image for each of ImageNet's 1,000 classes: scores as the classifier might give
 them, with questions and captions whose answers hold whatever such a picture shows. So the model learns to say words
