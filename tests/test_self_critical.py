@@ -31,13 +31,13 @@ from mm_gpt.processor import Processor, collate
 from mm_gpt.templates.prompts import CAPTION_PROMPT
 from mm_gpt.training.loop import TrainConfig, make_optimizer, train
 from mm_gpt.training.recipes import default_critical
+from mm_gpt.training.sampled_captions import write_captions
 from mm_gpt.training.self_critical import (
     CiderReward,
     Photos,
     SelfCriticalRecipe,
     SelfCriticalTask,
     advantages_of,
-    write_captions,
 )
 
 # ---- the reward ----
