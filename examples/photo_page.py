@@ -128,7 +128,7 @@ def sheet(photos: Sequence[Said]) -> bytes:
     plain, small = ImageFont.load_default(size=11), ImageFont.load_default(size=10)
     for n, photo in enumerate(photos):
         left, top = n % COLUMNS * CELL + 6, n // COLUMNS * height + 6
-        picture = load_image(photo.record.image)  # type: ignore[arg-type]
+        picture = load_image(photo.record.image)
         picture.thumbnail(PICTURE, Image.Resampling.LANCZOS)
         canvas.paste(picture, (left + (PICTURE[0] - picture.width) // 2, top + PICTURE[1] - picture.height))
         colour, y = MARKS[photo.mark], top + PICTURE[1] + 4

@@ -35,7 +35,7 @@ RIGHT = {
     ("coffee.jpg", "What is this?"): CUP,
     ("coffee.jpg", "What is the main thing in the picture?"): CUP,
     ("coffee.jpg", "What colour is the cup?"): "red|brown|red and white|brown and white",
-    ("astronaut.jpg", "How many people are there?"): "1|one",
+    ("astronaut.jpg", "Is there a person in the picture?"): "yes",
     ("rocket.jpg", "Is this indoors or outdoors?"): "outdoors",
 }
 """All that pages ask about the samples, and what of a short answer is right to whoever looks at them."""

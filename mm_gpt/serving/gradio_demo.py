@@ -40,7 +40,7 @@ SAMPLES = Path(__file__).resolve().parent / "samples"
 EXAMPLES = {
     "cat.jpg": "What animal is it?",
     "coffee.jpg": "What colour is the cup?",
-    "astronaut.jpg": "How many people are there?",
+    "astronaut.jpg": "Is there a person in the picture?",
     "rocket.jpg": "Is this indoors or outdoors?",
 }
 """Questions that the shipped model answers right."""
