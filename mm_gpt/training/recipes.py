@@ -173,12 +173,12 @@ def default_concepts(data: str) -> LanguageRecipe:
     recipe = default_joint(data)
     return dataclasses.replace(
         recipe,
-        train=dataclasses.replace(recipe.train, steps=880, lr=7e-4, warmup_steps=20),
+        train=dataclasses.replace(recipe.train, steps=700, lr=7e-4, warmup_steps=20),
         model=None,
         image=None,
         sources=(
             *_mixed(recipe.sources, flickr8k=0.8, coco2017_mini=3.0, daquar=1.8, easy_vqa=0.8, nlvr1=0.1, chats=1.2),
-            SourceConfig(path="concepts/classes.tar", repeat=0.14, format="captioned"),
+            SourceConfig(path="concepts/classes.tar", repeat=0.14),
             SourceConfig(path="concepts/photos.tar", repeat=0.35),
         ),
         start="runs/default_joint/best",
