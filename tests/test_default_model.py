@@ -13,12 +13,13 @@ import pytest
 import mm_gpt
 from mm_gpt.document import Image, Message
 from mm_gpt.errors import DownloadError
-from mm_gpt.hub.checkpoint import model_folder
+from mm_gpt.hub.checkpoint import model_folder, read_configs
 from mm_gpt.hub.fetching import download
 from mm_gpt.inference.assistant import Assistant
 from mm_gpt.inference.constraints import Constraint
 from mm_gpt.inference.hints import beyond, known_words
 from mm_gpt.serving.gradio_demo import EXAMPLES, SAMPLES
+from mm_gpt.training.recipes import imagenet_concepts
 
 MODEL = os.environ.get("DEFAULT_MODEL", "default")
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,3 +127,11 @@ def test_what_a_picture_shows_is_likelier_than_what_it_does_not(assistant: Assis
 def test_no_hint_about_the_examples() -> None:
     words = known_words(model_folder("default"))
     assert {question: beyond(question, 1, words) for _, question in RIGHT if beyond(question, 1, words)} == {}
+
+
+def test_the_package_stays_small_and_its_concepts_are_those_of_the_table() -> None:
+    folder = model_folder(MODEL)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 36_000_000  # the whole package: under 40 MB
+    vision = read_configs(folder)[0].vision
+    assert vision is not None
+    assert vision.concepts == imagenet_concepts()
