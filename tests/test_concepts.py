@@ -220,8 +220,10 @@ def test_what_is_shown_of_an_image() -> None:
 def test_concepts_may_borrow_the_tokens_of_the_next_image() -> None:
     model, processor = make_model()
     images = [Image(Concepts({"pug": 0.9}), shown="borrowed"), Image(make_picture(2))]
+    with pytest.raises(MMGPTError, match="in training alone"):
+        model.image_tokens(batch_of(processor, images))
     with torch.no_grad():
-        first, second = model.image_tokens(batch_of(processor, images))
+        first, second = model.train().image_tokens(batch_of(processor, images))
     k = model.tokens_per_image - CONCEPTS.tokens
     torch.testing.assert_close(first.tokens[:k], second.tokens[:k])
     assert not torch.allclose(first.tokens[k:], second.tokens[k:])

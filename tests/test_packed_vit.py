@@ -134,9 +134,22 @@ def test_processors_without_the_instructions(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_other_towers_keep_float32() -> None:
+    vision = VisionEncoder(VisionConfig(model="timm/test_convnext", image_size=64)).eval()
+    assert vision.prepare("int8") == "timm/test_convnext has no products in int8"
+    assert all(parameter.dtype == torch.float32 for parameter in vision.parameters())
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_an_efficientnet_lite_is_folded_and_runs_in_bf16(has_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor multiplies in it; elsewhere it stays in float32, which is told."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
     vision = VisionEncoder(VisionConfig(model="timm/tf_efficientnet_lite0", image_size=64)).eval()
-    assert vision.prepare("int8") == "timm/tf_efficientnet_lite0 has no products in int8"
+    assert vision.prepare("int8") == (None if has_bf16 else "the processor has no products in bf16")
     assert not any(isinstance(module, nn.BatchNorm2d) for module in vision.modules())
+    wanted = torch.bfloat16 if has_bf16 else torch.float32
+    assert all(parameter.dtype == wanted for parameter in vision.parameters())
+    with pytest.raises(MMGPTError, match="in bf16: to save it" if has_bf16 else "folded: to save it"):
+        vision.state_dict()
 
 
 @needs_instructions

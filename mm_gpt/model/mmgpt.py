@@ -239,6 +239,8 @@ class MMGPT(nn.Module):
             tokens = torch.where(blind[:, None, None], self.concepts.blank_image.to(tokens.dtype), tokens)
             told = torch.where(untold[:, None, None], self.concepts.blank.to(tokens.dtype), told)
         if "borrowed" in batch.image_shown:
+            if not self.training:
+                raise MMGPTError("an image is shown with borrowed tokens in training alone")
             of = [(n + 1) % len(tokens) if s == "borrowed" else n for n, s in enumerate(batch.image_shown)]
             tokens = tokens[of]
         return torch.cat([tokens, told], dim=1)
