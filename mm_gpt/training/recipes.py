@@ -197,7 +197,7 @@ def imagenet_concepts() -> ConceptsConfig:
 def default_critical(data: str) -> SelfCriticalRecipe:
     """Captions after the others: what the model samples itself is rewarded by CIDEr-D (self-critical training)."""
     return SelfCriticalRecipe(
-        train=TrainConfig(steps=300, lr=1e-4, warmup_steps=10, final_lr=0.1, validate_every=50, save_every=50),
+        train=TrainConfig(steps=260, lr=2e-4, warmup_steps=10, final_lr=0.1, validate_every=50, save_every=50),
         start="runs/default_concepts/best",
         sources=(*(SourceConfig(path=path) for path in FLICKR8K_TRAIN), SourceConfig(path="coco2017_mini")),
         validation=(SourceConfig(path=FLICKR8K_VALIDATION),),
