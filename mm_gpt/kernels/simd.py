@@ -19,7 +19,7 @@ VOID = ir.VoidType()
 
 
 class _BFloat(ir.Type):
-    """bfloat, which llvmlite has no type for; only ever bitcast to."""
+    """bfloat, which llvmlite has no type for; only ever bitcast or rounded to."""
 
     def _to_string(self) -> str:
         return "bfloat"
@@ -155,7 +155,7 @@ class Value:
         """The same numbers in another type. `signed`: how integers are read; floats are cut towards 0."""
         target = vector(element, self.lanes) if self.lanes > 1 else element
         build = self.code.builder
-        target_is_float = isinstance(element, (ir.FloatType, ir.HalfType))
+        target_is_float = isinstance(element, (ir.FloatType, ir.HalfType)) or element is BF16
         if self.is_float and target_is_float:
             method = build.fpext if isinstance(element, ir.FloatType) else build.fptrunc
         elif self.is_float:
