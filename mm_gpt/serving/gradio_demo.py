@@ -39,7 +39,7 @@ SAMPLES = Path(__file__).resolve().parent / "samples"
 """Photos to try, free for any use; LICENCES.txt there says where they are from."""
 EXAMPLES = {
     "cat.jpg": "What animal is it?",
-    "coffee.jpg": "What colour is the cup?",
+    "coffee.jpg": "What is this?",
     "astronaut.jpg": "Is there a person in the picture?",
     "rocket.jpg": "Is this indoors or outdoors?",
 }
