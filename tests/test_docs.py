@@ -51,6 +51,7 @@ SHORTER = {  # what makes an hour's training a step, and a minute's, which test_
     "mm-gpt train default_joint": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
     "mm-gpt train default_questions": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
     "mm-gpt train default_concepts": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
+    "mm-gpt train default_critical": "train.steps=1 photos=1 samples=2 max_new_tokens=4 validation_images=2",
     "mm-gpt train gpt2-small": "train.steps=1 model.decoder.num_layers=1 model.decoder.vocab_size=600",
     "mm-gpt train default": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
 }
