@@ -78,7 +78,9 @@ def tokens_of(model: MMGPT, processor: Processor, image: Image) -> Tensor:
 
 
 def test_equal_names_add_up_and_the_likeliest_kind_comes_first() -> None:
-    told = ConceptTokens(CONCEPTS, 8).told(torch.tensor([[0.2, 0.25, 0.1, 0.25, 0.2], [0.0, 0.02, 0.92, 0.04, 0.02]]))
+    tokens = ConceptTokens(CONCEPTS, 8)
+    tokens.tokenize(lambda text: range(len(text.split())))
+    told = tokens.told(torch.tensor([[0.2, 0.25, 0.1, 0.25, 0.2], [0.0, 0.02, 0.92, 0.04, 0.02]]))
     assert [name for name, _ in told[0]] == ["cat", "pug"]  # the kind is a name of its own, and is told once
     assert told[0][0][1] == pytest.approx(0.45)
     assert [name for name, _ in told[1]] == ["dog", "golden retriever"]
@@ -97,6 +99,8 @@ def test_what_is_unlikely_or_too_long_is_left_out() -> None:
     out = tokens(torch.tensor([[0.0, 0.0, 0.6, 0.35, 0.05]]), embed)
     assert seen[0].tolist() == [[1, 5, 6]]  # the retriever of three tokens no longer fits behind the kind
     assert out.shape == (1, 3, 4)
+    told = tokens.told(torch.tensor([[0.0, 0.0, 0.6, 0.35, 0.05]]))
+    assert [name for name, _ in told[0]] == ["dog", "pug"]  # what is said to be told is what the decoder is told
     torch.testing.assert_close(out[0, 0], torch.tensor([0.0, 1.0, 0.0, 0.0]))
     nothing = tokens(torch.full((1, 5), 0.02), embed)
     torch.testing.assert_close(nothing, tokens.blank.expand(1, 3, 4))

@@ -8,7 +8,7 @@ it, and learns when to believe them.
 Shapes: N images, C classes, U names and kinds, k concept tokens, D width of the decoder.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,6 +122,8 @@ class ConceptTokens(nn.Module):
         """Of a name, of a kind: what is added to its embeddings once, times its probability, times its logarithm."""
         self.blank = nn.Parameter(torch.randn(width) * 0.02)
         """What stands where there is no concept."""
+        self._first = {name: n for n, name in reversed(list(enumerate(config.names)))}
+        """The first class of each name."""
         self.blank_image = nn.Parameter(torch.randn(width) * 0.02)
         """What stands for each other token of an image of which the concepts alone are shown."""
 
@@ -136,7 +138,7 @@ class ConceptTokens(nn.Module):
         """(N, C) to what is told of each image: the likeliest kind, then names, each with its probability."""
         names, kinds = self._sums(scores)
         return [
-            [(self._word(row), score) for row, score in self._entries(own, of_kinds)]
+            [(self._word(row), score) for row, score, _ in self._entries(own, of_kinds)]
             for own, of_kinds in zip(names, kinds, strict=True)
         ]
 
@@ -149,24 +151,16 @@ class ConceptTokens(nn.Module):
             scores[self._first[name]] = score
         return scores
 
-    @property
-    def _first(self) -> dict[str, int]:
-        return {name: n for n, name in reversed(list(enumerate(self.config.names)))}
-
     def forward(self, scores: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """(N, C) to (N, k, D); `embed` gives the decoder's embeddings of ids."""
         ids = torch.full((len(scores), self.num_tokens), -1)
         is_kind = torch.zeros_like(ids)
         probability = torch.ones(ids.shape)
-        written = self.ids.cpu()
         for n, (names, kinds) in enumerate(zip(*self._sums(scores), strict=True)):
             at = 0
-            for row, score in self._entries(names, kinds):
-                length = int((written[row] >= 0).sum())
-                if not length or at + length > self.num_tokens:
-                    continue
-                end = at + length
-                ids[n, at:end], is_kind[n, at:end] = written[row, :length], int(row >= len(self._names))
+            for row, score, own in self._entries(names, kinds):
+                end = at + len(own)
+                ids[n, at:end], is_kind[n, at:end] = own, int(row >= len(self._names))
                 probability[n, at:end] = score
                 at = end
         ids, is_kind, probability = (t.to(self.blank.device) for t in (ids, is_kind, probability))
@@ -183,20 +177,23 @@ class ConceptTokens(nn.Module):
         kinds = scores.new_zeros(len(scores), len(self._kinds) + 1).index_add_(1, of_kind, scores)
         return names, kinds[:, :-1]
 
-    def _entries(self, names: Tensor, kinds: Tensor) -> Iterable[tuple[int, float]]:
-        """Rows of `ids` with their probabilities, in the order in which they are told."""
+    def _entries(self, names: Tensor, kinds: Tensor) -> Iterator[tuple[int, float, Tensor]]:
+        """Rows of `ids` with their probabilities and tokens, in the order in which they are told; what fits."""
         found: list[tuple[int, float]] = []
+        best = names.topk(min(self.config.count, len(names)))
         if len(kinds):
             score, kind = kinds.max(dim=0)
-            found.append((len(self._names) + int(kind), float(score)))
-        best = names.topk(min(self.config.count, len(names)))
+            row = len(self._names) + int(kind)
+            if self._word(row) not in map(self._word, best.indices.tolist()):  # one that is a name too is told once
+                found.append((row, float(score)))
         found += zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        said = {self._word(row) for row, _ in found[1:]}  # a kind that is a name as well is told once
-        return [
-            (row, min(score, 1.0))
-            for n, (row, score) in enumerate(found)
-            if score >= max(self.config.min_score, 1e-6) and not (n == 0 and len(kinds) and self._word(row) in said)
-        ]
+        left = self.num_tokens
+        for row, score in found:
+            own = self.ids[row].cpu()
+            own = own[own >= 0].long()
+            if score >= max(self.config.min_score, 1e-6) and 0 < len(own) <= left:
+                left -= len(own)
+                yield row, min(score, 1.0), own
 
     def _word(self, row: int) -> str:
         return self._names[row] if row < len(self._names) else self._kinds[row - len(self._names)]

@@ -92,6 +92,8 @@ class Reader:
             document = dataclasses.replace(document, segments=left)
 
     def _shown(self, image: Image, seed: tuple[int, ...]) -> Image:
+        if not self.concept_dropout and not isinstance(image.source, Concepts):
+            return image
         draw = random.Random(f"shown/{seed}").random()
         if isinstance(image.source, Concepts):
             return dataclasses.replace(image, shown="borrowed" if draw < 0.5 else "concepts")
