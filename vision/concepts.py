@@ -182,10 +182,10 @@ class ConceptTokens(nn.Module):
         found: list[tuple[int, float]] = []
         best = names.topk(min(self.config.count, len(names)))
         if len(kinds):
-            score, kind = kinds.max(dim=0)
-            row = len(self._names) + int(kind)
-            if self._word(row) not in map(self._word, best.indices.tolist()):  # one that is a name too is told once
-                found.append((row, float(score)))
+            likeliest = kinds.max(dim=0)
+            kind = len(self._names) + int(likeliest.indices)
+            if self._word(kind) not in map(self._word, best.indices.tolist()):  # one that is a name too is told once
+                found.append((kind, float(likeliest.values)))
         found += zip(best.indices.tolist(), best.values.tolist(), strict=True)
         left = self.num_tokens
         for row, score in found:
