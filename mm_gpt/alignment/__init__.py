@@ -1,0 +1,1 @@
+"""Alignment: reward models, reinforcement learning, preference losses, rule-based rewards, and the data for them."""
