@@ -25,8 +25,8 @@ from mm_gpt.config import check_numbers
 from mm_gpt.datasets.comparisons import Comparison
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.document import Document, Image, Message, check_text
-from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
-from mm_gpt.network.urls import short_name
+from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.network.urls import one_line, short_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -199,10 +199,7 @@ class ModelGrader:
         try:
             document = self._assistant.processor.chat(grading_prompt(question))
             probabilities = _next_token(self._assistant.engine, document).exp()
-        except ContextOverflowError:
-            self.errors.add(f"too long for grader {self.name}", question.where)
-            return None
-        except MMGPTError as error:  # an image that does not load, half a character
+        except MMGPTError as error:  # too long, an image that does not load, half a character
             self.errors.add(f"not readable for grader {self.name} ({error})", question.where)
             return None
         grade = _shares([float(probabilities[ids].sum()) for ids in self._first_ids(question.labels)])
@@ -272,14 +269,16 @@ class ServerGrader:
     def _grade(self, question: Question) -> Grade:
         if self._unanswered >= SILENT_AFTER:
             return self._none(f"grader {self.name} does not answer any more", question)
+        from mm_gpt.serving.remote import ServerError
+
         try:
             choice = self._ask(question)
-        except ContextOverflowError:
-            return self._none(f"too long for grader {self.name}", question)
-        except MMGPTError as error:
+        except ServerError as error:
             with self._lock:
                 self._unanswered += 1
             return self._none(f"no answer of grader {self.name} ({error})", question)
+        except MMGPTError as error:  # too long, an image that does not load, half a character
+            return self._none(f"not readable for grader {self.name} ({error})", question)
         with self._lock:
             self._unanswered = 0
         grade = _server_grade(choice, question.labels)
