@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from mm_gpt.alignment.graders import YES_NO, Grade, Question
+from mm_gpt.alignment.grading import YES_NO, Grade, Grader, Question
 from mm_gpt.config import from_dict
 from mm_gpt.datasets.comparisons import Comparison
 from mm_gpt.errors import ConfigError, MMGPTError, unknown_name
@@ -29,6 +29,8 @@ from mm_gpt.hub.weights import read_json
 
 Form = Literal["propositions", "rubric"]
 DEFAULT_RULES = Path(__file__).with_name("refusal_rules.json")
+RESPONSE_TYPE = "response_type"
+"""The column of a row that says what its prompt calls for."""
 MAX_PROPOSITIONS = 14
 """Of one response type: all of their combinations are gone through."""
 MAX_CLASSES = 26
@@ -210,3 +212,26 @@ def _check_known(where: str, needs: Mapping[str, bool], known: Sequence[str]) ->
 def load_rules(path: Path = DEFAULT_RULES) -> RuleSet:
     """A checked rule set. Raises MMGPTError or ConfigError naming the file and what is wrong in it."""
     return from_dict(RuleSet, read_json(path), where=str(path))
+
+
+def grade_answers(
+    rules: RuleSet, form: Form, grader: Grader, answers: Sequence[tuple[Comparison, str, str]]
+) -> list[list[Grade]]:
+    """The grades of each (prompt, answer, response type), one for each of its `questions`. Equal answers to one prompt
+    are graded once."""
+    asked: dict[tuple[int, str, str], int] = {}
+    questions: list[Question] = []
+    places = []
+    for comparison, answer, response_type in answers:
+        own = []
+        for question in rules.questions(form, response_type, comparison, answer):
+            key = (id(comparison), answer, question.name)
+            if key not in asked:
+                asked[key] = len(questions)
+                questions.append(question)
+            own.append(asked[key])
+        places.append(own)
+    grades = grader.grade(questions) if questions else []
+    if len(grades) != len(questions):
+        raise MMGPTError(f"grader {grader.name}: {len(grades)} grades for {len(questions)} questions")
+    return [[grades[place] for place in own] for own in places]
