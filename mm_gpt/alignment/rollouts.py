@@ -22,7 +22,7 @@ from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
 from mm_gpt.inference.sampling import row_seed
 from mm_gpt.model.cache import KVCache
 from mm_gpt.model.mmgpt import MMGPT, ImageFeatures
-from mm_gpt.processor import Batch, Example, Processor, collate
+from mm_gpt.processor import Example, Processor, collate
 
 MAX_TOKENS = 1 << 15
 """Tokens of all rows that are sampled side by side, prompts included: what keys and values may take."""
