@@ -1,8 +1,8 @@
 """A reward model: any of our models with one linear layer that reads how good an answer is off its last state.
 
-The score is that of the answer's last token, its end mark, whose place is known from how the answer was written into the
-batch: never looked for, so that neither padding nor an end mark inside the prompt can move it (2009.01325, 2203.02155).
-The same layer on every token is a critic, which PPO begins with.
+The score is that of the answer's last token, its end mark. Its place is known from how the answer was written into the
+batch, and never looked for: neither padding nor an end mark inside the prompt can move it (2009.01325, 2203.02155). The
+same layer on every token is a critic, which PPO begins with.
 
 Shapes: B rows, T tokens, C completions of all prompts, D width.
 """
