@@ -330,9 +330,15 @@ def load_reward_model(folder: str | Path) -> tuple[RewardModel, Processor]:
         best = f"; {folder / 'best'} is one" if is_reward_model(folder / "best") else ""
         raise CheckpointError(f"{folder}: not the folder of a reward model: it has no {CONFIG}{best}")
     read_config(folder)
-    path = folder / WEIGHTS
     language, processor = load_model(folder)
     model = RewardModel(language)
+    load_head(model, folder)
+    return model, processor
+
+
+def load_head(model: RewardModel, folder: Path) -> None:
+    """The head of a reward model's folder. Raises CheckpointError naming what is missing or does not fit."""
+    path = folder / WEIGHTS
     with open_safetensors(path) as file:
         names = set(file.keys())
         if names != {"weight", "bias"}:
@@ -345,7 +351,6 @@ def load_reward_model(folder: str | Path) -> tuple[RewardModel, Processor]:
                 target.copy_(file.get_tensor(name))
     if not all(p.isfinite().all() for p in model.head.parameters()):
         raise CheckpointError(f"{path}: holds values that are no finite numbers")
-    return model.eval(), processor
 
 
 def read_config(folder: Path) -> RewardModelConfig:
