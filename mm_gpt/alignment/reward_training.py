@@ -295,8 +295,8 @@ class RewardTask:
         lines = []
         for each in self._judged[1][:4]:
             order = np.argsort(each.facts.ranks, kind="stable")
-            scores = " > ".join(f"{each.scores[at]:.3f}" for at in order)
-            lines.append(f"{self.held_out[each.facts.number].key}: {scores}")
+            scores = ", ".join(f"{each.scores[at]:.3f}" for at in order)
+            lines.append(f"{self.held_out[each.facts.number].key}, best answer first: {scores}")
         return lines
 
     def save(self, folder: Path) -> None:
