@@ -97,7 +97,7 @@ class Document:
 Message = dict[str, Any]
 """`{"role": "system" | "user" | "assistant", "content": str | [part, ...]}`; a part is
 `{"type": "text", "text": ...}` or `{"type": "image", "image": source}` (also `url`, `path` or `image_url`).
-An assistant turn with `"complete": False` was cut off: its end is not learned."""
+An assistant turn with `"complete": False` was cut off: its end is not learned; with `"weight": 0` nothing of it is."""
 
 
 def check_text(text: str, where: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mm_gpt.document import Concepts, Document, Image, Message, Segment, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
-from mm_gpt.templates.chat_template import ChatTemplate, begins_with, content_part
+from mm_gpt.templates.chat_template import ChatTemplate, begins_with, content_part, is_learned
 from mm_gpt.templates.image_text import ImageTextConfig, image_text, mrope_positions
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.tiling import Tiled, Tiler, TilingConfig
@@ -195,7 +195,7 @@ class Processor:
         role = message.get("role")
         if role not in ROLES:
             raise MMGPTError(f"message {index} has role {role!r}; use 'system', 'user' or 'assistant'")
-        target = role == "assistant"
+        target = role == "assistant" and is_learned(index, message)
         ends = target and message.get("complete", True)  # an answer that was cut off does not teach to end there
         return [
             Text(f"<|im_start|>{role}\n", is_target=False, is_control=True),

@@ -390,9 +390,9 @@ def test_what_is_saved_is_what_was_trained(kind: Kind, start: Path, tmp_path: Pa
     write(tmp_path / "validation.jsonl", rows[:2])
     task = ClassificationTask(make_recipe(tmp_path, start, holdout=0.0, validation="validation.jsonl"))
     assert set(task.validate()) == {"loss", "accuracy", "most frequent", "rows"}
-    loss, count = task.loss(task.micro_batches(0, 1)[0])
-    assert torch.isfinite(loss)
-    assert int(count) == 8
+    term = task.loss(task.micro_batches(0, 1)[0])["loss"]
+    assert torch.isfinite(term.total)
+    assert term.count == 8
     task.save(tmp_path)
     loaded, processor = load_classifier(tmp_path)
     before = task.model.eval().probabilities(ROWS[kind], processor.tokenizer)

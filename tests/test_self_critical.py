@@ -39,6 +39,7 @@ from mm_gpt.training.self_critical import (
     SelfCriticalTask,
     advantages_of,
 )
+from mm_gpt.training.stage import Term
 
 # ---- the reward ----
 
@@ -222,8 +223,9 @@ def test_the_gradient_is_that_of_weighted_log_probabilities(data: Path, tiny_mod
 
     task._reward = reward  # type: ignore[method-assign, assignment]
     (batch,) = task.micro_batches(0, 1)
-    loss, count = task.loss(batch)
-    assert int(count) == 6
+    term = task.loss(batch)["loss"]
+    loss = term.total
+    assert term.count == 6 == task.counts(batch)["loss"]
     assert loss.item() == pytest.approx(-7.6)
     loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -270,7 +272,7 @@ def test_resumes_bit_by_bit(tmp_path: Path, data: Path, tiny_model_folder: Path)
     stopped = SelfCriticalTask(recipe)
     plain, calls = stopped.loss, iter(range(1, 100))
 
-    def loss(batch: Photos) -> tuple[Tensor, Tensor]:
+    def loss(batch: Photos) -> dict[str, Term]:
         if next(calls) == 2 * 2 + 1:  # the first micro-batch of step 3
             signal.raise_signal(signal.SIGINT)
         return plain(batch)

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -35,7 +36,8 @@ from mm_gpt.processor import Batch, collate
 from mm_gpt.training import checkpoint, language
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import TrainConfig, learning_rate, make_optimizer, train
-from mm_gpt.training.stage import ParameterGroup
+from mm_gpt.training.run_log import RunLog
+from mm_gpt.training.stage import Decides, ParameterGroup, Term
 from mm_gpt.vision.transforms import ImageTransformConfig
 
 # ---- one step ----
@@ -185,12 +187,128 @@ def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path: Path) -> None:
 
 def test_a_step_without_targets_changes_nothing() -> None:
     task = ToyStage()
-    task.loss = lambda batch: ((task.model(batch.x) * 0).sum(), torch.tensor(0))  # type: ignore[method-assign]
+    task.loss = lambda batch: {"loss": Term((task.model(batch.x) * 0).sum(), 0)}  # type: ignore[method-assign]
+    task.counts = lambda batch: {"loss": 0}  # type: ignore[method-assign]
     before = [p.clone() for p in task.model.parameters()]
     config = toy_config(weight_decay=0.1)
     metrics = one_step(task, make_optimizer(task.prepare(), config), config, 0)
     assert metrics["loss"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, task.model.parameters(), strict=True))
+
+
+class TwoTerms(ToyStage):
+    """A regression beside a pull to zero of every other row, each with its own denominator, and a gauge."""
+
+    def counts(self, batch: Pairs) -> dict[str, float]:
+        return {"fit": len(batch.x), "pull": len(batch.x[::2])}
+
+    def loss(self, batch: Pairs) -> dict[str, Term]:
+        fitted, pulled = self.model(batch.x), self.model(batch.x[::2])
+        return {
+            "fit": Term((fitted - batch.y).square().sum(), len(batch.x)),
+            "pull": Term(pulled.square().sum(), len(pulled), 0.3),
+            "largest": Term(fitted.abs().amax(), 1, 0.0),
+        }
+
+
+def test_terms_have_their_own_denominators() -> None:
+    """Sum over terms of weight x (sum of totals / sum of counts), over micro-batches of different sizes."""
+    task, config = TwoTerms(sizes=(3, 5, 2)), toy_config(accumulate=3, clip=1e9)
+    batches = task.micro_batches(0, 3)
+    x, y = torch.cat([b.x for b in batches]), torch.cat([b.y for b in batches])
+    every_other = torch.cat([b.x[::2] for b in batches])
+    assert len(every_other) == 6
+    task.model.zero_grad()
+    fit = (task.model(x) - y).square().sum() / 10
+    pull = task.model(every_other).square().sum() / 6
+    (fit + 0.3 * pull).backward()
+    wanted = [p.grad.clone() for p in task.model.parameters() if p.grad is not None]
+    task.model.zero_grad()
+    optimizer = make_optimizer(task.prepare(), config)
+    kept: list[Tensor] = []
+    optimizer.step = lambda: kept.extend(p.grad.clone() for p in task.model.parameters() if p.grad is not None)  # type: ignore[method-assign, assignment, misc]
+    metrics = one_step(task, optimizer, config, 0)
+    for mine, other in zip(kept, wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+    assert metrics["loss"] == pytest.approx(float(fit + 0.3 * pull), rel=1e-5)
+    assert metrics["fit"] == pytest.approx(float(fit), rel=1e-5)
+    assert metrics["pull"] == pytest.approx(float(pull), rel=1e-5)
+    assert metrics["largest"] == pytest.approx(sum(float(task.model(b.x).abs().amax()) for b in batches) / 3, rel=1e-5)
+
+
+def test_a_count_that_was_not_foreseen() -> None:
+    for wrong, message in ((4.0, "counts 10 targets, of which 4 were foreseen"), (0.0, "'loss' whose count was not")):
+        task, config = ToyStage(), toy_config()
+        task.counts = lambda batch, wrong=wrong: {"loss": wrong}  # type: ignore[method-assign, misc]
+        with pytest.raises(MMGPTError, match=message):
+            one_step(task, make_optimizer(task.prepare(), config), config, 0)
+
+
+class OnPolicy(ToyStage):
+    """Learns from what its weights give: a sample is used for two steps."""
+
+    on_policy = True
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.sampled = torch.zeros(0)
+        self.threads: set[str] = set()
+
+    def micro_batches(self, step: int, count: int) -> list[Pairs]:
+        self.threads.add(threading.current_thread().name)
+        batches = super().micro_batches(step, count)
+        if step % 2 == 0:
+            self.sampled = self.model.get_parameter("matrix").detach().clone()
+        return [Pairs(b.x, b.y + (b.x @ self.sampled.T)) for b in batches]
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {"sampled": self.sampled}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.sampled = tensors["sampled"]
+
+    def report(self) -> dict[str, float]:
+        return {"norm_of_sample": float(self.sampled.norm())}
+
+
+@pytest.mark.parametrize("stop", [2, 3])
+def test_on_policy_runs_continue_between_sample_and_update(tmp_path: Path, stop: int) -> None:
+    """Nothing is read ahead of the weights; a sample in use is saved with them, and goes on bit for bit."""
+    whole = OnPolicy()
+    train(whole, toy_config(), tmp_path / "whole", progress=False)
+    assert whole.threads == {threading.current_thread().name}
+    first = OnPolicy()
+    stop_at(first, stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(first, toy_config(), tmp_path / "stopped", progress=False)
+    train(OnPolicy(), toy_config(), tmp_path / "stopped", resume=True, progress=False)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    norms = logged(tmp_path / "whole", "norm_of_sample")
+    assert norms == logged(tmp_path / "stopped", "norm_of_sample")
+    assert norms[1] == norms[2] != norms[3]
+
+
+def test_what_decides(tmp_path: Path) -> None:
+    """The best checkpoint is that of the metric and the direction that the stage names; NaN is never the best."""
+    task = ToyStage()
+    task.decides = Decides("accuracy", higher_is_better=True)
+    values = iter([math.nan, 0.5, 0.9, 0.7, 0.9, 0.8])
+    task.validate = lambda: {"loss": 1.0, "accuracy": next(values)}  # type: ignore[method-assign]
+    saved: list[float] = []
+    plain = task.save
+
+    def save(folder: Path) -> None:
+        plain(folder)
+        if "best" in folder.name:
+            saved.append(folder.stat().st_ino)
+
+    task.save = save  # type: ignore[method-assign]
+    train(task, toy_config(validate_every=1), tmp_path / "run", progress=False)
+    assert len(saved) == 2
+    log = RunLog(tmp_path / "run")
+    assert log.best(task.decides) == 0.9
+    assert log.best(Decides()) == 1.0
+    assert log.best(Decides("missing")) is None
 
 
 def test_nothing_to_train() -> None:
@@ -300,11 +418,12 @@ def test_parameters_count_their_own_steps(tmp_path: Path) -> None:
                 self.with_images = (*self.with_images, *batches)
             return batches
 
-        def loss(self, batch: Pairs) -> tuple[Tensor, Tensor]:
-            loss, count = super().loss(batch)
+        def loss(self, batch: Pairs) -> dict[str, Term]:
+            term = super().loss(batch)["loss"]
             if any(batch is other for other in self.with_images):
-                loss = loss + (self.model.get_parameter("unused") - 3).square().sum()
-            return loss, count
+                extra = (self.model.get_parameter("unused") - 3).square().sum()
+                term = dataclasses.replace(term, total=term.total + extra)
+            return {"loss": term}
 
     for name, stop in (("whole", 0), ("early", 2), ("late", 4)):
         task = Sometimes()
@@ -477,7 +596,7 @@ def test_language_training_resumes_bit_by_bit(tmp_path: Path, data: Path, kind: 
     stopped = tiny_task(recipe)
     plain, calls = stopped.loss, iter(range(1, 100))
 
-    def loss(batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(batch: Batch) -> dict[str, Term]:
         if next(calls) == 2 * 4 + 1:  # the first micro-batch of step 5
             signal.raise_signal(signal.SIGINT)
         return plain(batch)
@@ -526,7 +645,7 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path: Path, data: Path) -> None:
     task = tiny_task(recipe)
     plain, calls = task.loss, iter(range(1, 1000))
 
-    def loss(batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(batch: Batch) -> dict[str, Term]:
         if next(calls) == 2:
             signal.raise_signal(signal.SIGINT)
         return plain(batch)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mm_gpt.training.loop import TrainConfig, training_step
-from mm_gpt.training.stage import ParameterGroup, Stage
+from mm_gpt.training.stage import LOWEST_LOSS, ParameterGroup, Stage, Term
 
 
 @dataclasses.dataclass
@@ -38,6 +38,9 @@ class Toy(nn.Module):
 class ToyStage:
     """A regression whose micro-batches have different sizes."""
 
+    on_policy = False
+    decides = LOWEST_LOSS
+
     def __init__(self, *, sizes: Sequence[int] = (3, 5, 2), norm: bool = False, validation: Sequence[float] = ()):
         self.model: nn.Module = Toy(norm)
         self.sizes, self.validation = sizes, list(validation)
@@ -53,9 +56,12 @@ class ToyStage:
             everything = [torch.cat(everything)]
         return [Pairs(values[:, :4], values[:, 4:]) for values in everything]
 
-    def loss(self, batch: Pairs) -> tuple[Tensor, Tensor]:
+    def counts(self, batch: Pairs) -> dict[str, float]:
+        return {"loss": len(batch.x)}
+
+    def loss(self, batch: Pairs) -> dict[str, Term]:
         loss = (self.model(batch.x) - batch.y).square().sum()
-        return self.on_loss(loss), torch.tensor(len(batch.x))
+        return {"loss": Term(self.on_loss(loss), len(batch.x))}
 
     def validate(self) -> dict[str, float]:
         return {"loss": self.validation.pop(0) if self.validation else 1.0}

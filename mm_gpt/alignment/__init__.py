@@ -1,1 +1,1 @@
-"""Alignment: reward models, preference losses, and policies that learn from what they sample."""
+"""Alignment: reward models, reinforcement learning, preference losses, rule-based rewards, and the data for them."""

@@ -30,12 +30,16 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.scale = config.alpha / config.rank
         self.dropout = config.dropout
+        self.enabled = True
+        """False: the layer as it was before its adaptation."""
         device = base.weight.device
         self.lora_a = nn.Parameter(torch.empty(config.rank, base.in_features, device=device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, device=device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return self.base(x)
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_a.to(x.dtype))
         return self.base(x) + F.linear(low, (self.scale * self.lora_b).to(x.dtype))
 

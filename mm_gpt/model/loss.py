@@ -84,3 +84,82 @@ def next_token_loss(
     own = None if scales is None else scales[supervised]
     loss = _ChunkedCrossEntropy.apply(rows, weight, labels[supervised], softcap, own)
     return loss, supervised.sum()
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """The gradient of a log-probability with respect to its hidden state is taken with it: (M, D), not (M, V)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs, entropy = (hidden.new_zeros(len(labels), dtype=precise) for _ in range(2))
+        wanted = ctx.needs_input_grad[0]
+        grad_hidden = torch.empty_like(hidden) if wanted else None
+        for start in range(0, len(labels), CHUNK):
+            rows = slice(start, start + CHUNK)
+            logits, slope = _logits(hidden[rows], weight, softcap, temperature)
+            logs = logits.log_softmax(dim=-1)
+            logprobs[rows] = logs.gather(1, labels[rows, None]).squeeze(1)
+            probabilities = logs.exp()
+            entropy[rows] = -(probabilities * logs).sum(dim=-1)
+            if grad_hidden is not None:
+                grad = _logit_grad(probabilities, labels[rows], slope, temperature).to(hidden.dtype)
+                grad_hidden[rows] = grad @ weight.to(hidden.dtype)
+        ctx.save_for_backward(grad_hidden, hidden, weight, labels)
+        ctx.softcap, ctx.temperature = softcap, temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_hidden, hidden, weight, labels = ctx.saved_tensors
+        grad_weight = None
+        if ctx.needs_input_grad[1]:  # the logits once more: what they are multiplied by was not known before
+            grad_weight = torch.zeros_like(weight, dtype=grad_output.dtype)
+            for start in range(0, len(labels), CHUNK):
+                rows = slice(start, start + CHUNK)
+                logits, slope = _logits(hidden[rows], weight, ctx.softcap, ctx.temperature)
+                grad = _logit_grad(logits.softmax(dim=-1), labels[rows], slope, ctx.temperature)
+                grad *= grad_output[rows].unsqueeze(1)
+                grad_weight += (grad.to(hidden.dtype).T @ hidden[rows]).to(grad_weight.dtype)
+            grad_weight = grad_weight.to(weight.dtype)
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * grad_output.unsqueeze(1)).to(hidden.dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, softcap: float | None, temperature: float) -> tuple[Tensor, Tensor | None]:
+    """Logits over the temperature (M, V), and with a soft cap the slope of the cap."""
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    logits = F.linear(hidden, weight.to(hidden.dtype)).to(precise)
+    if softcap is None:
+        return logits / temperature, None
+    bent = torch.tanh(logits / softcap)
+    return bent * (softcap / temperature), 1 - bent * bent
+
+
+def _logit_grad(probabilities: Tensor, labels: Tensor, slope: Tensor | None, temperature: float) -> Tensor:
+    """d log p(label) / d logits (M, V), those before soft cap and temperature. Overwrites `probabilities`."""
+    grad = probabilities.neg_()
+    grad[torch.arange(len(grad), device=grad.device), labels] += 1
+    grad /= temperature
+    return grad if slope is None else grad * slope
+
+
+def label_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: float | None = None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The log-probability (nats) of each label under softmax(logits / temperature), and the entropy in its place.
+
+    hidden (B, T, D), weight (V, D), labels (B, T) already shifted; both results (B, T), float32, and 0 where there is
+    no label. The entropy has no gradient.
+    """
+    if not torch.is_grad_enabled():
+        weight = weight.detach()
+    supervised = labels != IGNORE_INDEX
+    found = _ChunkedLogprobs.apply(hidden[supervised], weight, labels[supervised], softcap, temperature)
+    places = supervised.nonzero(as_tuple=True)
+    logprobs, entropy = (each.new_zeros(labels.shape).index_put(places, each) for each in found)
+    return logprobs, entropy

@@ -264,18 +264,24 @@ class ChatTemplate:
     ) -> list[Segment]:
         texts: list[Text] = []
         answer: _Turn | None = None  # the assistant's turn whose words came last and may now be closed
+        last: _Turn | None = None  # the turn whose words came last
         for number, piece in enumerate(pieces):
             if piece.turn is not None and piece.part is not None:
-                target = piece.turn.role == "assistant" and piece.part.is_target
+                target = piece.turn.role == "assistant" and piece.turn.learned and piece.part.is_target
                 target = target and (piece.generated or not self._has_generation)
                 texts.append(Text(piece.text, is_target=target, is_control=piece.part.is_control))
                 answer = piece.turn if target else None
+                last = piece.turn
                 continue
             coming = next((later.turn for later in pieces[number:] if later.turn is not None), None)
+            owner = last if last is not None and last.role == "assistant" else coming
+            unlearned = owner is not None and not owner.learned
             between = answer is not None and coming is answer  # two pieces of one answer
             complete = answer is None or answer.complete  # an answer that was cut off does not teach to end there
             learned = 0
-            if between or (piece.generated and answer is None):
+            if unlearned:
+                answer = None
+            elif between or (piece.generated and answer is None):
                 learned = len(piece.text)
             elif piece.generated and complete:
                 learned = len(piece.text.rstrip())  # a space behind an answer begins the next speaker's name
@@ -297,6 +303,7 @@ class _Turn:
     parts: list[Text | Image]
     is_text: bool
     complete: bool
+    learned: bool
     rest: dict[str, Any]
 
     @classmethod
@@ -307,13 +314,14 @@ class _Turn:
         if role not in ROLES:
             raise MMGPTError(f"message {index} has role {role!r}; use 'system', 'user' or 'assistant'")
         parts = list(content) if isinstance(content, list | tuple) else [content]
-        own = ("role", "content", "complete")
+        own = ("role", "content", "complete", "weight")
         return cls(
             index,
             role,
             [content_part(index, part, is_target=role == "assistant") for part in parts],
             isinstance(content, str),
             message.get("complete", True),
+            is_learned(index, message),
             {key: value for key, value in message.items() if key not in own and value is not None},
         )
 
@@ -326,6 +334,14 @@ def _variables(add_generation_prompt: bool, extra: Mapping[str, Any]) -> dict[st
 
 def _same(text: str, turn: "_Turn", part: Text) -> str:
     return text
+
+
+def is_learned(index: int, message: Message) -> bool:
+    """Whether an assistant's message is a target: not with a `weight` of 0. Raises MMGPTError for other weights."""
+    weight = message.get("weight", 1)
+    if weight not in (0, 1, None):
+        raise MMGPTError(f"message {index} has weight {weight!r}; use 0 for an answer that is read only, or 1")
+    return weight != 0
 
 
 def content_part(index: int, part: object, *, is_target: bool) -> Text | Image:

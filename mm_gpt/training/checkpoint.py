@@ -18,10 +18,12 @@ from torch import nn
 
 from mm_gpt.errors import CheckpointError
 from mm_gpt.system.writing import naming, new_folder, remove_folder
-from mm_gpt.training.stage import Stage
+from mm_gpt.training.stage import Stage, TensorState
 
 STATE_FILE = "training_state.safetensors"
 PROGRESS_FILE = "training_state.json"
+OWN = "stage."
+"""Before the names of what a stage keeps itself."""
 KEEP = 2  # step folders; older ones are deleted
 
 
@@ -49,7 +51,7 @@ def save(stage: Stage, optimizer: torch.optim.Optimizer, progress: Progress, out
     with new_folder(out / f"step-{progress.step:06d}") as folder:
         stage.save(folder)
         with naming(folder / STATE_FILE):
-            save_file(_training_state(stage.model, optimizer), folder / STATE_FILE)
+            save_file(_training_state(stage.model, optimizer) | _stage_state(stage), folder / STATE_FILE)
         (folder / PROGRESS_FILE).write_text(json.dumps(dataclasses.asdict(progress)) + "\n")
     for old in _steps(out)[:-KEEP]:
         remove_folder(old)
@@ -69,12 +71,12 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put parameters and optimizer moments back; the rest is where the run is.
+def load_training_state(folder: Path, stage: Stage, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put parameters, optimizer moments and the stage's own state back; the rest is where the run is.
 
     Raises CheckpointError when the state is missing, corrupt, or of another model.
     """
-    path = folder / STATE_FILE
+    path, model = folder / STATE_FILE, stage.model
     try:
         tensors = load_file(path)
         state = json.loads((folder / PROGRESS_FILE).read_text())
@@ -83,6 +85,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot continue from it ({error})") from None
     expected = {name: tensor.shape for name, tensor in _training_state(model, optimizer).items()}
+    own = {name.removeprefix(OWN): tensors.pop(name) for name in list(tensors) if name.startswith(OWN)}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if expected != found:
         wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
@@ -98,7 +101,16 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
                     "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
                     "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
                 }
+    if isinstance(stage, TensorState):
+        stage.load_state_tensors(own)
+    elif own:
+        raise CheckpointError(f"{path}: holds {next(iter(own))}, which this stage does not know")
     return progress
+
+
+def _stage_state(stage: Stage) -> dict[str, torch.Tensor]:
+    tensors = stage.state_tensors() if isinstance(stage, TensorState) else {}
+    return {OWN + name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

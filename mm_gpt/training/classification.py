@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
 
 from mm_gpt import config as configs
 from mm_gpt.config import check_numbers
@@ -42,7 +41,7 @@ from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.epochs import epoch_order
 from mm_gpt.training.loop import TrainConfig
-from mm_gpt.training.stage import ParameterGroup
+from mm_gpt.training.stage import LOWEST_LOSS, Decides, ParameterGroup, Term
 
 logger = logging.getLogger(__name__)
 WEIGHTS, CONFIG = "classifier.safetensors", "classifier.json"
@@ -168,6 +167,9 @@ class LabelledRows(Sequence[Labelled]):
 class ClassificationTask:
     """A `Stage` for the loop. An epoch shows every row once, to one of the ranks."""
 
+    on_policy: bool = False
+    decides: Decides = LOWEST_LOSS
+
     def __init__(self, recipe: ClassificationRecipe):
         self.recipe = recipe
         torch.manual_seed(recipe.train.seed)
@@ -227,8 +229,12 @@ class ClassificationTask:
                 batches.append(self._batch([self.rows[i] for i in mine]))
         return batches
 
-    def loss(self, batch: ClassifierBatch) -> tuple[Tensor, Tensor]:
-        return self.model.loss(batch, auxiliary=self.recipe.auxiliary)
+    def counts(self, batch: ClassifierBatch) -> dict[str, float]:
+        return {"loss": len(batch.labels)}
+
+    def loss(self, batch: ClassifierBatch) -> dict[str, Term]:
+        total, count = self.model.loss(batch, auxiliary=self.recipe.auxiliary)
+        return {"loss": Term(total, int(count))}
 
     def validate(self) -> dict[str, float]:
         """Mean loss of the label in nats, accuracy, and what always giving the most frequent answer would have."""

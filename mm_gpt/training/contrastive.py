@@ -22,7 +22,7 @@ from mm_gpt.training.distributed import ranks
 from mm_gpt.training.epochs import epoch_order
 from mm_gpt.training.language import load_vision
 from mm_gpt.training.loop import TrainConfig
-from mm_gpt.training.stage import ParameterGroup
+from mm_gpt.training.stage import LOWEST_LOSS, Decides, ParameterGroup, Term
 from mm_gpt.vision.contrastive import ContrastiveConfig, ContrastiveModel, gather_features
 from mm_gpt.vision.transforms import ImageTransform, ImageTransformConfig, TrainTransform
 
@@ -73,6 +73,9 @@ class PairBatch:
 
 class ContrastiveTask:
     """A `Stage` for the loop. An epoch's order follows from the seed; each rank learns from its own part of a batch."""
+
+    on_policy: bool = False
+    decides: Decides = LOWEST_LOSS
 
     def __init__(self, recipe: ContrastiveRecipe):
         self.recipe = recipe
@@ -144,7 +147,10 @@ class ContrastiveTask:
                 self.errors.add("broken image", f"{record.key}: {error}")
         raise MMGPTError(f"none of {len(records)} captioned images can be read: {self.errors.summary()}")
 
-    def loss(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+    def counts(self, batch: PairBatch) -> dict[str, float]:
+        return {"loss": len(batch.pixel_values)}
+
+    def loss(self, batch: PairBatch) -> dict[str, Term]:
         """The loss among the pairs of all ranks, times those of this one.
 
         Every rank computes all of it. Its gradient flows back through `gather_features` to the rank whose features they
@@ -154,8 +160,8 @@ class ContrastiveTask:
         self.model.clamp_logit_scale()
         images = self.model.encode_image(batch.pixel_values)
         texts = self.model.encode_text(batch.input_ids, batch.lengths)
-        count = torch.tensor(len(images))
-        return self.model.loss(gather_features(images), gather_features(texts)) * count, count
+        loss = self.model.loss(gather_features(images), gather_features(texts))
+        return {"loss": Term(loss * len(images), len(images))}
 
     def validate(self) -> dict[str, float]:
         """Contrastive loss among all validation pairs, and how often the right one is found (recall at 1 and 5)."""

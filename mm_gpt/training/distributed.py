@@ -6,7 +6,7 @@ A rank whose rows hold no image has no gradient for the vision side: it adds zer
 import datetime
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -63,6 +63,21 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def union_over_ranks(names: Iterable[str], device: torch.device) -> list[str]:
+    """The names that any rank has, in order: a rank without a micro-batch knows none of its own."""
+    world = ranks()[1]
+    if world == 1:
+        return sorted(names)
+    mine = torch.tensor(list("\n".join(sorted(names)).encode()), dtype=torch.uint8, device=device)
+    lengths = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world)]
+    dist.all_gather(lengths, torch.tensor([len(mine)], device=device))
+    longest = max(int(length) for length in lengths)
+    everybody = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(world)]
+    dist.all_gather(everybody, torch.nn.functional.pad(mine, (0, longest - len(mine))))
+    texts = [bytes(e[: int(n)].tolist()).decode() for e, n in zip(everybody, lengths, strict=True)]
+    return sorted({name for text in texts for name in text.splitlines()})
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -32,14 +32,14 @@ from mm_gpt.hub.vision_towers import load_open_clip
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
-from mm_gpt.processor import ROLES, Batch, Example, Processor, ProcessorConfig
+from mm_gpt.processor import IGNORE_INDEX, ROLES, Batch, Example, Processor, ProcessorConfig
 from mm_gpt.system.writing import write_text
 from mm_gpt.templates.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.compiling import compile_blocks
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.loop import TrainConfig, use_bf16
-from mm_gpt.training.stage import ParameterGroup
+from mm_gpt.training.stage import LOWEST_LOSS, Decides, ParameterGroup, Term
 from mm_gpt.vision.concepts import ConceptsConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
 
@@ -129,6 +129,9 @@ TOKENIZER_CHARACTERS = 50_000_000
 class LanguageTask:
     """A stage for the loop. The plan of the run follows from the seed and the sources."""
 
+    on_policy: bool = False
+    decides: Decides = LOWEST_LOSS
+
     def __init__(self, recipe: LanguageRecipe, tokenizer: Tokenizer | None = None):
         self.recipe = recipe
         self.errors = ErrorCounter()
@@ -186,28 +189,14 @@ class LanguageTask:
 
     def prepare(self) -> list[ParameterGroup]:
         """Freeze, cast and compile what the recipe says; what is trained."""
-        recipe, model = self.recipe, self.model
-        connector = [] if model.connector is None else [*model.connector.parameters()]
-        connector += [mark for mark in (model.image_marks, model.image_newline) if mark is not None]
-        connector += [] if model.concepts is None else [*model.concepts.parameters()]
-        for parameter in connector:
-            parameter.requires_grad_(recipe.train_connector)
-        if model.vision is not None:
-            model.vision.unfreeze(recipe.vision_blocks)
-        if model.config.lora is None:
-            model.decoder.requires_grad_(recipe.decoder == "full")
-        if use_bf16(recipe.train.precision, model.device):
-            self._frozen = _frozen_to_bf16(model)
-        if recipe.compile:
-            compile_blocks(model.decoder)
-        groups = [ParameterGroup("decoder", [p for p in model.decoder.parameters() if p.requires_grad])]
-        if model.vision is not None:
-            groups.append(ParameterGroup("connector", connector, recipe.connector_lr))
-            groups.append(ParameterGroup("vision", list(model.vision.parameters()), recipe.vision_lr))
+        groups, self._frozen = prepare_language(self.model, self.recipe)
         return groups
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.model.loss(batch)
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"loss": count_targets(batch)}
+
+    def loss(self, batch: Batch) -> dict[str, Term]:
+        return {"loss": Term(self.model.loss(batch)[0], count_targets(batch))}
 
     # ---- what it is trained on ----
 
@@ -281,6 +270,33 @@ class LanguageTask:
 
     def save(self, folder: Path) -> None:
         save_model(self.model, self.processor, folder, frozen=self._frozen)
+
+
+def prepare_language(model: MMGPT, recipe: LanguageRecipe) -> tuple[list[ParameterGroup], dict[str, Tensor]]:
+    """Freeze, cast and compile what the recipe says: what is trained, and what `save_model` is to store in place of the
+    frozen weights that were rounded."""
+    connector = [] if model.connector is None else [*model.connector.parameters()]
+    connector += [mark for mark in (model.image_marks, model.image_newline) if mark is not None]
+    connector += [] if model.concepts is None else [*model.concepts.parameters()]
+    for parameter in connector:
+        parameter.requires_grad_(recipe.train_connector)
+    if model.vision is not None:
+        model.vision.unfreeze(recipe.vision_blocks)
+    if model.config.lora is None:
+        model.decoder.requires_grad_(recipe.decoder == "full")
+    frozen = _frozen_to_bf16(model) if use_bf16(recipe.train.precision, model.device) else {}
+    if recipe.compile:
+        compile_blocks(model.decoder)
+    groups = [ParameterGroup("decoder", [p for p in model.decoder.parameters() if p.requires_grad])]
+    if model.vision is not None:
+        groups.append(ParameterGroup("connector", connector, recipe.connector_lr))
+        groups.append(ParameterGroup("vision", list(model.vision.parameters()), recipe.vision_lr))
+    return groups, frozen
+
+
+def count_targets(batch: Batch) -> int:
+    """The tokens that are learned."""
+    return int((batch.labels != IGNORE_INDEX).sum())
 
 
 def learn_tokenizer(stores: Sequence[ShardFolder], vocab_size: int) -> Tokenizer:

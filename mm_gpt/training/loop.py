@@ -2,7 +2,8 @@
 
 What is trained, on what, and how it is judged is a `Stage`; the loop adds accumulation, clipping, the schedule,
 logging, validation, checkpoints and exact resumption. A stage's micro-batches are a pure function of the step number
-and all randomness inside a step is seeded by it, so a stopped run continues as if it had never been stopped.
+(and of the weights, where a stage learns from its own samples) and all randomness inside a step is seeded by it, so a
+stopped run continues as if it had never been stopped.
 """
 
 import dataclasses
@@ -10,8 +11,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,11 @@ from mm_gpt.training.distributed import (
     ranks,
     sum_gradients,
     sum_over_ranks,
+    union_over_ranks,
     wait_for_all,
 )
 from mm_gpt.training.run_log import RunLog
-from mm_gpt.training.stage import DataState, ParameterGroup, Stage
+from mm_gpt.training.stage import DataState, ParameterGroup, Stage, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +180,7 @@ class Run:
         self.optimizer = make_optimizer(groups, config)
         self.at = Progress()
         if resume and (latest := checkpoint.latest(out)):
-            self.at = checkpoint.load_training_state(latest, stage.model, self.optimizer)
+            self.at = checkpoint.load_training_state(latest, stage, self.optimizer)
             if isinstance(stage, DataState):
                 stage.load_data_state(self.at.data)
             logger.info("continuing from %s", latest)
@@ -193,7 +195,7 @@ class Run:
             for group in groups:
                 trainable = sum(p.numel() for p in group.parameters if p.requires_grad)
                 logger.info("training %s: %s parameters, lr × %g", group.name, f"{trainable:,}", group.lr_scale)
-        self.best = math.inf if self.log is None else self.log.best_loss()
+        self.best = None if self.log is None else self.log.best(stage.decides)
         stage.model.train()
 
     def loop(self, *, progress: bool) -> None:
@@ -202,16 +204,18 @@ class Run:
         hidden = not progress or self.log is None
         bar = tqdm(total=config.steps, initial=at.step, unit="step", disable=hidden, dynamic_ncols=True)
         with Stopper() as stopper, bar, ThreadPoolExecutor(1, thread_name_prefix="prefetch") as reader:
-            ahead = reader.submit(stage.micro_batches, at.step, config.accumulate)  # read while the step before runs
+            ahead: Future[Sequence[Any]] | None = None  # read while the step before runs
             while at.step < config.steps:
                 begin = time.perf_counter()
-                batches = ahead.result()
+                batches = stage.micro_batches(at.step, config.accumulate) if ahead is None else ahead.result()
                 waited = time.perf_counter() - begin
-                if at.step + 1 < config.steps:
+                if at.step + 1 < config.steps and not stage.on_policy:
                     ahead = reader.submit(stage.micro_batches, at.step + 1, config.accumulate)
                 metrics = training_step(
                     stage, batches, self.optimizer, config, at.step, self.device, cycles=at.cycles
                 ) | {"data_seconds": waited}
+                if isinstance(stage, StepReport):
+                    metrics |= stage.report()
                 at.step += 1
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
@@ -231,10 +235,12 @@ class Run:
         if step % config.validate_every == 0 or last:
             values = evaluate(self.stage, config, self.device)
             stop = stop or (stopper.requested and ranks()[1] == 1)
-        improved = bool(values) and values["loss"] < self.best
+        value = values.get(self.stage.decides.metric)
+        improved = value is not None and self.stage.decides.is_better(value, self.best)
         log.train(step, metrics, flush=step % config.log_every == 0 or last or stop)
+        if improved:
+            self.best = value
         if values:
-            self.best = min(self.best, values["loss"])
             log.validation(step, values, self.stage.samples())
         if step % config.save_every == 0 or last or stop or improved:
             self.at.data = self.stage.data_state(step) if isinstance(self.stage, DataState) else {}
@@ -252,31 +258,38 @@ def training_step(
     *,
     cycles: Sequence[int] = (),
 ) -> dict[str, float]:
-    """One optimizer step; returns its loss, gradient norm, learning rate and speed. Raises MMGPTError on NaN."""
+    """One optimizer step; returns its loss and the mean of each of its terms, gradient norm, learning rate and speed.
+
+    Raises MMGPTError on NaN."""
     start = time.perf_counter()
     # Dropout, which differs between ranks; augmentation is seeded by the stage in the same way.
     torch.manual_seed(config.seed * 1_000_003 + step + ranks()[0] * 7_919_000_003)
     lr = learning_rate(config, step, cycles)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    total_loss, total_count = 0.0, 0
+    counts = _summed([stage.counts(batch) for batch in batches], device)
+    totals: dict[str, list[float]] = {}  # of each term its total, its count and its weight
     for batch in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config.precision, device)):
-            loss, count = stage.loss(batch.to(device))
-        if int(count) > 0:
-            loss.backward()
-        total_loss += loss.item()
-        total_count += int(count)
-    total_loss, summed = sum_over_ranks([total_loss, float(total_count)], device)
-    total_count = int(summed)
-    if not math.isfinite(total_loss):
-        raise MMGPTError(f"the loss is {total_loss} at step {step + 1}: lower the learning rate ({config.lr})")
+            terms = stage.loss(batch.to(device))
+        learned = {name: term for name, term in terms.items() if term.weight and term.count}
+        if unforeseen := [name for name in learned if not counts.get(name)]:
+            raise MMGPTError(f"the loss has a term {unforeseen[0]!r} whose count was not foreseen")
+        # A mean over the whole step's targets, not a mean of means.
+        parts = [term.total * (term.weight / counts[name]) for name, term in learned.items()]
+        if parts:
+            sum(parts[1:], start=parts[0]).backward()
+        for name, term in terms.items():
+            known = totals.setdefault(name, [0.0, 0.0, term.weight])
+            known[0] += float(term.total.detach())
+            known[1] += float(term.count)
+    means = _means(totals, counts, device)
+    loss = sum(totals[name][2] * mean for name, mean in means.items() if name in totals)
+    if not math.isfinite(loss):
+        raise MMGPTError(f"the loss is {loss} at step {step + 1}: lower the learning rate ({config.lr})")
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     sum_gradients(trained)
     parameters = [p for p in trained if p.grad is not None]
-    for parameter in parameters:
-        assert parameter.grad is not None
-        parameter.grad /= max(1, total_count)  # a mean over the whole step's targets, not a mean of means
     norm = nn.utils.clip_grad_norm_(parameters, config.clip)
     if not math.isfinite(norm):  # one step further every weight would be NaN, and perhaps saved
         raise MMGPTError(f"the gradient is {float(norm)} at step {step + 1}: lower the learning rate ({config.lr})")
@@ -285,12 +298,36 @@ def training_step(
     average_statistics(stage.model)
     seconds = time.perf_counter() - start
     return {
-        "loss": total_loss / max(1, total_count),
+        "loss": loss,
+        **{name: mean for name, mean in means.items() if name != "loss"},
         "grad_norm": float(norm),
         "lr": lr,
-        "targets_per_s": total_count / seconds,
+        "targets_per_s": sum(counts.values()) / seconds,
         "seconds": seconds,
     }
+
+
+def _summed(counts: Sequence[Mapping[str, float]], device: torch.device) -> dict[str, float]:
+    """Of each term, summed over the micro-batches and all ranks."""
+    names = union_over_ranks({name for each in counts for name in each}, device)
+    sums = sum_over_ranks([sum(each.get(name, 0) for each in counts) for name in names], device)
+    return dict(zip(names, sums, strict=True))
+
+
+def _means(
+    totals: Mapping[str, Sequence[float]], counts: Mapping[str, float], device: torch.device
+) -> dict[str, float]:
+    """The mean of each term over the step's micro-batches and all ranks. Raises MMGPTError for a count that
+    `Stage.counts` did not foresee: the gradient was divided by another."""
+    names = union_over_ranks(totals, device)
+    own = [totals.get(name, (0.0, 0.0, 0.0)) for name in names]
+    sums = sum_over_ranks([value for total, count, _ in own for value in (total, count)], device)
+    for name, (_, _, weight), count in zip(names, own, sums[1::2], strict=True):
+        if weight and abs(count - counts.get(name, 0.0)) > 1e-6 * max(1.0, count):
+            raise MMGPTError(
+                f"the loss's {name} counts {count:g} targets, of which {counts.get(name, 0.0):g} were foreseen"
+            )
+    return {name: sums[2 * at] / max(sums[2 * at + 1], 1e-12) for at, name in enumerate(names)}
 
 
 @torch.no_grad()

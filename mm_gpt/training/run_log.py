@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from mm_gpt.errors import MMGPTError
 from mm_gpt.system.writing import naming, write_text
 from mm_gpt.training import plot
+from mm_gpt.training.stage import Decides
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +26,20 @@ class RunLog:
         self.rows = [row for row in self.rows if row["step"] <= step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def best_loss(self) -> float:
-        return min((row["validation"]["loss"] for row in self.rows if "validation" in row), default=math.inf)
+    def best(self, decides: Decides) -> float | None:
+        """The best value so far of what decides; None before the first."""
+        best: float | None = None
+        for row in self.rows:
+            value = row.get("validation", {}).get(decides.metric)
+            if value is not None and decides.is_better(value, best):
+                best = value
+        return best
 
     def train(self, step: int, metrics: dict[str, float], *, flush: bool) -> None:
         self._pending.append(metrics)
         if flush:
-            mean = {key: sum(m[key] for m in self._pending) / len(self._pending) for key in metrics}
+            every = {key: [m[key] for m in self._pending if key in m] for m in self._pending for key in m}
+            mean = {key: sum(values) / len(values) for key, values in every.items()}
             self._pending = []
             self._write({"step": step, **mean})
 

@@ -49,6 +49,7 @@ from mm_gpt.training.epochs import epoch_order
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import TrainConfig
 from mm_gpt.training.sampled_captions import write_captions
+from mm_gpt.training.stage import Term
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +251,10 @@ class SelfCriticalTask(LanguageTask):
 
     # ---- what is learned ----
 
-    def loss(self, batch: Photos) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def counts(self, batch: Photos) -> dict[str, float]:  # type: ignore[override]
+        return {"loss": len(batch.photos) * self.critical.samples}
+
+    def loss(self, batch: Photos) -> dict[str, Term]:  # type: ignore[override]
         """Minus the summed reward of the samples, with the policy gradient, and the number of samples.
 
         The photos are encoded once, for the samples and for the gradient."""
@@ -271,7 +275,7 @@ class SelfCriticalTask(LanguageTask):
             hidden, decoder.head_weight, learned.labels, softcap=decoder.config.logit_softcap, scales=scales
         )
         # The value is what the gradient is an estimate of; that of the weighted log-probabilities says nothing.
-        return total - total.detach() - rewards.sum().to(total), torch.tensor(rewards.numel())
+        return {"loss": Term(total - total.detach() - rewards.sum().to(total), rewards.numel())}
 
     def _write(
         self, prompts: Batch, images: Sequence[ImageFeatures], samples: int, generator: torch.Generator | None

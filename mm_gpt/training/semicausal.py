@@ -16,11 +16,11 @@ from mm_gpt.errors import ConfigError
 from mm_gpt.hub.checkpoint import fill, load_model, save_model
 from mm_gpt.hub.weights import read_json, write_json
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
-from mm_gpt.model.semicausal import SemiCausalConfig, SemiCausalLM, Spans, sample_spans
-from mm_gpt.processor import Batch, Processor
+from mm_gpt.model.semicausal import SemiCausalConfig, SemiCausalLM, Spans, outside_labels, sample_spans
+from mm_gpt.processor import IGNORE_INDEX, Batch, Processor
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import TrainConfig
-from mm_gpt.training.stage import ParameterGroup
+from mm_gpt.training.stage import ParameterGroup, Term
 
 CONFIG_FILE, WEIGHTS_FILE = "semicausal.json", "semicausal.safetensors"
 """The encoder and the connector; the decoder beside them is a model folder like any other."""
@@ -91,7 +91,14 @@ class SemiCausalTask(LanguageTask):
             ParameterGroup("encoder", [*self.model.encoder.parameters(), *self.model.connector.parameters()]),
         ]
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"loss": int((outside_labels(batch.labels, self._spans(batch)) != IGNORE_INDEX).sum())}
+
+    def loss(self, batch: Batch) -> dict[str, Term]:
+        total, count = self._outside(batch)
+        return {"loss": Term(total, int(count))}
+
+    def _outside(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.model.loss(batch, self._spans(batch))
 
     def _spans(self, batch: Batch) -> list[Spans]:
@@ -107,7 +114,7 @@ class SemiCausalTask(LanguageTask):
 
     def validate(self) -> dict[str, float]:
         """Mean loss per target in nats outside of spans, and of the decoder alone, without any."""
-        docked = self._validate(self.loss)
+        docked = self._validate(self._outside)
         alone = self._validate(self.decoder_alone.loss)
         return {**docked, "loss without spans": alone["loss"]}
 

@@ -1,6 +1,6 @@
 """What a stage of training is made of: the side of it that the loop sees."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,23 +15,68 @@ class ParameterGroup:
     lr_scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class Term:
+    """A part of a step's loss: `weight` times the sum of its totals over the sum of its counts.
+
+    The sums run over the step's micro-batches and all ranks, so that each part has a denominator of its own: PPO's
+    tokens beside those of pretraining. Weight 0 makes it a gauge, which is logged and not learned.
+    """
+
+    total: Tensor
+    count: float
+    weight: float = 1.0
+
+
+Terms = Mapping[str, Term]
+
+
+@dataclass(frozen=True)
+class Decides:
+    """Which of `validate`'s values makes a checkpoint the best."""
+
+    metric: str = "loss"
+    higher_is_better: bool = False
+
+    def is_better(self, value: float, than: float | None) -> bool:
+        """NaN is never better, and anything is better than None."""
+        if than is None:
+            return value == value
+        return value > than if self.higher_is_better else value < than
+
+
+LOWEST_LOSS = Decides()
+
+
 class Stage(Protocol):
     """What is trained, on what, and how it is judged."""
 
     @property
     def model(self) -> nn.Module: ...
 
+    @property
+    def on_policy(self) -> bool:
+        """Whether micro-batches depend on the weights: they are then asked for when the step before is done."""
+
+    @property
+    def decides(self) -> Decides: ...
+
     def prepare(self) -> list[ParameterGroup]:
         """Freeze, cast and compile, once the model is on its device; what is left to train, in groups."""
 
     def micro_batches(self, step: int, count: int) -> Sequence[Any]:
-        """The up to `count` micro-batches of this rank in a step: the same ones each time. Runs in another thread."""
+        """The up to `count` micro-batches of this rank in a step: the same ones each time. Runs in another thread,
+        unless the stage is on-policy."""
 
-    def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Summed loss and the count it is divided by, once a step's micro-batches are summed over all ranks."""
+    def counts(self, batch: Any) -> Mapping[str, float]:
+        """What each learned term of `loss` is divided by, as far as this micro-batch goes: known before it is computed,
+        since a gradient of several terms cannot be divided afterwards."""
+
+    def loss(self, batch: Any) -> Terms:
+        """The terms of the loss, with the counts that `counts` gives, and gauges."""
 
     def validate(self) -> dict[str, float]:
-        """Metrics on held-out data; `loss` among them decides which checkpoint is the best. Rank 0 alone runs it."""
+        """Metrics on held-out data; the one that `decides` among them. Rank 0 alone runs it."""
 
     def samples(self) -> list[str]:
         """A few outputs to read."""
@@ -49,3 +94,22 @@ class DataState(Protocol):
 
     def load_data_state(self, state: dict[str, Any]) -> None:
         """Raises MMGPTError when the data is no longer what it was."""
+
+
+@runtime_checkable
+class TensorState(Protocol):
+    """A stage that needs more than its model to go on, such as samples that are not all learned from yet."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """On the CPU; saved with every checkpoint."""
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Called before the first step of a run that goes on. Raises CheckpointError for what does not fit."""
+
+
+@runtime_checkable
+class StepReport(Protocol):
+    """A stage with something to log besides the terms of its loss, such as what a step's time went to."""
+
+    def report(self) -> dict[str, float]:
+        """Of the step that has just been done, of this rank."""
