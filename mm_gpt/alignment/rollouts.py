@@ -77,7 +77,7 @@ class Sampler:
         if decoder.positions == "relative" or decoder.memory_length or not decoder.causal:
             raise ConfigError("answers are sampled from a causal decoder without segment memory")
         self._copy: DecoderCopy | None = None
-        self._end_ids = torch.tensor(processor.tokenizer.end_ids)
+        self._end_ids = torch.tensor(processor.tokenizer.end_ids, dtype=torch.long)
         self._never = torch.tensor(vision_ids(processor), dtype=torch.long)
 
     def __call__(
