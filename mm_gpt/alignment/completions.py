@@ -24,10 +24,8 @@ from mm_gpt.processor import IGNORE_INDEX, Batch, Processor, collate
 def prompt_document(processor: Processor, comparison: Comparison) -> Document:
     """The prompt, opened for the answer. Nothing of it is a target."""
     if comparison.is_text:
-        segments = _plain(comparison.prompt)
-    else:
-        segments = processor.chat(_unlearned(comparison.prompt)).segments
-    return Document(tuple(segments), id=comparison.key)
+        return Document(tuple(_plain(comparison.prompt)), id=comparison.key)
+    return dataclasses.replace(processor.chat(_unlearned(comparison.prompt)), id=comparison.key)
 
 
 def completions_document(processor: Processor, comparison: Comparison) -> Document:

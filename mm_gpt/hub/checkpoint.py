@@ -153,11 +153,12 @@ def save_model(
     *,
     card: str | None = None,
     frozen: Mapping[str, Tensor] | None = None,
+    exact: bool = False,
 ) -> None:
     """Write a model into an existing folder.
 
     Matrices are stored in half precision, except those whose values are beyond it, which stay as they are; vectors stay
-    in float32. `frozen` has weights, by their names in the model, that are stored in place of the model's own: those
+    in float32. With `exact`, matrices that half precision would round stay as they are as well. `frozen` has weights, by their names in the model, that are stored in place of the model's own: those
     that training does not change, as they were before it rounded them to bfloat16. Each file gets its name when it is
     whole. Raises CheckpointError naming the weight that is no finite number, or the file that cannot be written; and
     for a packed decoder, whose weights are no longer those of the checkpoint.
@@ -174,7 +175,7 @@ def save_model(
                 shapes = f"{tuple(tensor.shape)}, not {tuple(state[name].shape)}"
                 raise CheckpointError(f"the frozen {name} has shape {shapes}")
             state[name] = tensor
-    state = {name: compact(tensor, name) for name, tensor in state.items()}
+    state = {name: compact(tensor, name, exact=exact) for name, tensor in state.items()}
     with whole_file(folder / "model.safetensors") as partial:
         save_file(state, partial)
         partial.chmod(0o644)  # the library writes for the owner alone; a model is to be shared
@@ -384,13 +385,13 @@ def _is_decoder(name: str) -> bool:
     return name.startswith("decoder.")
 
 
-def compact(tensor: Tensor, name: str) -> Tensor:
-    """How a tensor is stored."""
+def compact(tensor: Tensor, name: str, *, exact: bool = False) -> Tensor:
+    """How a tensor is stored: in half precision, unless that is too small for it or, with `exact`, would round it."""
     tensor = tensor.detach()
     if tensor.dim() < 2 or not tensor.is_floating_point():
         return tensor.contiguous()
     half = tensor.to(torch.float16)
-    if half.isfinite().all():
+    if half.isfinite().all() and not (exact and (half.to(tensor.dtype) != tensor).any()):
         return half.contiguous()
     if not tensor.isfinite().all():
         raise CheckpointError(f"{name} holds values that are no finite numbers")

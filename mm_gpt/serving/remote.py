@@ -14,6 +14,7 @@ import httpx
 from mm_gpt.document import Image, Message
 from mm_gpt.errors import ContextOverflowError, MMGPTError
 from mm_gpt.images import image_bytes, image_format, to_file
+from mm_gpt.network.client import BUSY_STATUSES
 from mm_gpt.network.urls import one_line, short_name
 from mm_gpt.templates.prompts import CAPTION_PROMPT
 
@@ -22,10 +23,23 @@ CONNECT_S, SILENCE_S = 10.0, 600.0
 CAPTION_TOKENS = 40
 
 
+class ServerError(MMGPTError):
+    """A server refuses, breaks down or is silent; `status` is what it answers, None where it does not."""
+
+    def __init__(self, message: str, status: int | None = None):
+        super().__init__(message)
+        self.status = status
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether another attempt may succeed."""
+        return self.status is None or self.status in BUSY_STATUSES
+
+
 class RemoteAssistant:
     """Answers come from a server; every call is a request of its own."""
 
-    def __init__(self, url: str, *, api_key: str = "", model: str | None = None):
+    def __init__(self, url: str, *, api_key: str = "", model: str | None = None, silence_s: float = SILENCE_S):
         """`url` with or without `/v1`; `model` None: the first that the server has.
 
         Raises MMGPTError when there is no such server."""
@@ -33,7 +47,7 @@ class RemoteAssistant:
             raise MMGPTError(f"{short_name(url)}: a server's address begins with http:// or https://")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1/"
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        timeout = httpx.Timeout(SILENCE_S, connect=CONNECT_S)
+        timeout = httpx.Timeout(silence_s, connect=min(CONNECT_S, silence_s))
         self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
         with self._errors():
             models = self._checked(self._client.get("models")).json().get("data") or [{}]
@@ -54,6 +68,16 @@ class RemoteAssistant:
                 pass
             answers.append(stream.answer)
         return answers
+
+    def whole(self, messages: Sequence[Message], **options: Any) -> dict[str, Any]:
+        """The assistant's next turn in one piece: the first choice as the server writes it. Raises ServerError."""
+        body = self._body(messages, options) | {"stream": False}
+        with self._errors():
+            answer = self._checked(self._client.post("chat/completions", json=body)).json()
+            choice = answer["choices"][0] if isinstance(answer, dict) and answer.get("choices") else None
+            if not isinstance(choice, dict):
+                raise ValueError("no choice in it")
+            return choice
 
     def _body(self, messages: Sequence[Message], options: Mapping[str, Any]) -> dict[str, Any]:
         names = {"max_new_tokens": "max_completion_tokens"}
@@ -87,7 +111,7 @@ class RemoteAssistant:
             message, code = one_line(response.text)[:300], None
         if code == "context_length_exceeded":
             raise ContextOverflowError(message)
-        raise MMGPTError(f"the server answers {response.status_code}: {message}")
+        raise ServerError(f"the server answers {response.status_code}: {message}", response.status_code)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -97,7 +121,7 @@ class RemoteAssistant:
             if isinstance(error, MMGPTError):
                 raise
             reason = one_line(error) or type(error).__name__
-            raise MMGPTError(f"{short_name(self.url)}: no answer from the server ({reason})") from error
+            raise ServerError(f"{short_name(self.url)}: no answer from the server ({reason})") from error
 
 
 class RemoteStream(Iterator[str]):

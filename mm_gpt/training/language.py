@@ -189,24 +189,7 @@ class LanguageTask:
 
     def prepare(self) -> list[ParameterGroup]:
         """Freeze, cast and compile what the recipe says; what is trained."""
-        recipe, model = self.recipe, self.model
-        connector = [] if model.connector is None else [*model.connector.parameters()]
-        connector += [mark for mark in (model.image_marks, model.image_newline) if mark is not None]
-        connector += [] if model.concepts is None else [*model.concepts.parameters()]
-        for parameter in connector:
-            parameter.requires_grad_(recipe.train_connector)
-        if model.vision is not None:
-            model.vision.unfreeze(recipe.vision_blocks)
-        if model.config.lora is None:
-            model.decoder.requires_grad_(recipe.decoder == "full")
-        if use_bf16(recipe.train.precision, model.device):
-            self._frozen = _frozen_to_bf16(model)
-        if recipe.compile:
-            compile_blocks(model.decoder)
-        groups = [ParameterGroup("decoder", [p for p in model.decoder.parameters() if p.requires_grad])]
-        if model.vision is not None:
-            groups.append(ParameterGroup("connector", connector, recipe.connector_lr))
-            groups.append(ParameterGroup("vision", list(model.vision.parameters()), recipe.vision_lr))
+        groups, self._frozen = prepare_language(self.model, self.recipe)
         return groups
 
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -287,6 +270,28 @@ class LanguageTask:
 
     def save(self, folder: Path) -> None:
         save_model(self.model, self.processor, folder, frozen=self._frozen)
+
+
+def prepare_language(model: MMGPT, recipe: LanguageRecipe) -> tuple[list[ParameterGroup], dict[str, Tensor]]:
+    """Freeze, cast and compile what the recipe says: what is trained, and what `save_model` is to store in place of the
+    frozen weights that were rounded."""
+    connector = [] if model.connector is None else [*model.connector.parameters()]
+    connector += [mark for mark in (model.image_marks, model.image_newline) if mark is not None]
+    connector += [] if model.concepts is None else [*model.concepts.parameters()]
+    for parameter in connector:
+        parameter.requires_grad_(recipe.train_connector)
+    if model.vision is not None:
+        model.vision.unfreeze(recipe.vision_blocks)
+    if model.config.lora is None:
+        model.decoder.requires_grad_(recipe.decoder == "full")
+    frozen = _frozen_to_bf16(model) if use_bf16(recipe.train.precision, model.device) else {}
+    if recipe.compile:
+        compile_blocks(model.decoder)
+    groups = [ParameterGroup("decoder", [p for p in model.decoder.parameters() if p.requires_grad])]
+    if model.vision is not None:
+        groups.append(ParameterGroup("connector", connector, recipe.connector_lr))
+        groups.append(ParameterGroup("vision", list(model.vision.parameters()), recipe.vision_lr))
+    return groups, frozen
 
 
 def count_targets(batch: Batch) -> int:
