@@ -22,6 +22,7 @@ from mm_gpt.datasets.formats.interleaved import (
     mmc4_document,
     obelics_documents,
 )
+from mm_gpt.datasets.formats.preferences import as_conversation, comparison_of, is_comparison
 from mm_gpt.datasets.formats.texts import TEXT_COLUMNS, text_document
 from mm_gpt.datasets.reading.files import base_name, folder_of, offline, scheme_of
 from mm_gpt.datasets.reading.parquet import rows_of_table
@@ -47,12 +48,14 @@ from mm_gpt.errors import MMGPTError
 from mm_gpt.images import source_name
 
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentences", "raw", "alt_text", "TEXT", "top_caption")
+_WITH_FILES = ("pairs", "conversations", "comparisons")
 HEAD_ROWS = 64
 """So many are looked at for one of a known kind."""
 
 
 def kind_of_row(row: Mapping[str, Any]) -> str | None:
-    """What a row's keys speak for: "obelics", "mmc4", "conversations", "grit", "pairs", "text", or None.
+    """What a row's keys speak for: "obelics", "mmc4", "conversations", "comparisons", "grit", "pairs", "text", or
+    None.
 
     Keys without a value count where those that have one tell nothing: a null caption is a caption that is missing.
     """
@@ -60,23 +63,27 @@ def kind_of_row(row: Mapping[str, Any]) -> str | None:
 
 
 def _kind_of_keys(keys: set[str], row: Mapping[str, Any]) -> str | None:
+    if is_comparison(keys):
+        return "comparisons"
     if {"text_list", "image_info"} <= keys:
         return "mmc4"
     if keys & {"conversations", "messages"}:
-        return None if {"output_1", "output_2"} <= keys else "conversations"  # two answers, one of them preferred
+        return "conversations"
     if "texts" in keys and isinstance(row["texts"], list):
         is_turns = any(isinstance(text, Mapping) for text in row["texts"])
         return "conversations" if is_turns else "obelics" if "images" in keys else None
     if keys & {"noun_chunks", "ref_exps"} and "caption" in keys:
         return "grit"
-    if keys & {"question", "question_id", "chosen"}:  # a benchmark or preferences: its text is no caption
-        return None
+    if keys & {"question", "question_id", "chosen"}:  # a benchmark: its text is no caption
+        return "comparisons" if "prompt" in keys else None
     is_caption = keys & set(CAPTION_COLUMNS)
     if is_caption and (keys & set(IMAGE_COLUMNS) or any(map(_is_image_list, keys))):
         return "pairs"
     if keys & set(TEXT_COLUMNS):
         return "text"
-    return "pairs" if is_caption and keys & set(URL_COLUMNS) else None
+    if is_caption and keys & set(URL_COLUMNS):
+        return "pairs"
+    return "comparisons" if "prompt" in keys else None
 
 
 def _is_image_list(column: str) -> bool:
@@ -103,6 +110,8 @@ def samples_of_row(
             return [text_document(row, id)]
         case "conversations":
             return [_conversation(row, id, errors, images)]
+        case "comparisons":
+            return [_comparison(row, id, errors, images)]
     raise MMGPTError(f"no rows of the kind {kind!r}")
 
 
@@ -126,7 +135,7 @@ def read_any_rows(location: str, errors: ErrorCounter, *, images: str | None = N
         for number, row in itertools.chain(head, rows):
             kind = kind_of_row(row)
             # the others name images on the web, and files only in a folder that was given for them
-            folder = folder_of(file) if images is None and kind in ("pairs", "conversations") else images
+            folder = folder_of(file) if images is None and kind in _WITH_FILES else images
             try:
                 if kind is None:
                     raise BadRecordError("row of no known kind")
@@ -142,13 +151,26 @@ def _few(names: Iterable[Any]) -> str:
 
 
 def _conversation(row: Mapping[str, Any], id: str, errors: ErrorCounter, images: str | None) -> Conversation:
+    return conversation_of(_encoded(row), id, errors, _folder(images))
+
+
+def _comparison(row: Mapping[str, Any], id: str, errors: ErrorCounter, images: str | None) -> Conversation:
+    return as_conversation(comparison_of(_encoded(row), id, errors, _folder(images)))
+
+
+def _folder(images: str | None) -> str:
+    """Without a folder of images nothing may be named: no file lies in a device."""
+    return os.devnull if images is None else images
+
+
+def _encoded(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with decoded pictures as files."""
     for name in ("images", "image"):
         if isinstance(row.get(name), list):
             row = {**row, name: [_file_bytes(value) for value in row[name]]}
         elif row.get(name) is not None:
             row = {**row, name: _file_bytes(row[name])}
-    # without a folder of images nothing may be named: no file lies in a device
-    return conversation_of(row, id, errors, os.devnull if images is None else images)
+    return row
 
 
 def _file_bytes(source: Any) -> Any:

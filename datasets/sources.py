@@ -247,7 +247,7 @@ FORMATS: dict[str, Format] = _table(
     ),
     Format(
         "rows",
-        "rows (JSON, CSV, parquet) of the six kinds below, mixed as well; image folders with metadata of Hugging Face",
+        "rows (JSON, CSV, parquet) of the seven kinds below, mixed as well; image folders with metadata of Hugging Face",
         "row_samples:read_any_rows",
         _is_rows,
         ROW_SUFFIXES,
@@ -257,6 +257,13 @@ FORMATS: dict[str, Format] = _table(
         "conversations",
         "LLaVA, ShareGPT, chat messages, The Cauldron, FineVision",
         "formats.conversations:read_conversations",
+        _when_named,
+        ROW_SUFFIXES,
+    ),
+    Format(
+        "comparisons",
+        "prompts with answers and which is better: TRL, RLAIF-V, LLaVA-RLHF, HH",
+        "formats.preferences:read_comparisons",
         _when_named,
         ROW_SUFFIXES,
     ),

@@ -97,7 +97,8 @@ class Document:
 Message = dict[str, Any]
 """`{"role": "system" | "user" | "assistant", "content": str | [part, ...]}`; a part is
 `{"type": "text", "text": ...}` or `{"type": "image", "image": source}` (also `url`, `path` or `image_url`).
-An assistant turn with `"complete": False` was cut off: its end is not learned; with `"weight": 0` nothing of it is."""
+An assistant turn with `"complete": False` was cut off: its end is not learned. One with `"weight": 0` is not learned at
+all."""
 
 
 def check_text(text: str, where: str) -> None:

@@ -195,11 +195,14 @@ class Processor:
         role = message.get("role")
         if role not in ROLES:
             raise MMGPTError(f"message {index} has role {role!r}; use 'system', 'user' or 'assistant'")
-        target = role == "assistant" and is_learned(index, message)
+        target = is_learned(index, message)
+        parts = [content_part(index, part, is_target=target) for part in _content_parts(message["content"])]
+        if not target:
+            parts = [dataclasses.replace(part, is_target=False) if isinstance(part, Text) else part for part in parts]
         ends = target and message.get("complete", True)  # an answer that was cut off does not teach to end there
         return [
             Text(f"<|im_start|>{role}\n", is_target=False, is_control=True),
-            *(content_part(index, part, is_target=target) for part in _content_parts(message["content"])),
+            *parts,
             Text("<|im_end|>", is_target=ends, is_control=True),
             Text("\n", is_target=False),
         ]

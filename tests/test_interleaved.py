@@ -655,7 +655,9 @@ def test_hub_locations(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"url": "https://e/", "text": "a page"}, "text"),
         ({"url": "https://e/a.jpg", "caption": "a"}, "pairs"),
         ({"question_id": 1, "image": "a.jpg", "text": "Is there?", "label": "yes"}, None),
-        ({"image": b"", "question": "q", "chosen": "a", "rejected": "b"}, None),
+        ({"image": b"", "question": "q", "chosen": "a", "rejected": "b"}, "comparisons"),
+        ({"prompt": "q", "chosen": None, "question": "q"}, "comparisons"),
+        ({"question": "q", "text": "a"}, None),
         ({"a": 1}, None),
     ],
 )

@@ -356,15 +356,14 @@ def test_a_first_row_in_an_archive_does_not_speak_for_the_others(tmp_path: Path)
 
 def test_rows_of_no_known_kind_are_counted(tmp_path: Path) -> None:
     """Alone in a file that has others, and as a file of nothing else, in a folder that has others."""
-    rows = [{"a": 1}, TEXT_ROW, {"chosen": "x", "rejected": "y", "text": "z"}]
+    rows = [{"a": 1}, TEXT_ROW, {"question": "x", "text": "z"}]
     put(tmp_path / "data" / "a.jsonl", "\n".join(map(json.dumps, rows)))
     put(tmp_path / "data" / "b.csv", "name,class\n1,dog\n")
     samples, errors = read(tmp_path / "data")
     assert written(samples) == [("document", "Words alone.")]
     assert errors == {"row of no known kind": 2, "unreadable file": 1}
-    preferred = {"conversations": LLAVA["conversations"], "output_1": {"value": "a"}, "output_2": {"value": "b"}}
     with pytest.raises(MMGPTError, match="no known format"):
-        read(put(tmp_path / "preferences.json", [preferred]))
+        read(put(tmp_path / "benchmark.json", [{"question": "x", "text": "z"}]))
 
 
 def test_a_broken_first_file_hides_no_others(tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ class OnPolicy(ToyStage):
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.sampled = tensors["sampled"]
 
-    def report(self) -> dict[str, float]:
+    def after_step(self) -> dict[str, float]:
         return {"norm_of_sample": float(self.sampled.norm())}
 
 

@@ -54,7 +54,8 @@ def read_conversations(
       go. What comes before the first question is dropped, as LLaVA does with an answer that was cut off from it
     - `messages`: turns `{"role", "content"}`. Content parts are text, `{"type": "text", "text"}` and
       `{"type": "image", "path" | "url" | "image"}` (`image_url` as well). Where the row has `images`, parts without
-      a source and each `<image>` stand for the next one; elsewhere `<image>` is text
+      a source stand for the next one or, in a row that has none of those, each `<image>`; elsewhere `<image>` is text.
+      An answer with `"weight": 0` is read and not learned
     - `texts`: `{"user", "assistant"}` (The Cauldron, FineVision). The `images` come first in the first question.
 
     `images` is the folder or URL prefix of named images, by default the one that holds the file; a local image that is
@@ -117,15 +118,16 @@ def _messages(
     if row.get("video"):
         raise BadRecordError("a video")
     if isinstance(row.get("conversations"), list):
-        return _from_speakers(row["conversations"], _Images(row, folder))
+        return speaker_turns(row["conversations"], RowImages(row, folder))
     if isinstance(row.get("messages"), list):
-        return _from_messages(row["messages"], _Images(row, folder))
+        return message_turns(row["messages"], RowImages(row, folder))
     if isinstance(row.get("texts"), list):
-        return _from_texts(row, _Images(row, folder), least, errors, place)
+        return _from_texts(row, RowImages(row, folder), least, errors, place)
     raise BadRecordError("no conversations, messages or texts")
 
 
-def _from_speakers(turns: Sequence[Any], images: "_Images") -> list[Message]:
+def speaker_turns(turns: Sequence[Any], images: "RowImages") -> list[Message]:
+    """LLaVA's turns as messages that begin with a question. Raises BadRecordError, also for an image left over."""
     messages: list[Message] = []
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("from"), str):
@@ -149,7 +151,10 @@ def _from_speakers(turns: Sequence[Any], images: "_Images") -> list[Message]:
     return messages
 
 
-def _from_messages(turns: Sequence[Any], images: "_Images") -> list[Message]:
+def message_turns(turns: Sequence[Any], images: "RowImages") -> list[Message]:
+    """Turns `{"role", "content"}` with `content` as a list of strings and Images. Raises BadRecordError, also for an
+    image left over."""
+    images.has_places = images.has_places or any(map(_is_place, _all_parts(turns)))
     messages: list[Message] = []
     for turn in turns:
         if not isinstance(turn, dict) or turn.get("role") not in ROLES:
@@ -167,7 +172,22 @@ def _from_messages(turns: Sequence[Any], images: "_Images") -> list[Message]:
     return messages
 
 
-def _part(part: Any, images: "_Images") -> list[str | Image]:
+def _all_parts(turns: Sequence[Any]) -> Iterator[Any]:
+    for turn in turns:
+        content = turn.get("content") if isinstance(turn, dict) else None
+        yield from content if isinstance(content, list) else ()
+
+
+def _is_place(part: Any) -> bool:
+    """Whether a part stands for the next image that the row lists."""
+    return isinstance(part, dict) and part.get("type") in ("image", "image_url") and _source_of(part) is None
+
+
+def _source_of(part: Mapping[str, Any]) -> Any:
+    return next((part[name] for name in ("image", "path", "url", "image_url") if part.get(name)), None)
+
+
+def _part(part: Any, images: "RowImages") -> list[str | Image]:
     """What one content part of a message holds."""
     if isinstance(part, str):
         part = {"type": "text", "text": part}
@@ -175,12 +195,12 @@ def _part(part: Any, images: "_Images") -> list[str | Image]:
         raise BadRecordError("a content part that is neither text nor image")
     match part.get("type"):
         case "text":
-            if images.listed:
+            if images.listed and not images.has_places:
                 return images.fill(plain_text(part.get("text")))
             plain_text(part.get("text"))  # kept as it is: an answer may begin with a space that means something
             return [part["text"]] if part["text"] else []
         case "image" | "image_url":
-            source = next((part[k] for k in ("image", "path", "url", "image_url") if part.get(k)), None)
+            source = _source_of(part)
             if isinstance(source, dict) and isinstance(source.get("url"), str):
                 source = source["url"]
             return [images.next() if source is None else images.open(source)]
@@ -188,7 +208,7 @@ def _part(part: Any, images: "_Images") -> list[str | Image]:
 
 
 def _from_texts(
-    row: Mapping[str, Any], images: "_Images", least: Mapping[str, int], errors: ErrorCounter, place: str
+    row: Mapping[str, Any], images: "RowImages", least: Mapping[str, int], errors: ErrorCounter, place: str
 ) -> list[Message]:
     messages: list[Message] = []
     for number, turn in enumerate(row["texts"]):
@@ -219,13 +239,15 @@ def _is_rated_low(row: Mapping[str, Any], number: int, least: Mapping[str, int])
     return False
 
 
-class _Images:
+class RowImages:
     """The images that a row lists, handed out in order."""
 
     def __init__(self, row: Mapping[str, Any], folder: str) -> None:
         value = first_value(row, ("images", "image", "file_names", "file_name"))
         self.listed: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
         self._folder, self._used = folder, 0
+        self.has_places = False
+        """Parts of their own say where the images stand: `<image>` in a text is text then."""
 
     def next(self) -> Image:
         if self._used == len(self.listed):

@@ -7,6 +7,7 @@ next piece as a whole.
 import dataclasses
 from collections.abc import Sequence
 
+from mm_gpt.datasets.formats.preferences import is_plain_text, learned_messages
 from mm_gpt.datasets.samples import BadRecordError, Conversation
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
@@ -162,7 +163,7 @@ def sample_pieces(sample: Document | Conversation, processor: Processor, max_tok
     """
     try:
         if isinstance(sample, Conversation):
-            document = processor.chat(sample.messages, answer_starts=False)
+            document = conversation_document(sample, processor)
             tokens = len(processor(document))
             return [(Piece((0, 0), (len(document.segments), 0)), tokens, len(document.images))]
         segments = _measurable(training_segments(sample, processor), processor)
@@ -182,6 +183,23 @@ def sample_pieces(sample: Document | Conversation, processor: Processor, max_tok
     return pieces
 
 
+def conversation_document(sample: Conversation, processor: Processor) -> Document:
+    """What the model reads of a conversation, and learns of it: every answer, or the best completion of a comparison.
+
+    Raises BadRecordError when there is nothing to learn, MMGPTError when the template refuses it.
+    """
+    messages = learned_messages(sample)
+    if not is_plain_text(sample):
+        return processor.chat(messages, answer_starts=False)
+    texts = [
+        Text(part, is_target=turn["role"] == "assistant")
+        for turn in messages
+        for part in turn["content"]
+        if isinstance(part, str)
+    ]
+    return Document((*texts, Text(processor.tokenizer.end_of_text, is_control=True)))
+
+
 def _measurable(segments: Sequence[Segment], processor: Processor) -> Sequence[Segment]:
     """With nothing in the place of each image that has no size, where the tokens depend on that."""
     if processor.config.tiling is None:
@@ -199,5 +217,5 @@ def _measurable(segments: Sequence[Segment], processor: Processor) -> Sequence[S
 def piece_document(sample: Document | Conversation, piece: Piece, processor: Processor) -> Document:
     """The piece of a web document or conversation as the Document to train on."""
     if isinstance(sample, Conversation):
-        return dataclasses.replace(processor.chat(sample.messages, answer_starts=False), id=sample.key)
+        return dataclasses.replace(conversation_document(sample, processor), id=sample.key)
     return Document(piece.of(training_segments(sample, processor)), id=sample.id)

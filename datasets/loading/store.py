@@ -35,7 +35,7 @@ from mm_gpt.system.locks import exclusive
 from mm_gpt.system.processes import refuse_a_second_run
 from mm_gpt.system.writing import naming, new_folder, remove_folder, whole_file, write_text
 
-VERSION = 1
+VERSION = 2
 """Of what is kept: another one when the readers of sources change what they give."""
 INDEX_FOLDER = ".index"
 KEPT_DAYS = 30

@@ -264,25 +264,24 @@ class ChatTemplate:
     ) -> list[Segment]:
         texts: list[Text] = []
         answer: _Turn | None = None  # the assistant's turn whose words came last and may now be closed
-        last: _Turn | None = None  # the turn whose words came last
+        last: _Turn | None = None  # whose words came last within one `{% generation %}`
         for number, piece in enumerate(pieces):
+            last = last if piece.generated else None
             if piece.turn is not None and piece.part is not None:
-                target = piece.turn.role == "assistant" and piece.turn.learned and piece.part.is_target
+                last = piece.turn
+                target = piece.turn.learned and piece.part.is_target
                 target = target and (piece.generated or not self._has_generation)
                 texts.append(Text(piece.text, is_target=target, is_control=piece.part.is_control))
                 answer = piece.turn if target else None
-                last = piece.turn
                 continue
             coming = next((later.turn for later in pieces[number:] if later.turn is not None), None)
-            owner = last if last is not None and last.role == "assistant" else coming
-            unlearned = owner is not None and not owner.learned
             between = answer is not None and coming is answer  # two pieces of one answer
             complete = answer is None or answer.complete  # an answer that was cut off does not teach to end there
             learned = 0
-            if unlearned:
-                answer = None
-            elif between or (piece.generated and answer is None):
-                learned = len(piece.text)
+            if between or (piece.generated and answer is None):
+                of = last or coming
+                is_read = not between and of is not None and of.role == "assistant" and not of.learned
+                learned = 0 if is_read else len(piece.text)
             elif piece.generated and complete:
                 learned = len(piece.text.rstrip())  # a space behind an answer begins the next speaker's name
             elif answer is not None:
@@ -337,11 +336,11 @@ def _same(text: str, turn: "_Turn", part: Text) -> str:
 
 
 def is_learned(index: int, message: Message) -> bool:
-    """Whether an assistant's message is a target: not with a `weight` of 0. Raises MMGPTError for other weights."""
+    """Whether message `index` is an answer to learn. Raises MMGPTError for a weight that is neither 0 nor 1."""
     weight = message.get("weight", 1)
     if weight not in (0, 1, None):
-        raise MMGPTError(f"message {index} has weight {weight!r}; use 0 for an answer that is read only, or 1")
-    return weight != 0
+        raise MMGPTError(f"message {index} has weight {weight!r}; use 0 (not learned) or 1")
+    return message.get("role") == "assistant" and weight != 0
 
 
 def content_part(index: int, part: object, *, is_target: bool) -> Text | Image:

@@ -132,7 +132,14 @@ class LanguageTask:
     on_policy: bool = False
     decides: Decides = LOWEST_LOSS
 
-    def __init__(self, recipe: LanguageRecipe, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self,
+        recipe: LanguageRecipe,
+        tokenizer: Tokenizer | None = None,
+        *,
+        built: tuple[MMGPT, Processor] | None = None,
+    ):
+        """`built`: a model that there is already, with its processor, in place of what the recipe says."""
         self.recipe = recipe
         self.errors = ErrorCounter()
         configs = (*recipe.sources, *recipe.validation)
@@ -140,9 +147,10 @@ class LanguageTask:
         model = recipe.model
         if tokenizer is None and recipe.tokenizer is not None:
             tokenizer = Tokenizer.from_hf_folder(Path(recipe.tokenizer))
-        if tokenizer is None and recipe.start is None and model is not None and not isinstance(model.decoder, str):
+        is_new = built is None and tokenizer is None and recipe.start is None
+        if is_new and model is not None and not isinstance(model.decoder, str):
             tokenizer = learn_tokenizer(stores, model.decoder.vocab_size)
-        self.model, self.processor = build_model(recipe, tokenizer)
+        self.model, self.processor = build_model(recipe, tokenizer) if built is None else built
         self.row_length = min(recipe.row_length, self.processor.config.max_length)
         # The image is read with the question in view, or distances are those of the row: no two questions share it.
         separate = self.model.config.prefix_lm or self.model.decoder.config.positions == "relative"

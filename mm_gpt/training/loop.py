@@ -41,7 +41,7 @@ from mm_gpt.training.distributed import (
     wait_for_all,
 )
 from mm_gpt.training.run_log import RunLog
-from mm_gpt.training.stage import DataState, ParameterGroup, Stage, StepReport
+from mm_gpt.training.stage import AfterStep, DataState, ParameterGroup, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -214,8 +214,8 @@ class Run:
                 metrics = training_step(
                     stage, batches, self.optimizer, config, at.step, self.device, cycles=at.cycles
                 ) | {"data_seconds": waited}
-                if isinstance(stage, StepReport):
-                    metrics |= stage.report()
+                if isinstance(stage, AfterStep):
+                    metrics |= stage.after_step()
                 at.step += 1
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)

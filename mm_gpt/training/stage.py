@@ -108,8 +108,8 @@ class TensorState(Protocol):
 
 
 @runtime_checkable
-class StepReport(Protocol):
-    """A stage with something to log besides the terms of its loss, such as what a step's time went to."""
+class AfterStep(Protocol):
+    """A stage with something to do behind a step: to average weights, to log what its time went to."""
 
-    def report(self) -> dict[str, float]:
-        """Of the step that has just been done, of this rank."""
+    def after_step(self) -> dict[str, float]:
+        """What is to be logged of the step that has just been done, besides the terms of its loss."""
