@@ -38,7 +38,8 @@ apple, lollipop, pumpkin, bucket, stick, snow, water
 # More things and places: name (other words for it): words of other captions that imply it or are often meant by it.
 _MORE = """
 skis (ski, skier, skiers, skiing): snowboard snowboarder snowboarding slope downhill
-beach (beaches, shore, seashore, shoreline): lake river pond sand sandy ocean sea wave waves surf surfer coast surfing tide dune dunes
+beach (beaches, shore, seashore, shoreline): lake river pond sand sandy ocean sea wave waves surf surfer coast surfing
+  tide dune dunes
 ocean (sea, waves, wave): beach surf surfs surfer surfers surfing surfboard shore lake river coast wakeboard
   wakeboarding boat splash tide kayak water
 pool (pools, swimming pool, swimming pools): swim swims swimming swimmer diving dive dives underwater diver slide
@@ -84,7 +85,7 @@ _BY_ROLE = {
     "snowboard": word_set("snowboarder snowboarders snowboarding snowboards"),
 }
 """Who is said to do it has the thing."""
-_EITHER = {word: ("bicycle", "motorcycle") for word in ("bike", "bikes")}
+_EITHER = dict.fromkeys(("bike", "bikes"), ("bicycle", "motorcycle"))
 _CONFUSED = [{"man", "boy"}, {"woman", "girl"}, {"boy", "girl", "baby", "child"}, {"cow", "bull"}, {"sheep", "goat"}]
 _CONFUSED += [{"duck", "goose", "swan"}, {"couch", "bed", "chair"}, {"car", "truck", "bus"}, {"donkey", "horse"}]
 _CONFUSED += [{"sled", "snowboard", "skis"}, {"fox", "wolf", "dog"}, {"water", "ocean", "pool", "lake", "fountain"}]

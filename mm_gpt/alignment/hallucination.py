@@ -9,12 +9,13 @@ that cannot be read is no empty list: it ends the loop, and is counted.
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from mm_gpt.alignment.grading import quoted
 from mm_gpt.datasets.comparisons import Comparison, Completion
+from mm_gpt.datasets.loading.caption_words import word_set
 from mm_gpt.datasets.samples import Record
 from mm_gpt.document import Image, Message
 from mm_gpt.errors import ConfigError, MMGPTError
@@ -172,14 +173,10 @@ def _about(prompt: Comparison, answer: str, instruction: str) -> list[Message]:
     parts: list[Any] = []
     for message in prompt.prompt:
         content = message["content"]
-        said = [content] if isinstance(content, str) else content
-        parts += [part if isinstance(part, Image) else _text(_quoted(message["role"], part)) for part in said]
-    parts += [_text(_quoted("answer", answer)), _text(instruction)]
+        for part in [content] if isinstance(content, str) else content:
+            parts.append(part if isinstance(part, Image) else _text(f"{message['role']}:\n{quoted(part)}\n"))
+    parts += [_text(f"answer:\n{quoted(answer)}\n"), _text(instruction)]
     return [{"role": "user", "content": parts}]
-
-
-def _quoted(who: str, text: str) -> str:
-    return "\n".join([f"{who}:", *(f"> {line}" for line in text.splitlines()), ""])
 
 
 def _text(text: str) -> dict[str, str]:
@@ -266,27 +263,10 @@ class SamplesRewriter:
         return rated[round - 1][2] if len(rated) >= round else None
 
 
-_FUNCTION_WORDS = frozenset(
-    "a an the of in on at to is are and with by for from its it his her their as that this while be being".split()
+_FUNCTION_WORDS = word_set(
+    "a an the of in on at to is are and with by for from its it his her their as that this while be being"
 )
 
 
 def _content_words(text: str) -> list[str]:
     return [word for word in re.findall(r"[a-z]+", text.casefold()) if word not in _FUNCTION_WORDS]
-
-
-# ---- reports ----
-
-
-def report(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Counts of how the loops ended, of the rounds of what was kept, and what was listed most often."""
-    kept = [outcome for outcome in outcomes if outcome.end == "kept"]
-    lengths = [(len((o.rewritten or "").split()), len(o.answer.split())) for o in kept]
-    return {
-        "answers": len(outcomes),
-        "ends": dict(Counter(outcome.end for outcome in outcomes).most_common()),
-        "rounds": {str(n): count for n, count in sorted(Counter(outcome.rounds for outcome in kept).items())},
-        "words_chosen": sum(a for a, _ in lengths) / max(1, len(kept)),
-        "words_rejected": sum(b for _, b in lengths) / max(1, len(kept)),
-        "unsupported": dict(Counter(u for outcome in outcomes for u in outcome.unsupported).most_common(30)),
-    }
