@@ -1,4 +1,4 @@
-"""`mm-gpt pairs`: preference pairs in which the better answer says nothing that its picture or text does not support."""
+"""`mm-gpt pairs`: preference pairs whose better answer says nothing that its picture or text does not support."""
 
 import argparse
 import json
