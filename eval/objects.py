@@ -128,14 +128,14 @@ OBJECTS: frozenset[str] = _CHECKED | frozenset(_FORMS.values())
 assert NOUNS.keys() >= _CHECKED, _CHECKED - NOUNS.keys()
 
 
-def named_objects(text: str) -> list[Named]:
-    """The objects of `OBJECTS` that a text names, in its order."""
+def named_objects(text: str, *, pronouns: bool = False) -> list[Named]:
+    """The objects of `OBJECTS` that a text names, in its order. `pronouns`: "someone" and "his arm" name a person."""
     caption = parse(text)
     found: list[tuple[int, Named]] = []
     taken = set()
     for m in caption.mentions:
         taken.update(range(m.head, m.end))
-        if m.name in _CHECKED and m.surface not in PRONOUNS:
+        if m.name in _CHECKED and (pronouns or m.surface not in PRONOUNS):
             found.append((m.head, Named(_EITHER.get(m.surface, (m.name,)), m.surface, m.is_plural, m.is_real)))
     at = 0
     while at < len(caption.tokens):
@@ -157,7 +157,8 @@ class Known:
     """What is known of a photo: texts about it, such as people's captions and the names of its classes."""
 
     def __init__(self, texts: Iterable[str]):
-        self._named = [named_objects(text) for text in texts]  # kept apart, for `common`
+        texts = list(texts)
+        self._named = [named_objects(text, pronouns=True) for text in texts]  # kept apart, for `common`
         self._words = {word for text in texts for word in parse(text).tokens}
         mentions = [named for of_text in self._named for named in of_text]
         self._names = {name for named in mentions for name in named.names}
@@ -198,11 +199,23 @@ def _broader(name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Share(RatioScore):
-    """A share of what captions name. A caption that names nothing has no share of its own: 0 in the sample log."""
+    """A share of what captions name; 0 where they name nothing."""
+
+    @property
+    def score(self) -> float:
+        return float(_ratio(self.totals.sum(), self.weights.sum()))
 
     @property
     def per_item(self) -> np.ndarray:
-        return np.divide(self.totals, self.weights, out=np.zeros(len(self.totals)), where=self.weights > 0)
+        return _ratio(self.totals, self.weights)
+
+    def resampled(self, indices: np.ndarray) -> np.ndarray:
+        totals, weights = np.bincount(self.groups, self.totals), np.bincount(self.groups, self.weights)
+        return _ratio(totals[indices].sum(axis=1), weights[indices].sum(axis=1))
+
+
+def _ratio(totals: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    return np.divide(totals, weights, out=np.zeros_like(totals, dtype=np.float64), where=weights > 0)
 
 
 class UnsupportedObjects(ImageTask):

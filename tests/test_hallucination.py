@@ -219,7 +219,12 @@ class Said:
             raise KeyboardInterrupt
         configs = [config] * len(documents) if isinstance(config, GenerationConfig) else list(config)
         self.configs += configs
-        texts = ["A brown dog runs on the grass.", "A brown cat runs on the grass.", "A dog on a boat in the water.", ""]
+        texts = [
+            "A brown dog runs on the grass.",
+            "A brown cat runs on the grass.",
+            "A dog on a boat in the water.",
+            "",
+        ]
         if configs[0].n == 1:
             return [self._answer("A brown cow runs on the grass.", configs[0]) for _ in documents]
         return [self._answer(text, each) for each in configs for text in texts[: each.n]]

@@ -15,6 +15,10 @@ from mm_gpt.eval.objects import OBJECTS, Known, named_objects, object_scores
 from mm_gpt.inference.assistant import Assistant
 
 
+def _captions(captions: list[str]) -> bytes:
+    return json.dumps({"captions": captions}).encode()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -80,5 +84,34 @@ def test_scores_by_hand() -> None:
     scores = object_scores(["A cat and a dog run.", "A dog runs.", "Rain."], known)
     assert scores["captions"].score == 1 / 3
     assert scores["objects"].score == 1 / 3  # cat, dog; dog
-    assert scores["coverage"].score == 4 / 6  # the dog and the snow are common; "it rains" has neither
+    assert scores["coverage"].score == 2 / 6  # the dog and the snow are common; two captions have the dog
     np.testing.assert_array_equal(scores["objects"].per_item, [0.5, 0, 0])
+
+
+def test_the_task_scores_a_model_beside_people(
+    tiny_assistant: Assistant, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    known = ["A dog runs.", "A dog runs in the snow.", "A cat runs."]
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for key, captions in (("a", known), ("b", known), ("c", known[:1])):
+            picture = io.BytesIO()
+            make_picture().save(picture, "PNG")
+            for name, data in ((f"{key}.png", picture.getvalue()), (f"{key}.json", _captions(captions))):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    config = EvalConfig(
+        task="unsupported_objects",
+        data=(str(tmp_path / "photos.tar"),),
+        model=str(tiny_model_folder),
+        num_beams=1,
+        max_new_tokens=3,
+    )
+    results = evaluate(config, tmp_path / "results.json", assistant=tiny_assistant)
+    assert results["counts"]["images"] == 2  # one caption can be held against no other
+    json.loads(
+        (tmp_path / "results.json").read_text(), parse_constant=pytest.fail
+    )  # a model that names nothing: no NaN
+    assert set(results["metrics"]) == {"captions", "objects", "coverage"}
+    people = results["baselines"]["people"]["metrics"]
+    assert people["captions"]["value"] == pytest.approx(2 / 3)  # the snow, and the cat
