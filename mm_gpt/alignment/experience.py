@@ -35,7 +35,7 @@ from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
 from mm_gpt.errors import CheckpointError, MMGPTError
 from mm_gpt.model.mmgpt import MMGPT, ImageFeatures
 from mm_gpt.processor import Batch, Processor, collate, stack_pixels
-from mm_gpt.training.distributed import ranks, sum_over_ranks
+from mm_gpt.training.distributed import sum_over_ranks
 from mm_gpt.training.epochs import epoch_order
 
 if TYPE_CHECKING:
@@ -246,12 +246,13 @@ class Actor:
         Raises MMGPTError when none of the prompts can be read, and when the sampler's probabilities are far from the
         trainer's."""
         recipe, k = self.recipe, samples or self.recipe.samples
+        places = list(places)
         read = self._read(comparisons, places, errors, in_order=iteration is None)
         begin = time.perf_counter()
         documents = [prompt_document(self.processor, prompt.comparison) for prompt in read]
-        base = VALIDATION_SEED if iteration is None else recipe.train.seed * 1_000_003 + iteration
-        rank = ranks()[0]
-        seeds = [(base * 1_009 + rank) * 100_003 + number for number in range(len(read))]
+        # By the place in the order of all prompts: as many prompts on more ranks are the same samples.
+        base = VALIDATION_SEED if iteration is None else recipe.train.seed * 1_000_003
+        seeds = [(base + 1) * 100_003 + place for place in places]
         with self._quiet():
             images = [image for group in _groups(read) for image in self._features(documents, read, group)]
             drawn = self.sampler(documents, k, [seed % 2**63 for seed in seeds], images=images or None)
