@@ -148,17 +148,17 @@ def test_functions_of_files_and_modules(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_folders(tmp_path: Path, tiny: tuple[MMGPT, Processor], caplog: pytest.LogCaptureFixture) -> None:
-    """A reward model, that of a run, rules that were fitted beside another model, and neither."""
+    """A reward model, the run that it is in, rules that were fitted beside another model, and neither."""
     model, processor = tiny
     folder = tmp_path / "runs" / "best"
     folder.mkdir(parents=True)
     save_reward_model(RewardModel(model), processor, folder)
     rewards = Rewards([RewardConfig(source=str(folder))])
-    run = load_reward(str(tmp_path / "runs"))
+    with pytest.raises(MMGPTError, match=r"runs/best is one"):
+        load_reward(str(tmp_path / "runs"))
     rows = [chat("a"), chat("b", Image(tmp_path / "none.png"), "What is it?")]
     scored = rewards(rows, ["Red.", "Red."])
     assert scored.each["best"].isnan().tolist() == [False, True]
-    assert run(rows[:1], ["Red."]) == [pytest.approx(float(scored.total[0]))]
     assert rewards.errors.total == 2  # the image that is not there, and that nothing else judges its answer
     assert rewards.errors.counts["answer that no reward applies to"] == 1
 
