@@ -141,6 +141,8 @@ def test_functions_of_files_and_modules(tmp_path: Path, monkeypatch: pytest.Monk
         load_reward(f"{tmp_path / 'none.py'}:shouts")
     with pytest.raises(MMGPTError, match="did you mean 'exact_match'"):
         load_reward("exactmatch")
+    with pytest.raises(MMGPTError, match="reward max: does not say what it takes"):
+        load_reward("builtins:max")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_reward("mine:shouts")([chat()], ["HO"]) == [3.0]
     sys.modules.pop("mine", None)

@@ -187,11 +187,14 @@ class FunctionReward:
     """A function as a reward."""
 
     def __init__(self, function: Callable[..., Any], *, name: str | None = None):
-        """`function` may be async."""
+        """`function` may be async. Raises MMGPTError for a built-in that does not say what it takes."""
         self.function = function
         self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
         self._file = getattr(getattr(function, "__code__", None), "co_filename", None)
-        self._parameters = inspect.signature(function).parameters
+        try:
+            self._parameters = inspect.signature(function).parameters
+        except ValueError:
+            raise MMGPTError(f"reward {self.name}: does not say what it takes; call it from a function") from None
 
     def __call__(
         self, comparisons: Sequence[Comparison], answers: Sequence[str], ids: Sequence[Sequence[int]] | None = None
