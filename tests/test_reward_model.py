@@ -44,12 +44,12 @@ from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.document import Image
 from mm_gpt.errors import CheckpointError, ConfigError, ContextOverflowError, MMGPTError
-from mm_gpt.hub.checkpoint import load_model, save_model
+from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig, collate
-from mm_gpt.training.loop import TrainConfig, make_optimizer, train, training_step
+from mm_gpt.training.loop import TrainConfig, train, training_step
 from mm_gpt.training.recipes import recipe, run_recipe
 from mm_gpt.training.stage import Term
 
@@ -126,9 +126,7 @@ def score(reward: RewardModel, processor: Processor, comparisons: list[Compariso
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
-def test_a_score_is_the_answers_alone(
-    make: Callable[[Path], tuple[MMGPT, Processor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_score_is_the_answers_alone(make: Callable[[Path], tuple[MMGPT, Processor]], tmp_path: Path) -> None:
     """Alone, beside others, padded on either side, with an end mark as padding and inside the prompt, as a branch, in a
     packed row, after saving, and through the door that evaluation uses."""
     model, processor = make(tmp_path)
@@ -165,8 +163,6 @@ def test_a_score_is_the_answers_alone(
     for tokens in (1, 60, 4096):
         found = score_comparisons(reward, processor, comparisons, ErrorCounter(), batch_tokens=tokens)
         torch.testing.assert_close(torch.tensor([s for each in found for s in each.scores]), expected, **CLOSE)
-    if make is mrope:
-        monkeypatch.setattr("mm_gpt.alignment.reward_model.save_model", save_model)
     (tmp_path / "saved").mkdir()
     save_reward_model(reward, processor, tmp_path / "saved")
     again, its_processor = load_reward_model(tmp_path / "saved")
@@ -212,10 +208,10 @@ def test_too_long_for_one_row_is_several_rows() -> None:
     """Completions that fit alone but not together; and one that does not fit is named, never cut."""
     model, processor = make_tiny()
     reward = reward_of(model)
-    long = asked("a", "What?", *(f"{word} " * 50 for word in ("red", "blue", "image")), seed=1)
+    long = asked("a", "What?", *(word * 60 for word in ("zq ", "jx ", "qk ")), seed=1)
     documents = fitting_documents(processor, long, separate=False)
     assert [len(document.branches) for document in documents] == [1, 1, 1]
-    found = list(score_comparisons(reward, processor, [long], ErrorCounter()))[0]
+    (found,) = score_comparisons(reward, processor, [long], ErrorCounter())
     alone = [dataclasses.replace(long, completions=(answer,)) for answer in long.completions]
     torch.testing.assert_close(torch.tensor(found.scores), torch.cat([score(reward, processor, [a]) for a in alone]))
     too_long = asked("b", "What?", "no", "A red circle. " * 100)
@@ -225,7 +221,7 @@ def test_too_long_for_one_row_is_several_rows() -> None:
     first, second = score_comparisons(reward, processor, [too_long, long], errors)
     assert first.scores[1] is None
     assert first.scores[0] is not None
-    assert second.scores == found.scores
+    assert second.scores == pytest.approx(found.scores, abs=1e-5)
     assert errors.counts == {"longer than the context": 1}
 
 
@@ -589,7 +585,7 @@ def test_nothing_to_learn_is_said_at_once(tiny_model_folder: Path, tmp_path: Pat
         [asked(str(n), f"What {n}?", "no", "A red circle. " * 100) for n in range(8)], tmp_path / "a.jsonl"
     )
     task = RewardTask(small_recipe(tiny_model_folder, tmp_path))
-    with pytest.raises(MMGPTError, match="none of 5 comparisons can be learned: .*longer than the context"):
+    with pytest.raises(MMGPTError, match=r"none of 5 comparisons can be learned: .*longer than the context"):
         task.micro_batches(0, 1)
     with pytest.raises(MMGPTError, match="no comparison can be judged"):
         task.validate()
