@@ -39,6 +39,7 @@ from mm_gpt.alignment.reward_report import (
     with_images_of,
 )
 from mm_gpt.alignment.reward_training import RewardBatch, RewardRecipe, RewardTask
+from mm_gpt.commands.cli import main
 from mm_gpt.datasets.comparisons import Comparison, Completion, write_comparisons
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.datasets.samples import ErrorCounter
@@ -267,10 +268,9 @@ def test_folders_that_are_no_reward_models(tmp_path: Path, tiny_model_folder: Pa
     run = tmp_path / "run"
     (run / "best").mkdir(parents=True)
     save_reward_model(reward_of(model), processor, run / "best")
+    assert ModelReward(run).name == ModelReward(run / "best").name == "run"
     with pytest.raises(CheckpointError, match="not the folder of a reward model"):
         load_reward_model(tiny_model_folder)
-    with pytest.raises(CheckpointError, match=rf"{run / 'best'} is one"):
-        load_reward_model(run)
     with pytest.raises(CheckpointError, match="no such folder"):
         load_reward_model(tmp_path / "nowhere")
     weights = load_file(run / "best" / WEIGHTS)
@@ -712,3 +712,83 @@ def test_answers_of_several_prompts(tmp_path: Path) -> None:
                 for c, t in ((one, "red"), (two, "no"), (two, "blue"))]  # fmt: skip
     assert [found[0], found[1], found[3]] == pytest.approx(expected, abs=1e-5)
     assert reward([], []) == []
+
+
+# ---- The command ----
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("judge")
+    model, processor = make_tiny()
+    save_reward_model(reward_of(model), processor, folder)
+    return folder
+
+
+def test_command(judge_folder: Path, picture_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One answer is a number; several are a table, best first."""
+    reward = ModelReward(judge_folder)
+    comparison = Comparison("a", (user(Image(picture_file), "What is it?"),))
+    answers = ["A red circle.", "blue\nground", "no"]
+    expected = dict(zip(answers, reward([comparison] * 3, answers), strict=True))
+    best = sorted(answers, key=lambda answer: -(expected[answer] or 0.0))
+    words = ["reward", str(picture_file), "What is it?"]
+    assert main([*words, answers[0], "--model", str(judge_folder)]) == 0
+    assert float(capsys.readouterr().out) == pytest.approx(expected[answers[0]], abs=1e-3)
+    assert main([*words, *answers, "--model", str(judge_folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=1)[1] for line in lines] == [" ".join(answer.split()) for answer in best]
+    assert main([*words, *answers, "--model", str(judge_folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["answer"] for row in found["answers"]] == best
+    for row in found["answers"]:
+        assert row["score"] == pytest.approx(expected[row["answer"]], abs=1e-4)
+    assert main(["reward", "Why?", "Because.", "-m", str(judge_folder)]) == 0  # of text alone
+    assert math.isfinite(float(capsys.readouterr().out))
+
+
+def test_command_measures(judge_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    comparisons = [asked(str(n), f"What is number {n}?", "A red circle.", "blue", seed=n) for n in range(4)]
+    path = tmp_path / "held.jsonl"
+    write_comparisons(comparisons, path)
+    command = ["reward", "--comparisons", str(path), "-m", str(judge_folder)]
+    assert main([*command, "-o", str(tmp_path / "report"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == json.loads((tmp_path / "report" / REPORT).read_text())
+    assert said["prompts"] == said["image_prompts"] == 4
+    assert (tmp_path / "report" / PLOT).is_file()
+    write_comparisons([*comparisons, asked("long", "What?", "no", "A circle. " * 200)], path)
+    assert main(command) == 3
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"accuracy {said['accuracy']:.3f}")
+    assert "1 longer than the context (long: " in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["What?"], 2, "an answer is missing after 'What?'"),
+        ([], 2, "to follow the images"),
+        (["nowhere.jpg", "What?", "no"], 1, "nowhere.jpg"),
+        (["-", "-", "What?", "no"], 2, "standard input can be read once"),
+        ([" ", "no"], 2, "the prompt is empty"),
+        (["What?", "no", "-o", "report"], 2, "--out is for the report"),
+        (["What?", "no", "--comparisons", "a.jsonl"], 2, "either a prompt with answers or --comparisons"),
+        (["--comparisons", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
+        (["What?", "A red circle. " * 100], 1, "longer than the context"),
+    ],
+)
+def test_command_mistakes(
+    words: list[str], code: int, said: str, judge_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        found = main(["reward", *words, "-m", str(judge_folder)])
+    except SystemExit as error:
+        found = int(error.code or 0)
+    assert found == code
+    assert said in capsys.readouterr().err
+
+
+def test_command_without_a_reward_model(tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reward", "What?", "no", "-m", str(tiny_model_folder)]) == 1
+    assert f"{tiny_model_folder}: not the folder of a reward model" in capsys.readouterr().err

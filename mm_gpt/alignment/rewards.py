@@ -167,8 +167,8 @@ def load_reward(source: str, *, device: torch.device | str = "cpu") -> Reward:
 
         if (folder / RULES).is_file():
             return load_rule_reward(folder, device=str(device))
-        if is_reward_model(folder) or is_reward_model(folder / "best"):
-            return ModelReward(folder if is_reward_model(folder) else folder / "best", device=device)
+        if is_reward_model(folder):
+            return ModelReward(folder, device=device)
         raise MMGPTError(f"{source}: neither a reward model nor a rule-based reward is in this folder")
     if ":" in source:
         return FunctionReward(load_function(source))
