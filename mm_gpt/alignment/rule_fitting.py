@@ -10,7 +10,7 @@ Shapes: E examples, F features, P pairs.
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Gold:
     """Those that are known."""
 
 
-def read_gold(rows: Iterable[Comparison], rules: RuleSet, form: Form, errors: ErrorCounter) -> list[Gold]:
+def read_gold(rows: Sequence[Comparison], rules: RuleSet, form: Form, errors: ErrorCounter) -> list[Gold]:
     """Rows of a prompt and one completion with the columns `response_type` and `propositions` ({name: bool}) or
     `class`, which is a class of that response type. Rows that lack it are counted."""
     gold = []
