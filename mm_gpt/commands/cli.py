@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Never
 
 from mm_gpt import __version__
-from mm_gpt.commands import align, ask, caption, corpus, models, rules, serve, train
+from mm_gpt.commands import align, ask, caption, corpus, models, pairs, rules, serve, train
 from mm_gpt.commands.command import (
     EXIT_BROKEN_PIPE,
     EXIT_ERROR,
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     **train.COMMANDS,
     **align.COMMANDS,
     **rules.COMMANDS,
+    **pairs.COMMANDS,
     **corpus.COMMANDS,
     **serve.COMMANDS,
     **models.COMMANDS,
