@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, overload, runtime_checkable
 
 import torch
 from PIL import Image as PILImage
@@ -57,6 +57,13 @@ class Reward(Protocol):
         """
 
 
+@runtime_checkable
+class FittedBeside(Protocol):
+    """A reward whose scale is that of another one: it warns where it is used with others."""
+
+    def check_beside(self, sources: Sequence[str]) -> bool: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """One of the rewards that are added up."""
@@ -90,6 +97,10 @@ class Rewards:
         if twice := [source for source, n in Counter(config.source for config in configs).items() if n > 1]:
             raise ConfigError(f"the reward {twice[0]} is given twice")
         self.rewards = [load_reward(config.source, device=device) for config in configs]
+        for reward in self.rewards:
+            if isinstance(reward, FittedBeside):
+                others = zip(configs, self.rewards, strict=True)
+                reward.check_beside([c.source for c, other in others if not isinstance(other, FittedBeside)])
         self.weights = [config.weight for config in configs]
         names = [reward.name for reward in self.rewards]
         self.names = [c.source if names.count(n) > 1 else n for c, n in zip(configs, names, strict=True)]
