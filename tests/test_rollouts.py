@@ -8,9 +8,8 @@ import torch
 from conftest import make_picture, make_tiny
 from torch import Tensor
 
-from mm_gpt.alignment.rollouts import Sample, Sampler, draw, vision_ids
+from mm_gpt.alignment.rollouts import Sample, Sampler
 from mm_gpt.document import Document, Image, Text
-from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Processor, collate
 
@@ -43,13 +42,14 @@ def check(sampler: Sampler, documents: Sequence[Document], found: Sequence[Seque
             torch.testing.assert_close(torch.tensor(sample.logprobs), expected, **tolerance)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_log_probabilities_are_those_of_a_training_forward(temperature: float) -> None:
+def test_log_probabilities_are_those_of_a_training_forward(temperature: float, compiled: bool) -> None:
     """With a cache, padding, images and rows that end and leave; dropout and training mode would show."""
     model, processor = make_tiny()
     processor.tokenizer.end_ids = tuple(range(0, 400, 7))
     documents = prompts_of(processor)
-    sampler = Sampler(model, processor, max_new_tokens=9, temperature=temperature)
+    sampler = Sampler(model, processor, max_new_tokens=9, temperature=temperature, compiled=compiled)
     found = sampler(documents, 5, [1, 2, 3])
     check(sampler, documents, found, rtol=0, atol=1e-5)
     samples = [sample for own in found for sample in own]

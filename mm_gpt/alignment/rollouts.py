@@ -20,14 +20,12 @@ from mm_gpt.config import check_numbers
 from mm_gpt.document import Document
 from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
 from mm_gpt.inference.sampling import row_seed
-from mm_gpt.model.cache import KVCache
+from mm_gpt.inference.side_by_side import CompiledRows, DecoderCopy, Rows, TorchRows, can_copy
 from mm_gpt.model.mmgpt import MMGPT, ImageFeatures
-from mm_gpt.processor import Batch, Example, Processor, collate
+from mm_gpt.processor import Example, Processor, collate
 
 MAX_TOKENS = 1 << 15
 """Tokens of all rows that are sampled side by side, prompts included: what keys and values may take."""
-TOGETHER = 0.75
-"""Rows that have ended are taken out of the batch when at most this share of it is left."""
 BLOCK = 256
 """Probabilities that are summed before one of them is looked for."""
 VISION_TOKENS = re.compile(r"image|img|video|vision|<row_\d+_col_\d+>")
@@ -61,20 +59,25 @@ class Sampler:
         max_new_tokens: int,
         temperature: float = 1.0,
         max_tokens: int = MAX_TOKENS,
+        compiled: bool = True,
     ):
         """`max_new_tokens`: of a sample, its end mark included. temperature 0: the likeliest token each time, with
         log-probabilities of temperature 1. `max_tokens`: of the rows that are sampled side by side, in memory.
+        `compiled`: on the CPU, from a copy of the decoder's weights, where it can be (see `DecoderCopy`); off: by the
+        model's own modules.
 
         Raises ConfigError for numbers out of bounds, and for decoders whose answers have no one probability.
         """
         self.model, self.processor = model, processor
         self.max_new_tokens, self.temperature, self.max_tokens = max_new_tokens, temperature, max_tokens
+        self.compiled = compiled
         check_numbers(self, "max_new_tokens", "max_tokens", at_least=1)
         check_numbers(self, "temperature", at_least=0)
         decoder = model.decoder.config
         if decoder.positions == "relative" or decoder.memory_length or not decoder.causal:
             raise ConfigError("answers are sampled from a causal decoder without segment memory")
-        self._end_ids = torch.tensor(processor.tokenizer.end_ids)
+        self._copy: DecoderCopy | None = None
+        self._end_ids = torch.tensor(processor.tokenizer.end_ids, dtype=torch.long)
         self._never = torch.tensor(vision_ids(processor), dtype=torch.long)
 
     def __call__(
@@ -105,11 +108,21 @@ class Sampler:
         own = _by_prompt(images, examples)
         found: list[list[Sample]] = [[] for _ in documents]
         with torch.no_grad(), sampling(self.model):
+            self._take_weights()
             for group in self._groups(examples, n):
                 jobs = [_Job(examples[place], seeds[place], numbers, own[place]) for place, numbers in group]
                 for (place, _), samples in zip(group, self._sample(jobs), strict=True):
                     found[place] += samples
         return found
+
+    def _take_weights(self) -> None:
+        decoder = self.model.decoder
+        if not (self.compiled and can_copy(decoder)):
+            self._copy = None
+        elif self._copy is None or not self._copy.fits(decoder):
+            self._copy = DecoderCopy(decoder)
+        else:
+            self._copy.update()
 
     def _groups(self, examples: Sequence[Example], n: int) -> Iterator[list[tuple[int, range]]]:
         """Prompts and the numbers of their samples that go side by side, prompts of about the same length together."""
@@ -131,41 +144,33 @@ class Sampler:
             yield group
 
     def _sample(self, jobs: Sequence["_Job"]) -> list[list[Sample]]:
-        model, decoder = self.model, self.model.decoder
-        device = model.device
-        pixels = [] if any(job.images is not None for job in jobs) else [job.example for job in jobs]
-        prompts = collate([[job.example] for job in jobs], self.processor.pixels(pixels), pad_left=True).to(device)
-        images = [image for job in jobs for image in job.images or ()] if not pixels else model.image_tokens(prompts)
-        width = prompts.input_ids.shape[1]
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else decoder.dtype
-        cache = KVCache(decoder.config, len(jobs), width + self.max_new_tokens, dtype=dtype, device=device)
-        logits = decoder.logits(model(prompts, cache, images)[:, -1])
-        counts = torch.tensor([len(job.numbers) for job in jobs], device=device)
-        first = torch.arange(len(jobs), device=device).repeat_interleave(counts)  # the prompt of each row
-        cache.select_rows(first)
-        rows = _Rows(self, jobs)
-        logits, live = logits[first], torch.arange(len(first))
-        last = prompts.position_ids[first, -1]
-        positions = (last if last.dim() == 1 else last.amax(dim=1)) + 1
-        is_prompt = prompts.document_ids[first] > 0  # (R, T): what is padding is never looked at
-        for step in range(self.max_new_tokens):
-            ids = rows.draw(logits, live, step)
-            going = ~rows.ended[live]
-            if not going.any():
-                break
-            if going.sum() <= TOGETHER * len(live):
-                kept = going.nonzero().squeeze(1)
-                live, kept = live[kept], kept.to(device)
-                cache.select_rows(kept)
-                ids, positions, is_prompt = ids[kept], positions[kept], is_prompt[kept]
-            mask = None
-            if not is_prompt.all():
-                new = is_prompt.new_ones(len(live), step + 1)
-                mask = torch.cat([is_prompt, new], dim=1)[:, None, None]  # (R, 1, 1, T + step + 1)
-            at = positions.clamp(max=decoder.config.max_length - 1)[:, None]  # of rows that have ended
-            hidden = decoder(decoder.embed(ids)[:, None], at, mask=mask, cache=cache)
-            logits, positions = decoder.logits(hidden[:, -1]), positions + 1
-        return rows.samples()
+        draws = _Draws(self, jobs)
+        rows = self._rows(jobs)
+        try:
+            live, logits = torch.arange(draws.num_rows), rows.logits
+            for step in range(self.max_new_tokens):
+                ids = draws.add(logits, live, step)
+                going = ~draws.ended[live]
+                live, ids = live[going], ids[going]
+                if not len(live):
+                    break
+                logits = rows.step(live, ids)
+        finally:
+            rows.close()
+        return draws.samples()
+
+    def _rows(self, jobs: Sequence["_Job"]) -> Rows:
+        model, counts = self.model, [len(job.numbers) for job in jobs]
+        examples = [job.example for job in jobs]
+        known = [image for job in jobs for image in job.images or ()]
+        prompts = collate([[e] for e in examples], self.processor.pixels([] if known else examples), pad_left=True)
+        prompts = prompts.to(model.device)
+        images = known or model.image_tokens(prompts)
+        if self._copy is None:
+            return TorchRows(model, prompts, images, counts, self.max_new_tokens)
+        own = iter(images)
+        features = [[next(own) for _ in example.images] for example in examples]
+        return CompiledRows(model, self._copy, examples, features, counts)
 
 
 @dataclass(frozen=True)
@@ -179,14 +184,15 @@ class _Job:
     images: Sequence[ImageFeatures] | None
 
 
-class _Rows:
-    """What the rows of a batch have drawn so far."""
+class _Draws:
+    """What the rows have drawn so far."""
 
     def __init__(self, sampler: Sampler, jobs: Sequence[_Job]):
         context, longest = sampler.model.decoder.config.max_length, sampler.max_new_tokens
         self.sampler, self.counts = sampler, [len(job.numbers) for job in jobs]
         limits = [min(longest, context - len(job.example)) for job in jobs for _ in job.numbers]
-        self.limits, num_rows = torch.tensor(limits), len(limits)
+        self.limits, self.num_rows = torch.tensor(limits), len(limits)
+        num_rows = self.num_rows
         self.uniform: Tensor | None = None
         if sampler.temperature > 0:  # each row has its own numbers, so that none depends on who is beside it
             seeds = [row_seed(job.seed, number) for job in jobs for number in job.numbers]
@@ -197,20 +203,17 @@ class _Rows:
         self.finished = torch.zeros(num_rows, dtype=torch.bool)
         self.ended = torch.zeros(num_rows, dtype=torch.bool)
 
-    def draw(self, logits: Tensor, live: Tensor, step: int) -> Tensor:
-        """The next id of the rows `live`, of their logits (R, V) -> (R,) on their device."""
+    def add(self, logits: Tensor, live: Tensor, step: int) -> Tensor:
+        """Draw an id for each of the rows `live`, of their logits (R, V): (R,), on the CPU."""
         uniform = None if self.uniform is None else self.uniform[live, step].to(logits.device)
-        temperature = self.sampler.temperature or 1.0
-        ids, logprobs = draw(logits / temperature, uniform, self.sampler._never.to(logits.device))
+        drawn = draw(logits, uniform, self.sampler.temperature or 1.0, self.sampler._never.to(logits.device))
+        ids, logprobs = (values.cpu() for values in drawn)
         if not logprobs.isfinite().all():
             raise MMGPTError("no token can be drawn: the model's logits are not finite")
-        self.ids[live, step], self.logprobs[live, step] = ids.cpu(), logprobs.to(self.logprobs)
-        going = ~self.ended[live]
-        own = live[going]
-        is_end = torch.isin(self.ids[own, step], self.sampler._end_ids)
-        self.lengths[own] = step + 1
-        self.finished[own] = is_end
-        self.ended[own] = is_end | (self.limits[own] == step + 1)
+        self.ids[live, step], self.logprobs[live, step] = ids, logprobs.float()
+        is_end = torch.isin(ids, self.sampler._end_ids)
+        self.lengths[live], self.finished[live] = step + 1, is_end
+        self.ended[live] = is_end | (self.limits[live] == step + 1)
         return ids
 
     def samples(self) -> list[list[Sample]]:
@@ -223,25 +226,29 @@ class _Rows:
         return [[next(flat) for _ in range(count)] for count in self.counts]
 
 
-def draw(scores: Tensor, uniform: Tensor | None, never: Tensor) -> tuple[Tensor, Tensor]:
-    """An id for each row of scores (R, V), and its log-probability: (R,), (R,).
+def draw(logits: Tensor, uniform: Tensor | None, temperature: float, never: Tensor) -> tuple[Tensor, Tensor]:
+    """An id for each row of logits (R, V), and its log-probability at a temperature: (R,), (R,).
 
     uniform (R,), from 0 to below 1: where in the cumulated probabilities. None: the likeliest. The ids `never` are not
     drawn, but are part of the sum that the probabilities are divided by.
     """
-    logprobs = scores.log_softmax(dim=-1)
-    allowed = logprobs.index_fill(1, never, -torch.inf) if len(never) else logprobs
+    highest = logits.amax(dim=-1, keepdim=True)
+    weights = (logits - highest).div_(temperature).exp_()  # (R, V), at most 1
+    forbidden = weights[:, never].sum(dim=-1, dtype=torch.float64)
+    weights.index_fill_(1, never, 0)
+    whole = weights.shape[1] // BLOCK * BLOCK
+    sums = [weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1), weights[:, whole:].sum(dim=-1, keepdim=True)]
+    blocks = torch.cat(sums, dim=1).double()  # (R, V / BLOCK + 1)
+    total = blocks.sum(dim=-1) + forbidden
     if uniform is None:
-        ids = allowed.argmax(dim=-1)
+        ids = logits.index_fill(1, never, -torch.inf).argmax(dim=-1)
     else:
-        weights = allowed.exp()
-        width = weights.shape[1]
-        blocks = nn.functional.pad(weights, (0, -width % BLOCK)).unflatten(1, (-1, BLOCK))  # (R, V / BLOCK, BLOCK)
-        block, rest = _passing(blocks.sum(dim=-1, dtype=torch.float64), uniform)
-        inside = blocks[torch.arange(len(blocks), device=blocks.device), block]
-        place, _ = _passing(inside.double(), rest)
-        ids = block * BLOCK + place
-    return ids, logprobs.gather(1, ids[:, None]).squeeze(1)
+        block, rest = _passing(blocks, uniform)
+        inside = block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)
+        own = weights.gather(1, inside.clamp(max=weights.shape[1] - 1)).where(inside < weights.shape[1], 0)
+        ids = block * BLOCK + _passing(own.double(), rest)[0]
+    chosen = (logits.gather(1, ids[:, None]) - highest).squeeze(1).double() / temperature
+    return ids, chosen - total.log()
 
 
 def _passing(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,12 +29,13 @@ class BlockSequence:
 class BlockSequences:
     """Keys and values in blocks of 16 tokens, which several sequences may share, and steps that are compiled."""
 
-    def __init__(self, decoder: Decoder, *, make_room: Callable[[], bool]):
-        """`make_room` lets go of a sequence that nobody needs, when memory is used up; False when there is none."""
+    def __init__(self, decoder: Decoder, *, make_room: Callable[[], bool], threads: int | None = None):
+        """`make_room` lets go of a sequence that nobody needs, when memory is used up; False when there is none.
+        threads: None is what the machine has."""
         self.decoder, config = decoder, decoder.config
         is_exact = isinstance(decoder.embedding, nn.Embedding) and decoder.embedding.weight.dtype == torch.float32
         kv_dtype = torch.float32 if is_exact else torch.bfloat16
-        self.compiled = CompiledDecoder(decoder, kv_dtype=kv_dtype)
+        self.compiled = CompiledDecoder(decoder, kv_dtype=kv_dtype, threads=threads)
         self.pool, self.make_room = self.compiled.pool, make_room
         self._users: dict[int, int] = {}
         """How many sequences hold each block."""
@@ -55,14 +56,29 @@ class BlockSequences:
             cache.length = length
         try:
             hidden = self.decoder(x, positions, **masks, cache=cache, added=embedded.added)[0]
-            while len(new.blocks) * BLOCK < length + T:
-                new.blocks.append(self._fresh())
-            self.pool.write(new.blocks, length, cache.keys[:, 0, :, length:], cache.values[:, 0, :, length:])
+            self._extend(new, cache.keys[:, 0, :, length:], cache.values[:, 0, :, length:])
         except BaseException:
             self.release(new)
             raise
-        new.length = length + T
         return new, hidden
+
+    def begin(self, keys: Tensor, values: Tensor, position: int) -> BlockSequence:
+        """A sequence of T tokens that were read elsewhere: their keys and values (L, K, T, C), and the position of the
+        next one."""
+        new = BlockSequence([], 0, position)
+        try:
+            self._extend(new, keys, values)
+        except BaseException:
+            self.release(new)
+            raise
+        return new
+
+    def _extend(self, row: BlockSequence, keys: Tensor, values: Tensor) -> None:
+        length = row.length + keys.shape[2]
+        while len(row.blocks) * BLOCK < length:
+            row.blocks.append(self._fresh())
+        self.pool.write(row.blocks, row.length, keys, values)
+        row.length = length
 
     def step(self, rows: Many[BlockSequence], ids: Many[int]) -> Tensor:
         for row in rows:
