@@ -78,7 +78,9 @@ def describe_pairs(path: Path) -> dict[str, Any]:
         preferred, other = sorted(comparison.completions, key=lambda completion: completion.rank)
         sides.append((preferred.text, other.text))
         photos.add(comparison.key.partition("#")[0])
-    words = [Counter(word for text in side for word in text.lower().strip(".").split()) for side in zip(*sides)]
+    words = [
+        Counter(word for text in side for word in text.lower().strip(".").split()) for side in zip(*sides, strict=True)
+    ]
     more = {word: words[0][word] - words[1][word] for word in words[0] | words[1]}
     ranked = sorted(more.items(), key=lambda item: item[1])
     return {
