@@ -227,9 +227,7 @@ class Actor:
         """`bf16`: products are computed under autocast, as in training."""
         self.policy, self.critic, self.processor = policy, critic, processor
         self.reference, self.recipe, self.bf16 = reference, recipe, bf16
-        self.sampler = Sampler(
-            policy, processor, max_new_tokens=recipe.max_new_tokens, temperature=recipe.temperature
-        )
+        self.sampler = Sampler(policy, processor, max_new_tokens=recipe.max_new_tokens, temperature=recipe.temperature)
 
     # ---- sampling ----
 

@@ -18,7 +18,7 @@ from mm_gpt.alignment.functions import load_function
 from mm_gpt.alignment.grading import YES_NO, Grade, Grader, Question, grading_prompt, parse, shares
 from mm_gpt.config import check_numbers
 from mm_gpt.datasets.samples import ErrorCounter
-from mm_gpt.document import Document, Message, check_text
+from mm_gpt.document import Document, Image, Message, check_text
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.network.urls import short_name
 
@@ -181,14 +181,17 @@ class ServerGrader:
         grade = _server_grade(choice, question.labels)
         return grade or self._none(f"grader {self.name} answers none of {', '.join(question.labels)}", question)
 
-    def _none(self, reason: str, question: Question) -> None:
+    def _none(self, reason: str, question: Question) -> Grade:
         with self._lock:
             self.errors.add(reason, question.where)
+        return None
 
     def _ask(self, question: Question) -> Mapping[str, Any]:
         from mm_gpt.serving.remote import ServerError
 
         messages = [{**message, "content": _broken_up(message["content"])} for message in grading_prompt(question)]
+        for part in (part for message in messages for part in message["content"] if isinstance(part, Image)):
+            part.size()  # raises ImageError for what is none
         for attempt in range(1, self.config.attempts + 1):
             shown = {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if self._has_logprobs else {}
             try:

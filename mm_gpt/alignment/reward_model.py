@@ -1,8 +1,8 @@
 """A reward model: any of our models with one linear layer that reads how good an answer is off its last state.
 
-The score is that of the answer's last token, its end mark, whose place is known from how the answer was written into the
-batch: never looked for, so that neither padding nor an end mark inside the prompt can move it (2009.01325, 2203.02155).
-The same layer on every token is a critic, which PPO begins with.
+The score is that of the answer's last token, its end mark. Its place is known from how the answer was written into the
+batch, and never looked for: neither padding nor an end mark inside the prompt can move it (2009.01325, 2203.02155). The
+same layer on every token is a critic, which PPO begins with.
 
 Shapes: B rows, T tokens, C completions of all prompts, D width.
 """
@@ -34,7 +34,7 @@ from mm_gpt.config import check_numbers
 from mm_gpt.datasets.comparisons import Comparison, Completion
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.document import Document
-from mm_gpt.errors import CheckpointError, ConfigError, ContextOverflowError, MMGPTError
+from mm_gpt.errors import CheckpointError, ConfigError, ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model, save_model
 from mm_gpt.hub.weights import open_safetensors, read_json
 from mm_gpt.model.mmgpt import MMGPT, ImageFeatures
@@ -78,6 +78,10 @@ class RewardModel(nn.Module):
         """Stays in evaluation mode: with dropout a pair would be judged by two different models, and what is learned is
         to be what is judged by."""
         return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     def scores(self, batch: CompletionBatch, images: Sequence[ImageFeatures] | None = None) -> Tensor:
         """The reward of each completion (C,), float32: the head on the state of its last token.
@@ -129,9 +133,14 @@ def _fitting(processor: Processor, document: Document, separate: bool) -> list[D
 class Scored:
     """What a reward model says about the completions of one prompt, in their order."""
 
-    scores: tuple[float, ...]
+    scores: tuple[float | None, ...]
+    """None for a completion that cannot be read."""
     tokens: tuple[int, ...]
-    """Of each completion, its end mark included."""
+    """Of each completion, its end mark included; 0 for one that cannot be read."""
+
+
+WINDOW = 64
+"""Comparisons among which rows of like length are looked for."""
 
 
 def score_comparisons(
@@ -141,81 +150,98 @@ def score_comparisons(
     errors: ErrorCounter,
     *,
     batch_tokens: int = 4096,
-) -> Iterator[Scored | None]:
-    """The scores of every completion, comparison by comparison; None for one that cannot be read, which is counted.
+) -> Iterator[Scored]:
+    """The scores of every completion, comparison by comparison. What cannot be read is counted and has none.
 
     Rows of like length are read together, up to `batch_tokens` with their padding. They are the rows that the model was
     trained on: there is one way to write a completion.
     """
-    separate = not shares_prompts(model.model)
-    remaining = iter(comparisons)
+    separate, remaining = not shares_prompts(model.model), iter(comparisons)
     while window := list(itertools.islice(remaining, WINDOW)):
-        rows: list[tuple[int, int, Document]] = []  # length, number in the window
-        for number, comparison in enumerate(window):
-            try:
-                documents = fitting_documents(processor, comparison, separate=separate)
-                rows += [(len(processor(document)), number, document) for document in documents]
-            except MMGPTError as error:
-                count_unusable(errors, comparison, error)
-        order = sorted(range(len(rows)), key=lambda at: rows[at][0])
-        found: dict[int, list[tuple[float, int]] | None] = {}
-        for group in _groups([rows[at][0] for at in order], batch_tokens):
-            found |= _scored(model, processor, {order[at]: rows[order[at]][2] for at in group}, separate)
-        for number, comparison in enumerate(window):
-            own = [found[at] for at, (_, owner, _) in enumerate(rows) if owner == number]
-            pairs = [pair for row in own if row is not None for pair in row]
-            if len(pairs) < len(comparison.completions) or not pairs:
-                if own:
-                    errors.add("images that cannot be read", comparison.key)
-                yield None
-            else:
-                yield Scored(tuple(score for score, _ in pairs), tuple(tokens for _, tokens in pairs))
+        rows = [row for n, c in enumerate(window) for row in _rows_of(processor, c, n, errors, separate=separate)]
+        rows.sort(key=lambda row: row.length)
+        scores: list[list[float | None]] = [[None] * len(comparison.completions) for comparison in window]
+        tokens = [[0] * len(comparison.completions) for comparison in window]
+        for group in _groups(rows, batch_tokens):
+            for row, found in zip(group, _scored(model, processor, group, errors, separate=separate), strict=True):
+                for place, (score, length) in enumerate(found, start=row.first):
+                    scores[row.comparison][place], tokens[row.comparison][place] = score, length
+        yield from (Scored(tuple(own), tuple(lengths)) for own, lengths in zip(scores, tokens, strict=True))
 
 
-WINDOW = 64
-"""Comparisons among which rows of like length are looked for."""
+@dataclass(frozen=True)
+class _Row:
+    """Completions of one prompt that are read in one row."""
+
+    document: Document
+    length: int
+    """In tokens."""
+    comparison: int
+    """Its number in the window."""
+    first: int
+    """The number of its first completion."""
+
+
+def _rows_of(
+    processor: Processor, comparison: Comparison, number: int, errors: ErrorCounter, *, separate: bool
+) -> list[_Row]:
+    """The rows of a comparison; of one that does not fit as a whole, those of the completions that do."""
+    try:
+        documents = fitting_documents(processor, comparison, separate=separate)
+    except MMGPTError as error:
+        if len(comparison.completions) > 1:
+            alone = [dataclasses.replace(comparison, completions=(own,)) for own in comparison.completions]
+            apart = [_rows_of(processor, each, number, errors, separate=separate) for each in alone]
+            return [dataclasses.replace(row, first=place) for place, rows in enumerate(apart) for row in rows]
+        count_unusable(errors, comparison, error)
+        return []
+    firsts = itertools.accumulate((len(document.branches) for document in documents), initial=0)
+    return [
+        _Row(document, len(processor(document)), number, first)
+        for document, first in zip(documents, firsts, strict=False)
+    ]
 
 
 def count_unusable(errors: ErrorCounter, comparison: Comparison, error: MMGPTError) -> None:
-    """Counts a comparison that is skipped, by what is wrong with it."""
-    reason = "longer than the context" if isinstance(error, ContextOverflowError) else "cannot be scored"
+    """Counts a comparison, or a completion, that is skipped, by what is wrong with it."""
+    match error:
+        case ContextOverflowError():
+            reason = "longer than the context"
+        case ImageError():
+            reason = "image that cannot be read"
+        case _:
+            reason = "cannot be scored"
     errors.add(reason, f"{comparison.key}: {error}")
 
 
-def _groups(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Numbers of rows, whose lengths ascend, in batches that take up to `budget` tokens when padded."""
-    group: list[int] = []
-    for number, length in enumerate(lengths):
-        if group and (len(group) + 1) * length > budget:
+def _groups(rows: Sequence[_Row], budget: int) -> Iterator[list[_Row]]:
+    """Rows, whose lengths ascend, in batches that take up to `budget` tokens when padded."""
+    group: list[_Row] = []
+    for row in rows:
+        if group and (len(group) + 1) * row.length > budget:
             yield group
             group = []
-        group.append(number)
+        group.append(row)
     if group:
         yield group
 
 
 @torch.no_grad()
 def _scored(
-    model: RewardModel, processor: Processor, documents: Mapping[int, Document], separate: bool
-) -> dict[int, list[tuple[float, int]] | None]:
-    """Of each document, the scores and lengths of its completions; None where its images cannot be read."""
+    model: RewardModel, processor: Processor, rows: Sequence[_Row], errors: ErrorCounter, *, separate: bool
+) -> list[list[tuple[float, int]]]:
+    """Of each row, the scores and lengths of its completions; nothing where its images cannot be read."""
     try:
-        batch = completion_batch(processor, list(documents.values()), separate=separate).to(model.head.weight.device)
+        batch = completion_batch(processor, [row.document for row in rows], separate=separate).to(model.device)
     except MMGPTError as error:
-        if len(documents) == 1:
-            logger.warning("not scored: %s", error)
-            return dict.fromkeys(documents)
-        found: dict[int, list[tuple[float, int]] | None] = {}
-        for number, document in documents.items():  # one of them spoils the batch
-            found |= _scored(model, processor, {number: document}, separate)
-        return found
+        if len(rows) > 1:  # one of them spoils the batch
+            return [found for row in rows for found in _scored(model, processor, [row], errors, separate=separate)]
+        count_unusable(errors, Comparison(rows[0].document.id, ()), error)
+        return [[]]
+    found: list[list[tuple[float, int]]] = [[] for _ in rows]
     scores, lengths = model.scores(batch).tolist(), completion_lengths(batch).tolist()
-    found = {number: [] for number in documents}
-    names = list(documents)
-    for place, score, length in zip(batch.prompts.tolist(), scores, lengths, strict=True):
-        row = found[names[place]]
-        assert row is not None
-        row.append((score, length))
+    for row, score, length in zip(batch.prompts.tolist(), scores, lengths, strict=True):
+        found[row].append((score, length))
     return found
 
 
@@ -247,8 +273,8 @@ class ModelReward:
         ]
         found: list[float | None] = [None] * len(answers)
         scored = score_comparisons(self.model, self.processor, asked, self.errors, batch_tokens=self.batch_tokens)
-        for own, scores in zip(grouped.values(), scored, strict=True):
-            for place, score in zip(own, () if scores is None else scores.scores, strict=scores is not None):
+        for own, of_prompt in zip(grouped.values(), scored, strict=True):
+            for place, score in zip(own, of_prompt.scores, strict=True):
                 found[place] = score
         return found
 
@@ -304,9 +330,15 @@ def load_reward_model(folder: str | Path) -> tuple[RewardModel, Processor]:
         best = f"; {folder / 'best'} is one" if is_reward_model(folder / "best") else ""
         raise CheckpointError(f"{folder}: not the folder of a reward model: it has no {CONFIG}{best}")
     read_config(folder)
-    path = folder / WEIGHTS
     language, processor = load_model(folder)
     model = RewardModel(language)
+    load_head(model, folder)
+    return model, processor
+
+
+def load_head(model: RewardModel, folder: Path) -> None:
+    """The head of a reward model's folder. Raises CheckpointError naming what is missing or does not fit."""
+    path = folder / WEIGHTS
     with open_safetensors(path) as file:
         names = set(file.keys())
         if names != {"weight", "bias"}:
@@ -319,7 +351,6 @@ def load_reward_model(folder: str | Path) -> tuple[RewardModel, Processor]:
                 target.copy_(file.get_tensor(name))
     if not all(p.isfinite().all() for p in model.head.parameters()):
         raise CheckpointError(f"{path}: holds values that are no finite numbers")
-    return model.eval(), processor
 
 
 def read_config(folder: Path) -> RewardModelConfig:

@@ -93,7 +93,7 @@ class RuleSet:
 
     @property
     def forms(self) -> tuple[Form, ...]:
-        return (*(("propositions",) if self.response_types else ()), *(("rubric",) if self.rubric else ()))  # type: ignore[return-value]
+        return (*(("propositions",) if self.response_types else ()), *(("rubric",) if self.rubric else ()))
 
     def response_type(self, form: Form, name: object) -> str | None:
         """The type that a row's column means, as `Hard Refuse` and `safe_refuse_2` are written in published data; None

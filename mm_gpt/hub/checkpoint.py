@@ -158,10 +158,11 @@ def save_model(
     """Write a model into an existing folder.
 
     Matrices are stored in half precision, except those whose values are beyond it, which stay as they are; vectors stay
-    in float32. With `exact`, matrices that half precision would round stay as they are as well. `frozen` has weights, by their names in the model, that are stored in place of the model's own: those
-    that training does not change, as they were before it rounded them to bfloat16. Each file gets its name when it is
-    whole. Raises CheckpointError naming the weight that is no finite number, or the file that cannot be written; and
-    for a packed decoder, whose weights are no longer those of the checkpoint.
+    in float32. With `exact`, what half precision would round stays as it is as well. `frozen` has weights, by their
+    names in the model, that are stored in place of the model's own: those that training does not change, as they were
+    before it rounded them to bfloat16. Each file gets its name when it is whole. Raises CheckpointError naming the
+    weight that is no finite number, or the file that cannot be written; and for a packed decoder, whose weights are no
+    longer those of the checkpoint.
     """
     if model.decoder.packed_head:
         raise CheckpointError(f"{folder}: a packed decoder is not saved; load the model with dtype fp32")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_gpt import config as configs
+from mm_gpt.alignment.reward_training import RewardRecipe, RewardTask
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.errors import MMGPTError, unknown_name
 from mm_gpt.hub.weights import read_json
@@ -37,7 +38,9 @@ from mm_gpt.vision.transforms import ImageTransformConfig
 
 logger = logging.getLogger(__name__)
 
-Recipe = LanguageRecipe | SemiCausalRecipe | SelfCriticalRecipe | ContrastiveRecipe | ClassificationRecipe
+Recipe = (
+    LanguageRecipe | SemiCausalRecipe | SelfCriticalRecipe | ContrastiveRecipe | ClassificationRecipe | RewardRecipe
+)
 
 HALF = (0.5, 0.5, 0.5)
 LITE2 = VisionConfig(model="timm/tf_efficientnet_lite2", image_size=256)
@@ -259,6 +262,21 @@ def classify(data: str) -> ClassificationRecipe:
     )
 
 
+def reward(data: str) -> RewardRecipe:
+    """A reward model from comparisons of answers: the default model with a scalar head, or start=NAME.
+
+    InstructGPT's loss, TRL's learning rate for a low-rank adaptation.
+    """
+    return RewardRecipe(
+        train=TrainConfig(steps=200, lr=1e-4, warmup_steps=10, validate_every=50, save_every=50),
+        start="default",
+        sources=(SourceConfig(path="."),),
+        holdout=0.1,
+        lora=LoRAConfig(rank=16, alpha=32),
+        data=data,
+    )
+
+
 UNPUBLISHED_LR, UNPUBLISHED_BATCH = 2.5e-4, 64 * 512
 """For the presets whose paper names no learning rate: GPT's, and its batch in tokens."""
 
@@ -320,6 +338,7 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
     "tiny": tiny,
     "finetune": finetune,
     "classify": classify,
+    "reward": reward,
     "default_vision": default_vision,
     "default": default,
     "default_joint": default_joint,
@@ -376,6 +395,8 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: boo
             stage = SelfCriticalTask(recipe)
         case ClassificationRecipe():
             stage = ClassificationTask(recipe)
+        case RewardRecipe():
+            stage = RewardTask(recipe)
         case _:
             stage = ContrastiveTask(recipe)
     if resume and (out / "recipe.json").exists():

@@ -1,0 +1,411 @@
+"""PPO, RLOO and GRPO with images: exact first steps, exact gradients, exact resumption, and that they learn."""
+
+import dataclasses
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_picture, make_tiny
+from safetensors.torch import load_file
+from torch import Tensor
+from toy_stage import logged, losses, one_step
+
+from mm_gpt.alignment import losses as formulas
+from mm_gpt.alignment.completions import completion_batch, sampled_document, token_logprobs, token_values
+from mm_gpt.alignment.experience import PolicyBatch
+from mm_gpt.alignment.policy import PolicyRecipe, PolicyTask
+from mm_gpt.alignment.reward_model import RewardModel, load_reward_model, save_reward_model
+from mm_gpt.alignment.rewards import RewardConfig
+from mm_gpt.datasets.loading.sources import SourceConfig
+from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.hub.checkpoint import load_model
+from mm_gpt.model.lora import LoRAConfig
+from mm_gpt.training.loop import TrainConfig, make_optimizer, train
+from mm_gpt.training.stage import Term
+
+REWARDS = """
+import math
+
+def short(completions, **columns):
+    "The fewer characters, the better."
+    return [-len(answer[0]["content"]) / 10 for answer in completions]
+
+def odd(prompts, completions, colour, **columns):
+    "What the row says, and nothing for answers of an even length."
+    return [None if len(c[0]["content"]) % 2 == 0 else float(len(name)) for c, name in zip(completions, colour)]
+
+def letters(completions, **columns):
+    return [sum(c.isalpha() for c in answer[0]["content"]) / 7 for answer in completions]
+
+def same(completions, **columns):
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve prompts with none, one or three images, and some text to stay good at."""
+    folder = tmp_path_factory.mktemp("prompts")
+    rows = []
+    for n in range(12):
+        images = [f"{n}-{i}.png" for i in range((0, 1, 3)[n % 3])]
+        for i, name in enumerate(images):
+            make_picture(10 * n + i).save(folder / name)
+        parts: list[dict[str, str]] = [{"type": "image"} for _ in images]
+        parts.append({"type": "text", "text": "Describe the image in one sentence."[: 12 + 2 * n]})
+        rows.append(
+            {"prompt": [{"role": "user", "content": parts}], "images": images, "colour": ["red", "green"][n % 2]}
+        )
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "texts.txt").write_text("\n\n".join("A red circle on a blue ground. " * (n + 2) for n in range(30)))
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reward")
+    model, processor = make_tiny(seed=5)
+    save_reward_model(RewardModel(model), processor, folder)
+    return folder
+
+
+def make_recipe(data: Path, start: Path, **changes: Any) -> PolicyRecipe:
+    train_changes = changes.pop("train", {})
+    reward = changes.pop("reward", f"{data}/rewards.py:short")
+    values: dict[str, Any] = {
+        "train": TrainConfig(
+            **{"steps": 4, "lr": 1e-3, "precision": "fp32", "device": "cpu", "log_every": 1, **train_changes}
+        ),
+        "start": str(start),
+        "sources": (SourceConfig(path="prompts.jsonl"),),
+        "rewards": tuple(RewardConfig(source=str(s)) for s in (reward if isinstance(reward, list) else [reward])),
+        "holdout": 0.2,
+        "validation_prompts": 2,
+        "prompts": 4,
+        "samples": 3,
+        "max_new_tokens": 7,
+        "temperature": 0.7,
+        "lora": LoRAConfig(rank=2, alpha=4, dropout=0.5),
+        "data": str(data),
+    }
+    return PolicyRecipe(**(values | changes))
+
+
+PPO: dict[str, Any] = {"advantage": "gae", "samples": 1, "minibatches": 2, "epochs": 2}
+
+
+def prepared(recipe: PolicyRecipe) -> tuple[PolicyTask, torch.optim.Optimizer]:
+    task = PolicyTask(recipe)
+    return task, make_optimizer(task.prepare(), recipe.train)
+
+
+def gradients(task: PolicyTask, terms: dict[str, Term], names: tuple[str, ...]) -> list[Tensor]:
+    """Of the named terms together, each over its own count."""
+    task.model.zero_grad()
+    sum(terms[n].total * (terms[n].weight / terms[n].count) for n in names).backward()  # type: ignore[union-attr]
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in task.model.policy.parameters()]
+
+
+@pytest.mark.parametrize("method", ["gae", "rloo", "grpo", "dr_grpo", "batch_std"])
+def test_the_first_update_is_on_policy(data: Path, tiny_model_folder: Path, method: str) -> None:
+    """No, one and three images, answers of several lengths, temperature 0.7, dropout in the configuration: ratios are
+    1, nothing is clipped, and the policy is its reference; the sampler's probabilities are the trainer's."""
+    samples = 1 if method == "gae" else 3
+    recipe = make_recipe(data, tiny_model_folder, advantage=method, samples=samples, epochs=2, train={"accumulate": 2})
+    task, optimizer = prepared(recipe)
+    task.model.train()
+    images = set()
+    for batch in task.micro_batches(0, 2):
+        terms = task.loss(batch)
+        images |= set(torch.bincount(batch.completions.batch.image_rows, minlength=2).tolist())
+        assert float(terms["ratio"].total) == pytest.approx(terms["ratio"].count, rel=1e-6)
+        assert float(terms["clip_ratio"].total) == 0
+        assert abs(float(terms["approx_kl"].total)) < 1e-6
+        assert abs(float(terms["kl"].total.detach())) < 1e-5
+        assert terms["kl"].weight == 0
+        assert torch.isfinite(terms["policy"].total)
+        wanted = {"policy", "value"} if method == "gae" else {"policy"}
+        assert set(task.counts(batch)) == wanted
+    assert len(images) > 1
+    assert task.experience is not None
+    assert task.experience.mismatch() < 1e-5
+    assert len({len(ids) for ids in task.experience.ids}) >= 1
+    metrics = one_step(task, optimizer, recipe.train, 0)
+    more = task.after_step()
+    assert math.isfinite(metrics["loss"])
+    assert more["seconds/generation"] > 0
+    assert more["seconds/scoring"] > 0
+    assert more["seconds/learning"] > 0
+    one_step(task, optimizer, recipe.train, 1)
+    assert task.after_step()["seconds/generation"] == 0  # the same rollout once more
+    later = task.loss(task.micro_batches(1, 2)[0])
+    assert abs(float(later["kl"].total.detach())) > 0
+
+
+def test_one_step_on_a_rollout_needs_no_old_policy(data: Path, tiny_model_folder: Path) -> None:
+    """The gradient is the policy gradient: minus the advantage times that of each log-probability, over all tokens."""
+    task, _ = prepared(make_recipe(data, tiny_model_folder, advantage="rloo", beta=0.0))
+    (batch,) = task.micro_batches(0, 1)
+    assert batch.ref is None
+    found = gradients(task, task.loss(batch), ("policy",))
+    task.model.zero_grad()
+    logp, mask = token_values(
+        batch.completions, token_logprobs(task.model.policy, batch.completions.batch, temperature=0.7)
+    )
+    (-(batch.advantages * logp)[mask].sum() / mask.sum()).backward()
+    for mine, parameter in zip(found, task.model.policy.parameters(), strict=True):
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+    assert any(g.abs().max() > 1e-5 for g in found)
+
+
+def test_advantages_of_groups(data: Path, tiny_model_folder: Path) -> None:
+    """Each prompt's answers against each other, by the rewards that the function gave; less beta times the KL."""
+    task, optimizer = prepared(make_recipe(data, tiny_model_folder, advantage="rloo", beta=0.5, train={"lr": 0.05}))
+    for step in range(2):
+        one_step(task, optimizer, task.recipe.train, step)
+    task.micro_batches(2, 1)
+    experience = task.experience
+    assert experience is not None
+    rewards = torch.tensor([-len(answer) / 10 for answer in experience.answers])
+    torch.testing.assert_close(experience.rewards, rewards)
+    assert experience.kl().abs().max() > 1e-3
+    worth = (rewards - 0.5 * experience.kl()).view(-1, 3)
+    others = (worth.sum(dim=1, keepdim=True) - worth) / 2
+    expected = (worth - others).flatten()[:, None] * experience.mask
+    torch.testing.assert_close(experience.advantages, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_critic_sees_what_the_policy_writes(data: Path, tiny_model_folder: Path, reward_folder: Path) -> None:
+    """The critic begins as the reward model; its values are those before each token; returns and whitened advantages
+    follow from them by GAE, with what is still to come behind an answer that was cut off."""
+    recipe = make_recipe(data, tiny_model_folder, **PPO, reward=reward_folder, whiten=False, lam=0.9, value_clip=None)
+    task, _ = prepared(recipe)
+    task.micro_batches(0, 1)
+    experience, critic = task.experience, load_reward_model(reward_folder)[0]
+    assert experience is not None
+    assert experience.values is not None
+    assert experience.returns is not None
+    assert experience.ref is not None
+    assert not experience.finished.all()
+    for n, prompt in enumerate(experience.prompts):
+        document = sampled_document(task.processor, prompt.comparison, experience.ids[n : n + 1])
+        alone = completion_batch(task.processor, [document])
+        with torch.no_grad():
+            values = critic.values(alone.batch)
+        own, mask = token_values(alone, values)
+        length = int(mask.sum())
+        torch.testing.assert_close(experience.values[n, :length], own[0], rtol=1e-4, atol=1e-4)
+        rewards = -recipe.beta * (experience.old - experience.ref)[n, :length]
+        rewards[-1] += experience.rewards[n]
+        after = torch.zeros(1) if experience.finished[n] else values[:, -1]
+        advantages, returns = formulas.gae(rewards[None], own, mask, gamma=1.0, lam=0.9, bootstrap=after)
+        torch.testing.assert_close(experience.advantages[n, :length], advantages[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(experience.returns[n, :length], returns[0], rtol=1e-3, atol=1e-3)
+    white, _ = prepared(dataclasses.replace(recipe, whiten=True))
+    white.micro_batches(0, 1)
+    assert white.experience is not None
+    inside = white.experience.advantages[white.experience.mask]
+    assert abs(float(inside.mean())) < 1e-5
+    assert float(inside.std(correction=0)) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("truncated", ["keep", "mask", "penalise"])
+def test_answers_that_were_cut_off(data: Path, tiny_model_folder: Path, truncated: str) -> None:
+    """Rewarded like others, left out, or penalised: never two of these."""
+    recipe = make_recipe(
+        data, tiny_model_folder, advantage="dr_grpo", beta=0.0, truncated=truncated, truncation_penalty=3.0, samples=8
+    )
+    task, _ = prepared(recipe)
+    (batch,) = task.micro_batches(0, 1)
+    experience = task.experience
+    assert experience is not None
+    cut = ~experience.finished
+    assert int(cut.sum()) > 0
+    assert all(len(ids) == 7 for ids, is_cut in zip(experience.ids, cut, strict=True) if is_cut)
+    scores = experience.rewards - (3.0 * cut if truncated == "penalise" else 0.0)
+    scores = scores.where(~cut, torch.nan) if truncated == "mask" else scores
+    expected = formulas.group_advantages("dr_grpo", scores.view(-1, 8)).flatten()
+    torch.testing.assert_close(experience.advantages[:, 0], expected)
+    learned = batch.mask.any(dim=1)
+    assert torch.equal(learned, ~cut if truncated == "mask" else torch.ones_like(cut))
+    assert task.counts(batch)["policy"] == float(batch.mask.sum())
+
+
+def test_rewards_that_say_nothing_and_groups_that_are_equal(data: Path, tiny_model_folder: Path) -> None:
+    recipe = make_recipe(data, tiny_model_folder, advantage="grpo", beta=0.0, reward=f"{data}/rewards.py:odd")
+    task, _ = prepared(recipe)
+    (batch,) = task.micro_batches(0, 1)
+    experience = task.experience
+    assert experience is not None
+    silent = torch.tensor([len(answer) % 2 == 0 for answer in experience.answers])
+    assert silent.any()
+    assert torch.equal(experience.rewards.isnan(), silent)
+    assert torch.equal(~batch.mask.any(dim=1), silent)
+    assert not experience.advantages.any()  # of one prompt, all that have a reward have the same
+    task, _ = prepared(dataclasses.replace(recipe, drop_equal_groups=True))
+    (batch,) = task.micro_batches(0, 1)
+    assert task.counts(batch) == {"policy": 0.0}
+    assert task.experience is not None
+    assert task.experience.metrics(is_first=True)["frac_reward_zero_std"] == 1.0
+
+
+def test_a_pretraining_term_beside_ppo(data: Path, tiny_model_folder: Path) -> None:
+    """gamma = 0 is PPO bit for bit; above it, the gradient is PPO's and gamma times that of the next tokens."""
+    texts = (SourceConfig(path="texts.txt"),)
+    common: dict[str, Any] = {**PPO, "row_length": 64, "pretraining_rows": 2}
+    plain, _ = prepared(make_recipe(data, tiny_model_folder, **common))
+    without, _ = prepared(make_recipe(data, tiny_model_folder, **common, pretraining=texts, pretraining_weight=0.0))
+    mixed, _ = prepared(make_recipe(data, tiny_model_folder, **common, pretraining=texts, pretraining_weight=0.25))
+    (a,), (b,), (c,) = (task.micro_batches(0, 1) for task in (plain, without, mixed))
+    assert a.pretraining is None
+    assert b.pretraining is None
+    assert c.pretraining is not None
+    of_plain = gradients(plain, plain.loss(a), ("policy", "value"))
+    of_without = gradients(without, without.loss(b), ("policy", "value"))
+    assert all(torch.equal(x, y) for x, y in zip(of_plain, of_without, strict=True))
+    terms = mixed.loss(c)
+    assert mixed.counts(c)["pretraining"] == terms["pretraining"].count > 0
+    whole = gradients(mixed, terms, ("policy", "value", "pretraining"))
+    mixed.model.zero_grad()
+    total, count = mixed.model.policy.loss(c.pretraining)
+    (0.25 * total / count).backward()
+    for mine, ppo, parameter in zip(whole, of_plain, mixed.model.policy.parameters(), strict=True):
+        extra = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(mine, ppo + extra, rtol=1e-4, atol=1e-6)
+    values = mixed.validate()
+    assert values["pretraining"] > 0
+    assert values["objective"] == pytest.approx(values["reward"] - 0.02 * values["kl"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stop", [1, 3, 4, 6])
+def test_a_run_continues_between_rollout_and_update(
+    data: Path, tiny_model_folder: Path, tmp_path: Path, stop: int, accumulate: int
+) -> None:
+    """Stopped after the first of four updates on a rollout, in the middle, at its end: samples, losses, critic, average
+    of weights and optimizer go on bit for bit."""
+    recipe = make_recipe(
+        data,
+        tiny_model_folder,
+        **PPO,
+        ema=0.9,
+        pretraining=(SourceConfig(path="texts.txt"),),
+        row_length=64,
+        train={"steps": 7, "validate_every": 3, "accumulate": accumulate},
+    )
+    train(PolicyTask(recipe), recipe.train, tmp_path / "whole", progress=False)
+    stopped = PolicyTask(recipe)
+    plain, calls = stopped.loss, iter(range(1, 100))
+
+    def loss(batch: PolicyBatch) -> dict[str, Term]:
+        if next(calls) == accumulate * (stop - 1) + 1:
+            signal.raise_signal(signal.SIGINT)
+        return plain(batch)
+
+    stopped.loss = loss  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {stop}"):
+        train(stopped, recipe.train, tmp_path / "stopped", progress=False)
+    train(PolicyTask(recipe), recipe.train, tmp_path / "stopped", resume=True, progress=False)
+    for key in ("loss", "reward", "value", "pretraining", "kl"):
+        assert logged(tmp_path / "stopped", key) == logged(tmp_path / "whole", key), key
+    assert len(losses(tmp_path / "whole")) == 7
+    for name in ("model.safetensors", "critic/reward_head.safetensors", "training_state.safetensors"):
+        one, other = (load_file(tmp_path / run / "step-000007" / name) for run in ("whole", "stopped"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+    load_model(tmp_path / "whole" / "best")
+    load_reward_model(tmp_path / "whole" / "best" / "critic")
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "rloo", "gae"])
+def test_it_learns_what_is_rewarded(data: Path, tiny_model_folder: Path, advantage: str) -> None:
+    """Letters, of which a random model writes some: the reward rises by far more than it wavers."""
+    changes: dict[str, Any] = {"advantage": advantage, "beta": 0.001, "reward": f"{data}/rewards.py:letters"}
+    changes |= {"decoder": "full", "lora": None, "temperature": 1.0, "samples": 8, "train": {"lr": 0.03}}
+    task, optimizer = prepared(make_recipe(data, tiny_model_folder, **changes))
+    found = []
+    for step in range(24):
+        one_step(task, optimizer, task.recipe.train, step)
+        found.append(task.after_step()["reward"])
+    assert sum(found[-6:]) / 6 > sum(found[:3]) / 3 + 0.1
+
+
+def test_images_reach_the_policy_and_its_critic(data: Path, tiny_model_folder: Path) -> None:
+    """With the connector trained, images are encoded with a gradient in every step; else once a rollout."""
+    recipe = make_recipe(data, tiny_model_folder, **PPO, train_connector=True)
+    task, _ = prepared(recipe)
+    found = False
+    for batch in (task.micro_batches(step, 1)[0] for step in range(2)):
+        assert batch.images is None
+        task.model.zero_grad()
+        terms = task.loss(batch)
+        (terms["policy"].total + terms["value"].total).backward()
+        if len(batch.completions.batch.pixel_values):
+            assert task.model.policy.connector is not None
+            assert task.model.critic is not None
+            for connector in (task.model.policy.connector, task.model.critic.model.connector):
+                assert connector is not None
+                found = found or any(p.grad is not None and p.grad.any() for p in connector.parameters())
+    assert found
+    frozen, _ = prepared(make_recipe(data, tiny_model_folder, **PPO))
+    batches = [frozen.micro_batches(step, 1)[0] for step in range(2)]
+    assert any(batch.images for batch in batches)
+    for batch in batches:
+        with torch.no_grad():
+            again = frozen.loss(dataclasses.replace(batch, images=None))["policy"].total
+            torch.testing.assert_close(again, frozen.loss(batch)["policy"].total, atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_that_cannot_be_read_are_counted(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    """A broken image, and a prompt that leaves no room for an answer: others take their places."""
+    rows = [json.loads(line) for line in (data / "prompts.jsonl").read_text().splitlines()]
+    rows[1]["images"] = ["broken.png"]
+    rows[2] = {"prompt": [{"role": "user", "content": "word " * 300}]}
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+    for row in rows:
+        for name in row.get("images", []):
+            if name != "broken.png":
+                (tmp_path / name).write_bytes((data / name).read_bytes())
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = make_recipe(data, tiny_model_folder, advantage="rloo", data=str(tmp_path), holdout=0.1)
+    task, _ = prepared(recipe)
+    for step in range(4):
+        (batch,) = task.micro_batches(step, 1)
+        assert len(batch.completions) == 12
+    summary = task.errors.summary()
+    assert "prompt that cannot be read" in summary
+    assert "leave 0 of the context" in summary
+
+
+def test_what_does_not_fit_is_refused(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"advantage": "grpo", "samples": 1}, "samples must be at least 2"),
+        ({"advantage": "grpo", "critic": "x"}, "grpo has no critic"),
+        ({"minibatches": 3}, "prompts must be a multiple of minibatches"),
+        ({"rewards": ()}, "give rewards"),
+        ({"sources": ()}, "give sources of prompts"),
+        ({"ratio": "sequence"}, "goes with aggregation=sequence"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"beta": -1.0}, "beta must be at least 0"),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            make_recipe(data, tiny_model_folder, **changes)
+    with pytest.raises(ConfigError, match="nothing of the policy is trained"):
+        prepared(make_recipe(data, tiny_model_folder, lora=None))
+    other, processor = make_tiny(seed=1)
+    processor.config = dataclasses.replace(processor.config, image=dataclasses.replace(processor.config.image, size=48))
+    folder = tmp_path / "other"
+    folder.mkdir()
+    save_reward_model(RewardModel(other), processor, folder)
+    with pytest.raises(ConfigError, match="its image settings is another"):
+        PolicyTask(make_recipe(data, tiny_model_folder, **PPO, critic=str(folder)))
+    task, _ = prepared(make_recipe(data, tiny_model_folder, advantage="rloo", max_mismatch=1e-12))
+    with pytest.raises(MMGPTError, match="above max_mismatch"):
+        task.micro_batches(0, 1)
