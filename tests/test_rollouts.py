@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import test_family_gemma3
 import test_family_paligemma
@@ -16,6 +17,7 @@ from mm_gpt.alignment.rollouts import Sample, Sampler, draw, vision_ids
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
+from mm_gpt.inference.sampling import row_seed
 from mm_gpt.inference.side_by_side import CompiledRows, TorchRows
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT
@@ -74,6 +76,38 @@ def test_log_probabilities_are_those_of_a_training_forward(temperature: float, c
     if temperature:
         assert len({sample.ids for sample in samples}) > 10
         assert len({len(sample.ids) for sample in samples}) > 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@torch.no_grad()
+def test_ids_are_those_of_a_naive_loop(temperature: float) -> None:
+    """Prompts of different lengths side by side, with rows that end and leave: each as if it were alone."""
+    model, processor = make_tiny()
+    often = processor.tokenizer.end_ids = tuple(range(0, 400, 5))
+    documents = prompts_of(processor)
+    samples, longest, seeds = (4 if temperature else 1), 9, (7, 0, 7)
+    expected: list[tuple[int, ...]] = []
+    for document, seed in zip(documents, seeds, strict=True):
+        for number in range(samples):
+            numbers, ids = np.random.default_rng(row_seed(seed, number)).random(longest), []
+            while len(ids) < longest and not (ids and ids[-1] in often):
+                more = (Text("", ids=tuple(ids)),) if ids else ()
+                example = processor(Document((*document.segments, *more)))
+                hidden = model(collate([[example]], processor.pixels([example])))[0, -1]
+                logits = model.decoder.logits(hidden).double()
+                if temperature:
+                    cumulated = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
+                    ids.append(int((cumulated <= numbers[len(ids)]).sum()))
+                else:
+                    ids.append(int(logits.argmax()))
+            expected.append(tuple(ids))
+    for compiled in (False, True):
+        sampler = Sampler(model, processor, max_new_tokens=longest, temperature=temperature, compiled=compiled)
+        found = [sample.ids for own in sampler(documents, samples, seeds) for sample in own]
+        assert found == expected
+    if temperature:
+        assert len(set(map(len, expected))) > 1
+        assert len(set(expected)) > 6
 
 
 FAMILIES: dict[str, Callable[[Path], Any]] = {
