@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Never
 
 from mm_gpt import __version__
-from mm_gpt.commands import align, ask, caption, corpus, models, serve, train
+from mm_gpt.commands import align, ask, caption, corpus, models, pairs, serve, train
 from mm_gpt.commands.command import (
     EXIT_BROKEN_PIPE,
     EXIT_ERROR,
@@ -30,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     **caption.COMMANDS,
     **train.COMMANDS,
     **align.COMMANDS,
+    **pairs.COMMANDS,
     **corpus.COMMANDS,
     **serve.COMMANDS,
     **models.COMMANDS,
