@@ -220,18 +220,20 @@ def write_preferences(folder: Path, out: Path, sizes: Sizes) -> None:
             if not prefers_first(one, other, scene, rng):
                 one, other = other, one
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in (one, other))
-            kept = {name: prompt.row[name] for name in ("prompt", "things")}
-            images = [f"../data/{image}" for image in prompt.row["images"]]
-            row = {"id": f"{prompt.row['id']}-{number}", **kept, "images": images}
-            rows.append(row | {"chosen": chosen, "rejected": rejected})
+            kept = {name: prompt.row[name] for name in ("prompt", "images", "things")}
+            rows.append({"id": f"{prompt.row['id']}-{number}", **kept, "chosen": chosen, "rejected": rejected})
     write_rows(out / "pairs.jsonl", rows)
+
+
+def comparisons(folder: Path) -> tuple[SourceConfig, ...]:
+    return (SourceConfig(path="preferences/pairs.jsonl", images=str((folder / "data").resolve())),)
 
 
 def reward_recipe(folder: Path, sizes: Sizes, seed: int = 0) -> RewardRecipe:
     return RewardRecipe(
         train=config(sizes.reward_steps, 1e-3, seed),
         start=str(folder / "sft/best"),
-        sources=(SourceConfig(path="preferences/pairs.jsonl", images=str(folder / "preferences")),),
+        sources=comparisons(folder),
         holdout=0.15,
         decoder="full",
         comparisons=16,
@@ -265,7 +267,7 @@ def preference_recipe(folder: Path, sizes: Sizes, seed: int, **more: Any) -> Pre
     return PreferenceRecipe(
         train=config(sizes.preference_steps, 3e-4, seed),
         start=str(folder / "sft/best"),
-        sources=(SourceConfig(path="preferences/pairs.jsonl", images=str(folder / "preferences")),),
+        sources=comparisons(folder),
         holdout=0.1,
         decoder="full",
         data=str(folder),
