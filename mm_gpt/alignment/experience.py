@@ -478,12 +478,17 @@ class Actor:
                 each={name.removeprefix("each."): t for name, t in own.items() if name.startswith("each.")},
                 pack=self._pack,
                 seconds={"generation": 0.0, "scoring": 0.0},
-                **{
-                    f.name: own.get(f.name)  # type: ignore[arg-type]
-                    for f in dataclasses.fields(Experience)
-                    if f.name in own and f.name != "iteration" and f.name != "ids"
-                },
-                **{name: None for name in ("ref", "values", "returns") if name not in own},
+                finished=own["finished"],
+                sampler=own["sampler"],
+                mask=own["mask"],
+                learned=own["learned"],
+                old=own["old"],
+                entropy=own["entropy"],
+                rewards=own["rewards"],
+                advantages=own["advantages"],
+                ref=own.get("ref"),
+                values=own.get("values"),
+                returns=own.get("returns"),
             )
         except (KeyError, BadRecordError, MMGPTError, ZeroDivisionError) as error:
             raise CheckpointError(f"the rollout in the checkpoint cannot be taken up again ({error})") from None

@@ -52,8 +52,8 @@ class PolicyRecipe:
     """The name or folder of the model that is aligned: the first policy, and the reference."""
     sources: tuple[SourceConfig, ...]
     """Prompts; answers that come with them are not looked at."""
-    rewards: tuple[RewardConfig, ...]
-    """What answers are worth: the weighted sum."""
+    rewards: tuple[RewardConfig, ...] = ()
+    """What answers are worth: the weighted sum. At least one has to be named."""
     validation: tuple[SourceConfig, ...] = ()
     holdout: float = 0.0
     """Without `validation` sources: the share of the prompts that is kept from training to validate on."""
@@ -139,8 +139,6 @@ class PolicyRecipe:
             raise ConfigError("give either validation sources or a holdout above 0 and below 1")
         if not self.sources:
             raise ConfigError("give sources of prompts")
-        if not self.rewards:
-            raise ConfigError("give rewards: FILE.py:FUNCTION, or the folder of a reward model")
         check_numbers(self, "prompts", "samples", "minibatches", "epochs", "max_new_tokens", at_least=1)
         check_numbers(self, "validation_prompts", "pretraining_rows", "row_length", at_least=1)
         check_numbers(self, "temperature", "max_mismatch", above=0)
@@ -198,7 +196,10 @@ class PolicyTask:
     decides = Decides("objective", higher_is_better=True)
 
     def __init__(self, recipe: PolicyRecipe):
-        """Raises ConfigError for a critic that cannot read what the policy writes, and MMGPTError without prompts."""
+        """Raises ConfigError without rewards, and for a critic that cannot read what the policy writes; MMGPTError
+        without prompts."""
+        if not recipe.rewards:
+            raise ConfigError("rewards: name some, like rewards=FILE.py:FUNCTION or rewards=FOLDER of a reward model")
         self.recipe = recipe
         self.errors = ErrorCounter()
         language = recipe.language()
@@ -366,6 +367,8 @@ class PolicyTask:
             weight = recipe.beta if recipe.kl_in == "loss" else 0.0
             terms["kl"] = self._term(kl, mask, weight)
         if self.model.critic is not None:
+            assert batch.values is not None
+            assert batch.returns is not None
             values, _ = token_values(completions, self.model.critic.values(completions.batch))
             own = losses.value_loss(values, batch.values, batch.returns, mask, clip=recipe.value_clip)
             terms["value"] = Term(own.loss.sum(), tokens, recipe.value_weight)
