@@ -18,7 +18,8 @@ from toy_stage import logged, losses, one_step
 from mm_gpt.alignment import losses as formulas
 from mm_gpt.alignment.completions import completion_batch, sampled_document, token_logprobs, token_values
 from mm_gpt.alignment.experience import PolicyBatch
-from mm_gpt.alignment.policy import PolicyRecipe, PolicyTask
+from mm_gpt.alignment.policy import PolicyTask
+from mm_gpt.alignment.policy_recipe import PolicyRecipe
 from mm_gpt.alignment.reward_model import RewardModel, load_reward_model, save_reward_model
 from mm_gpt.alignment.rewards import RewardConfig
 from mm_gpt.datasets.loading.sources import SourceConfig

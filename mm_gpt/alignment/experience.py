@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from mm_gpt.alignment.completions import (
     shares_prompts,
     token_values,
 )
+from mm_gpt.alignment.policy_recipe import PolicyRecipe
 from mm_gpt.alignment.reference import Reference
 from mm_gpt.alignment.reward_model import RewardModel
 from mm_gpt.alignment.rewards import Rewards
@@ -37,9 +38,6 @@ from mm_gpt.model.mmgpt import MMGPT, ImageFeatures
 from mm_gpt.processor import Batch, Processor, collate, stack_pixels
 from mm_gpt.training.distributed import sum_over_ranks
 from mm_gpt.training.epochs import epoch_order
-
-if TYPE_CHECKING:
-    from mm_gpt.alignment.policy import PolicyRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +218,7 @@ class Actor:
         critic: RewardModel | None,
         processor: Processor,
         reference: Reference,
-        recipe: "PolicyRecipe",
+        recipe: PolicyRecipe,
         *,
         bf16: bool,
     ):

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mm_gpt import config as configs
-from mm_gpt.alignment.policy import PolicyRecipe, PolicyTask
+from mm_gpt.alignment.policy import PolicyTask
+from mm_gpt.alignment.policy_recipe import PolicyRecipe
 from mm_gpt.alignment.reward_training import RewardRecipe, RewardTask
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.errors import MMGPTError, unknown_name
