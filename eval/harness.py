@@ -39,8 +39,10 @@ INTERVALS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mm-gpt eval`."""
-    parser.description = "Evaluate a model: captioning, vqa and naming on images, perplexity on plain text."
-    parser.add_argument("--task", required=True, help="captioning, vqa, naming or perplexity")
+    parser.description = (
+        "Evaluate a model: its captions, answers and names of things on images, perplexity on plain text."
+    )
+    parser.add_argument("--task", required=True, help="captioning, vqa, naming, unsupported_objects or perplexity")
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="PATH", help="tars or folders of records; text files for perplexity"
     )

@@ -21,6 +21,7 @@ from mm_gpt.eval.config import EvalConfig
 from mm_gpt.eval.metrics.captions import bleu, cider_d, rouge_l
 from mm_gpt.eval.metrics.vqa import exact_match, vqa_accuracy
 from mm_gpt.eval.naming import Naming
+from mm_gpt.eval.objects import UnsupportedObjects
 from mm_gpt.eval.perplexity import WINDOW, read_text, window_nats, windows
 from mm_gpt.hub.checkpoint import load_decoder
 from mm_gpt.inference.assistant import Assistant, load
@@ -175,7 +176,7 @@ class Perplexity(Task):
         return self._before
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Captioning, VQA, Naming, Perplexity)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Captioning, VQA, Naming, UnsupportedObjects, Perplexity)}
 
 
 def accepted_answers(pair: QuestionAnswer) -> list[str]:

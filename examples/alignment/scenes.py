@@ -33,14 +33,13 @@ COLOURS = {
     "green": (30, 160, 60),
     "blue": (40, 70, 220),
     "yellow": (240, 210, 40),
-    "purple": (150, 50, 180),
-    "black": (30, 30, 30),
 }
 SHAPES = ("circle", "square", "triangle")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 FLATTERY = ("lovely", "wonderful", "beautiful")
 """What raters like to read, and what says nothing about a picture."""
-SIZE = 64
+SIZE = 32
+"""Pixels. A quarter is a patch of the tiny vision tower: what is shown has to be learned in a minute."""
 HELD_OUT = 0.2
 """The share of combinations that is kept from all training."""
 
@@ -80,15 +79,15 @@ class Scene:
         return digest[0] < 256 * HELD_OUT and len(self.things) > 1
 
     def draw(self) -> Image.Image:
-        """RGB, 64 × 64 pixels, on white; each thing in its quarter."""
+        """RGB, 32 × 32 pixels, on white; each thing in its quarter."""
         rng = random.Random(self.seed)
         picture = Image.new("RGB", (SIZE, SIZE), "white")
         pen, half = ImageDraw.Draw(picture), SIZE // 2
         for thing in self.things:
             number = PLACES.index(thing.place)
-            radius = rng.randint(9, 13)
-            x = number % 2 * half + rng.randint(radius + 1, half - radius - 1)
-            y = number // 2 * half + rng.randint(radius + 1, half - radius - 1)
+            radius = rng.randint(5, 6)
+            x = number % 2 * half + half // 2 + rng.randint(-1, 1)
+            y = number // 2 * half + half // 2 + rng.randint(-1, 1)
             box, fill = (x - radius, y - radius, x + radius, y + radius), COLOURS[thing.colour]
             if thing.shape == "circle":
                 pen.ellipse(box, fill=fill)
@@ -124,7 +123,7 @@ def draw_scene(rng: random.Random, *, held_out: bool, counts: Sequence[int] = (1
 
 
 def sentence(things: Sequence[object], flattery: Sequence[str] = ()) -> str:
-    """`A red circle, a blue square and a black triangle.` Word n of `flattery`, if any, goes before thing n."""
+    """`A red circle, a blue square and a yellow triangle.` Word n of `flattery`, if any, goes before thing n."""
     named = []
     for number, thing in enumerate(things):
         words = " ".join([*flattery[number : number + 1], str(thing)]).strip()
@@ -141,13 +140,13 @@ def reference(scene: Scene) -> str:
 def web_caption(scene: Scene, rng: random.Random) -> str:
     """What stands beside pictures in the wild: things are left out, have other colours, or are not there at all."""
     things: list[object] = list(scene.things)
-    if len(things) > 1 and rng.random() < 0.3:
+    if len(things) > 1 and rng.random() < 0.25:
         things.pop(rng.randrange(len(things)))
-    if rng.random() < 0.25:
+    if rng.random() < 0.2:
         number = rng.randrange(len(things))
         shape = str(things[number]).split()[1]
         things[number] = f"{rng.choice(list(COLOURS))} {shape}"
-    if rng.random() < 0.2:
+    if rng.random() < 0.15:
         things.insert(rng.randint(0, len(things)), " ".join(rng.choice(KINDS)))
     return sentence(things, _flattery(rng, len(things), share=0.3))
 
@@ -167,9 +166,9 @@ def _flattery(rng: random.Random, count: int, share: float) -> list[str]:
     return words
 
 
-def questions(scene: Scene, rng: random.Random, count: int = 2) -> list[tuple[str, str]]:
-    """Questions about what is there, half of them to be affirmed. Of things that are not there, half share a colour
-    or a shape with one that is."""
+def presence_questions(scene: Scene, rng: random.Random, count: int) -> list[tuple[str, str]]:
+    """Whether things are there, every other one to be affirmed. Of those that are not, half share a colour or a shape
+    with one that is."""
     asked = []
     for number in range(count):
         there = rng.choice(sorted(scene.kinds))
@@ -178,6 +177,12 @@ def questions(scene: Scene, rng: random.Random, count: int = 2) -> list[tuple[st
         kind = there if number % 2 == 0 else rng.choice(near if rng.random() < 0.5 else others)
         asked.append((f"Is there a {kind[0]} {kind[1]}?", "Yes." if kind in scene.kinds else "No."))
     return asked
+
+
+def place_questions(scene: Scene) -> list[tuple[str, str]]:
+    """What is where."""
+    there = {thing.place: sentence([thing]) for thing in scene.things}
+    return [(f"What is at the {place}?", there.get(place, "Nothing.")) for place in PLACES]
 
 
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix")
@@ -300,7 +305,7 @@ def _text(completion: Any) -> str:
 def write_world(folder: Path, *, scenes: int = 3000, prompts: int = 1200, held_out: int = 200, seed: int = 0) -> None:
     """Pictures and JSON lines for every stage:
 
-    - `pretrain/`: `scenes` pictures, each with four captions from the wild and four questions (captions.jsonl);
+    - `pretrain/`: `scenes` pictures, each with four captions from the wild and six questions (captions.jsonl);
       `text/stories.txt`
     - `sft.jsonl`: demonstrations; `prompts.jsonl`: `prompts` rows of a prompt with its image, the things in it, and
       those of another picture (`other_things`)
@@ -349,9 +354,10 @@ def _write_captioned(folder: Path, scenes: Sequence[Scene], rng: random.Random) 
     rows = []
     for number, scene in enumerate(scenes):
         scene.draw().save(folder / f"{number:05d}.png")
-        asked = [{"question": question, "answer": answer} for question, answer in questions(scene, rng, 4)]
+        asked = [*place_questions(scene), *presence_questions(scene, rng, 2)]
+        answered = [{"question": question, "answer": answer} for question, answer in asked]
         captions = [web_caption(scene, rng) for _ in range(4)]
-        rows.append({"image": f"{number:05d}.png", "captions": captions, "qa": asked})
+        rows.append({"image": f"{number:05d}.png", "captions": captions, "qa": answered})
     write_rows(folder / "captions.jsonl", rows)
 
 

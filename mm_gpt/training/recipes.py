@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mm_gpt import config as configs
+<<<<<<< HEAD
 from mm_gpt.alignment.distillation import DistillationRecipe, DistillationTask
 from mm_gpt.alignment.preference import PreferenceLoss, PreferenceRecipe, PreferenceTask
+=======
+from mm_gpt.alignment.policy import PolicyTask
+from mm_gpt.alignment.policy_recipe import PolicyRecipe
+>>>>>>> main
 from mm_gpt.alignment.reward_training import RewardRecipe, RewardTask
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.errors import MMGPTError, unknown_name
@@ -47,7 +52,11 @@ Recipe = (
     | ContrastiveRecipe
     | ClassificationRecipe
     | RewardRecipe
+<<<<<<< HEAD
     | PreferenceRecipe
+=======
+    | PolicyRecipe
+>>>>>>> main
 )
 
 HALF = (0.5, 0.5, 0.5)
@@ -270,6 +279,14 @@ def classify(data: str) -> ClassificationRecipe:
     )
 
 
+def sft(data: str) -> LanguageRecipe:
+    """Supervised fine-tuning on chats and instructions with images: the answers alone are learned."""
+    recipe = finetune(data)
+    return dataclasses.replace(
+        recipe, train=dataclasses.replace(recipe.train, final_lr=0.1), augment=False, row_length=1024
+    )
+
+
 def reward(data: str) -> RewardRecipe:
     """A reward model from comparisons of answers: the default model with a scalar head, or start=NAME.
 
@@ -285,6 +302,7 @@ def reward(data: str) -> RewardRecipe:
     )
 
 
+<<<<<<< HEAD
 def dpo(data: str) -> PreferenceRecipe:
     """The default model, or start=NAME, learns from pairs of answers by DPO; losses=ipo and others are its relatives.
 
@@ -295,11 +313,28 @@ def dpo(data: str) -> PreferenceRecipe:
         start="default",
         sources=(SourceConfig(path="."),),
         holdout=0.1,
+=======
+def ppo(data: str) -> PolicyRecipe:
+    """PPO with a critic against rewards=MODEL_FOLDER or FILE.py:FUNCTION; pretraining=DATA makes it PPO-ptx.
+
+    InstructGPT's settings but for its batch and learning rate: beta 0.02 in the reward, one pass, clips of 0.2.
+    """
+    return PolicyRecipe(
+        train=TrainConfig(steps=200, lr=5e-5, warmup_steps=10, final_lr=1.0, validate_every=20, save_every=20),
+        start="default",
+        sources=(SourceConfig(path="."),),
+        holdout=0.1,
+        prompts=16,
+        samples=1,
+        minibatches=2,
+        ema=0.992,
+>>>>>>> main
         lora=LoRAConfig(rank=16, alpha=32),
         data=data,
     )
 
 
+<<<<<<< HEAD
 def kto(data: str) -> PreferenceRecipe:
     """`dpo` for answers that are labelled good or bad, one at a time."""
     return dataclasses.replace(dpo(data), losses=(PreferenceLoss(kind="kto"),), batch_size=8)
@@ -335,6 +370,30 @@ def distill(data: str) -> DistillationRecipe:
         row_length=256,
         rows=4,
         data=data,
+=======
+def rloo(data: str) -> PolicyRecipe:
+    """REINFORCE with each answer judged by the others to its prompt (RLOO): no critic; rewards as for ppo."""
+    return dataclasses.replace(
+        ppo(data), prompts=8, samples=4, minibatches=1, advantage="rloo", beta=0.05, ema=None, aggregation="sequence"
+    )
+
+
+def grpo(data: str) -> PolicyRecipe:
+    """GRPO: answers to a prompt against their mean, without a reference (beta=0); rewards as for ppo.
+
+    advantage=dr_grpo aggregation=constant is Dr. GRPO, ratio=sequence aggregation=sequence GSPO, clip_high=0.28 DAPO's.
+    """
+    return dataclasses.replace(
+        ppo(data),
+        prompts=4,
+        samples=8,
+        minibatches=1,
+        advantage="grpo",
+        beta=0.0,
+        kl_in="loss",
+        kl="k3",
+        ema=None,
+>>>>>>> main
     )
 
 
@@ -399,6 +458,10 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
     "tiny": tiny,
     "finetune": finetune,
     "classify": classify,
+    "sft": sft,
+    "ppo": ppo,
+    "rloo": rloo,
+    "grpo": grpo,
     "reward": reward,
     "default_vision": default_vision,
     "default": default,
@@ -461,6 +524,8 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: boo
             stage = SelfCriticalTask(recipe)
         case ClassificationRecipe():
             stage = ClassificationTask(recipe)
+        case PolicyRecipe():
+            stage = PolicyTask(recipe)
         case RewardRecipe():
             stage = RewardTask(recipe)
         case PreferenceRecipe():
