@@ -135,7 +135,7 @@ class Style:
 
 
 IM_END = "<|im_end|>"
-LLAMA2 = {"bos": "<s>", "eos": "</s>", "is_exact": False}
+LLAMA2: Any = {"bos": "<s>", "eos": "</s>", "is_exact": False}
 STYLES = {
     "built in": Style(None, IM_END),
     "exported": Style(EXPORTED.replace("IMAGE", "'<image>'"), IM_END, image="<image>"),
