@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mm_gpt import config as configs
-<<<<<<< HEAD
 from mm_gpt.alignment.distillation import DistillationRecipe, DistillationTask
-from mm_gpt.alignment.preference import PreferenceLoss, PreferenceRecipe, PreferenceTask
-=======
 from mm_gpt.alignment.policy import PolicyTask
 from mm_gpt.alignment.policy_recipe import PolicyRecipe
->>>>>>> main
+from mm_gpt.alignment.preference import PreferenceLoss, PreferenceRecipe, PreferenceTask
 from mm_gpt.alignment.reward_training import RewardRecipe, RewardTask
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.errors import MMGPTError, unknown_name
@@ -52,11 +49,8 @@ Recipe = (
     | ContrastiveRecipe
     | ClassificationRecipe
     | RewardRecipe
-<<<<<<< HEAD
-    | PreferenceRecipe
-=======
     | PolicyRecipe
->>>>>>> main
+    | PreferenceRecipe
 )
 
 HALF = (0.5, 0.5, 0.5)
@@ -302,18 +296,6 @@ def reward(data: str) -> RewardRecipe:
     )
 
 
-<<<<<<< HEAD
-def dpo(data: str) -> PreferenceRecipe:
-    """The default model, or start=NAME, learns from pairs of answers by DPO; losses=ipo and others are its relatives.
-
-    The paper's rate of 1e-6 is for all weights; a low-rank adaptation takes a higher one.
-    """
-    return PreferenceRecipe(
-        train=TrainConfig(steps=200, lr=5e-5, warmup_steps=10, validate_every=50, save_every=50),
-        start="default",
-        sources=(SourceConfig(path="."),),
-        holdout=0.1,
-=======
 def ppo(data: str) -> PolicyRecipe:
     """PPO with a critic against rewards=MODEL_FOLDER or FILE.py:FUNCTION; pretraining=DATA makes it PPO-ptx.
 
@@ -328,13 +310,51 @@ def ppo(data: str) -> PolicyRecipe:
         samples=1,
         minibatches=2,
         ema=0.992,
->>>>>>> main
         lora=LoRAConfig(rank=16, alpha=32),
         data=data,
     )
 
 
-<<<<<<< HEAD
+def rloo(data: str) -> PolicyRecipe:
+    """REINFORCE with each answer judged by the others to its prompt (RLOO): no critic; rewards as for ppo."""
+    return dataclasses.replace(
+        ppo(data), prompts=8, samples=4, minibatches=1, advantage="rloo", beta=0.05, ema=None, aggregation="sequence"
+    )
+
+
+def grpo(data: str) -> PolicyRecipe:
+    """GRPO: answers to a prompt against their mean, without a reference (beta=0); rewards as for ppo.
+
+    advantage=dr_grpo aggregation=constant is Dr. GRPO, ratio=sequence aggregation=sequence GSPO, clip_high=0.28 DAPO's.
+    """
+    return dataclasses.replace(
+        ppo(data),
+        prompts=4,
+        samples=8,
+        minibatches=1,
+        advantage="grpo",
+        beta=0.0,
+        kl_in="loss",
+        kl="k3",
+        ema=None,
+    )
+
+
+def dpo(data: str) -> PreferenceRecipe:
+    """The default model, or start=NAME, learns from pairs of answers by DPO; losses=ipo and others are its relatives.
+
+    The paper's rate of 1e-6 is for all weights; a low-rank adaptation takes a higher one.
+    """
+    return PreferenceRecipe(
+        train=TrainConfig(steps=200, lr=5e-5, warmup_steps=10, validate_every=50, save_every=50),
+        start="default",
+        sources=(SourceConfig(path="."),),
+        holdout=0.1,
+        lora=LoRAConfig(rank=16, alpha=32),
+        data=data,
+    )
+
+
 def kto(data: str) -> PreferenceRecipe:
     """`dpo` for answers that are labelled good or bad, one at a time."""
     return dataclasses.replace(dpo(data), losses=(PreferenceLoss(kind="kto"),), batch_size=8)
@@ -370,30 +390,6 @@ def distill(data: str) -> DistillationRecipe:
         row_length=256,
         rows=4,
         data=data,
-=======
-def rloo(data: str) -> PolicyRecipe:
-    """REINFORCE with each answer judged by the others to its prompt (RLOO): no critic; rewards as for ppo."""
-    return dataclasses.replace(
-        ppo(data), prompts=8, samples=4, minibatches=1, advantage="rloo", beta=0.05, ema=None, aggregation="sequence"
-    )
-
-
-def grpo(data: str) -> PolicyRecipe:
-    """GRPO: answers to a prompt against their mean, without a reference (beta=0); rewards as for ppo.
-
-    advantage=dr_grpo aggregation=constant is Dr. GRPO, ratio=sequence aggregation=sequence GSPO, clip_high=0.28 DAPO's.
-    """
-    return dataclasses.replace(
-        ppo(data),
-        prompts=4,
-        samples=8,
-        minibatches=1,
-        advantage="grpo",
-        beta=0.0,
-        kl_in="loss",
-        kl="k3",
-        ema=None,
->>>>>>> main
     )
 
 
@@ -526,10 +522,10 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: boo
             stage = ClassificationTask(recipe)
         case PolicyRecipe():
             stage = PolicyTask(recipe)
-        case RewardRecipe():
-            stage = RewardTask(recipe)
         case PreferenceRecipe():
             stage = PreferenceTask(recipe)
+        case RewardRecipe():
+            stage = RewardTask(recipe)
         case _:
             stage = ContrastiveTask(recipe)
     if resume and (out / "recipe.json").exists():
