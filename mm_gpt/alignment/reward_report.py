@@ -280,7 +280,7 @@ def _findings(report: RewardReport) -> Iterator[str]:
         yield f"the reward is constant: every answer has {report.reward_mean:.6g}"
         return
     low, high = report.accuracy_interval
-    if low <= 0.5 <= high:
+    if low <= 0.5:
         yield f"no better than chance: accuracy {report.accuracy:.3f}, interval {low:.3f} to {high:.3f}"
     if report.longer_is_better >= report.accuracy > 0.5:
         yield (
