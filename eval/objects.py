@@ -121,8 +121,10 @@ _LONGEST = max(map(len, _FORMS))
 _TOO_WEAK = word_set("dog dogs mouth play plays playing white")
 """In `IMPLIED_BY`, which is careful for another purpose: a dog implies no ball, and what is white is no snow."""
 _IMPLIED_BY = {name: frozenset(words.split()) - _TOO_WEAK for name, words in IMPLIED_BY.items()}
-_IMPLIED_BY["mask"] = word_set("muzzle muzzles muzzled costume costumes goggles helmet painted makeup")
-_IMPLIED_BY["parachute"] = word_set("parasail parasailing parasailer paraglider paragliding glider gliding kite sail")
+_IMPLIED_BY["mask"] = frozenset(word_set("muzzle muzzles muzzled costume costumes goggles helmet painted makeup"))
+_IMPLIED_BY["parachute"] = frozenset(
+    word_set("parasail parasailing parasailer paraglider paragliding glider kite sail")
+)
 _IMPLIED_BY |= {name: implied_by | {w for form in forms for w in form.split()} for name, forms, implied_by in _more()}
 OBJECTS: frozenset[str] = _CHECKED | frozenset(_FORMS.values())
 """What is checked, by name."""
@@ -133,7 +135,7 @@ def named_objects(text: str, *, pronouns: bool = False) -> list[Named]:
     """The objects of `OBJECTS` that a text names, in its order. `pronouns`: "someone" and "his arm" name a person."""
     caption = parse(text)
     found: list[tuple[int, Named]] = []
-    taken = set()
+    taken: set[int] = set()
     for m in caption.mentions:
         taken.update(range(m.head, m.end))
         if m.name in _CHECKED and (pronouns or m.surface not in PRONOUNS):
