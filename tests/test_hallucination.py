@@ -226,7 +226,7 @@ class Said:
             "",
         ]
         if configs[0].n == 1:
-            return [self._answer("A brown cow runs on the grass.", configs[0]) for _ in documents]
+            return [self._answer(f"A brown cow {grass}", configs[0]) for _ in documents]
         return [self._answer(text, each) for each in configs for text in texts[: each.n]]
 
     def _answer(self, text: str, config: GenerationConfig) -> Answer:
@@ -291,7 +291,7 @@ def test_other_settings_do_not_continue_a_run(photos: Path, tmp_path: Path) -> N
         make_pairs(prompts, said(Said()), list_objects, None, out, CONFIG, about=about, **options)
 
     run({"model": "one"})
-    with pytest.raises(MMGPTError, match="p.journal.jsonl: holds answers of other settings"):
+    with pytest.raises(MMGPTError, match=r"p\.journal\.jsonl: holds answers of other settings"):
         run({"model": "another"})
     run({"model": "another"}, restart=True)
     journal = out.with_suffix(".journal.jsonl")

@@ -14,6 +14,7 @@ from forked_ranks import on_ranks
 from safetensors.torch import load_file
 from toy_stage import logged, losses, one_step
 
+import mm_gpt
 from mm_gpt.alignment.completions import completion_sums, token_logprobs
 from mm_gpt.alignment.losses import PREFERENCE_KINDS
 from mm_gpt.alignment.preference import PreferenceLoss, PreferenceRecipe, PreferenceTask
@@ -27,6 +28,7 @@ from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.processor import IGNORE_INDEX, collate
 from mm_gpt.training.distributed import process_group
 from mm_gpt.training.loop import TrainConfig, make_optimizer, train
+from mm_gpt.training.recipes import RECIPES, run_recipe
 
 LORA = LoRAConfig(rank=4, alpha=8)
 GOOD = ("A red circle", "on a blue ground", "one circle, and a ground that is blue")
@@ -161,9 +163,12 @@ def test_a_policy_that_is_its_reference_loses_exactly_ln_2(
 ) -> None:
     """And leaves it with the first step: 0.6931 all along is the alarm that nothing is learned. In bf16 a cast of the
     reference's weights must not be taken for the policy's."""
-    changes: dict[str, Any] = {"copy": {"lora": None, "decoder": "full"}, "precomputed": {"reference": how}}.get(
-        how, {}
-    )
+    settings: dict[str, dict[str, Any]] = {
+        "adaptation": {},
+        "copy": {"lora": None, "decoder": "full"},
+        "precomputed": {"reference": how},
+    }
+    changes = settings[how]
     recipe = tiny_recipe(data, tiny_model_folder, train={"precision": precision, "lr": 3e-3}, **changes)
     task, optimizer = started(recipe)
     first = one_step(task, optimizer, recipe.train, 0)
@@ -521,3 +526,18 @@ def test_samples_answer_held_out_prompts(data: Path, tiny_model_folder: Path) ->
     task, _ = started(tiny_recipe(data, tiny_model_folder))
     assert [sample.partition(":")[0] for sample in task.samples()] == ["pair 6", "pair 7"]
     assert task.model.training
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_recipes_run_and_go_on(name: str, tmp_path: Path, data: Path, tiny_model_folder: Path) -> None:
+    """From a recipe's name to a model that answers; without validation sources some prompts are held out."""
+    settings = ("steps=2", "warmup_steps=1", "log_every=1", "precision=fp32", "device=cpu")
+    changes = [f"start={tiny_model_folder}", "sources=ranked.jsonl", "holdout=0.3", "batch_size=2"]
+    recipe = override(RECIPES[name](str(data)), [*(f"train.{setting}" for setting in settings), *changes])
+    run_recipe(recipe, tmp_path / "run", progress=False)
+    assert mm_gpt.load(tmp_path / "run/best").caption(data / "0.png") is not None
+    run_recipe(override(recipe, ["train.steps=3"]), tmp_path / "run", resume=True, progress=False)
+    assert losses(tmp_path / "run").keys() == {1, 2, 3}
+    assert {"rewards/chosen", "logps/rejected"} <= json.loads(
+        (tmp_path / "run/log.jsonl").read_text().splitlines()[0]
+    ).keys()

@@ -29,7 +29,6 @@ from world import (
     write_result,
 )
 
-
 BETAS = (0.0, 0.02, 0.1, 0.5)
 STEPS, STOPS = 160, 8
 """Steps of a run, and how often it is looked at on the way."""

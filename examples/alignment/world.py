@@ -24,8 +24,6 @@ import numpy as np
 import torch
 from scenes import (
     Scene,
-    demonstration,
-    draw_scene,
     prefers_first,
     presence_questions,
     read_answer,

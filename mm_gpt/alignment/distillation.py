@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm_gpt.alignment.losses import distillation_loss
-from mm_gpt.alignment.rollouts import Sampler
+from mm_gpt.alignment.rollouts import Sampler, sampling
 from mm_gpt.config import check_numbers
 from mm_gpt.datasets.loading.loader import Loaded
 from mm_gpt.datasets.loading.packing import pack
@@ -42,7 +42,6 @@ from mm_gpt.processor import IGNORE_INDEX, Batch, Example, Processor, collate
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.language import LanguageRecipe, LanguageTask, count_targets
 from mm_gpt.training.loop import use_bf16
-from mm_gpt.training.self_critical import judging
 from mm_gpt.training.stage import ParameterGroup, Term
 
 logger = logging.getLogger(__name__)
@@ -342,7 +341,7 @@ class DistillationTask(LanguageTask):
             torch.no_grad(),
             torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(self.recipe.train.precision, device)),
         ):
-            with judging(self.model):
+            with sampling(self.model):
                 images = self.model.image_tokens(batch.to(device))
             samples = self._sampler(batch.prompts, 1, seeds, images=images)
         documents = [

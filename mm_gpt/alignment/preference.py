@@ -38,6 +38,7 @@ from mm_gpt.alignment.losses import (
 )
 from mm_gpt.alignment.preference_batches import PreferenceBatch, PreferenceReader
 from mm_gpt.alignment.reference import Reference
+from mm_gpt.alignment.rollouts import sampling
 from mm_gpt.config import check_numbers
 from mm_gpt.datasets.comparisons import Comparisons
 from mm_gpt.datasets.loading.sources import SourceConfig
@@ -48,7 +49,6 @@ from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.training.distributed import ranks, sum_over_ranks
 from mm_gpt.training.language import LanguageRecipe, build_model, prepare_language
 from mm_gpt.training.loop import TrainConfig, use_bf16
-from mm_gpt.training.self_critical import judging
 from mm_gpt.training.stage import LOWEST_LOSS, ParameterGroup, Term
 
 logger = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ class PreferenceTask:
                 if not read:
                     continue
                 completions = reader.batch(read).completions.to(self.model.device)
-                with torch.no_grad(), self._precision(), judging(self.model):
+                with torch.no_grad(), self._precision(), sampling(self.model):
                     logps = completion_sums(self._logprobs(completions)[0], completions).cpu()
                 for one, own in zip(read, logps.split([len(one.best) for one in read]), strict=True):
                     found[reader.places(one.number)] = own
@@ -316,7 +316,7 @@ class PreferenceTask:
         if reference is None and self.reference is not None:
             with self.reference.active():
                 reference = completion_sums(self._logprobs(completions)[0], completions)
-        with nullcontext() if self.recipe.dropout else judging(self.model):
+        with nullcontext() if self.recipe.dropout else sampling(self.model):
             logprobs, entropy = self._logprobs(completions)
         return Answers(
             completion_sums(logprobs, completions),
@@ -421,7 +421,7 @@ class PreferenceTask:
         assert self.reference is not None
         other = batch.other.to(self.model.device)
         with self._precision():
-            with judging(self.model):
+            with sampling(self.model):
                 policy = completion_sums(self._logprobs(other)[0], other)
             with self.reference.active():
                 return policy - completion_sums(self._logprobs(other)[0], other)
@@ -479,7 +479,7 @@ class PreferenceTask:
                 documents.append(prompt_document(self.processor, comparison))
         if not documents:
             return []
-        with judging(self.model):
+        with sampling(self.model):
             engine = Engine(self.model, self.processor)
             answers = engine.generate(documents, GenerationConfig(max_new_tokens=48))
         return [f"{key}: {answer.text}" for key, answer in zip(keys, answers, strict=True)]

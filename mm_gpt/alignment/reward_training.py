@@ -25,8 +25,8 @@ from mm_gpt.alignment.reward_model import (
     RewardModel,
     count_unusable,
     fitting_documents,
-    is_reward_model,
     load_head,
+    reward_folder,
     save_reward_model,
     score_comparisons,
 )
@@ -156,10 +156,12 @@ class RewardTask:
         if recipe.demonstrations:
             self.demonstrations = Comparisons.open(recipe.demonstrations, Path(recipe.data), self.errors)
         self._language = recipe.language()
+        if (folder := reward_folder(recipe.start)) is not None:
+            self._language = dataclasses.replace(self._language, start=str(folder))
         language, self.processor = build_model(self._language, None)
         self.model = RewardModel(language)
-        if is_reward_model(recipe.start):
-            load_head(self.model, Path(recipe.start))
+        if folder is not None:
+            load_head(self.model, folder)
         self._separate = not shares_prompts(language)
         self._unusable: set[int] = set()
         self._frozen: dict[str, Tensor] = {}

@@ -209,7 +209,7 @@ class _Draws:
         drawn = draw(logits, uniform, self.sampler.temperature or 1.0, self.sampler._never.to(logits.device))
         ids, logprobs = (values.cpu() for values in drawn)
         if not logprobs.isfinite().all():
-            raise MMGPTError("no token can be drawn: the model's logits are not finite")
+            raise MMGPTError("no token can be drawn: logits are not finite, or leave nothing but images")
         self.ids[live, step], self.logprobs[live, step] = ids, logprobs.float()
         is_end = torch.isin(ids, self.sampler._end_ids)
         self.lengths[live], self.finished[live] = step + 1, is_end
@@ -246,9 +246,9 @@ def draw(logits: Tensor, uniform: Tensor | None, temperature: float, never: Tens
         block, rest = _passing(blocks, uniform)
         inside = block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)
         own = weights.gather(1, inside.clamp(max=weights.shape[1] - 1)).where(inside < weights.shape[1], 0)
-        ids = block * BLOCK + _passing(own.double(), rest)[0]
+        ids = (block * BLOCK + _passing(own.double(), rest)[0]).clamp(max=weights.shape[1] - 1)
     chosen = (logits.gather(1, ids[:, None]) - highest).squeeze(1).double() / temperature
-    return ids, chosen - total.log()
+    return ids, (chosen - total.log()).where(blocks.sum(dim=-1) > 0, torch.nan)
 
 
 def _passing(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,7 +259,7 @@ def _passing(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     places = torch.searchsorted(cumulated, target.contiguous(), right=True)
     # What rounding put at the end is the last place that adds anything
     last = torch.searchsorted(cumulated, cumulated[:, -1:].contiguous())
-    places = torch.minimum(places, last)
+    places = torch.minimum(places, last).clamp(max=weights.shape[1] - 1)  # where all is NaN nothing passes
     own = weights.gather(1, places)
     rest = (target - (cumulated.gather(1, places) - own)) / own
     return places.squeeze(1), rest.squeeze(1).clamp(0, 1)
