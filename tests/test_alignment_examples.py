@@ -194,3 +194,10 @@ def test_over_optimisation(small_world: Path, tmp_path: Path, monkeypatch: pytes
     assert set(result["paths"]) == {"0.0", "0.02", "0.1", "0.5"}
     assert all(len(path["kl"]) == 2 for path in result["paths"].values())
     assert result["best_of_n"][0]["kl"] == 0
+
+
+def test_calibration_before_and_after(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("calibration", small_world, tmp_path / "calibration.json", monkeypatch)
+    assert set(result["ways"]) == {"base", "sft", "ppo", "ppo, beta 0"}
+    assert result["ways"]["sft"]["change"]["mean"] == 0
+    assert all(0 <= way["ece"]["mean"] <= 0.5 + 1e-9 for way in result["ways"].values())

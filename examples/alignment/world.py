@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import random
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +110,7 @@ def config(steps: int, lr: float, seed: int = 0, *, validate_every: int | None =
     every = validate_every or steps
     own: dict[str, Any] = {"warmup_steps": max(1, steps // 10), "weight_decay": 0.01, "log_every": every} | more
     return TrainConfig(
-        steps=steps, lr=lr, seed=seed, precision="fp32", device="cpu", validate_every=every, save_every=steps, **own
+        steps=steps, lr=lr, seed=seed, precision="fp32", device="cpu", validate_every=every, save_every=100, **own
     )
 
 
@@ -121,10 +120,10 @@ def config(steps: int, lr: float, seed: int = 0, *, validate_every: int | None =
 def build_world(folder: Path, sizes: Sizes) -> None:
     """Everything that the experiments begin with, as far as it is not there."""
     once(folder / "data", lambda out: write_data(out, sizes))
-    once(folder / "base", lambda out: run_recipe(base_recipe(folder, sizes), out, progress=False))
-    once(folder / "sft", lambda out: run_recipe(sft_recipe(folder, sizes), out, progress=False))
+    once(folder / "base", lambda out: learn(base_recipe(folder, sizes), out))
+    once(folder / "sft", lambda out: learn(sft_recipe(folder, sizes), out))
     once(folder / "preferences", lambda out: write_preferences(folder, out, sizes))
-    once(folder / "reward", lambda out: run_recipe(reward_recipe(folder, sizes), out, progress=False))
+    once(folder / "reward", lambda out: learn(reward_recipe(folder, sizes), out))
 
 
 def write_data(out: Path, sizes: Sizes) -> None:
@@ -132,13 +131,16 @@ def write_data(out: Path, sizes: Sizes) -> None:
 
 
 def once(out: Path, make: Callable[[Path], object]) -> Path:
-    """What `make` writes into a folder; a folder that it did not finish is made anew."""
+    """What `make` writes into a folder, which it goes on with where it was stopped."""
     if not (done := out / "done").exists():
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         make(out)
         done.touch()
     return out
+
+
+def learn(recipe: Any, out: Path) -> None:
+    run_recipe(recipe, out, resume=True, progress=False)
 
 
 def sources(*paths: str) -> tuple[SourceConfig, ...]:
@@ -510,7 +512,7 @@ def cached(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def trained(folder: Path, judge: Judge, name: str, recipe: Callable[[], Any], seed: int) -> dict[str, Any]:
     """The measures of the model that a recipe ends with, trained where it is not there. It is the last one, and not the
     best of the run: nothing is chosen by what is measured."""
-    out = once(folder / "runs" / name, lambda out: run_recipe(recipe(), out, progress=False))
+    out = once(folder / "runs" / name, lambda out: learn(recipe(), out))
     return cached(out / "measures.json", lambda: judge.measure(last(out), seed))
 
 
