@@ -27,6 +27,8 @@ from torch import Tensor
 
 from mm_gpt.alignment.answer_rewards import ANSWER_REWARDS
 from mm_gpt.alignment.functions import load_function
+from mm_gpt.alignment.reward_model import ModelReward, is_reward_model
+from mm_gpt.alignment.rule_reward import RULES, RuleReward, load_rule_reward
 from mm_gpt.config import check_numbers
 from mm_gpt.datasets.comparisons import Comparison
 from mm_gpt.datasets.samples import ErrorCounter
@@ -104,7 +106,13 @@ class Rewards:
         self.names = [c.source if names.count(n) > 1 else n for c, n in zip(configs, names, strict=True)]
         """Those of the rewards; sources, where two rewards have one name."""
         self.errors = ErrorCounter()
-        """Rewards that were no finite numbers, and answers that no reward applies to."""
+        """Rewards that were no finite numbers, answers that no reward applies to, and what a model could not judge."""
+        models = [c.source for c, r in zip(configs, self.rewards, strict=True) if isinstance(r, ModelReward)]
+        for reward in self.rewards:
+            if isinstance(reward, ModelReward | RuleReward):
+                reward.errors = self.errors
+            if isinstance(reward, RuleReward):
+                reward.check_beside(models[0] if models else None)
         self._watch = [_Watch(name) for name in self.names]
 
     def __call__(
@@ -172,14 +180,11 @@ def load_reward(source: str, *, device: torch.device | str = "cpu") -> Reward:
     if source in ANSWER_REWARDS:
         return FunctionReward(ANSWER_REWARDS[source])
     folder = Path(source)
-    if folder.is_dir():  # imported where one is used: they need a model
-        from mm_gpt.alignment.reward_model import ModelReward, is_reward_model
-        from mm_gpt.alignment.rule_reward import RULES, load_rule_reward
-
+    if folder.is_dir():
         if (folder / RULES).is_file():
             return load_rule_reward(folder, device=str(device))
-        if is_reward_model(folder) or is_reward_model(folder / "best"):
-            return ModelReward(folder if is_reward_model(folder) else folder / "best", device=device)
+        if is_reward_model(folder) or is_reward_model(folder / "best"):  # for the second it says where the model is
+            return ModelReward(folder, device=device)
         raise MMGPTError(f"{source}: neither a reward model nor a rule-based reward is in this folder")
     if ":" in source:
         return FunctionReward(load_function(source))
@@ -193,11 +198,14 @@ class FunctionReward:
     """A function as a reward."""
 
     def __init__(self, function: Callable[..., Any], *, name: str | None = None):
-        """`function` may be async."""
+        """`function` may be async. Raises MMGPTError for a built-in that does not say what it takes."""
         self.function = function
         self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
         self._file = getattr(getattr(function, "__code__", None), "co_filename", None)
-        self._parameters = inspect.signature(function).parameters
+        try:
+            self._parameters = inspect.signature(function).parameters
+        except ValueError:
+            raise MMGPTError(f"reward {self.name}: does not say what it takes; call it from a function") from None
 
     def __call__(
         self, comparisons: Sequence[Comparison], answers: Sequence[str], ids: Sequence[Sequence[int]] | None = None
