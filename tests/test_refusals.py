@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,6 @@ FILE = Path(__file__).parents[1] / "examples/alignment/refusals.py"
 
 @pytest.fixture(scope="module")
 def refusals() -> Any:
-    import sys
-
     load_function(f"{FILE}:main")
     return sys.modules["_user_refusals"]
 
@@ -113,3 +112,20 @@ def test_every_file_is_read_by_the_stage_that_it_is_for(refusals: Any, tmp_path:
     assert not errors.total
     labels = [json.loads(line)["label"] for line in (tmp_path / "grader/train.jsonl").read_text().splitlines()]
     assert set(labels) == set(refusals.CLASSES)
+
+
+def test_the_comparison_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FILE.parent)
+    import refusals_compare
+
+    out = tmp_path / "rules.json"
+    monkeypatch.setattr(
+        sys, "argv", ["refusals_compare", str(tmp_path / "world"), "--quick", "--seeds", "1", "-o", str(out)]
+    )
+    refusals_compare.main()
+    result = json.loads(out.read_text())
+    assert set(result["ways"]) == {"sft", "model", "rules", "rules_of_truth", "rules_shuffled"}
+    assert len(result["said"]) == 9
+    truth = result["fits"]["rules_of_truth"]["grader"]
+    assert all(found == name for name, row in truth.items() for found, count in row.items() if count)
+    assert out.with_suffix(".png").stat().st_size > 10_000

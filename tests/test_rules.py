@@ -500,8 +500,12 @@ def test_a_classifier_grades_by_the_names_of_its_labels() -> None:
     assert row == {"premise": "user: What is it?\nanswer: A circle.", "hypothesis": "Is it rude?"}
     (expected,) = grader._classifier.probabilities([row], grader._processor.tokenizer)
     assert grade == (expected["yes"], expected["no"])
-    assert grader.grade([asked("long " * 2000)]) == [None]
-    assert grader.errors.total == 1
+    others = [asked(text) for text in ("A blue circle on the ground.", "long " * 2000, "A", "\ud800", "A circle.")]
+    together = grader.grade(others)
+    assert [together[number] is None for number in range(5)] == [False, True, False, True, False]
+    assert together[4] == pytest.approx(grade, abs=1e-6)
+    assert together[0] == pytest.approx(grader.grade(others[:1])[0], abs=1e-6)
+    assert grader.errors.total == 2
     with pytest.raises(MMGPTError, match="grader reader tells no, yes; rubric asks for desired_refusal"):
         grader.grade(DEFAULT.questions("rubric", "comply", prompt_of(), "A circle."))
 

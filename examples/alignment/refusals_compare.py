@@ -29,6 +29,7 @@ from world import (
     config,
     interval,
     last,
+    learn,
     once,
     options,
     sources,
@@ -51,7 +52,6 @@ from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.training.classification import ClassificationRecipe
 from mm_gpt.training.language import LanguageRecipe
-from mm_gpt.training.recipes import run_recipe
 
 LONGEST = 20
 WAYS = ("model", "rules", "rules_of_truth", "rules_shuffled")
@@ -67,11 +67,11 @@ def build(folder: Path, sizes: Sizes) -> None:
     """Everything before PPO, as far as it is not there."""
     own = folder / "refusals"
     once(folder / "data", lambda out: write_data(out, sizes))
-    once(folder / "base", lambda out: run_recipe(base_recipe(folder, sizes), out, progress=False))
+    once(folder / "base", lambda out: learn(base_recipe(folder, sizes), out))
     once(own / "data", lambda out: write_refusals(out, prompts=sizes.prompts, held_out=sizes.held_out))
-    once(own / "sft", lambda out: run_recipe(sft_recipe(folder, sizes), out, progress=False))
-    once(own / "reward", lambda out: run_recipe(reward_recipe(folder, sizes), out, progress=False))
-    once(own / "grader", lambda out: run_recipe(grader_recipe(folder, sizes), out, progress=False))
+    once(own / "sft", lambda out: learn(sft_recipe(folder, sizes), out))
+    once(own / "reward", lambda out: learn(reward_recipe(folder, sizes), out))
+    once(own / "grader", lambda out: learn(grader_recipe(folder, sizes), out))
     for way in WAYS[1:]:
         once(own / way, lambda out, way=way: write_rules(folder, out, way))
 
@@ -233,8 +233,8 @@ def main() -> None:
         found.setdefault("sft", []).append(start)
     for seed in range(args.seeds):
         for way in WAYS:
-            make = lambda out, w=way, s=seed: run_recipe(policy_recipe(args.world, sizes, w, s), out, progress=False)  # noqa: E731
-            out = once(own / "runs" / f"{way}-{seed}", make)
+            recipe = policy_recipe(args.world, sizes, way, seed)
+            out = once(own / "runs" / f"{way}-{seed}", lambda out, recipe=recipe: learn(recipe, out))
             values = cached(out / "measures.json", lambda o=out, s=seed: measure(args.world, last(o), sizes, s))
             found.setdefault(way, []).append(values)
             told = ", ".join(f"{name} {np.mean(values[name]):.3f}" for name in MEASURES if values[name])
@@ -256,7 +256,26 @@ def main() -> None:
     write_result(
         args.output, {"sizes": dataclasses.asdict(sizes), "seeds": args.seeds, "ways": ways, "fits": fits, "said": said}
     )
+    draw(ways, args.output.with_suffix(".png"))
     print("\n".join(said))
+
+
+def draw(ways: dict[str, Any], path: Path) -> None:
+    """Both faults of each way, with their intervals, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, names in zip(figure.subplots(1, 2), (MEASURES[:2], MEASURES[2:4]), strict=True):
+        for number, name in enumerate(names):
+            for at, own in enumerate(ways.values()):
+                mean, (low, high) = own[name]["mean"], own[name]["ci95"]
+                label = name if at == 0 else None
+                error = [[mean - low], [high - mean]]
+                axes.errorbar(at + 0.15 * number, mean, yerr=error, fmt="os"[number], color=f"C{number}", label=label)
+        axes.set_xticks(range(len(ways)), [way.replace("_", " ") for way in ways], rotation=20, fontsize=8)
+        axes.set_ylim(0, 1)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
 
 
 def read_report(folder: Path) -> Any:

@@ -14,17 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from mm_gpt.alignment.functions import load_function
 from mm_gpt.alignment.grading import YES_NO, Grade, Grader, Question, grading_prompt, parse, shares
 from mm_gpt.config import check_numbers
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.document import Document, Image, Message, check_text
-from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.errors import ConfigError, ContextOverflowError, MMGPTError
+from mm_gpt.model.classification import sequences
 from mm_gpt.network.urls import short_name
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from mm_gpt.inference.assistant import Assistant
     from mm_gpt.inference.engine import Engine
     from mm_gpt.model.classification import Classifier
@@ -35,6 +37,8 @@ SERVER_TOKENS, TOP_LOGPROBS = 16, 20
 SILENT_AFTER = 8
 """Questions in a row to which a server gave no answer at all; the rest of a call is not even asked then."""
 BACKOFF_S = 0.5
+ROWS_TOGETHER = 32
+"""Of a classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +126,8 @@ class ModelGrader:
         return self._ids[labels]
 
 
-def _next_token(engine: "Engine", document: Document) -> "Tensor":
+def _next_token(engine: "Engine", document: Document) -> Tensor:
     """Natural log-probabilities (V,) of the token after a prompt; what was read is kept for the next prompt."""
-    import torch
-
     from mm_gpt.inference.generation import GenerationConfig
 
     job = engine.job(document, GenerationConfig(max_new_tokens=1))
@@ -257,21 +259,33 @@ class ClassifierGrader:
         self._classifier, self._processor = classifier, processor
 
     def grade(self, questions: Sequence[Question]) -> list[Grade]:
-        return [self._grade(question) for question in questions]
+        grades: list[Grade] = [None] * len(questions)
+        rows = {number: row for number, each in enumerate(questions) if (row := self._row(each)) is not None}
+        order = sorted(rows, key=lambda number: sum(map(len, rows[number].values())))  # little padding
+        for first in range(0, len(order), ROWS_TOGETHER):
+            few = order[first : first + ROWS_TOGETHER]
+            found = self._classifier.probabilities([rows[number] for number in few], self._processor.tokenizer)
+            for number, own in zip(few, found, strict=True):
+                grades[number] = tuple(own[option] for option in questions[number].options)
+        return grades
 
-    def _grade(self, question: Question) -> Grade:
-        labels = self._classifier.config.labels
+    def _row(self, question: Question) -> dict[str, str] | None:
+        """What is read of a question; None, counted, for what cannot be read."""
+        labels, decoder = self._classifier.config.labels, self._classifier.decoder.config
         if sorted(labels) != sorted(question.options):
             have, need = ", ".join(labels), ", ".join(question.options)
             raise MMGPTError(f"grader {self.name} tells {have}; {question.name} asks for {need}")
         row = classifier_row(question, self._classifier.config.kind)
         try:
-            check_text(row["text"] if "text" in row else row["premise"], "the answer")
-            (found,) = self._classifier.probabilities([row], self._processor.tokenizer)
+            for text in row.values():
+                check_text(text, "the text")
+            (ids,) = sequences(row, self._processor.tokenizer, decoder.vocab_size)
+            if len(ids) > decoder.max_length:
+                raise ContextOverflowError(f"{len(ids)} tokens do not fit into a context of {decoder.max_length}")
         except MMGPTError as error:
             self.errors.add(f"not readable for grader {self.name}", f"{question.where}: {error}")
             return None
-        return tuple(found[option] for option in question.options)
+        return row
 
 
 def classifier_row(question: Question, kind: str) -> dict[str, str]:

@@ -25,11 +25,10 @@ from mm_gpt.datasets.comparisons import Comparison
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.document import Image
 from mm_gpt.errors import MMGPTError, unknown_name
+from mm_gpt.eval.metrics.calibration import expected_calibration_error
 
 CLASS, PROPOSITIONS = "class", "propositions"
 """Columns of gold rows: what the completion is."""
-BINS = 10
-"""Of the calibration, equally wide."""
 
 # ---- Gold ----
 
@@ -283,9 +282,6 @@ def _judged(pairs: Sequence[tuple[bool, float | None]]) -> dict[str, float | int
     }
     if not said:
         return {**counts, "accuracy": None, "calibration error": None}
-    bins: dict[int, list[tuple[bool, float]]] = defaultdict(list)
-    for truth, share in said:
-        bins[min(int(share * BINS), BINS - 1)].append((truth, share))
-    error = sum(abs(sum(truth - share for truth, share in inside)) for inside in bins.values()) / len(said)
+    error = expected_calibration_error([share for _, share in said], [truth for truth, _ in said])
     right = counts["yes and true"] + counts["no and false"]
     return {**counts, "accuracy": right / len(said), "calibration error": error}
