@@ -44,8 +44,8 @@ MAY_IMPORT = {
     "training": CONTRACTS | {"vision", "model", "hub", "datasets", "inference", "eval"},
     "eval": CONTRACTS | {"vision", "model", "hub", "datasets", "inference"},
 }
-# A file that names what stands above it, for `mm-gpt train` to find.
-MAY_ALSO = {"training/recipes.py": {"alignment"}}
+# Files that name what stands above them: for `mm-gpt train` to find, and a policy gradient older than that folder.
+MAY_ALSO = {"training/recipes.py": {"alignment"}, "training/self_critical.py": {"alignment"}}
 HEAVY = ("torch", "open_clip", "timm", "transformers", "torchvision", "matplotlib", "gradio", "tokenizers", "numpy")
 
 

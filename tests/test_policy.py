@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_picture, make_tiny
+from forked_ranks import on_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 from toy_stage import logged, losses, one_step
@@ -17,13 +18,15 @@ from toy_stage import logged, losses, one_step
 from mm_gpt.alignment import losses as formulas
 from mm_gpt.alignment.completions import completion_batch, sampled_document, token_logprobs, token_values
 from mm_gpt.alignment.experience import PolicyBatch
-from mm_gpt.alignment.policy import PolicyRecipe, PolicyTask
+from mm_gpt.alignment.policy import PolicyTask
+from mm_gpt.alignment.policy_recipe import PolicyRecipe
 from mm_gpt.alignment.reward_model import RewardModel, load_reward_model, save_reward_model
 from mm_gpt.alignment.rewards import RewardConfig
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.model.lora import LoRAConfig
+from mm_gpt.training.distributed import process_group
 from mm_gpt.training.loop import TrainConfig, make_optimizer, train
 from mm_gpt.training.stage import Term
 
@@ -350,6 +353,30 @@ def test_it_learns_what_is_rewarded(data: Path, tiny_model_folder: Path, advanta
     assert sum(found[-6:]) / 6 > sum(found[:3]) / 3 + 0.1
 
 
+@pytest.mark.parametrize("advantage", ["gae", "batch_std"])
+def test_two_ranks_are_one_with_as_many_prompts(data: Path, tiny_model_folder: Path, advantage: str) -> None:
+    """The same samples, rewards, whitened advantages and steps, where each rank has half of the prompts."""
+    samples = 2 if advantage == "gae" else 3
+
+    def two_steps(prompts: int) -> list[Tensor]:
+        recipe = make_recipe(data, tiny_model_folder, advantage=advantage, samples=samples, epochs=2, prompts=prompts)
+        with process_group(torch.device("cpu")):
+            task, optimizer = prepared(recipe)
+            for step in range(2):
+                one_step(task, optimizer, recipe.train, step)
+            assert task.experience is not None
+            return [*(p.detach() for p in task.model.parameters() if p.requires_grad), task.experience.rewards]
+
+    alone = two_steps(4)
+    both = on_ranks(lambda rank: [t.tolist() for t in two_steps(2)])
+    assert not isinstance(both[0], str), both
+    rewards = torch.cat([torch.tensor(found[-1]) for found in both])
+    torch.testing.assert_close(rewards, alone[-1])
+    for mine, one, other in zip(alone[:-1], both[0][:-1], both[1][:-1], strict=True):
+        assert one == other
+        torch.testing.assert_close(torch.tensor(one), mine, rtol=1e-3, atol=1e-4)
+
+
 def test_images_reach_the_policy_and_its_critic(data: Path, tiny_model_folder: Path) -> None:
     """With the connector trained, images are encoded with a gradient in every step; else once a rollout."""
     recipe = make_recipe(data, tiny_model_folder, **PPO, train_connector=True)
@@ -415,7 +442,9 @@ def test_what_does_not_fit_is_refused(data: Path, tiny_model_folder: Path, tmp_p
     with pytest.raises(ConfigError, match="nothing of the policy is trained"):
         prepared(make_recipe(data, tiny_model_folder, lora=None))
     other, processor = make_tiny(seed=1)
-    processor.config = dataclasses.replace(processor.config, image=dataclasses.replace(processor.config.image, size=48))
+    processor.config = dataclasses.replace(
+        processor.config, image=dataclasses.replace(processor.config.image, mean=(0.4, 0.5, 0.6))
+    )
     folder = tmp_path / "other"
     folder.mkdir()
     save_reward_model(RewardModel(other), processor, folder)

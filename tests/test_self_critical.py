@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_picture, make_tiny
+from conftest import make_picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -26,12 +26,10 @@ from mm_gpt.eval.metrics.captions import bleu, cider_d
 from mm_gpt.inference.engine import Engine
 from mm_gpt.inference.generation import GenerationConfig
 from mm_gpt.model.lora import LoRAConfig
-from mm_gpt.model.mmgpt import MMGPT
-from mm_gpt.processor import Processor, collate
+from mm_gpt.processor import collate
 from mm_gpt.templates.prompts import CAPTION_PROMPT
 from mm_gpt.training.loop import TrainConfig, make_optimizer, train
 from mm_gpt.training.recipes import default_critical
-from mm_gpt.training.sampled_captions import write_captions
 from mm_gpt.training.self_critical import (
     CiderReward,
     Photos,
@@ -85,82 +83,6 @@ def test_a_caption_that_stops_in_the_middle_is_worth_less() -> None:
 def test_advantages_by_hand() -> None:
     values = advantages_of(torch.tensor([[1.0, 2.0, 6.0], [0.5, 0.5, 0.5]]))
     torch.testing.assert_close(values, torch.tensor([[1 - 4.0, 2 - 3.5, 6 - 1.5], [0.0, 0.0, 0.0]]))
-
-
-# ---- what is sampled ----
-
-
-def prompts_of(processor: Processor, texts: Sequence[str]) -> list[Document]:
-    return [
-        processor.chat([{"role": "user", "content": [Image(make_picture(n)), text]}]) for n, text in enumerate(texts)
-    ]
-
-
-def naive_logits(model: MMGPT, processor: Processor, document: Document, ids: Sequence[int]) -> Tensor:
-    """What follows a prompt and `ids`, read from the beginning without any cache: (V,)."""
-    more = (Text("", ids=tuple(ids)),) if ids else ()
-    example = processor(Document((*document.segments, *more)))
-    batch = collate([[example]], processor.pixels([example]).double())
-    return model.decoder.logits(model(batch)[0, -1])
-
-
-@pytest.mark.parametrize("seed", [None, 7])
-@torch.no_grad()
-def test_captions_are_those_of_a_naive_loop(seed: int | None) -> None:
-    """Prompts of different lengths side by side, with rows that end and leave: each as if it were alone."""
-    model, processor = make_tiny()
-    model.double().eval()
-    documents = prompts_of(processor, ["Describe the image in one sentence.", "A red circle?", "x"])
-    examples = [processor(document) for document in documents]
-    prompts = collate([[example] for example in examples], processor.pixels(examples).double(), pad_left=True)
-    assert len({len(example) for example in examples}) == 3
-    samples, longest = (1 if seed is None else 4), 9
-    often = range(0, 400, 5)  # ends that come up, so that rows leave
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    found = write_captions(
-        model,
-        prompts,
-        model.image_tokens(prompts),
-        samples=samples,
-        max_new_tokens=longest,
-        end_ids=often,
-        generator=generator,
-    )
-    numbers = torch.zeros(0)
-    if seed is not None:
-        numbers = torch.rand(3 * samples, longest, generator=torch.Generator().manual_seed(seed)).double()
-    expected: list[tuple[int, ...]] = []
-    for row in range(3 * samples):
-        ids: list[int] = []
-        while len(ids) < longest and not (ids and ids[-1] in often):
-            logits = naive_logits(model, processor, documents[row // samples], ids)
-            cumulated = logits.softmax(dim=-1).cumsum(dim=-1)
-            ids.append(int(logits.argmax()) if seed is None else int((cumulated <= numbers[row, len(ids)]).sum()))
-        expected.append(tuple(ids))
-    assert [ids for own in found for ids in own] == expected
-    if seed is not None:
-        assert len(set(map(len, expected))) > 1
-        assert len(set(expected)) > 6
-
-
-@torch.no_grad()
-def test_tokens_come_as_often_as_the_model_says() -> None:
-    model, processor = make_tiny()
-    example = processor(prompts_of(processor, ["A red circle?"])[0])
-    prompts = collate([[example]], processor.pixels([example]), pad_left=True)
-    (found,) = write_captions(
-        model,
-        prompts,
-        model.image_tokens(prompts),
-        samples=4000,
-        max_new_tokens=1,
-        end_ids=[0],
-        generator=torch.Generator().manual_seed(0),
-    )
-    counts = torch.bincount(torch.tensor(found)[:, 0], minlength=processor.vocab_size)
-    likely = model.decoder.logits(model(prompts)[0, -1]).softmax(dim=-1)
-    spread = (likely * (1 - likely) / 4000).sqrt()
-    assert ((counts / 4000 - likely).abs() < 5 * spread + 1e-3).all()
 
 
 # ---- the stage ----

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm_gpt.alignment.losses import distillation_loss
-from mm_gpt.alignment.rollouts import Sampler
+from mm_gpt.alignment.rollouts import Sampler, sampling
 from mm_gpt.config import check_numbers
 from mm_gpt.datasets.loading.loader import Loaded
 from mm_gpt.datasets.loading.packing import pack
@@ -42,7 +42,6 @@ from mm_gpt.processor import IGNORE_INDEX, Batch, Example, Processor, collate
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.language import LanguageRecipe, LanguageTask, count_targets
 from mm_gpt.training.loop import use_bf16
-from mm_gpt.training.self_critical import judging
 from mm_gpt.training.stage import ParameterGroup, Term
 
 logger = logging.getLogger(__name__)
@@ -342,7 +341,7 @@ class DistillationTask(LanguageTask):
             torch.no_grad(),
             torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(self.recipe.train.precision, device)),
         ):
-            with judging(self.model):
+            with sampling(self.model):
                 images = self.model.image_tokens(batch.to(device))
             samples = self._sampler(batch.prompts, 1, seeds, images=images)
         documents = [
@@ -364,8 +363,8 @@ class DistillationTask(LanguageTask):
         """Of each term."""
         assert isinstance(batch, TaughtBatch)
         count = count_targets(batch)
-        right = {} if batch.is_sampled or self.recipe.alpha == 1 else {"nll": count}
-        return right | ({"kl": count} if self.recipe.alpha else {})
+        counts: dict[str, float] = {} if batch.is_sampled or self.recipe.alpha == 1 else {"nll": count}
+        return counts | ({"kl": count} if self.recipe.alpha else {})
 
     def loss(self, batch: Batch) -> dict[str, Term]:
         """`nll` of the right tokens and `kl`, T² times the divergence from the teacher; what weighs nothing is not

@@ -88,7 +88,9 @@ class CompiledRows:
         counts: Sequence[int],
     ):
         """`copy`, of the model's decoder, is up to date; prompts are read by the model itself, one by one."""
-        self.sequences, self.rows, logits = copy.sequences, {}, []
+        self.sequences = copy.sequences
+        self.rows: dict[int, BlockSequence] = {}
+        logits = []
         try:
             for example, features, count in zip(prompts, images, counts, strict=True):
                 batch = collate([[example]], torch.zeros(0, 3, 0, 0))

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mm_gpt import config as configs
-from mm_gpt.alignment.policy import PolicyRecipe, PolicyTask
+from mm_gpt.alignment.distillation import DistillationRecipe, DistillationTask
+from mm_gpt.alignment.policy import PolicyTask
+from mm_gpt.alignment.policy_recipe import PolicyRecipe
+from mm_gpt.alignment.preference import PreferenceLoss, PreferenceRecipe, PreferenceTask
 from mm_gpt.alignment.reward_training import RewardRecipe, RewardTask
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.errors import MMGPTError, unknown_name
@@ -47,6 +50,7 @@ Recipe = (
     | ClassificationRecipe
     | RewardRecipe
     | PolicyRecipe
+    | PreferenceRecipe
 )
 
 HALF = (0.5, 0.5, 0.5)
@@ -336,6 +340,59 @@ def grpo(data: str) -> PolicyRecipe:
     )
 
 
+def dpo(data: str) -> PreferenceRecipe:
+    """The default model, or start=NAME, learns from pairs of answers by DPO; losses=ipo and others are its relatives.
+
+    The paper's rate of 1e-6 is for all weights; a low-rank adaptation takes a higher one.
+    """
+    return PreferenceRecipe(
+        train=TrainConfig(steps=200, lr=5e-5, warmup_steps=10, validate_every=50, save_every=50),
+        start="default",
+        sources=(SourceConfig(path="."),),
+        holdout=0.1,
+        lora=LoRAConfig(rank=16, alpha=32),
+        data=data,
+    )
+
+
+def kto(data: str) -> PreferenceRecipe:
+    """`dpo` for answers that are labelled good or bad, one at a time."""
+    return dataclasses.replace(dpo(data), losses=(PreferenceLoss(kind="kto"),), batch_size=8)
+
+
+def distill(data: str) -> DistillationRecipe:
+    """A student of 19 million weights learns to answer about pictures as the default model does, or teacher=NAME.
+
+    It begins with the teacher's vision tower, which stays as it is; its connector and its decoder are new.
+    """
+    return DistillationRecipe(
+        train=TrainConfig(steps=2000, lr=1e-3, warmup_steps=50, weight_decay=0.01, validate_every=200, save_every=200),
+        model=ModelConfig(
+            decoder=DecoderConfig(
+                vocab_size=49_152,
+                width=256,
+                num_layers=8,
+                num_heads=4,
+                num_kv_heads=2,
+                head_size=64,
+                mlp_width=704,
+                max_length=2048,
+            ),
+            vision=LITE2,
+            connector=ConnectorConfig(kind="pixel_shuffle", scale=2),
+        ),
+        image=LITE2_IMAGE,
+        sources=(SourceConfig(path="."),),
+        holdout=0.1,
+        teacher="default",
+        teacher_vision=True,
+        decoder="full",
+        row_length=256,
+        rows=4,
+        data=data,
+    )
+
+
 UNPUBLISHED_LR, UNPUBLISHED_BATCH = 2.5e-4, 64 * 512
 """For the presets whose paper names no learning rate: GPT's, and its batch in tokens."""
 
@@ -408,6 +465,9 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
     "default_questions": default_questions,
     "default_concepts": default_concepts,
     "default_critical": default_critical,
+    "dpo": dpo,
+    "kto": kto,
+    "distill": distill,
 }
 
 
@@ -450,6 +510,8 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: boo
     """Train a recipe into `out`; its best model is then in `out/best`. Raises what `train` raises."""
     stage: Stage
     match recipe:
+        case DistillationRecipe():
+            stage = DistillationTask(recipe)
         case LanguageRecipe():
             stage = LanguageTask(recipe)
         case SemiCausalRecipe():
@@ -460,6 +522,8 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: boo
             stage = ClassificationTask(recipe)
         case PolicyRecipe():
             stage = PolicyTask(recipe)
+        case PreferenceRecipe():
+            stage = PreferenceTask(recipe)
         case RewardRecipe():
             stage = RewardTask(recipe)
         case _:

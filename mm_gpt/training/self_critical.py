@@ -14,14 +14,14 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mm_gpt.alignment.rollouts import Sampler
 from mm_gpt.config import check_numbers
 from mm_gpt.datasets.loading.draws import RecordSampling, draw_documents
 from mm_gpt.datasets.loading.index import RECORD, Table
@@ -48,7 +48,6 @@ from mm_gpt.training.distributed import ranks
 from mm_gpt.training.epochs import epoch_order
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import TrainConfig
-from mm_gpt.training.sampled_captions import write_captions
 from mm_gpt.training.stage import Term
 
 logger = logging.getLogger(__name__)
@@ -192,6 +191,7 @@ class SelfCriticalTask(LanguageTask):
         if not len(self.records):
             raise MMGPTError("the sources hold no captioned photo")
         self.reward = CiderReward(self._captions(), end_mark=recipe.end_mark, bleu_weight=recipe.bleu_weight)
+        self._sampler = Sampler(self.model, self.processor, max_new_tokens=recipe.max_new_tokens)
         self._draws = RecordSampling(recipe.max_captions, max_questions=0, augment=recipe.augment)
 
     def _captions(self) -> Iterator[tuple[str, ...]]:
@@ -262,8 +262,7 @@ class SelfCriticalTask(LanguageTask):
         prompts = collate([[photo.example] for photo in photos], batch.pixel_values, pad_left=True)
         prompts = prompts.to(batch.pixel_values.device)
         images = self.model.image_tokens(prompts)
-        generator = torch.Generator().manual_seed(batch.seed % 2**63)
-        sampled = self._write(prompts, images, k, generator)
+        sampled = self._write(photos, images, k, batch.seed)
         rewards = torch.tensor(
             [[self._reward(ids, photo.references) for ids in own] for own, photo in zip(sampled, photos, strict=True)]
         )  # (P, k)
@@ -278,19 +277,13 @@ class SelfCriticalTask(LanguageTask):
         return {"loss": Term(total - total.detach() - rewards.sum().to(total), rewards.numel())}
 
     def _write(
-        self, prompts: Batch, images: Sequence[ImageFeatures], samples: int, generator: torch.Generator | None
+        self, photos: Sequence[Photo], images: Sequence[ImageFeatures], samples: int, seed: int | None
     ) -> list[list[tuple[int, ...]]]:
-        """Captions as `write_captions` gives them, without dropout."""
-        with judging(self.model):
-            return write_captions(
-                self.model,
-                prompts,
-                [ImageFeatures(i.tokens.detach(), tuple(level.detach() for level in i.deepstack)) for i in images],
-                samples=samples,
-                max_new_tokens=self.critical.max_new_tokens,
-                end_ids=self.processor.tokenizer.end_ids,
-                generator=generator,
-            )
+        """Captions of each photo, drawn at temperature 1, or with no seed the likeliest."""
+        seeds = [((seed or 0) * 1_009 + n) % 2**63 for n in range(len(photos))]
+        documents = [Document(photo.prompt, id=photo.id) for photo in photos]
+        found = self._sampler(documents, samples, seeds, images=images, greedy=seed is None)
+        return [[sample.ids for sample in own] for own in found]
 
     def _reward(self, ids: Sequence[int], references: Sequence[str]) -> float:
         return self.reward(self.text(ids), references, is_whole=self.is_whole(ids))
@@ -332,8 +325,9 @@ class SelfCriticalTask(LanguageTask):
         while few := list(itertools.islice(held, VALIDATION_PHOTOS)):
             pixels = torch.cat([tiles for _, tiles in few])
             prompts = collate([[photo.example] for photo, _ in few], pixels, pad_left=True).to(self.model.device)
-            written += [ids for (ids,) in self._write(prompts, self.model.image_tokens(prompts), 1, None)]
-            references += [photo.references for photo, _ in few]
+            photos = [photo for photo, _ in few]
+            written += [ids for (ids,) in self._write(photos, self.model.image_tokens(prompts), 1, None)]
+            references += [photo.references for photo in photos]
         if not written:
             raise MMGPTError("the validation sources hold no captioned photo that can be read")
         texts = [self.text(ids) for ids in written]
@@ -378,14 +372,3 @@ def advantages_of(rewards: Tensor) -> Tensor:
     """Rewards (P, k), each less the mean of the others in its row."""
     k = rewards.shape[1]
     return (rewards - rewards.mean(dim=1, keepdim=True)) * (k / (k - 1))
-
-
-@contextmanager
-def judging(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and as it was afterwards."""
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)
