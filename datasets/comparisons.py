@@ -1,11 +1,13 @@
 """Prompts with answers of which some are better than others: what reward models, DPO and on-policy learning read."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from mm_gpt.datasets.formats.preferences import Completion as Completion
 from mm_gpt.datasets.loading.index import Table, index_tables, table_of
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Sample, sample_name
+from mm_gpt.datasets.sources import detect
 from mm_gpt.document import Concepts, Image, Message
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.images import STORED_FORMATS, image_format, load_image, to_file
@@ -85,7 +88,9 @@ class Comparisons(Sequence[Comparison]):
         places, about = [np.zeros((0, 3), dtype=np.int32)], [np.zeros((0, 3), dtype=np.int64)]
         for source in sources:
             if source.repeat != int(source.repeat) or source.weight is not None or source.derived_share:
-                raise ConfigError(f"{source.path}: of comparisons repeat is a whole number, weight and derived_share none")
+                raise ConfigError(f"{source.path}: comparisons take a whole repeat, no weight and no derived_share")
+            if source.format == "auto" and detect(source.location(folder)).name == "rows":
+                source = dataclasses.replace(source, format="comparisons")  # a prompt counts more than a text beside it
             store = source.open(folder, errors)
             stores.append(store)
             for shard, table in enumerate(index_tables(store, ComparisonMeasure(), source.label(folder), errors)):
@@ -118,7 +123,7 @@ class Comparisons(Sequence[Comparison]):
         order = sorted(range(len(topics)), key=keys.__getitem__)
         before = np.concatenate([[0], np.cumsum(sizes[order])[:-1]]).astype(np.int64)
         is_held = np.zeros(len(topics), dtype=bool)
-        is_held[order] = before < math.ceil(share * len(self))
+        is_held[order] = before < math.ceil(Fraction(str(share)) * len(self))  # 0.1 in binary is a little more
         held = is_held[of_topic.reshape(-1)]
         if share and (held.all() or not len(self)):
             raise MMGPTError(f"{len(self)} comparisons with {len(topics)} different prompts: too few to hold some out")

@@ -72,6 +72,8 @@ def _kind_of_keys(keys: set[str], row: Mapping[str, Any]) -> str | None:
     if "texts" in keys and isinstance(row["texts"], list):
         is_turns = any(isinstance(text, Mapping) for text in row["texts"])
         return "conversations" if is_turns else "obelics" if "images" in keys else None
+    if "prompt" in keys and isinstance(row["prompt"], list):
+        return "comparisons"
     if keys & {"noun_chunks", "ref_exps"} and "caption" in keys:
         return "grit"
     if keys & {"question", "question_id", "chosen"}:  # a benchmark: its text is no caption

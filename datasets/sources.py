@@ -247,7 +247,7 @@ FORMATS: dict[str, Format] = _table(
     ),
     Format(
         "rows",
-        "rows (JSON, CSV, parquet) of the seven kinds below, mixed as well; image folders with metadata of Hugging Face",
+        "rows (JSON, CSV, parquet) of the seven kinds below, mixed too; image folders with metadata of Hugging Face",
         "row_samples:read_any_rows",
         _is_rows,
         ROW_SUFFIXES,

@@ -189,6 +189,23 @@ class Processor:
             segments.append(Text("<|im_start|>assistant\n", is_target=False, is_control=True))
         return Document(tuple(segments))
 
+    def training_chat(self, messages: Sequence[Message]) -> Document:
+        """Chat messages to learn the answers of. Where the template writes no end mark behind the last one (LLaVA's
+        does not, nor GLM's, whose mark is the next speaker's), the end of the text is: without one a model would learn
+        never to stop.
+
+        Raises what `chat` does.
+        """
+        document = self.chat(messages, answer_starts=False)
+        last = next((s for s in document.segments[::-1] if isinstance(s, Text) and s.is_target), None)
+        is_closed = last is None or (last.is_control and last.text.rstrip().endswith(self.tokenizer.end_tokens))
+        if is_closed or not is_learned(len(messages) - 1, messages[-1]) or not messages[-1].get("complete", True):
+            return document
+        segments = list(document.segments)
+        while isinstance(segments[-1], Text) and not segments[-1].is_target:  # a space, which nobody would write
+            segments.pop()
+        return Document((*segments, Text(self.tokenizer.end_of_text, is_control=True)))
+
     def _message(self, index: int, message: Message) -> list[Segment]:
         if not isinstance(message, dict) or "content" not in message:
             raise MMGPTError(f"message {index} is not a dict with 'role' and 'content'")
@@ -220,11 +237,7 @@ class Processor:
             {"role": "user", "content": [image, question]},
             {"role": "assistant", "content": answer},
         ]
-        segments = self.chat(messages, answer_starts=False).segments
-        if any(isinstance(segment, Text) and segment.is_target and segment.is_control for segment in segments):
-            return segments
-        # LLaVA's template, for one, writes no end mark: without one a model would learn never to stop.
-        return *segments, Text(self.tokenizer.end_of_text, is_control=True)
+        return self.training_chat(messages).segments
 
     # ---- Document -> Example ----
 

@@ -13,6 +13,7 @@ from forked_ranks import on_ranks
 from safetensors.torch import load_file
 from toy_stage import logged, losses, one_step
 
+import mm_gpt
 from mm_gpt.alignment import distillation
 from mm_gpt.alignment.distillation import (
     DistillationRecipe,
@@ -21,15 +22,17 @@ from mm_gpt.alignment.distillation import (
     chunked_distillation_loss,
 )
 from mm_gpt.alignment.losses import distillation_loss
+from mm_gpt.config import override
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.errors import ConfigError
-from mm_gpt.hub.checkpoint import save_model
+from mm_gpt.hub.checkpoint import model_folder, read_configs, save_model
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import IGNORE_INDEX, Processor
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import TrainConfig, make_optimizer, train
+from mm_gpt.training.recipes import RECIPES, run_recipe
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
 
@@ -351,3 +354,25 @@ def test_another_vocabulary_is_refused(data: Path, tiny_model_folder: Path, tmp_
 def test_what_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         tiny_recipe(Path("."), Path("x"), **changes)
+
+
+def test_the_recipe_s_student_has_its_teacher_s_tower_and_words(data: Path) -> None:
+    """Checked against the configuration of the default model, without its decoder's weights."""
+    recipe = RECIPES["distill"](str(data))
+    assert isinstance(recipe, DistillationRecipe)
+    assert recipe.model is not None
+    config, processor = read_configs(model_folder(recipe.teacher))
+    assert config.vision is not None
+    assert recipe.model.vision == dataclasses.replace(config.vision, concepts=None)
+    assert recipe.image == processor.image
+    assert config.decoder == "smollm2-135m-instruct"
+    assert not isinstance(recipe.model.decoder, str)
+    assert recipe.model.decoder.vocab_size == 49_152
+
+
+def test_a_recipe_runs_and_goes_on(tmp_path: Path, data: Path, tiny_model_folder: Path) -> None:
+    recipe = tiny_recipe(data, tiny_model_folder, validation=(), holdout=0.3, train={"steps": 2})
+    run_recipe(recipe, tmp_path / "run", progress=False)
+    run_recipe(override(recipe, ["train.steps=3"]), tmp_path / "run", resume=True, progress=False)
+    assert logged(tmp_path / "run", "kl").keys() >= {1, 2, 3}
+    assert mm_gpt.load(tmp_path / "run/best").caption(data / "pictures/0.png") is not None

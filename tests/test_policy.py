@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_picture, make_tiny
+from forked_ranks import on_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 from toy_stage import logged, losses, one_step
@@ -17,13 +18,15 @@ from toy_stage import logged, losses, one_step
 from mm_gpt.alignment import losses as formulas
 from mm_gpt.alignment.completions import completion_batch, sampled_document, token_logprobs, token_values
 from mm_gpt.alignment.experience import PolicyBatch
-from mm_gpt.alignment.policy import PolicyRecipe, PolicyTask
+from mm_gpt.alignment.policy import PolicyTask
+from mm_gpt.alignment.policy_recipe import PolicyRecipe
 from mm_gpt.alignment.reward_model import RewardModel, load_reward_model, save_reward_model
 from mm_gpt.alignment.rewards import RewardConfig
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.model.lora import LoRAConfig
+from mm_gpt.training.distributed import process_group
 from mm_gpt.training.loop import TrainConfig, make_optimizer, train
 from mm_gpt.training.stage import Term
 
@@ -91,7 +94,7 @@ def make_recipe(data: Path, start: Path, **changes: Any) -> PolicyRecipe:
         "max_new_tokens": 7,
         "temperature": 0.7,
         "lora": LoRAConfig(rank=2, alpha=4, dropout=0.5),
-        "data": str(data),
+        "data": changes.pop("folder", str(data)),
     }
     return PolicyRecipe(**(values | changes))
 
@@ -283,28 +286,39 @@ def test_a_pretraining_term_beside_ppo(data: Path, tiny_model_folder: Path) -> N
     assert values["objective"] == pytest.approx(values["reward"] - 0.02 * values["kl"])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("stop", [1, 3, 4, 6])
-def test_a_run_continues_between_rollout_and_update(
-    data: Path, tiny_model_folder: Path, tmp_path: Path, stop: int, accumulate: int
-) -> None:
-    """Stopped after the first of four updates on a rollout, in the middle, at its end: samples, losses, critic, average
-    of weights and optimizer go on bit for bit."""
-    recipe = make_recipe(
+def resumable(data: Path, start: Path) -> PolicyRecipe:
+    """Two rollouts of two steps each, and the first step on a third one."""
+    return make_recipe(
         data,
-        tiny_model_folder,
-        **PPO,
+        start,
+        **(PPO | {"epochs": 1}),
         ema=0.9,
         pretraining=(SourceConfig(path="texts.txt"),),
         row_length=64,
-        train={"steps": 7, "validate_every": 3, "accumulate": accumulate},
+        train={"steps": 5, "validate_every": 3, "accumulate": 2},
     )
-    train(PolicyTask(recipe), recipe.train, tmp_path / "whole", progress=False)
+
+
+@pytest.fixture(scope="module")
+def whole_run(data: Path, tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    recipe = resumable(data, tiny_model_folder)
+    train(PolicyTask(recipe), recipe.train, out, progress=False)
+    return out
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_run_continues_between_rollout_and_update(
+    data: Path, tiny_model_folder: Path, whole_run: Path, tmp_path: Path, stop: int
+) -> None:
+    """Stopped after the first of two updates on a rollout, or at its end: samples, losses, critic, average of weights
+    and optimizer go on bit for bit."""
+    recipe = resumable(data, tiny_model_folder)
     stopped = PolicyTask(recipe)
     plain, calls = stopped.loss, iter(range(1, 100))
 
     def loss(batch: PolicyBatch) -> dict[str, Term]:
-        if next(calls) == accumulate * (stop - 1) + 1:
+        if next(calls) == 2 * (stop - 1) + 1:
             signal.raise_signal(signal.SIGINT)
         return plain(batch)
 
@@ -313,14 +327,17 @@ def test_a_run_continues_between_rollout_and_update(
         train(stopped, recipe.train, tmp_path / "stopped", progress=False)
     train(PolicyTask(recipe), recipe.train, tmp_path / "stopped", resume=True, progress=False)
     for key in ("loss", "reward", "value", "pretraining", "kl"):
-        assert logged(tmp_path / "stopped", key) == logged(tmp_path / "whole", key), key
-    assert len(losses(tmp_path / "whole")) == 7
+        assert logged(tmp_path / "stopped", key) == logged(whole_run, key), key
+    assert len(losses(whole_run)) == 5
     for name in ("model.safetensors", "critic/reward_head.safetensors", "training_state.safetensors"):
-        one, other = (load_file(tmp_path / run / "step-000007" / name) for run in ("whole", "stopped"))
+        one, other = (load_file(run / "step-000005" / name) for run in (whole_run, tmp_path / "stopped"))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
-    load_model(tmp_path / "whole" / "best")
-    load_reward_model(tmp_path / "whole" / "best" / "critic")
+
+
+def test_what_is_saved_can_be_loaded(whole_run: Path) -> None:
+    load_model(whole_run / "best")
+    load_reward_model(whole_run / "best" / "critic")
 
 
 @pytest.mark.parametrize("advantage", ["grpo", "rloo", "gae"])
@@ -330,10 +347,34 @@ def test_it_learns_what_is_rewarded(data: Path, tiny_model_folder: Path, advanta
     changes |= {"decoder": "full", "lora": None, "temperature": 1.0, "samples": 8, "train": {"lr": 0.03}}
     task, optimizer = prepared(make_recipe(data, tiny_model_folder, **changes))
     found = []
-    for step in range(24):
+    for step in range(20):
         one_step(task, optimizer, task.recipe.train, step)
         found.append(task.after_step()["reward"])
     assert sum(found[-6:]) / 6 > sum(found[:3]) / 3 + 0.1
+
+
+@pytest.mark.parametrize("advantage", ["gae", "batch_std"])
+def test_two_ranks_are_one_with_as_many_prompts(data: Path, tiny_model_folder: Path, advantage: str) -> None:
+    """The same samples, rewards, whitened advantages and steps, where each rank has half of the prompts."""
+    samples = 2 if advantage == "gae" else 3
+
+    def two_steps(prompts: int) -> list[Tensor]:
+        recipe = make_recipe(data, tiny_model_folder, advantage=advantage, samples=samples, epochs=2, prompts=prompts)
+        with process_group(torch.device("cpu")):
+            task, optimizer = prepared(recipe)
+            for step in range(2):
+                one_step(task, optimizer, recipe.train, step)
+            assert task.experience is not None
+            return [*(p.detach() for p in task.model.parameters() if p.requires_grad), task.experience.rewards]
+
+    alone = two_steps(4)
+    both = on_ranks(lambda rank: [t.tolist() for t in two_steps(2)])
+    assert not isinstance(both[0], str), both
+    rewards = torch.cat([torch.tensor(found[-1]) for found in both])
+    torch.testing.assert_close(rewards, alone[-1])
+    for mine, one, other in zip(alone[:-1], both[0][:-1], both[1][:-1], strict=True):
+        assert one == other
+        torch.testing.assert_close(torch.tensor(one), mine, rtol=1e-3, atol=1e-4)
 
 
 def test_images_reach_the_policy_and_its_critic(data: Path, tiny_model_folder: Path) -> None:
@@ -373,14 +414,14 @@ def test_prompts_that_cannot_be_read_are_counted(data: Path, tiny_model_folder: 
             if name != "broken.png":
                 (tmp_path / name).write_bytes((data / name).read_bytes())
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = make_recipe(data, tiny_model_folder, advantage="rloo", data=str(tmp_path), holdout=0.1)
+    recipe = make_recipe(data, tiny_model_folder, advantage="rloo", folder=str(tmp_path), holdout=0.1)
     task, _ = prepared(recipe)
-    for step in range(4):
+    for step in range(3):
         (batch,) = task.micro_batches(step, 1)
         assert len(batch.completions) == 12
     summary = task.errors.summary()
     assert "prompt that cannot be read" in summary
-    assert "leave 0 of the context" in summary
+    assert "the context holds 256" in summary
 
 
 def test_what_does_not_fit_is_refused(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
@@ -388,7 +429,6 @@ def test_what_does_not_fit_is_refused(data: Path, tiny_model_folder: Path, tmp_p
         ({"advantage": "grpo", "samples": 1}, "samples must be at least 2"),
         ({"advantage": "grpo", "critic": "x"}, "grpo has no critic"),
         ({"minibatches": 3}, "prompts must be a multiple of minibatches"),
-        ({"rewards": ()}, "give rewards"),
         ({"sources": ()}, "give sources of prompts"),
         ({"ratio": "sequence"}, "goes with aggregation=sequence"),
         ({"temperature": 0.0}, "temperature must be above 0"),
@@ -397,10 +437,14 @@ def test_what_does_not_fit_is_refused(data: Path, tiny_model_folder: Path, tmp_p
     for changes, message in wrong:
         with pytest.raises(ConfigError, match=message):
             make_recipe(data, tiny_model_folder, **changes)
+    with pytest.raises(ConfigError, match="rewards: name some"):
+        PolicyTask(make_recipe(data, tiny_model_folder, rewards=()))
     with pytest.raises(ConfigError, match="nothing of the policy is trained"):
         prepared(make_recipe(data, tiny_model_folder, lora=None))
     other, processor = make_tiny(seed=1)
-    processor.config = dataclasses.replace(processor.config, image=dataclasses.replace(processor.config.image, size=48))
+    processor.config = dataclasses.replace(
+        processor.config, image=dataclasses.replace(processor.config.image, mean=(0.4, 0.5, 0.6))
+    )
     folder = tmp_path / "other"
     folder.mkdir()
     save_reward_model(RewardModel(other), processor, folder)

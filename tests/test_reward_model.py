@@ -39,17 +39,18 @@ from mm_gpt.alignment.reward_report import (
     with_images_of,
 )
 from mm_gpt.alignment.reward_training import RewardBatch, RewardRecipe, RewardTask
+from mm_gpt.commands.cli import main
 from mm_gpt.datasets.comparisons import Comparison, Completion, write_comparisons
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.document import Image
 from mm_gpt.errors import CheckpointError, ConfigError, ContextOverflowError, MMGPTError
-from mm_gpt.hub.checkpoint import load_model, save_model
+from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig, collate
-from mm_gpt.training.loop import TrainConfig, make_optimizer, train, training_step
+from mm_gpt.training.loop import TrainConfig, train, training_step
 from mm_gpt.training.recipes import recipe, run_recipe
 from mm_gpt.training.stage import Term
 
@@ -126,9 +127,7 @@ def score(reward: RewardModel, processor: Processor, comparisons: list[Compariso
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
-def test_a_score_is_the_answers_alone(
-    make: Callable[[Path], tuple[MMGPT, Processor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_score_is_the_answers_alone(make: Callable[[Path], tuple[MMGPT, Processor]], tmp_path: Path) -> None:
     """Alone, beside others, padded on either side, with an end mark as padding and inside the prompt, as a branch, in a
     packed row, after saving, and through the door that evaluation uses."""
     model, processor = make(tmp_path)
@@ -165,8 +164,6 @@ def test_a_score_is_the_answers_alone(
     for tokens in (1, 60, 4096):
         found = score_comparisons(reward, processor, comparisons, ErrorCounter(), batch_tokens=tokens)
         torch.testing.assert_close(torch.tensor([s for each in found for s in each.scores]), expected, **CLOSE)
-    if make is mrope:
-        monkeypatch.setattr("mm_gpt.alignment.reward_model.save_model", save_model)
     (tmp_path / "saved").mkdir()
     save_reward_model(reward, processor, tmp_path / "saved")
     again, its_processor = load_reward_model(tmp_path / "saved")
@@ -212,10 +209,10 @@ def test_too_long_for_one_row_is_several_rows() -> None:
     """Completions that fit alone but not together; and one that does not fit is named, never cut."""
     model, processor = make_tiny()
     reward = reward_of(model)
-    long = asked("a", "What?", *(f"{word} " * 50 for word in ("red", "blue", "image")), seed=1)
+    long = asked("a", "What?", *(word * 60 for word in ("zq ", "jx ", "qk ")), seed=1)
     documents = fitting_documents(processor, long, separate=False)
     assert [len(document.branches) for document in documents] == [1, 1, 1]
-    found = list(score_comparisons(reward, processor, [long], ErrorCounter()))[0]
+    (found,) = score_comparisons(reward, processor, [long], ErrorCounter())
     alone = [dataclasses.replace(long, completions=(answer,)) for answer in long.completions]
     torch.testing.assert_close(torch.tensor(found.scores), torch.cat([score(reward, processor, [a]) for a in alone]))
     too_long = asked("b", "What?", "no", "A red circle. " * 100)
@@ -225,7 +222,7 @@ def test_too_long_for_one_row_is_several_rows() -> None:
     first, second = score_comparisons(reward, processor, [too_long, long], errors)
     assert first.scores[1] is None
     assert first.scores[0] is not None
-    assert second.scores == found.scores
+    assert second.scores == pytest.approx(found.scores, abs=1e-5)
     assert errors.counts == {"longer than the context": 1}
 
 
@@ -271,10 +268,9 @@ def test_folders_that_are_no_reward_models(tmp_path: Path, tiny_model_folder: Pa
     run = tmp_path / "run"
     (run / "best").mkdir(parents=True)
     save_reward_model(reward_of(model), processor, run / "best")
+    assert ModelReward(run).name == ModelReward(run / "best").name == "run"
     with pytest.raises(CheckpointError, match="not the folder of a reward model"):
         load_reward_model(tiny_model_folder)
-    with pytest.raises(CheckpointError, match=rf"{run / 'best'} is one"):
-        load_reward_model(run)
     with pytest.raises(CheckpointError, match="no such folder"):
         load_reward_model(tmp_path / "nowhere")
     weights = load_file(run / "best" / WEIGHTS)
@@ -496,20 +492,20 @@ def test_demonstrations_are_the_zero(tiny_model_folder: Path, colours: Path, tmp
 
 
 def test_a_run_that_was_stopped_goes_on(tiny_model_folder: Path, colours: Path, tmp_path: Path) -> None:
-    made = small_recipe(tiny_model_folder, colours, train={"steps": 4, "validate_every": 2, "save_every": 2})
+    steps = {"steps": 4, "validate_every": 2, "save_every": 2}
+    made = small_recipe(tiny_model_folder, colours, train=steps, comparisons=2, validation_comparisons=2, centre_on=2)
     train(RewardTask(made), made.train, tmp_path / "whole", progress=False)
-    half = dataclasses.replace(made, train=dataclasses.replace(made.train, steps=4))
-    stopping = RewardTask(half)
+    stopping = RewardTask(made)
     asked_for = stopping.micro_batches
 
     def stop(step: int, count: int) -> Any:
-        if step == 3:
+        if step == 3:  # while the second checkpoint is the newest
             raise KeyboardInterrupt
         return asked_for(step, count)
 
     stopping.micro_batches = stop  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        train(stopping, half.train, tmp_path / "parts", progress=False)
+        train(stopping, made.train, tmp_path / "parts", progress=False)
     train(RewardTask(made), made.train, tmp_path / "parts", progress=False, resume=True)
     one, other = (load_file(tmp_path / run / "step-000004/model.safetensors") for run in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -519,7 +515,7 @@ def test_a_run_that_was_stopped_goes_on(tiny_model_folder: Path, colours: Path, 
 
 
 def test_two_ranks_learn_what_one_does(tiny_model_folder: Path, colours: Path, tmp_path: Path) -> None:
-    made = small_recipe(tiny_model_folder, colours, comparisons=2, centre_on=0)
+    made = small_recipe(tiny_model_folder, colours, comparisons=2, validation_comparisons=2, centre_on=0)
 
     def run(rank: int) -> None:
         train(RewardTask(made), made.train, tmp_path / "two", progress=False)
@@ -585,14 +581,19 @@ def test_what_cannot_be_learned_is_counted(tiny_model_folder: Path, tmp_path: Pa
 
 
 def test_nothing_to_learn_is_said_at_once(tiny_model_folder: Path, tmp_path: Path) -> None:
-    write_comparisons(
-        [asked(str(n), f"What {n}?", "no", "A red circle. " * 100) for n in range(8)], tmp_path / "a.jsonl"
-    )
-    task = RewardTask(small_recipe(tiny_model_folder, tmp_path))
-    with pytest.raises(MMGPTError, match="none of 5 comparisons can be learned: .*longer than the context"):
+    long = [asked(str(n), f"What {n}?", "no", "A red circle. " * 100) for n in range(8)]
+    write_comparisons(long, tmp_path / "long.jsonl")
+    write_comparisons([asked("a", "What?", "no", "red")], tmp_path / "fits.jsonl")
+    made = small_recipe(tiny_model_folder, tmp_path, sources=(SourceConfig(path="long.jsonl"),))
+    with pytest.raises(
+        MMGPTError, match=r"none of 3 comparisons to validate on can be used: .*longer than the context"
+    ):
+        RewardTask(made)
+    task = RewardTask(dataclasses.replace(made, holdout=0.0, validation=(SourceConfig(path="fits.jsonl"),)))
+    with pytest.raises(MMGPTError, match=r"none of 8 comparisons can be learned: .*longer than the context"):
         task.micro_batches(0, 1)
     with pytest.raises(MMGPTError, match="no comparison can be judged"):
-        task.validate()
+        judge(task.model, task.processor, long, ErrorCounter())
 
 
 @pytest.mark.parametrize(
@@ -716,3 +717,83 @@ def test_answers_of_several_prompts(tmp_path: Path) -> None:
                 for c, t in ((one, "red"), (two, "no"), (two, "blue"))]  # fmt: skip
     assert [found[0], found[1], found[3]] == pytest.approx(expected, abs=1e-5)
     assert reward([], []) == []
+
+
+# ---- The command ----
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("judge")
+    model, processor = make_tiny()
+    save_reward_model(reward_of(model), processor, folder)
+    return folder
+
+
+def test_command(judge_folder: Path, picture_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One answer is a number; several are a table, best first."""
+    reward = ModelReward(judge_folder)
+    comparison = Comparison("a", (user(Image(picture_file), "What is it?"),))
+    answers = ["A red circle.", "blue\nground", "no"]
+    expected = dict(zip(answers, reward([comparison] * 3, answers), strict=True))
+    best = sorted(answers, key=lambda answer: -(expected[answer] or 0.0))
+    words = ["reward", str(picture_file), "What is it?"]
+    assert main([*words, answers[0], "--model", str(judge_folder)]) == 0
+    assert float(capsys.readouterr().out) == pytest.approx(expected[answers[0]], abs=1e-3)
+    assert main([*words, *answers, "--model", str(judge_folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=1)[1] for line in lines] == [" ".join(answer.split()) for answer in best]
+    assert main([*words, *answers, "--model", str(judge_folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["answer"] for row in found["answers"]] == best
+    for row in found["answers"]:
+        assert row["score"] == pytest.approx(expected[row["answer"]], abs=1e-4)
+    assert main(["reward", "Why?", "Because.", "-m", str(judge_folder)]) == 0  # of text alone
+    assert math.isfinite(float(capsys.readouterr().out))
+
+
+def test_command_measures(judge_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    comparisons = [asked(str(n), f"What is number {n}?", "A red circle.", "blue", seed=n) for n in range(4)]
+    path = tmp_path / "held.jsonl"
+    write_comparisons(comparisons, path)
+    command = ["reward", "--comparisons", str(path), "-m", str(judge_folder)]
+    assert main([*command, "-o", str(tmp_path / "report"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said == json.loads((tmp_path / "report" / REPORT).read_text())
+    assert said["prompts"] == said["image_prompts"] == 4
+    assert (tmp_path / "report" / PLOT).is_file()
+    write_comparisons([*comparisons, asked("long", "What?", "no", "A circle. " * 200)], path)
+    assert main(command) == 3
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"accuracy {said['accuracy']:.3f}")
+    assert "1 longer than the context (long: " in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["What?"], 2, "an answer is missing after 'What?'"),
+        ([], 2, "to follow the images"),
+        (["nowhere.jpg", "What?", "no"], 1, "nowhere.jpg"),
+        (["-", "-", "What?", "no"], 2, "standard input can be read once"),
+        ([" ", "no"], 2, "the prompt is empty"),
+        (["What?", "no", "-o", "report"], 2, "--out is for the report"),
+        (["What?", "no", "--comparisons", "a.jsonl"], 2, "either a prompt with answers or --comparisons"),
+        (["--comparisons", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
+        (["What?", "A red circle. " * 100], 1, "longer than the context"),
+    ],
+)
+def test_command_mistakes(
+    words: list[str], code: int, said: str, judge_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        found = main(["reward", *words, "-m", str(judge_folder)])
+    except SystemExit as error:
+        found = int(error.code or 0)
+    assert found == code
+    assert said in capsys.readouterr().err
+
+
+def test_command_without_a_reward_model(tiny_model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reward", "What?", "no", "-m", str(tiny_model_folder)]) == 1
+    assert f"{tiny_model_folder}: not the folder of a reward model" in capsys.readouterr().err

@@ -14,10 +14,16 @@ import torch
 from PIL import Image as PILImage
 
 from mm_gpt.alignment.answer_rewards import ANSWER_REWARDS, boxed_match, exact_match, think_format
+from mm_gpt.alignment.graders import GraderConfig
+from mm_gpt.alignment.reward_model import RewardModel, save_reward_model
 from mm_gpt.alignment.rewards import CONSTANT_AFTER, FunctionReward, RewardConfig, Rewards, load_reward
+from mm_gpt.alignment.rule_reward import FittedRules, save_rule_reward
+from mm_gpt.alignment.rules import load_rules
 from mm_gpt.datasets.comparisons import Comparison
 from mm_gpt.document import Image
 from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.model.mmgpt import MMGPT
+from mm_gpt.processor import Processor
 
 
 def chat(key: str = "a", *parts: Any, **columns: Any) -> Comparison:
@@ -135,10 +141,44 @@ def test_functions_of_files_and_modules(tmp_path: Path, monkeypatch: pytest.Monk
         load_reward(f"{tmp_path / 'none.py'}:shouts")
     with pytest.raises(MMGPTError, match="did you mean 'exact_match'"):
         load_reward("exactmatch")
+    with pytest.raises(MMGPTError, match="reward max: does not say what it takes"):
+        load_reward("builtins:max")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_reward("mine:shouts")([chat()], ["HO"]) == [3.0]
     sys.modules.pop("mine", None)
     sys.modules.pop("helping", None)
+
+
+def test_folders(tmp_path: Path, tiny: tuple[MMGPT, Processor], caplog: pytest.LogCaptureFixture) -> None:
+    """A reward model, the run that it is in, rules that were fitted beside another model, and neither."""
+    model, processor = tiny
+    folder = tmp_path / "runs" / "best"
+    folder.mkdir(parents=True)
+    save_reward_model(RewardModel(model), processor, folder)
+    rewards = Rewards([RewardConfig(source=str(folder))])
+    with pytest.raises(MMGPTError, match=r"runs/best is one"):
+        load_reward(str(tmp_path / "runs"))
+    rows = [chat("a"), chat("b", Image(tmp_path / "none.png"), "What is it?")]
+    scored = rewards(rows, ["Red.", "Red."])
+    assert scored.each["best"].isnan().tolist() == [False, True]
+    assert rewards.errors.total == 2  # the image that is not there, and that nothing else judges its answer
+    assert rewards.errors.counts["answer that no reward applies to"] == 1
+
+    rules = load_rules()
+    zero = {kind: dict.fromkeys(rules.feature_names("propositions", kind), 0.0) for kind in ("hard_refuse", "comply")}
+    judge = tmp_path / "judge.py"
+    judge.write_text("def judge(question):\n    return None\n")
+    fitted = FittedRules(
+        form="propositions", grader=GraderConfig(source=f"{judge}:judge"), weights=zero, beside="x", checksum="0"
+    )
+    save_rule_reward(rules, fitted, tmp_path / "rules")
+    with caplog.at_level(logging.WARNING):
+        both = Rewards([RewardConfig(source=str(tmp_path / "rules")), RewardConfig(source=str(folder))])
+    assert both.names == ["rules", "best"]
+    assert "its weights hold for another scale" in caplog.text
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MMGPTError, match=r"empty: neither a reward model nor a rule-based reward"):
+        load_reward(str(tmp_path / "empty"))
 
 
 # What they give

@@ -30,6 +30,7 @@ from mm_gpt.alignment.graders import (
     load_grader,
 )
 from mm_gpt.alignment.grading import YES_NO, Question, grading_prompt, parse, quoted
+from mm_gpt.alignment.rewards import RewardConfig, Rewards
 from mm_gpt.alignment.rule_fitting import Example, FitConfig, Gold, fit_rules, fit_weights, grader_report, read_gold
 from mm_gpt.alignment.rule_reward import (
     RULES,
@@ -84,6 +85,7 @@ def asked(answer: str = "A circle.", text: str = "Is it rude?", **changes: Any) 
 @pytest.fixture(scope="module")
 def assistant() -> Assistant:
     model, processor = make_tiny()
+    assert isinstance(model.config.decoder, DecoderConfig)
     long = dataclasses.replace(model.config.decoder, max_length=1024)
     torch.manual_seed(0)
     wide = MMGPT(dataclasses.replace(model.config, decoder=long)).eval()
@@ -470,7 +472,7 @@ def test_a_picture_that_does_not_load_is_not_the_silence_of_a_server(tmp_path: P
     bad = asked(comparison=prompt_of(images=(tmp_path / "bad.png",)))
     with server_of(Script("yes")) as url:
         grader = ServerGrader(GraderConfig(source=url, parallel=1))
-        assert grader.grade([*[bad] * 20, asked()]) == [*[None] * 20, (1.0, 0.0)]
+        assert grader.grade([*[bad] * 20, *[asked("\ud800")] * 20, asked()]) == [*[None] * 40, (1.0, 0.0)]
 
 
 # ---- Classifiers and functions ----
@@ -630,11 +632,7 @@ def test_the_order_of_the_classes_holds_on_held_out_prompts_beside_a_model_that_
     for response_type, classes in SMALL.response_types.items():
         totals = [
             np.mean(
-                [
-                    value + own
-                    for value, own, each in zip(given, base, gold, strict=True)
-                    if _is(each, response_type, rank)
-                ]
+                [(v or 0) + b for v, b, each in zip(given, base, gold, strict=True) if _is(each, response_type, rank)]
             )
             for rank in range(len(classes))
         ]
@@ -693,11 +691,12 @@ def fitted_small(**changes: Any) -> FittedRules:
         name: {each: float(n) for n, each in enumerate(SMALL.feature_names("propositions", name))}
         for name in SMALL.response_types
     }
-    return FittedRules(**({"form": "propositions", "grader": GraderConfig(source="x"), "weights": weights} | changes))
+    values: dict[str, Any] = {"form": "propositions", "grader": GraderConfig(source="x"), "weights": weights}
+    return FittedRules(**values | changes)
 
 
 def test_a_reward_is_the_weighted_sum_of_the_features() -> None:
-    questions = []
+    questions = list[str]()
 
     def judge(question: Question) -> bool | None:
         questions.append(question.name)
@@ -724,13 +723,29 @@ def test_a_reward_is_saved_and_loaded_as_it_was(tmp_path: Path, caplog: pytest.L
     reward = load_rule_reward(tmp_path / "out")
     assert (reward.rules, reward.fitted, reward.name) == (SMALL, fitted, "out")
     assert reward([prompt_of(response_type="refuse")], ["refuses"]) == [4.0]
-    assert reward.check_beside(str(model))
+    assert reward.check_beside([str(model)])
+    assert reward.check_beside(["think_format", str(model)])
     assert not caplog.records
     save_file({"head": torch.zeros(3)}, model / "model.safetensors")
-    assert not load_rule_reward(tmp_path / "out").check_beside(None)
-    assert len(caplog.records) == 2
-    assert "which has changed since: its weights hold for another scale; fit them again" in caplog.text
-    assert f"out: fitted beside {model}, used alone" in caplog.text
+    assert not load_rule_reward(tmp_path / "out").check_beside([str(model)])
+    assert f"out: its weights hold for another scale: {model} has changed since they were fitted; fit" in caplog.text
+    assert not reward.check_beside([])
+    assert f"they were fitted beside {model} and are used alone" in caplog.text
+
+
+def test_weights_that_were_fitted_alone_are_warned_about_beside_a_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "judge.py").write_text("def judge(question):\n    return True\n")
+    grader = GraderConfig(source=f"{tmp_path}/judge.py:judge")
+    save_rule_reward(SMALL, fitted_small(grader=grader), tmp_path / "out")
+    Rewards([RewardConfig(source=str(tmp_path / "out"))])
+    assert not caplog.records
+    rewards = Rewards([RewardConfig(source="think_format"), RewardConfig(source=str(tmp_path / "out"), weight=0.5)])
+    assert "out: its weights hold for another scale: they were fitted alone and are used beside think_f" in caplog.text
+    scored = rewards([prompt_of(response_type="comply"), prompt_of()], ["a", "a"])
+    assert scored.total.tolist() == [0.5 * (0 + 1 + 4), 0.0]
+    assert scored.each["out"].isnan().tolist() == [False, True]
 
 
 def test_weights_of_other_rules_are_refused(tmp_path: Path) -> None:

@@ -116,9 +116,11 @@ def read_comparisons(location: str, errors: ErrorCounter, *, images: str | None 
 def comparison_of(row: Mapping[str, Any], place: str, errors: ErrorCounter, folder: str) -> Comparison:
     """One row as `read_comparisons` reads it; `place` names it where it has no `id`. Raises BadRecordError."""
     row = {name: value for name, value in row.items() if value is not None}  # parquet fills what a row lacks
-    if not is_comparison({*row}) and not {"chosen", "rejected"} & {*row}:
-        if "prompt" not in row or {*row} & set(CHAT_COLUMNS):
-            return comparison_in(conversation_of(row, place, errors, folder))
+    has_answers = is_comparison({*row}) or bool({"chosen", "rejected"} & {*row})
+    if not has_answers and ("prompt" not in row or {*row} & set(CHAT_COLUMNS)):
+        if not {*row} & set(CHAT_COLUMNS):
+            raise BadRecordError("no prompt")
+        return comparison_in(conversation_of(row, place, errors, folder))
     key = row.get("id")
     key = str(key) if isinstance(key, int | str) and key != "" else place
     used = {"id", *IMAGE_COLUMNS}

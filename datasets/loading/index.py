@@ -38,7 +38,7 @@ from mm_gpt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4
+VERSION = 5
 PIECE = ("sample", "start_segment", "start_char", "end_segment", "end_char", "tokens", "images")
 """Columns of a piece. It ends before (end_segment, end_char)."""
 RECORD = (

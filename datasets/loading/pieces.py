@@ -190,7 +190,7 @@ def conversation_document(sample: Conversation, processor: Processor) -> Documen
     """
     messages = learned_messages(sample)
     if not is_plain_text(sample):
-        return processor.chat(messages, answer_starts=False)
+        return processor.training_chat(messages)
     texts = [
         Text(part, is_target=turn["role"] == "assistant")
         for turn in messages

@@ -149,7 +149,8 @@ def _judged(answered: Sequence[Answered], rewards: Rewards) -> list[Candidates]:
 
 
 def _numbers(values: Sequence[float]) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values]
+    """Float32 as people write it: 0.1, and not 0.10000000149."""
+    return [None if math.isnan(value) else float(f"{value:.7g}") for value in values]
 
 
 # ---- What is kept ----

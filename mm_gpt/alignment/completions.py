@@ -57,11 +57,7 @@ def _branch(processor: Processor, comparison: Comparison, completion: Completion
         end = Text(processor.tokenizer.end_of_text, is_control=True)
         return (*_plain(comparison.prompt), *_plain(completion.messages, is_target=True), end)
     messages = [*_unlearned(comparison.prompt), *completion.messages]
-    segments = processor.chat(messages, answer_starts=False).segments
-    if any(isinstance(segment, Text) and segment.is_target and segment.is_control for segment in segments):
-        return segments
-    # Templates without an end mark would teach never to stop.
-    return *segments, Text(processor.tokenizer.end_of_text, is_control=True)
+    return processor.training_chat(messages).segments
 
 
 def _unlearned(messages: Sequence[Message]) -> list[Message]:

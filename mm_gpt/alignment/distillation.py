@@ -363,8 +363,8 @@ class DistillationTask(LanguageTask):
         """Of each term."""
         assert isinstance(batch, TaughtBatch)
         count = count_targets(batch)
-        right = {} if batch.is_sampled or self.recipe.alpha == 1 else {"nll": count}
-        return right | ({"kl": count} if self.recipe.alpha else {})
+        counts: dict[str, float] = {} if batch.is_sampled or self.recipe.alpha == 1 else {"nll": count}
+        return counts | ({"kl": count} if self.recipe.alpha else {})
 
     def loss(self, batch: Batch) -> dict[str, Term]:
         """`nll` of the right tokens and `kl`, T² times the divergence from the teacher; what weighs nothing is not

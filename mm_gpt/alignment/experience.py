@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from mm_gpt.alignment.completions import (
     shares_prompts,
     token_values,
 )
+from mm_gpt.alignment.policy_recipe import PolicyRecipe
 from mm_gpt.alignment.reference import Reference
 from mm_gpt.alignment.reward_model import RewardModel
 from mm_gpt.alignment.rewards import Rewards
@@ -35,11 +36,8 @@ from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
 from mm_gpt.errors import CheckpointError, MMGPTError
 from mm_gpt.model.mmgpt import MMGPT, ImageFeatures
 from mm_gpt.processor import Batch, Processor, collate, stack_pixels
-from mm_gpt.training.distributed import ranks, sum_over_ranks
+from mm_gpt.training.distributed import sum_over_ranks
 from mm_gpt.training.epochs import epoch_order
-
-if TYPE_CHECKING:
-    from mm_gpt.alignment.policy import PolicyRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +218,7 @@ class Actor:
         critic: RewardModel | None,
         processor: Processor,
         reference: Reference,
-        recipe: "PolicyRecipe",
+        recipe: PolicyRecipe,
         *,
         bf16: bool,
     ):
@@ -246,12 +244,13 @@ class Actor:
         Raises MMGPTError when none of the prompts can be read, and when the sampler's probabilities are far from the
         trainer's."""
         recipe, k = self.recipe, samples or self.recipe.samples
+        places = list(places)
         read = self._read(comparisons, places, errors, in_order=iteration is None)
         begin = time.perf_counter()
         documents = [prompt_document(self.processor, prompt.comparison) for prompt in read]
-        base = VALIDATION_SEED if iteration is None else recipe.train.seed * 1_000_003 + iteration
-        rank = ranks()[0]
-        seeds = [(base * 1_009 + rank) * 100_003 + number for number in range(len(read))]
+        # By the place in the order of all prompts: as many prompts on more ranks are the same samples.
+        base = VALIDATION_SEED if iteration is None else recipe.train.seed * 1_000_003
+        seeds = [(base + 1) * 100_003 + place for place in places]
         with self._quiet():
             images = [image for group in _groups(read) for image in self._features(documents, read, group)]
             drawn = self.sampler(documents, k, [seed % 2**63 for seed in seeds], images=images or None)
@@ -478,12 +477,17 @@ class Actor:
                 each={name.removeprefix("each."): t for name, t in own.items() if name.startswith("each.")},
                 pack=self._pack,
                 seconds={"generation": 0.0, "scoring": 0.0},
-                **{
-                    f.name: own.get(f.name)  # type: ignore[arg-type]
-                    for f in dataclasses.fields(Experience)
-                    if f.name in own and f.name != "iteration" and f.name != "ids"
-                },
-                **{name: None for name in ("ref", "values", "returns") if name not in own},
+                finished=own["finished"],
+                sampler=own["sampler"],
+                mask=own["mask"],
+                learned=own["learned"],
+                old=own["old"],
+                entropy=own["entropy"],
+                rewards=own["rewards"],
+                advantages=own["advantages"],
+                ref=own.get("ref"),
+                values=own.get("values"),
+                returns=own.get("returns"),
             )
         except (KeyError, BadRecordError, MMGPTError, ZeroDivisionError) as error:
             raise CheckpointError(f"the rollout in the checkpoint cannot be taken up again ({error})") from None

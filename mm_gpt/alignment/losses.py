@@ -64,7 +64,8 @@ PREFERENCE_KINDS = {
 }
 """What `preference_loss` knows."""
 _SMOOTHED = ("sigmoid", "sigmoid_norm", "simpo", "robust", "exo_pair")
-_BY_LENGTH = ("ipo", "sigmoid_norm", "simpo")
+BY_LENGTH = ("ipo", "sigmoid_norm", "simpo")
+"""The kinds that compare averages over tokens."""
 
 
 def check_preference_kind(kind: str, *, beta: float, label_smoothing: float = 0.0, gamma: float = 0.0) -> None:
@@ -108,7 +109,7 @@ def preference_loss(
         assert ref_chosen is not None, f"{kind} needs a reference"
         assert ref_rejected is not None, f"{kind} needs a reference"
         chosen, rejected = chosen - ref_chosen.detach(), rejected - ref_rejected.detach()
-    if kind in _BY_LENGTH:
+    if kind in BY_LENGTH:
         assert chosen_lengths is not None, f"{kind} needs lengths"
         assert rejected_lengths is not None, f"{kind} needs lengths"
         chosen, rejected = chosen / chosen_lengths.clamp(min=1), rejected / rejected_lengths.clamp(min=1)

@@ -57,3 +57,4 @@ class Reference:
             kept = self._kept[name]
             self._kept[name], parameter.data = parameter.data, kept.to(parameter.device)
         self.is_active = not self.is_active
+        torch.clear_autocast_cache()  # inside autocast it has the other weights, and without their graph

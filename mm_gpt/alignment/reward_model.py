@@ -246,7 +246,7 @@ def _scored(
 
 
 class ModelReward:
-    """A reward model as a reward: a callable of prompts and their answers, whose name is its folder's.
+    """A reward model as a reward: a callable of prompts and their answers, called like its folder or its run.
 
     Answers are scored by their text and an end mark, as in training, whatever tokens they were sampled as: the model
     may have another tokenizer than who wrote them. One that cannot be scored has None, and is counted in `errors`.
@@ -256,7 +256,8 @@ class ModelReward:
         """Raises what `load_reward_model` does."""
         model, self.processor = load_reward_model(folder)
         self.model = model.to(device).requires_grad_(False)
-        self.name = Path(folder).resolve().name
+        path = Path(folder).resolve()
+        self.name = path.parent.name if path.name == "best" else path.name
         self.batch_tokens = batch_tokens
         self.errors = ErrorCounter()
 
@@ -264,6 +265,7 @@ class ModelReward:
         self, comparisons: Sequence[Comparison], answers: Sequence[str], ids: Sequence[Sequence[int]] | None = None
     ) -> list[float | None]:
         """`comparisons[i]` is the prompt that `answers[i]` answers. Those of one prompt share one reading of it."""
+        comparisons = list(comparisons)  # alive until the end: they are told apart by their ids
         grouped: dict[int, list[int]] = {}
         for number, comparison in enumerate(comparisons):
             grouped.setdefault(id(comparison), []).append(number)
@@ -313,22 +315,27 @@ def save_reward_model(
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def is_reward_model(folder: str | Path) -> bool:
-    """Whether a folder holds what `save_reward_model` writes."""
-    return (Path(folder) / CONFIG).is_file()
+def reward_folder(name: str | Path) -> Path | None:
+    """The folder of a reward model: `name` itself or, of a run, the best one in it. None for anything else."""
+    folder = Path(name)
+    return next((path for path in (folder, folder / "best") if (path / CONFIG).is_file()), None)
 
 
-def load_reward_model(folder: str | Path) -> tuple[RewardModel, Processor]:
-    """A reward model that `mm-gpt train reward` wrote, on the CPU.
+def is_reward_model(name: str | Path) -> bool:
+    """Whether a folder holds what `save_reward_model` writes, or is that of a run that did."""
+    return reward_folder(name) is not None
+
+
+def load_reward_model(name: str | Path) -> tuple[RewardModel, Processor]:
+    """A reward model that `mm-gpt train reward` wrote, by its folder or that of the run, on the CPU.
 
     Raises CheckpointError naming what is missing or does not fit, also where the folder holds another kind of model.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; a reward model is one that `mm-gpt train reward` wrote")
-    if not is_reward_model(folder):
-        best = f"; {folder / 'best'} is one" if is_reward_model(folder / "best") else ""
-        raise CheckpointError(f"{folder}: not the folder of a reward model: it has no {CONFIG}{best}")
+    if not Path(name).is_dir():
+        raise CheckpointError(f"{name}: no such folder; a reward model is one that `mm-gpt train reward` wrote")
+    folder = reward_folder(name)
+    if folder is None:
+        raise CheckpointError(f"{name}: not the folder of a reward model: it has no {CONFIG}")
     read_config(folder)
     language, processor = load_model(folder)
     model = RewardModel(language)

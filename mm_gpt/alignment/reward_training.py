@@ -25,8 +25,8 @@ from mm_gpt.alignment.reward_model import (
     RewardModel,
     count_unusable,
     fitting_documents,
-    is_reward_model,
     load_head,
+    reward_folder,
     save_reward_model,
     score_comparisons,
 )
@@ -156,11 +156,14 @@ class RewardTask:
         if recipe.demonstrations:
             self.demonstrations = Comparisons.open(recipe.demonstrations, Path(recipe.data), self.errors)
         self._language = recipe.language()
+        if (folder := reward_folder(recipe.start)) is not None:
+            self._language = dataclasses.replace(self._language, start=str(folder))
         language, self.processor = build_model(self._language, None)
         self.model = RewardModel(language)
-        if is_reward_model(recipe.start):
-            load_head(self.model, Path(recipe.start))
+        if folder is not None:
+            load_head(self.model, folder)
         self._separate = not shares_prompts(language)
+        self._check_held_out()
         self._unusable: set[int] = set()
         self._frozen: dict[str, Tensor] = {}
         # What is known of the weights as they are; a step makes it void.
@@ -182,6 +185,22 @@ class RewardTask:
                 raise MMGPTError(f"{folder}: no comparison to {what} on ({self.errors.summary()})")
         order = epoch_order(len(held_out), recipe.train.seed, 0)
         return found, held_out.only(sorted(order[: recipe.validation_comparisons]))
+
+    def _check_held_out(self) -> None:
+        """That there is something to judge by: known now, not after the steps before the first validation."""
+        errors = ErrorCounter(max_examples=0)
+        for number in range(len(self.held_out)):
+            try:
+                comparison = self.held_out[number]
+                fitting_documents(self.processor, comparison, separate=self._separate)
+                if len({completion.rank for completion in comparison.completions}) > 1:
+                    return
+                errors.add(NOTHING_BETTER, comparison.key)
+            except BadRecordError as error:
+                errors.add(str(error), f"comparison {number}")
+            except MMGPTError as error:
+                count_unusable(errors, Comparison(f"comparison {number}", ()), error)
+        raise MMGPTError(f"none of {len(self.held_out)} comparisons to validate on can be used: {errors.summary()}")
 
     def prepare(self) -> list[ParameterGroup]:
         groups, self._frozen = prepare_language(self.model.model, self._language)

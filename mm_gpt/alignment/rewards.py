@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, overload, runtime_checkable
 
 import torch
 from PIL import Image as PILImage
@@ -27,6 +27,8 @@ from torch import Tensor
 
 from mm_gpt.alignment.answer_rewards import ANSWER_REWARDS
 from mm_gpt.alignment.functions import load_function
+from mm_gpt.alignment.reward_model import ModelReward, is_reward_model
+from mm_gpt.alignment.rule_reward import RULES, RuleReward, load_rule_reward
 from mm_gpt.config import check_numbers
 from mm_gpt.datasets.comparisons import Comparison
 from mm_gpt.datasets.samples import ErrorCounter
@@ -53,6 +55,13 @@ class Reward(Protocol):
 
         `ids` are the tokens that were sampled, the end mark included. None where the reward does not apply.
         """
+
+
+@runtime_checkable
+class FittedBeside(Protocol):
+    """A reward whose scale is that of another one: it warns where it is used with others."""
+
+    def check_beside(self, sources: Sequence[str]) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +97,22 @@ class Rewards:
         if twice := [source for source, n in Counter(config.source for config in configs).items() if n > 1]:
             raise ConfigError(f"the reward {twice[0]} is given twice")
         self.rewards = [load_reward(config.source, device=device) for config in configs]
+        for reward in self.rewards:
+            if isinstance(reward, FittedBeside):
+                others = zip(configs, self.rewards, strict=True)
+                reward.check_beside([c.source for c, other in others if not isinstance(other, FittedBeside)])
         self.weights = [config.weight for config in configs]
         names = [reward.name for reward in self.rewards]
         self.names = [c.source if names.count(n) > 1 else n for c, n in zip(configs, names, strict=True)]
         """Those of the rewards; sources, where two rewards have one name."""
         self.errors = ErrorCounter()
-        """Rewards that were no finite numbers, and answers that no reward applies to."""
+        """Rewards that were no finite numbers, answers that no reward applies to, and what a model could not judge."""
+        models = [c.source for c, r in zip(configs, self.rewards, strict=True) if isinstance(r, ModelReward)]
+        for reward in self.rewards:
+            if isinstance(reward, ModelReward | RuleReward):
+                reward.errors = self.errors
+            if isinstance(reward, RuleReward):
+                reward.check_beside(models[0] if models else None)
         self._watch = [_Watch(name) for name in self.names]
 
     def __call__(
@@ -161,14 +180,11 @@ def load_reward(source: str, *, device: torch.device | str = "cpu") -> Reward:
     if source in ANSWER_REWARDS:
         return FunctionReward(ANSWER_REWARDS[source])
     folder = Path(source)
-    if folder.is_dir():  # imported where one is used: they need a model
-        from mm_gpt.alignment.reward_model import ModelReward, is_reward_model
-        from mm_gpt.alignment.rule_reward import RULES, load_rule_reward
-
+    if folder.is_dir():
         if (folder / RULES).is_file():
             return load_rule_reward(folder, device=str(device))
-        if is_reward_model(folder) or is_reward_model(folder / "best"):
-            return ModelReward(folder if is_reward_model(folder) else folder / "best", device=device)
+        if is_reward_model(folder) or is_reward_model(folder / "best"):  # for the second it says where the model is
+            return ModelReward(folder, device=device)
         raise MMGPTError(f"{source}: neither a reward model nor a rule-based reward is in this folder")
     if ":" in source:
         return FunctionReward(load_function(source))
@@ -182,11 +198,14 @@ class FunctionReward:
     """A function as a reward."""
 
     def __init__(self, function: Callable[..., Any], *, name: str | None = None):
-        """`function` may be async."""
+        """`function` may be async. Raises MMGPTError for a built-in that does not say what it takes."""
         self.function = function
         self.name: str = name or str(getattr(function, "__name__", type(function).__name__))
         self._file = getattr(getattr(function, "__code__", None), "co_filename", None)
-        self._parameters = inspect.signature(function).parameters
+        try:
+            self._parameters = inspect.signature(function).parameters
+        except ValueError:
+            raise MMGPTError(f"reward {self.name}: does not say what it takes; call it from a function") from None
 
     def __call__(
         self, comparisons: Sequence[Comparison], answers: Sequence[str], ids: Sequence[Sequence[int]] | None = None

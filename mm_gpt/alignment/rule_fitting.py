@@ -10,7 +10,7 @@ Shapes: E examples, F features, P pairs.
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,9 @@ class Gold:
     """Those that are known."""
 
 
-def read_gold(rows: Iterable[Comparison], rules: RuleSet, form: Form, errors: ErrorCounter) -> list[Gold]:
-    """Rows of a prompt and one completion with the columns `response_type` and `propositions` ({name: bool}) or
-    `class`, which is a class of that response type. Rows that lack it are counted."""
+def read_gold(rows: Sequence[Comparison], rules: RuleSet, form: Form, errors: ErrorCounter) -> list[Gold]:
+    """Rows of a prompt and one completion with the columns `response_type` and what the completion is: `propositions`
+    ({name: bool}), or, for the rubric and where there are none, `class`. Rows that lack it are counted."""
     gold = []
     for row in rows:
         if len(row.completions) != 1:
@@ -63,9 +63,10 @@ def read_gold(rows: Iterable[Comparison], rules: RuleSet, form: Form, errors: Er
         known = {k: v for k, v in given.items() if isinstance(v, bool)} if isinstance(given, Mapping) else {}
         classes = rules.classes(form, response_type)
         try:
-            name = row.columns.get(CLASS)
-            if name is None and form == "propositions":
-                name = rules.class_of(response_type, known)
+            if form == "propositions" and isinstance(given, Mapping):
+                name: object = rules.class_of(response_type, known)
+            else:
+                name = row.columns.get(CLASS)
             if name not in classes:
                 raise MMGPTError("no class" if name is None else unknown_name("class", str(name), classes))
         except MMGPTError as error:

@@ -6,7 +6,8 @@ and beside that one alone: its checksum is kept with them.
 
 import hashlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,7 @@ class RuleReward:
         for n, grades in zip(asked, grade_answers(self.rules, self.fitted.form, self.grader, told), strict=True):
             features = self.rules.features(self.fitted.form, str(types[n]), grades)
             if features is not None:
-                weights = self.fitted.weights[str(types[n])]
-                rewards[n] = sum(weights[name] * value for name, value in features.items())
+                rewards[n] = self.weighted(str(types[n]), features)
         return rewards
 
     def _type_of(self, comparison: Comparison) -> str | None:
@@ -84,17 +84,23 @@ class RuleReward:
             return None
         return found
 
-    def check_beside(self, source: str | None) -> bool:
-        """Whether the reward model that it is added to (None: none) is the one that it was fitted beside; a warning
-        says what to do where it is not."""
-        if (_checksum_or_none(source) or "") == self.fitted.checksum:
+    def weighted(self, response_type: str, features: Mapping[str, float]) -> float:
+        """Σ w_i φ_i."""
+        weights = self.fitted.weights[response_type]
+        return sum(weights[name] * value for name, value in features.items())
+
+    def check_beside(self, sources: Sequence[str]) -> bool:
+        """Whether, of the other rewards that it is added to, one is what it was fitted beside, or none is there where
+        it was fitted alone; a warning says what to do where it is not so."""
+        now = [_checksum_or_none(source) for source in sources]
+        if self.fitted.checksum in now or not (sources or self.fitted.checksum):
             return True
-        was = f"beside {self.fitted.beside}" if self.fitted.checksum else "alone"
-        now = f"beside {source}" if source else "alone"
-        changed = ", which has changed since" if source and source == self.fitted.beside else ""
-        logger.warning(
-            "%s: fitted %s, used %s%s: its weights hold for another scale; fit them again", self.name, was, now, changed
-        )
+        if self.fitted.beside in map(os.path.abspath, sources):
+            how = f"{self.fitted.beside} has changed since they were fitted"
+        else:
+            was = f"beside {self.fitted.beside}" if self.fitted.beside else "alone"
+            how = f"they were fitted {was} and are used {f'beside {sources[0]}' if sources else 'alone'}"
+        logger.warning("%s: its weights hold for another scale: %s; fit them again", self.name, how)
         return False
 
 
@@ -118,10 +124,10 @@ def checksum(source: str) -> str:
     return digest.hexdigest()
 
 
-def _checksum_or_none(source: str | None) -> str | None:
+def _checksum_or_none(source: str) -> str | None:
     """None where there is nothing to read: `package.module:function`, say."""
     try:
-        return checksum(source) if source else None
+        return checksum(source)
     except MMGPTError:
         return None
 
@@ -136,15 +142,11 @@ def save_rule_reward(rules: RuleSet, fitted: FittedRules, folder: Path) -> None:
 def load_rule_reward(folder: str | Path, *, device: str = "auto", grader: Grader | None = None) -> RuleReward:
     """A fitted rule-based reward, with the grader that it was fitted with; `grader` is another one.
 
-    Raises MMGPTError naming the file that is missing or wrong. A warning says when the model that it was fitted beside
-    is no longer what it was.
+    Raises MMGPTError naming the file that is missing or wrong.
     """
     folder = Path(folder)
     rules = load_rules(folder / RULES)
     if not (folder / WEIGHTS).is_file():
         raise MMGPTError(f"{folder}: rules without weights; `mm-gpt rules fit` makes them")
     fitted = from_dict(FittedRules, read_json(folder / WEIGHTS), where=str(folder / WEIGHTS))
-    reward = RuleReward(rules, fitted, grader or load_grader(fitted.grader, device=device), name=folder.name)
-    if fitted.beside and _checksum_or_none(fitted.beside) is not None:
-        reward.check_beside(fitted.beside)
-    return reward
+    return RuleReward(rules, fitted, grader or load_grader(fitted.grader, device=device), name=folder.name)

@@ -52,7 +52,7 @@ def run_ask(args: argparse.Namespace) -> int:
         raise UsageError("the question is empty")
     check_text(question, "the question")
     # Before the model, so that a wrong path is known at once
-    images = [_stdin_image() if source == STDIN else load_image(source) for source in sources]
+    images = [stdin_image() if source == STDIN else load_image(source) for source in sources]
     options = generation_options(args)
     from mm_gpt.inference.hints import Hints
 
@@ -78,8 +78,8 @@ def _check_words(sources: Sequence[str], question: str) -> None:
     """Raises UsageError for a question that stands first or is missing, MMGPTError for a folder."""
     if [*sources, question].count(STDIN) > 1:
         raise UsageError("standard input can be read once: give one -")
-    if question != STDIN and _is_image(question):
-        asked = next((source for source in sources if not _is_image(source)), None)
+    if question != STDIN and is_image(question):
+        asked = next((source for source in sources if not is_image(source)), None)
         if asked is not None:
             raise UsageError(f"the question comes last, after the images: mm-gpt ask {question} {asked!r}")
         raise UsageError(f"the question is missing after {question}")
@@ -88,7 +88,7 @@ def _check_words(sources: Sequence[str], question: str) -> None:
             raise MMGPTError(f"{source}: is a folder; ask takes image files, and mm-gpt caption whole folders")
 
 
-def _is_image(word: str) -> bool:
+def is_image(word: str) -> bool:
     """Whether a word can only be meant as an image: a file, a folder, a URL, `-`, or a file's name."""
     from mm_gpt.images import is_url
 
@@ -104,7 +104,7 @@ def _exists(word: str) -> bool:
         return False
 
 
-def _stdin_image() -> Any:
+def stdin_image() -> Any:
     from mm_gpt.errors import ImageError
     from mm_gpt.images import DEFAULT_LIMITS, load_image
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Never
 
 from mm_gpt import __version__
-from mm_gpt.commands import align, ask, caption, corpus, models, pairs, serve, train
+from mm_gpt.commands import align, ask, caption, corpus, models, pairs, rules, serve, train
 from mm_gpt.commands.command import (
     EXIT_BROKEN_PIPE,
     EXIT_ERROR,
@@ -30,11 +30,14 @@ COMMANDS: dict[str, Command] = {
     **caption.COMMANDS,
     **train.COMMANDS,
     **align.COMMANDS,
+    **rules.COMMANDS,
     **pairs.COMMANDS,
     **corpus.COMMANDS,
     **serve.COMMANDS,
     **models.COMMANDS,
 }
+GROUPS = {name.partition(" ")[0] for name in COMMANDS if " " in name}
+"""First words of commands of two."""
 
 
 @sigterm_raises()
@@ -46,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = _top_parser()
     name = top.parse_args(argv[:1]).command
     rest = argv[1:]
-    if name == "corpus" and rest and not rest[0].startswith("-"):  # a group of commands
-        name, rest = f"corpus {rest[0]}", rest[1:]
-    if name == "corpus":
-        print("\n".join(f"mm-gpt {each}: {COMMANDS[each].about}" for each in COMMANDS if each.startswith("corpus ")))
+    if name in GROUPS and rest and not rest[0].startswith("-"):
+        name, rest = f"{name} {rest[0]}", rest[1:]
+    if name in GROUPS:
+        print("\n".join(f"mm-gpt {each}: {COMMANDS[each].about}" for each in COMMANDS if each.startswith(f"{name} ")))
         return 0 if rest else EXIT_USAGE
     if name not in COMMANDS:
         if os.path.exists(name):

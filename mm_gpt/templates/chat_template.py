@@ -41,6 +41,14 @@ class _Piece:
     part: Text | None = None
     """The part of that message."""
 
+    @property
+    def is_content(self) -> bool:
+        """Whether it is of the message's content, and not beside it, as tool calls and reasoning are."""
+        if self.turn is None or self.part is None:
+            return False
+        # An answer that was looked up stands for its content, but vouches for its special tokens.
+        return self.part.is_control or any(self.part is part for part in self.turn.parts)
+
 
 class ChatTemplate:
     """A Jinja chat template, run in a sandbox."""
@@ -114,11 +122,21 @@ class ChatTemplate:
         real = self._run(self._data(chat, image_token, _same), variables)
         guarded = self._guarded | ({image_token} if image_token else set())
         kept = {literal for literal in self._literals if not any(token in literal for token in guarded)}
+
+        def prompt(turn: _Turn) -> int:
+            """The length of what is rendered before `turn`, -1 where that is no part of the whole."""
+            try:
+                opened = variables | {"add_generation_prompt": True}
+                before = self._run(self._data(chat[: turn.index], image_token, _same), opened)
+            except MMGPTError:
+                return -1
+            return len(before) if real.startswith(before) else -1
+
         for literals in (set(), kept):  # the second for templates that take messages apart at certain words
             found = self._follow(chat, image_token, literals, variables, real)
             if found is not None:
-                return self._segments(chat, found, images, image_token)
-        return self._segments(chat, self._search(chat, guarded, real), images, image_token)
+                return self._segments(found, images, image_token, prompt)
+        return self._segments(self._search(chat, guarded, real), images, image_token, prompt)
 
     # ---- Rendering ----
 
@@ -260,12 +278,20 @@ class ChatTemplate:
         return [*pieces, _Piece(real[at:], False)]
 
     def _segments(
-        self, chat: Sequence["_Turn"], pieces: Sequence["_Piece"], images: Sequence[Image], image_token: str | None
+        self,
+        pieces: Sequence["_Piece"],
+        images: Sequence[Image],
+        image_token: str | None,
+        prompt: Callable[["_Turn"], int],
     ) -> list[Segment]:
+        """`prompt` tells where, in characters, a turn begins to be written by the model."""
         texts: list[Text] = []
         answer: _Turn | None = None  # the assistant's turn whose words came last and may now be closed
         last: _Turn | None = None  # whose words came last within one `{% generation %}`
+        beside = False  # whether the answer's last words stand beside its content: a tool call, reasoning
+        at = end_at = 0
         for number, piece in enumerate(pieces):
+            at, end_at = end_at, end_at + len(piece.text)
             last = last if piece.generated else None
             if piece.turn is not None and piece.part is not None:
                 last = piece.turn
@@ -273,8 +299,10 @@ class ChatTemplate:
                 target = target and (piece.generated or not self._has_generation)
                 texts.append(Text(piece.text, is_target=target, is_control=piece.part.is_control))
                 answer = piece.turn if target else None
+                beside = not piece.is_content
                 continue
-            coming = next((later.turn for later in pieces[number:] if later.turn is not None), None)
+            following = next((later for later in pieces[number:] if later.turn is not None), None)
+            coming = None if following is None else following.turn
             between = answer is not None and coming is answer  # two pieces of one answer
             complete = answer is None or answer.complete  # an answer that was cut off does not teach to end there
             learned = 0
@@ -285,9 +313,18 @@ class ChatTemplate:
             elif piece.generated and complete:
                 learned = len(piece.text.rstrip())  # a space behind an answer begins the next speaker's name
             elif answer is not None:
-                end = self._end.match(piece.text) if complete else None
+                # What closes a tool call is the model's to write, as its end is.
+                end = (self._end.search if beside else self._end.match)(piece.text) if complete else None
                 learned = end.end() if end else 0
                 answer = None
+            if following is not None and not (between or piece.generated or following.is_content):
+                # What opens a tool call as well: all behind the prompt that the answer was given to.
+                opened = prompt(coming) - at if coming is not None and coming.learned else -1
+                if learned <= opened < len(piece.text):
+                    texts.append(Text(piece.text[:learned], is_target=True, is_control=True))
+                    texts.append(Text(piece.text[learned:opened], is_target=False, is_control=True))
+                    texts.append(Text(piece.text[opened:], is_target=True, is_control=True))
+                    continue
             texts.append(Text(piece.text[:learned], is_target=True, is_control=True))
             texts.append(Text(piece.text[learned:], is_target=False, is_control=True))
         return _with_images(texts, images, image_token, self.where)

@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mm_gpt import config as configs
+from mm_gpt.alignment.distillation import DistillationRecipe, DistillationTask
+from mm_gpt.alignment.policy import PolicyTask
+from mm_gpt.alignment.policy_recipe import PolicyRecipe
+from mm_gpt.alignment.preference import PreferenceLoss, PreferenceRecipe, PreferenceTask
 from mm_gpt.alignment.reward_training import RewardRecipe, RewardTask
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.errors import MMGPTError, unknown_name
@@ -39,7 +43,14 @@ from mm_gpt.vision.transforms import ImageTransformConfig
 logger = logging.getLogger(__name__)
 
 Recipe = (
-    LanguageRecipe | SemiCausalRecipe | SelfCriticalRecipe | ContrastiveRecipe | ClassificationRecipe | RewardRecipe
+    LanguageRecipe
+    | SemiCausalRecipe
+    | SelfCriticalRecipe
+    | ContrastiveRecipe
+    | ClassificationRecipe
+    | RewardRecipe
+    | PolicyRecipe
+    | PreferenceRecipe
 )
 
 HALF = (0.5, 0.5, 0.5)
@@ -262,6 +273,14 @@ def classify(data: str) -> ClassificationRecipe:
     )
 
 
+def sft(data: str) -> LanguageRecipe:
+    """Supervised fine-tuning on chats and instructions with images: the answers alone are learned."""
+    recipe = finetune(data)
+    return dataclasses.replace(
+        recipe, train=dataclasses.replace(recipe.train, final_lr=0.1), augment=False, row_length=1024
+    )
+
+
 def reward(data: str) -> RewardRecipe:
     """A reward model from comparisons of answers: the default model with a scalar head, or start=NAME.
 
@@ -273,6 +292,103 @@ def reward(data: str) -> RewardRecipe:
         sources=(SourceConfig(path="."),),
         holdout=0.1,
         lora=LoRAConfig(rank=16, alpha=32),
+        data=data,
+    )
+
+
+def ppo(data: str) -> PolicyRecipe:
+    """PPO with a critic against rewards=MODEL_FOLDER or FILE.py:FUNCTION; pretraining=DATA makes it PPO-ptx.
+
+    InstructGPT's settings but for its batch and learning rate: beta 0.02 in the reward, one pass, clips of 0.2.
+    """
+    return PolicyRecipe(
+        train=TrainConfig(steps=200, lr=5e-5, warmup_steps=10, final_lr=1.0, validate_every=20, save_every=20),
+        start="default",
+        sources=(SourceConfig(path="."),),
+        holdout=0.1,
+        prompts=16,
+        samples=1,
+        minibatches=2,
+        ema=0.992,
+        lora=LoRAConfig(rank=16, alpha=32),
+        data=data,
+    )
+
+
+def rloo(data: str) -> PolicyRecipe:
+    """REINFORCE with each answer judged by the others to its prompt (RLOO): no critic; rewards as for ppo."""
+    return dataclasses.replace(
+        ppo(data), prompts=8, samples=4, minibatches=1, advantage="rloo", beta=0.05, ema=None, aggregation="sequence"
+    )
+
+
+def grpo(data: str) -> PolicyRecipe:
+    """GRPO: answers to a prompt against their mean, without a reference (beta=0); rewards as for ppo.
+
+    advantage=dr_grpo aggregation=constant is Dr. GRPO, ratio=sequence aggregation=sequence GSPO, clip_high=0.28 DAPO's.
+    """
+    return dataclasses.replace(
+        ppo(data),
+        prompts=4,
+        samples=8,
+        minibatches=1,
+        advantage="grpo",
+        beta=0.0,
+        kl_in="loss",
+        kl="k3",
+        ema=None,
+    )
+
+
+def dpo(data: str) -> PreferenceRecipe:
+    """The default model, or start=NAME, learns from pairs of answers by DPO; losses=ipo and others are its relatives.
+
+    The paper's rate of 1e-6 is for all weights; a low-rank adaptation takes a higher one.
+    """
+    return PreferenceRecipe(
+        train=TrainConfig(steps=200, lr=5e-5, warmup_steps=10, validate_every=50, save_every=50),
+        start="default",
+        sources=(SourceConfig(path="."),),
+        holdout=0.1,
+        lora=LoRAConfig(rank=16, alpha=32),
+        data=data,
+    )
+
+
+def kto(data: str) -> PreferenceRecipe:
+    """`dpo` for answers that are labelled good or bad, one at a time."""
+    return dataclasses.replace(dpo(data), losses=(PreferenceLoss(kind="kto"),), batch_size=8)
+
+
+def distill(data: str) -> DistillationRecipe:
+    """A student of 19 million weights learns to answer about pictures as the default model does, or teacher=NAME.
+
+    It begins with the teacher's vision tower, which stays as it is; its connector and its decoder are new.
+    """
+    return DistillationRecipe(
+        train=TrainConfig(steps=2000, lr=1e-3, warmup_steps=50, weight_decay=0.01, validate_every=200, save_every=200),
+        model=ModelConfig(
+            decoder=DecoderConfig(
+                vocab_size=49_152,
+                width=256,
+                num_layers=8,
+                num_heads=4,
+                num_kv_heads=2,
+                head_size=64,
+                mlp_width=704,
+                max_length=2048,
+            ),
+            vision=LITE2,
+            connector=ConnectorConfig(kind="pixel_shuffle", scale=2),
+        ),
+        image=LITE2_IMAGE,
+        sources=(SourceConfig(path="."),),
+        holdout=0.1,
+        teacher="default",
+        teacher_vision=True,
+        decoder="full",
+        row_length=256,
+        rows=4,
         data=data,
     )
 
@@ -338,6 +454,10 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
     "tiny": tiny,
     "finetune": finetune,
     "classify": classify,
+    "sft": sft,
+    "ppo": ppo,
+    "rloo": rloo,
+    "grpo": grpo,
     "reward": reward,
     "default_vision": default_vision,
     "default": default,
@@ -345,6 +465,9 @@ RECIPES: dict[str, Callable[[str], Recipe]] = {
     "default_questions": default_questions,
     "default_concepts": default_concepts,
     "default_critical": default_critical,
+    "dpo": dpo,
+    "kto": kto,
+    "distill": distill,
 }
 
 
@@ -387,6 +510,8 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: boo
     """Train a recipe into `out`; its best model is then in `out/best`. Raises what `train` raises."""
     stage: Stage
     match recipe:
+        case DistillationRecipe():
+            stage = DistillationTask(recipe)
         case LanguageRecipe():
             stage = LanguageTask(recipe)
         case SemiCausalRecipe():
@@ -395,6 +520,10 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: boo
             stage = SelfCriticalTask(recipe)
         case ClassificationRecipe():
             stage = ClassificationTask(recipe)
+        case PolicyRecipe():
+            stage = PolicyTask(recipe)
+        case PreferenceRecipe():
+            stage = PreferenceTask(recipe)
         case RewardRecipe():
             stage = RewardTask(recipe)
         case _:
