@@ -54,8 +54,10 @@ GLM = """[gMASK]<sop>{% if tools %}<|system|>
 # Tools
 {% for tool in tools %}{{ tool | tojson(ensure_ascii=False) }}
 {% endfor %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}<|user|>
-{{ m.content }}{% elif m.role == 'assistant' %}<|assistant|>{% if m.tool_calls %}{% for call in m.tool_calls %}{{ '\n' + call.function.name }}
-{{ call.function.arguments | tojson(ensure_ascii=False) }}{% endfor %}{% else %}{{ '\n' + m.content }}{% endif %}{% elif m.role == 'tool' %}<|observation|>
+{{ m.content }}{% elif m.role == 'assistant' %}<|assistant|>\
+{% if m.tool_calls %}{% for call in m.tool_calls %}{{ '\n' + call.function.name }}
+{{ call.function.arguments | tojson(ensure_ascii=False) }}{% endfor %}\
+{% else %}{{ '\n' + m.content }}{% endif %}{% elif m.role == 'tool' %}<|observation|>
 {{ m.content }}{% elif m.role == 'system' %}<|system|>
 {{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
 # The last answer ends with another mark: what is rendered of a part is no part of what is rendered of the whole
@@ -84,7 +86,8 @@ LLAMA31 = """{{ bos_token }}{% if tools %}<|start_header_id|>system<|end_header_
 {% endfor %}<|eot_id|>{% endif %}{% for m in messages %}{% if m.tool_calls %}\
 <|start_header_id|>assistant<|end_header_id|>
 
-{"name": "{{ m.tool_calls[0].function.name }}", "parameters": {{ m.tool_calls[0].function.arguments | tojson }}}<|eot_id|>\
+{"name": "{{ m.tool_calls[0].function.name }}", "parameters": \
+{{ m.tool_calls[0].function.arguments | tojson }}}<|eot_id|>\
 {% else %}<|start_header_id|>{{ 'ipython' if m.role == 'tool' else m.role }}<|end_header_id|>
 
 {{ m.content | trim }}<|eot_id|>{% endif %}{% endfor %}{% if add_generation_prompt %}\
@@ -92,7 +95,8 @@ LLAMA31 = """{{ bos_token }}{% if tools %}<|start_header_id|>system<|end_header_
 
 {% endif %}"""
 MISTRAL = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}\
-{% if tools and loop.last %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}[INST] {{ m.content }}[/INST]\
+{% if tools and loop.last %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}\
+[INST] {{ m.content }}[/INST]\
 {% elif m.role == 'tool' %}[TOOL_RESULTS] {"content": {{ m.content }}}[/TOOL_RESULTS]\
 {% elif m.tool_calls %}[TOOL_CALLS] [{"name": "{{ m.tool_calls[0].function.name }}", "arguments": \
 {{ m.tool_calls[0].function.arguments | tojson }}}]{{ eos_token }}\
@@ -131,7 +135,7 @@ class Style:
 
 
 IM_END = "<|im_end|>"
-LLAMA2 = {"bos": "<s>", "eos": "</s>", "is_exact": False}
+LLAMA2: Any = {"bos": "<s>", "eos": "</s>", "is_exact": False}
 STYLES = {
     "built in": Style(None, IM_END),
     "exported": Style(EXPORTED.replace("IMAGE", "'<image>'"), IM_END, image="<image>"),

@@ -302,7 +302,7 @@ def test_a_stored_comparison_that_is_broken(change: dict[str, Any]) -> None:
 
 def test_open_counts_what_cannot_be_used(tmp_path: Path) -> None:
     """And reads the rest of a folder that nobody has named the format of."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": ASKED, "chosen": BLUE, "rejected": GREEN},
         {"prompt": ASKED, "chosen": BLUE, "rejected": BLUE},
         {"prompt": PARTS, "images": ["b.png"], "completion": BLUE, "label": True},
@@ -355,7 +355,7 @@ def prompts(comparisons: Comparisons) -> set[str]:
 
 
 def test_splits_share_no_prompt_and_no_image(tmp_path: Path) -> None:
-    rows = [{"prompt": f"Say {n % 20}", "chosen": f"{n}.", "rejected": "no"} for n in range(60)]
+    rows: list[dict[str, Any]] = [{"prompt": f"Say {n % 20}", "chosen": f"{n}.", "rejected": "no"} for n in range(60)]
     rows += [{"images": [f"{n % 4}.png"], "prompt": f"What is {n}?", "chosen": "a", "rejected": "b"} for n in range(16)]
     folder = put(tmp_path, *rows)
     for number in range(4):

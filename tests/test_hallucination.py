@@ -2,6 +2,7 @@
 
 import io
 import json
+import runpy
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from mm_gpt.document import Document
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.inference.generation import Answer, GenerationConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 PROMPT = Comparison("one", ({"role": "user", "content": ["Say something."]},), columns={"known": ["A dog runs."]})
 
 
@@ -219,12 +221,8 @@ class Said:
             raise KeyboardInterrupt
         configs = [config] * len(documents) if isinstance(config, GenerationConfig) else list(config)
         self.configs += configs
-        texts = [
-            "A brown dog runs on the grass.",
-            "A brown cat runs on the grass.",
-            "A dog on a boat in the water.",
-            "",
-        ]
+        grass = "runs on the grass."
+        texts = [f"A brown dog {grass}", f"A brown cat {grass}", "A dog on a boat in the water.", ""]
         if configs[0].n == 1:
             return [self._answer(f"A brown cow {grass}", configs[0]) for _ in documents]
         return [self._answer(text, each) for each in configs for text in texts[: each.n]]
@@ -324,3 +322,33 @@ def test_the_model_itself_lists_and_rewrites(
     report = json.loads(capsys.readouterr().out)
     # Random weights write no list, or have no end: neither may pass for "none".
     assert report["ends"] in ({}, {"unreadable list": 1})
+
+
+# ---- what pairs are worth ----
+
+
+def test_pairs_about_texts_are_as_right_as_their_lister() -> None:
+    run = runpy.run_path(str(ROOT / "examples/alignment/grounded_pairs.py"))["run"]
+    results = run(80, 1)
+    assert results["the truth; drops"]["precision"] == results["the truth; drops"]["recall"] == 1
+    assert results["always none; drops"]["kept"] == 0
+    seeing, noisy = results["sees 80 %, 5 % false; drops"], results["sees 50 %, 20 % false; drops"]
+    assert 1 > seeing["precision"] > noisy["precision"]
+    words = results["names and numbers; drops"]
+    assert words["worse"] == 0
+    assert words["recall_by_fault"]["trade"] == 0, "another trade has no capital and no number"
+
+
+def test_the_check_tells_the_captions_of_a_photo_from_those_of_another(photos: Path, tmp_path: Path) -> None:
+    tools = runpy.run_path(str(ROOT / "examples/alignment/caption_pairs.py"))
+    known = [["A dog runs.", "A dog runs in the snow."], ["A man surfs.", "A surfer."]]
+    result = tools["check"](known)
+    assert (result["photos"], result["captions"]) == (2, 4)
+    assert result["own_photo"]["captions"]["value"] == 1 / 4  # the snow
+    assert result["another_photo"]["captions"]["value"] == 1
+    assert result["by_object"]["snow"] == {"named": 1, "unsupported": 1}
+    out = tmp_path / "p.jsonl"
+    make_pairs(read_prompts([str(photos)], ErrorCounter()), said(Said()), list_objects, None, out, CONFIG, about={})
+    sides = tools["describe_pairs"](out)
+    assert (sides["pairs"], sides["photos"], sides["words"]) == (10, 5, [7, 7])
+    assert sides["more_often_preferred"]["dog"] == 10

@@ -492,20 +492,20 @@ def test_demonstrations_are_the_zero(tiny_model_folder: Path, colours: Path, tmp
 
 
 def test_a_run_that_was_stopped_goes_on(tiny_model_folder: Path, colours: Path, tmp_path: Path) -> None:
-    made = small_recipe(tiny_model_folder, colours, train={"steps": 4, "validate_every": 2, "save_every": 2})
+    steps = {"steps": 4, "validate_every": 2, "save_every": 2}
+    made = small_recipe(tiny_model_folder, colours, train=steps, comparisons=2, validation_comparisons=2, centre_on=2)
     train(RewardTask(made), made.train, tmp_path / "whole", progress=False)
-    half = dataclasses.replace(made, train=dataclasses.replace(made.train, steps=4))
-    stopping = RewardTask(half)
+    stopping = RewardTask(made)
     asked_for = stopping.micro_batches
 
     def stop(step: int, count: int) -> Any:
-        if step == 3:
+        if step == 3:  # while the second checkpoint is the newest
             raise KeyboardInterrupt
         return asked_for(step, count)
 
     stopping.micro_batches = stop  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        train(stopping, half.train, tmp_path / "parts", progress=False)
+        train(stopping, made.train, tmp_path / "parts", progress=False)
     train(RewardTask(made), made.train, tmp_path / "parts", progress=False, resume=True)
     one, other = (load_file(tmp_path / run / "step-000004/model.safetensors") for run in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -515,7 +515,7 @@ def test_a_run_that_was_stopped_goes_on(tiny_model_folder: Path, colours: Path, 
 
 
 def test_two_ranks_learn_what_one_does(tiny_model_folder: Path, colours: Path, tmp_path: Path) -> None:
-    made = small_recipe(tiny_model_folder, colours, comparisons=2, centre_on=0)
+    made = small_recipe(tiny_model_folder, colours, comparisons=2, validation_comparisons=2, centre_on=0)
 
     def run(rank: int) -> None:
         train(RewardTask(made), made.train, tmp_path / "two", progress=False)
@@ -581,14 +581,19 @@ def test_what_cannot_be_learned_is_counted(tiny_model_folder: Path, tmp_path: Pa
 
 
 def test_nothing_to_learn_is_said_at_once(tiny_model_folder: Path, tmp_path: Path) -> None:
-    write_comparisons(
-        [asked(str(n), f"What {n}?", "no", "A red circle. " * 100) for n in range(8)], tmp_path / "a.jsonl"
-    )
-    task = RewardTask(small_recipe(tiny_model_folder, tmp_path))
-    with pytest.raises(MMGPTError, match=r"none of 5 comparisons can be learned: .*longer than the context"):
+    long = [asked(str(n), f"What {n}?", "no", "A red circle. " * 100) for n in range(8)]
+    write_comparisons(long, tmp_path / "long.jsonl")
+    write_comparisons([asked("a", "What?", "no", "red")], tmp_path / "fits.jsonl")
+    made = small_recipe(tiny_model_folder, tmp_path, sources=(SourceConfig(path="long.jsonl"),))
+    with pytest.raises(
+        MMGPTError, match=r"none of 3 comparisons to validate on can be used: .*longer than the context"
+    ):
+        RewardTask(made)
+    task = RewardTask(dataclasses.replace(made, holdout=0.0, validation=(SourceConfig(path="fits.jsonl"),)))
+    with pytest.raises(MMGPTError, match=r"none of 8 comparisons can be learned: .*longer than the context"):
         task.micro_batches(0, 1)
     with pytest.raises(MMGPTError, match="no comparison can be judged"):
-        task.validate()
+        judge(task.model, task.processor, long, ErrorCounter())
 
 
 @pytest.mark.parametrize(

@@ -472,7 +472,7 @@ def test_a_picture_that_does_not_load_is_not_the_silence_of_a_server(tmp_path: P
     bad = asked(comparison=prompt_of(images=(tmp_path / "bad.png",)))
     with server_of(Script("yes")) as url:
         grader = ServerGrader(GraderConfig(source=url, parallel=1))
-        assert grader.grade([*[bad] * 20, asked()]) == [*[None] * 20, (1.0, 0.0)]
+        assert grader.grade([*[bad] * 20, *[asked("\ud800")] * 20, asked()]) == [*[None] * 40, (1.0, 0.0)]
 
 
 # ---- Classifiers and functions ----

@@ -4,6 +4,7 @@ A trainer's loop is what counts: our side takes over the weights of a model in t
 log-probability of every token; theirs generates from weights that stay, without log-probabilities. Both write as many
 tokens as they are told to. The two take turns, so that a busy moment of the machine hits both; what counts is the ratio
 of each turn. The log-probabilities of our samples are compared with those of a forward of transformers in float32.
+Run it in front of all others where a machine is shared (`chrt -f 2 taskset -c 0,1 python …`).
 
     python examples/benchmarks/rollouts.py text --precision bf16
     python examples/benchmarks/rollouts.py images --precision fp32
@@ -28,6 +29,7 @@ from mm_gpt.alignment.rollouts import Sample, Sampler
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.hub.checkpoint import load_decoder, load_model, save_model
 from mm_gpt.hub.export.export_model import export_model
+from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig, collate
@@ -50,6 +52,7 @@ def make_folders(folder: Path, job: str) -> None:
     if (folder / "hf").exists():
         return
     torch.manual_seed(0)
+    decoder: Decoder | None
     decoder, tokenizer = load_decoder(DECODER)
     config: Any = ModelConfig(decoder=decoder.config)
     length = decoder.config.max_length
@@ -167,7 +170,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="new ones of each sample")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where models are kept for the next run")
-    parser.add_argument("-o", "--output", type=Path, help="add the result to this JSON file")
+    parser.add_argument("-o", "--output", type=Path, help="add the turns to those in this JSON file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)) / args.job
@@ -194,30 +197,38 @@ def main() -> None:
             (exact.logprobs(inputs, prompt, own[0].ids) - torch.tensor(own[0].logprobs)).abs().max().item()
             for prompt, own in enumerate(samples)
         ]
+    settings = {name: getattr(args, name) for name in ("job", "precision", "lora", "prompts", "samples", "tokens")}
+    settings |= {"prompt_tokens": inputs["input_ids"].shape[1], "threads": torch.get_num_threads()}
+    result = with_turns(args.output, settings, seconds, max(differences))
+    medians = {name: statistics.median(values) for name, values in result["seconds"].items()}
+    print(
+        f"{args.job}, {args.precision}: {medians['mm-gpt']:.1f} s against {medians['transformers']:.1f} s, "
+        f"{result['ratio']:.2f} x ({result['ratio_range'][0]:.2f} to {result['ratio_range'][1]:.2f}); "
+        f"log-probabilities differ by at most {max(differences):.1e}"
+    )
+
+
+def with_turns(
+    path: Path | None, settings: dict[str, Any], seconds: dict[str, list[float]], difference: float
+) -> dict[str, Any]:
+    """These turns with those that `path` has of the same settings, where they are then written to."""
+    results = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else []
+    before = next((r for r in results if settings.items() <= r.items()), None)
+    if before is not None:
+        results.remove(before)
+        seconds = {name: before["seconds"][name] + values for name, values in seconds.items()}
+        difference = max(difference, before["largest_logprob_difference"])
     ratios = [theirs / ours for ours, theirs in zip(seconds["mm-gpt"], seconds["transformers"], strict=True)]
-    result = {
-        "job": args.job,
-        "precision": args.precision,
-        "lora": args.lora,
-        "prompts": args.prompts,
-        "prompt_tokens": inputs["input_ids"].shape[1],
-        "samples": args.samples,
-        "tokens": args.tokens,
-        "threads": torch.get_num_threads(),
-        "seconds": seconds,
+    result = settings | {
+        "seconds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
         "ratio": statistics.median(ratios),
         "ratio_range": [min(ratios), max(ratios)],
-        "largest_logprob_difference": max(differences),
+        "largest_logprob_difference": difference,
         "processor": processor_features(),
     }
-    print(
-        f"{args.job}, {args.precision}: {statistics.median(seconds['mm-gpt']):.1f} s against "
-        f"{statistics.median(seconds['transformers']):.1f} s, {result['ratio']:.2f} x "
-        f"({min(ratios):.2f} to {max(ratios):.2f}); log-probabilities differ by at most {max(differences):.1e}"
-    )
-    if args.output:
-        before = json.loads(args.output.read_text()) if args.output.exists() else []
-        args.output.write_text(json.dumps([*before, result], indent=2) + "\n")
+    if path is not None:
+        path.write_text(json.dumps([*results, result], indent=2) + "\n", encoding="utf-8")
+    return result
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class ModelGrader:
             document = self._assistant.processor.chat(grading_prompt(question))
             probabilities = _next_token(self._assistant.engine, document).exp()
         except MMGPTError as error:  # too long, an image that does not load, half a character
-            self.errors.add(f"not readable for grader {self.name} ({error})", question.where)
+            self.errors.add(f"not readable for grader {self.name}", f"{question.where}: {error}")
             return None
         grade = shares([float(probabilities[ids].sum()) for ids in self._first_ids(question.labels)])
         if grade is None:
@@ -173,25 +173,28 @@ class ServerGrader:
         except ServerError as error:
             with self._lock:
                 self._unanswered += 1
-            return self._none(f"no answer of grader {self.name} ({error})", question)
+            return self._none(f"no answer of grader {self.name}", question, str(error))
         except MMGPTError as error:  # too long, an image that does not load, half a character
-            return self._none(f"not readable for grader {self.name} ({error})", question)
+            return self._none(f"not readable for grader {self.name}", question, str(error))
         with self._lock:
             self._unanswered = 0
         grade = _server_grade(choice, question.labels)
         return grade or self._none(f"grader {self.name} answers none of {', '.join(question.labels)}", question)
 
-    def _none(self, reason: str, question: Question) -> Grade:
+    def _none(self, reason: str, question: Question, how: str = "") -> Grade:
         with self._lock:
-            self.errors.add(reason, question.where)
+            self.errors.add(reason, f"{question.where}: {how}" if how else question.where)
         return None
 
     def _ask(self, question: Question) -> Mapping[str, Any]:
         from mm_gpt.serving.remote import ServerError
 
         messages = [{**message, "content": _broken_up(message["content"])} for message in grading_prompt(question)]
-        for part in (part for message in messages for part in message["content"] if isinstance(part, Image)):
-            part.size()  # raises ImageError for what is none
+        for part in (part for message in messages for part in message["content"]):
+            if isinstance(part, Image):
+                part.size()  # raises ImageError for what is none
+            else:
+                check_text(part["text"], "the text")
         for attempt in range(1, self.config.attempts + 1):
             shown = {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if self._has_logprobs else {}
             try:
@@ -266,7 +269,7 @@ class ClassifierGrader:
             check_text(row["text"] if "text" in row else row["premise"], "the answer")
             (found,) = self._classifier.probabilities([row], self._processor.tokenizer)
         except MMGPTError as error:
-            self.errors.add(f"not readable for grader {self.name} ({error})", question.where)
+            self.errors.add(f"not readable for grader {self.name}", f"{question.where}: {error}")
             return None
         return tuple(found[option] for option in question.options)
 
@@ -303,8 +306,10 @@ class FunctionGrader:
                 raise MMGPTError(f"grader {self.name}: {type(error).__name__}: {error} ({question.where})") from error
             grade = _given(given, question.options)
             if grade is None:
-                reason = "None" if given is None else f"neither a grade nor None: {given!r:.60}"
-                self.errors.add(f"grader {self.name} gives {reason}", question.where)
+                if given is None:
+                    self.errors.add(f"grader {self.name} gives None", question.where)
+                else:
+                    self.errors.add(f"grader {self.name} gives no grade", f"{question.where}: {given!r:.60}")
             grades.append(grade)
         return grades
 

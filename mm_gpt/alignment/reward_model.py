@@ -265,6 +265,7 @@ class ModelReward:
         self, comparisons: Sequence[Comparison], answers: Sequence[str], ids: Sequence[Sequence[int]] | None = None
     ) -> list[float | None]:
         """`comparisons[i]` is the prompt that `answers[i]` answers. Those of one prompt share one reading of it."""
+        comparisons = list(comparisons)  # alive until the end: they are told apart by their ids
         grouped: dict[int, list[int]] = {}
         for number, comparison in enumerate(comparisons):
             grouped.setdefault(id(comparison), []).append(number)

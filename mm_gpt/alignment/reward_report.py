@@ -280,7 +280,7 @@ def _findings(report: RewardReport) -> Iterator[str]:
         yield f"the reward is constant: every answer has {report.reward_mean:.6g}"
         return
     low, high = report.accuracy_interval
-    if low <= 0.5 <= high:
+    if low <= 0.5:
         yield f"no better than chance: accuracy {report.accuracy:.3f}, interval {low:.3f} to {high:.3f}"
     if report.longer_is_better >= report.accuracy > 0.5:
         yield (
@@ -338,8 +338,11 @@ def plot_report(report: RewardReport, judged: Sequence[Judged], path: Path) -> N
     left.hist(torch.cat([each.margins() for each in judged]).numpy(), bins=30)
     left.axvline(0, color="black", lw=1)
     left.set(xlabel="score of the better answer less the worse one's", ylabel="pairs")
-    lengths, scores = (torch.cat([getattr(each, name) for each in judged]).numpy() for name in ("tokens", "scores"))
-    middle.plot(lengths, scores, ".", ms=3, alpha=0.5)
+    scores, lengths = (torch.cat([getattr(each, name) for each in judged]).numpy() for name in ("scores", "tokens"))
+    is_best = np.concatenate([np.array(each.facts.ranks) == min(each.facts.ranks) for each in judged])
+    for name, chosen in (("best answers", is_best), ("others", ~is_best)):
+        middle.plot(lengths[chosen], scores[chosen], ".", ms=4, alpha=0.5, label=name)
+    middle.legend()
     middle.set(xlabel="tokens of the answer", ylabel="score")
     bars = {"reward": report.accuracy, "longer answer": report.longer_is_better}
     if report.accuracy_images is not None and report.accuracy_images_shuffled is not None:

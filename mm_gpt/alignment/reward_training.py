@@ -163,6 +163,7 @@ class RewardTask:
         if folder is not None:
             load_head(self.model, folder)
         self._separate = not shares_prompts(language)
+        self._check_held_out()
         self._unusable: set[int] = set()
         self._frozen: dict[str, Tensor] = {}
         # What is known of the weights as they are; a step makes it void.
@@ -184,6 +185,22 @@ class RewardTask:
                 raise MMGPTError(f"{folder}: no comparison to {what} on ({self.errors.summary()})")
         order = epoch_order(len(held_out), recipe.train.seed, 0)
         return found, held_out.only(sorted(order[: recipe.validation_comparisons]))
+
+    def _check_held_out(self) -> None:
+        """That there is something to judge by: known now, not after the steps before the first validation."""
+        errors = ErrorCounter(max_examples=0)
+        for number in range(len(self.held_out)):
+            try:
+                comparison = self.held_out[number]
+                fitting_documents(self.processor, comparison, separate=self._separate)
+                if len({completion.rank for completion in comparison.completions}) > 1:
+                    return
+                errors.add(NOTHING_BETTER, comparison.key)
+            except BadRecordError as error:
+                errors.add(str(error), f"comparison {number}")
+            except MMGPTError as error:
+                count_unusable(errors, Comparison(f"comparison {number}", ()), error)
+        raise MMGPTError(f"none of {len(self.held_out)} comparisons to validate on can be used: {errors.summary()}")
 
     def prepare(self) -> list[ParameterGroup]:
         groups, self._frozen = prepare_language(self.model.model, self._language)

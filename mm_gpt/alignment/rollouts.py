@@ -87,11 +87,12 @@ class Sampler:
         seeds: Sequence[int],
         *,
         images: Sequence[ImageFeatures] | None = None,
+        greedy: bool = False,
     ) -> list[list[Sample]]:
         """`n` samples for each prompt, prompt by prompt. Each is a document that ends where its answer begins.
 
         seeds: one for each prompt, from 0. images: what `MMGPT.image_tokens` gives for all images in order, where it is
-        known already; else they are decoded and encoded here.
+        known already; else they are decoded and encoded here. greedy: as at temperature 0, for this call.
         Raises ContextOverflowError naming a prompt that leaves no room, ImageError, and MMGPTError for logits that are
         not finite.
         """
@@ -105,13 +106,13 @@ class Sampler:
                 raise ContextOverflowError(
                     f"the prompt{name} has {len(example)} tokens; the context holds {context} with the answer"
                 )
-        own = _by_prompt(images, examples)
+        own, temperature = _by_prompt(images, examples), 0.0 if greedy else self.temperature
         found: list[list[Sample]] = [[] for _ in documents]
         with torch.no_grad(), sampling(self.model):
             self._take_weights()
             for group in self._groups(examples, n):
                 jobs = [_Job(examples[place], seeds[place], numbers, own[place]) for place, numbers in group]
-                for (place, _), samples in zip(group, self._sample(jobs), strict=True):
+                for (place, _), samples in zip(group, self._sample(jobs, temperature), strict=True):
                     found[place] += samples
         return found
 
@@ -143,8 +144,8 @@ class Sampler:
         if group:
             yield group
 
-    def _sample(self, jobs: Sequence["_Job"]) -> list[list[Sample]]:
-        draws = _Draws(self, jobs)
+    def _sample(self, jobs: Sequence["_Job"], temperature: float) -> list[list[Sample]]:
+        draws = _Draws(self, jobs, temperature)
         rows = self._rows(jobs)
         try:
             live, logits = torch.arange(draws.num_rows), rows.logits
@@ -187,14 +188,14 @@ class _Job:
 class _Draws:
     """What the rows have drawn so far."""
 
-    def __init__(self, sampler: Sampler, jobs: Sequence[_Job]):
+    def __init__(self, sampler: Sampler, jobs: Sequence[_Job], temperature: float):
         context, longest = sampler.model.decoder.config.max_length, sampler.max_new_tokens
-        self.sampler, self.counts = sampler, [len(job.numbers) for job in jobs]
+        self.sampler, self.temperature, self.counts = sampler, temperature, [len(job.numbers) for job in jobs]
         limits = [min(longest, context - len(job.example)) for job in jobs for _ in job.numbers]
         self.limits, self.num_rows = torch.tensor(limits), len(limits)
         num_rows = self.num_rows
         self.uniform: Tensor | None = None
-        if sampler.temperature > 0:  # each row has its own numbers, so that none depends on who is beside it
+        if temperature > 0:  # each row has its own numbers, so that none depends on who is beside it
             seeds = [row_seed(job.seed, number) for job in jobs for number in job.numbers]
             self.uniform = torch.from_numpy(np.stack([np.random.default_rng(s).random(longest) for s in seeds]))
         self.ids = torch.zeros(num_rows, longest, dtype=torch.long)
@@ -206,7 +207,7 @@ class _Draws:
     def add(self, logits: Tensor, live: Tensor, step: int) -> Tensor:
         """Draw an id for each of the rows `live`, of their logits (R, V): (R,), on the CPU."""
         uniform = None if self.uniform is None else self.uniform[live, step].to(logits.device)
-        drawn = draw(logits, uniform, self.sampler.temperature or 1.0, self.sampler._never.to(logits.device))
+        drawn = draw(logits, uniform, self.temperature or 1.0, self.sampler._never.to(logits.device))
         ids, logprobs = (values.cpu() for values in drawn)
         if not logprobs.isfinite().all():
             raise MMGPTError("no token can be drawn: logits are not finite, or leave nothing but images")
@@ -283,6 +284,8 @@ def _by_prompt(
     """The features of each prompt's images, without their graph."""
     if images is None:
         return [None] * len(examples)
+    if len(images) != (count := sum(len(example.images) for example in examples)):
+        raise MMGPTError(f"features of {len(images)} images came for prompts with {count}")
     bare = iter([ImageFeatures(i.tokens.detach(), tuple(level.detach() for level in i.deepstack)) for i in images])
     return [[next(bare) for _ in example.images] for example in examples]
 

@@ -112,9 +112,10 @@ def _ask(who: str, assistant: "Assistant", args: argparse.Namespace) -> "Ask":
         remote = RemoteAssistant(who, api_key=os.environ.get("MM_GPT_API_KEY", ""))
 
         def ask_server(messages: "Sequence[Message]", seed: int) -> str:
-            options = {"max_new_tokens": LIST_TOKENS, "temperature": 0.7 if seed else 0.0, "seed": seed}
-            stream = remote.chat(messages, **options)
-            return "".join(stream).strip()
+            temperature = 0.7 if seed else 0.0
+            return "".join(
+                remote.chat(messages, max_new_tokens=LIST_TOKENS, temperature=temperature, seed=seed)
+            ).strip()
 
         return ask_server
     if who != "model":

