@@ -39,6 +39,7 @@ ELSEWHERE = (
     "torchrun",
     # From the hub: test_repository.py runs such commands with a server of its own.
     "mm-gpt ask --model smolvlm",
+    "mm-gpt rules fit gold.jsonl --grader smolvlm",  # test_rule_commands.py fits with graders of its own
     "mm-gpt caption --model llava-onevision",
     "mm-gpt chat --model qwen3",
     "mm-gpt train finetune --data my-photos/ start=HuggingFaceTB",
@@ -52,6 +53,13 @@ SHORTER = {  # what makes an hour's training a step, and a minute's, which test_
     "mm-gpt train default_questions": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
     "mm-gpt train default_concepts": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
     "mm-gpt train default_critical": "train.steps=1 photos=1 samples=2 max_new_tokens=4 validation_images=2",
+    "mm-gpt train sft": "train.steps=4 rows=1 row_length=256 validation_images=2",
+    "mm-gpt train reward": "train.steps=4 comparisons=2",
+    "mm-gpt train ppo": "train.steps=2 prompts=4 max_new_tokens=6 validation_prompts=2",
+    "mm-gpt train grpo": "train.steps=1 prompts=1 samples=2 max_new_tokens=4 validation_prompts=2",
+    "mm-gpt train dpo": "train.steps=1 batch_size=1 validation_comparisons=2",
+    "mm-gpt train kto": "train.steps=1 batch_size=2 validation_comparisons=2",
+    "mm-gpt train distill": "train.steps=1 rows=1 row_length=256 validation_images=2",
     "mm-gpt train gpt2-small": "train.steps=1 model.decoder.num_layers=1 model.decoder.vocab_size=600",
     "mm-gpt train default": "train.steps=1 compile=false rows=1 row_length=256 validation_images=2",
 }
