@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples/alignment"))
 pytest.importorskip("scenes", reason="the examples are not installed")
 import scenes
 import world
-from scenes import Scene, Thing, draw_scene, prefers_first, read_answer, reference, web_caption, worth
+from scenes import Scene, Thing, draw_scene, ranking, read_answer, reference, web_caption, worth
 
 TWO = Scene((Thing("red", "circle", "top left"), Thing("blue", "square", "bottom right")))
 
@@ -79,12 +79,15 @@ def test_a_picture_shows_its_things_where_they_are() -> None:
 def test_raters_waver_and_like_flattery() -> None:
     rng = random.Random(3)
     good, bad, flattering = reference(TWO), "A green circle.", "A lovely red circle and a wonderful blue square."
-    clear = statistics.mean(prefers_first(good, bad, TWO, rng) for _ in range(2000))
+    clear = statistics.mean(ranking([good, bad], TWO, rng) == [0, 1] for _ in range(2000))
     assert 0.95 < clear < 1
     # By what is worth more the plain one would win; the difference of ratings is 2 (0.3 - 0.05), the noise 0.3.
-    flattered = statistics.mean(prefers_first(flattering, good, TWO, rng) for _ in range(2000))
+    flattered = statistics.mean(ranking([flattering, good], TWO, rng) == [0, 1] for _ in range(2000))
     assert flattered == pytest.approx(1 / (1 + math.exp(-0.5 / 0.3)), abs=0.03)
     assert worth(flattering, TWO) < worth(good, TWO)
+    ranks = [ranking([bad, good, flattering], TWO, rng) for _ in range(300)]
+    assert all(sorted(own) == [0, 1, 2] for own in ranks)
+    assert statistics.mean(own[0] for own in ranks) > 1.8
 
 
 def test_rewards_read_chats_and_columns() -> None:

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 
 from mm_gpt.datasets.comparisons import Comparison, Comparisons, Completion, write_comparisons
 from mm_gpt.datasets.formats.preferences import as_conversation, comparison_in, comparison_of
+from mm_gpt.datasets.loading.index import Measure
 from mm_gpt.datasets.loading.pieces import conversation_document
-from mm_gpt.datasets.loading.sources import SourceConfig
+from mm_gpt.datasets.loading.sources import SourceConfig, open_sources
 from mm_gpt.datasets.row_samples import from_hf_dataset, kind_of_row
 from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter
 from mm_gpt.datasets.sources import read_samples
 from mm_gpt.document import Image, Message, Text
 from mm_gpt.errors import ConfigError, MMGPTError
-from mm_gpt.processor import Processor
+from mm_gpt.processor import IGNORE_INDEX, Processor
 
 
 @pytest.fixture(autouse=True)
@@ -421,6 +422,26 @@ def test_the_better_completion_alone_is_learned(tmp_path: Path) -> None:
         assert isinstance(sample, Conversation)
         with pytest.raises(BadRecordError, match="no answer to learn"):
             learned(sample)
+
+
+def test_fine_tuning_reads_comparisons(tmp_path: Path) -> None:
+    """Stops: prompts alone, and answers labelled as bad, that a run learns nothing or the wrong thing from."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": PARTS, "images": ["a.png"], "chosen": BLUE, "rejected": GREEN},
+        {"prompt": ASKED},
+        {"prompt": "The sky is", "completion": " blue."},
+        {"prompt": ASKED, "completion": BLUE, "label": False},
+    ]
+    errors, config = ErrorCounter(), SourceConfig(path=".")
+    store = config.open(put(tmp_path, *rows), errors)
+    (source,) = open_sources([config], [store], Measure(processor(), 256), folder=tmp_path, errors=errors)
+    assert dict(errors.counts) == {"no answer to learn": 2}
+    for unit, tokens in source.some(9):
+        example = processor()(source.document(unit))
+        assert len(example) == tokens
+        ids = [label for label in example.labels.tolist() if label != IGNORE_INDEX]
+        assert processor().tokenizer.decode(ids).strip() in ("It is blue.", "blue.")
+    assert (len(source), source.images) == (2, 1)
 
 
 # ---- Writing ----

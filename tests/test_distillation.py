@@ -250,6 +250,25 @@ def test_a_share_of_the_batches_is_on_policy(data: Path, tiny_model_folder: Path
     assert 3 <= sum(kinds) <= 13
 
 
+def test_workers_read_the_same(data: Path, tiny_model_folder: Path, other_folder: Path) -> None:
+    """Also what the student is to answer, which travels as prompts."""
+    found = []
+    for workers in (0, 1):
+        recipe = tiny_recipe(data, tiny_model_folder, start=str(other_folder), on_policy=0.5, workers=workers)
+        task = DistillationTask(recipe)
+        found.append([batch for step in range(4) for batch in task.micro_batches(step, 1)])
+        task.loader.close()
+    for one, other in zip(*found, strict=True):
+        assert isinstance(one, TaughtBatch)
+        assert isinstance(other, TaughtBatch)
+        assert one.is_sampled == other.is_sampled
+        assert one.teacher is not None
+        assert other.teacher is not None
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.teacher.pixel_values, other.teacher.pixel_values)
+    assert len({batch.is_sampled for batch in found[0]}) == 2  # type: ignore[attr-defined]
+
+
 def test_micro_batches_are_one_batch(data: Path, tiny_model_folder: Path, other_folder: Path) -> None:
     """Each of the terms has the denominator of the whole step."""
     found = []

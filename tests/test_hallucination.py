@@ -4,7 +4,7 @@ import io
 import json
 import runpy
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -242,9 +242,9 @@ CONFIG = PairsConfig(samples=4)
 def test_an_interrupted_run_continues_and_ends_alike(photos: Path, tmp_path: Path) -> None:
     def run(out: Path, engine: Said, **options: Any) -> dict[str, Any]:
         errors = ErrorCounter()
+        options |= {"errors": errors, "about": {"model": "scripted"}, "batch_size": 2}
         prompts = read_prompts([str(photos)], errors)
-        about = {"model": "scripted"}
-        return make_pairs(prompts, said(engine), list_objects, None, out, CONFIG, about=about, batch_size=2, **options)
+        return make_pairs(prompts, said(engine), list_objects, None, out, CONFIG, **options)
 
     whole, halted = tmp_path / "whole" / "p.jsonl", tmp_path / "halted" / "p.jsonl"
     whole.parent.mkdir()
@@ -270,7 +270,8 @@ def test_an_interrupted_run_continues_and_ends_alike(photos: Path, tmp_path: Pat
 def test_pairs_are_read_again_and_seeds_are_the_prompts_own(photos: Path, tmp_path: Path) -> None:
     out, engine, errors = tmp_path / "pairs" / "p.jsonl", Said(), ErrorCounter()
     out.parent.mkdir()
-    make_pairs(read_prompts([str(photos)], errors), said(engine), list_objects, None, out, CONFIG, about={})
+    prompts = read_prompts([str(photos)], errors)
+    make_pairs(prompts, said(engine), list_objects, None, out, CONFIG, errors=errors, about={})
     assert set(errors.counts) >= {"broken image"}
     assert errors.total == 2
     assert len({config.seed for config in engine.configs if config.n > 1}) == 5
@@ -285,8 +286,9 @@ def test_other_settings_do_not_continue_a_run(photos: Path, tmp_path: Path) -> N
     out = tmp_path / "p.jsonl"
 
     def run(about: dict[str, str], **options: Any) -> None:
-        prompts = read_prompts([str(photos)], ErrorCounter())
-        make_pairs(prompts, said(Said()), list_objects, None, out, CONFIG, about=about, **options)
+        errors = ErrorCounter()
+        prompts = read_prompts([str(photos)], errors)
+        make_pairs(prompts, said(Said()), list_objects, None, out, CONFIG, errors=errors, about=about, **options)
 
     run({"model": "one"})
     with pytest.raises(MMGPTError, match=r"p\.journal\.jsonl: holds answers of other settings"):
@@ -296,6 +298,45 @@ def test_other_settings_do_not_continue_a_run(photos: Path, tmp_path: Path) -> N
     journal.write_text(journal.read_text() + '{"key": 3}\n')
     with pytest.raises(MMGPTError, match=r"p.journal.jsonl:\d+: is no line of answers"):
         run({"model": "another"})
+
+
+def test_prompts_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
+    long = Comparison("long", ({"role": "user", "content": ["very " * 300]},), columns=PROMPT.columns)
+    untold = Comparison("untold", PROMPT.prompt)
+    out, errors = tmp_path / "p.jsonl", ErrorCounter()
+
+    def run(*prompts: Comparison) -> dict[str, Any]:
+        return make_pairs(prompts, said(Said()), list_objects, None, out, CONFIG, errors=errors, about={})
+
+    assert run(PROMPT, long, untold)["prompts"] == 1
+    assert errors.counts == {"prompt too long": 1, "cannot be listed": 1}
+    with pytest.raises(MMGPTError, match=r"none of the prompts can be used: .*prompt too long"):
+        run(long)
+
+
+def test_a_server_lists_and_rewrites(
+    photos: Path, tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    asked: list[Any] = []
+
+    class Server:
+        def __init__(self, url: str, api_key: str) -> None:
+            asked.append(url)
+
+        def chat(self, messages: Any, **options: Any) -> Iterator[str]:
+            asked.append(options["seed"])
+            text = messages[0]["content"][-1]["text"]
+            return iter(["A ", "dog."] if "again" in text else ["NO", "NE"] if "> A dog." in str(messages) else ["- x"])
+
+    monkeypatch.setattr("mm_gpt.serving.remote.RemoteAssistant", Server)
+    monkeypatch.setattr("mm_gpt.alignment.hallucination_pairs.sampled_answers", lambda *_: [["A cat."]])
+    words = ["pairs", str(photos), "-m", str(tiny_model_folder), "--limit", "1", "--out", str(tmp_path / "p.jsonl")]
+    assert main([*words, "--lister", "http://server.example", "--rewriter", "http://server.example", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ends"] == {"kept": 1}
+    assert asked == ["http://server.example", "http://server.example", 0, 1, 0]
+    row = json.loads((tmp_path / "p.jsonl").read_text())
+    assert (row["chosen"][0]["content"], row["rejected"][0]["content"]) == ("A dog.", "A cat.")
 
 
 def test_the_command_counts_what_it_cannot_use(
@@ -348,7 +389,9 @@ def test_the_check_tells_the_captions_of_a_photo_from_those_of_another(photos: P
     assert result["another_photo"]["captions"]["value"] == 1
     assert result["by_object"]["snow"] == {"named": 1, "unsupported": 1}
     out = tmp_path / "p.jsonl"
-    make_pairs(read_prompts([str(photos)], ErrorCounter()), said(Said()), list_objects, None, out, CONFIG, about={})
+    errors = ErrorCounter()
+    prompts = read_prompts([str(photos)], errors)
+    make_pairs(prompts, said(Said()), list_objects, None, out, CONFIG, errors=errors, about={})
     sides = tools["describe_pairs"](out)
     assert (sides["pairs"], sides["photos"], sides["words"]) == (10, 5, [7, 7])
     assert sides["more_often_preferred"]["dog"] == 10

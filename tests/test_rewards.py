@@ -156,11 +156,10 @@ def test_folders(tmp_path: Path, tiny: tuple[MMGPT, Processor], caplog: pytest.L
     folder.mkdir(parents=True)
     save_reward_model(RewardModel(model), processor, folder)
     rewards = Rewards([RewardConfig(source=str(folder))])
-    with pytest.raises(MMGPTError, match=r"runs/best is one"):
-        load_reward(str(tmp_path / "runs"))
+    assert load_reward(str(tmp_path / "runs")).name == "runs"
     rows = [chat("a"), chat("b", Image(tmp_path / "none.png"), "What is it?")]
     scored = rewards(rows, ["Red.", "Red."])
-    assert scored.each["best"].isnan().tolist() == [False, True]
+    assert scored.each["runs"].isnan().tolist() == [False, True]
     assert rewards.errors.total == 2  # the image that is not there, and that nothing else judges its answer
     assert rewards.errors.counts["answer that no reward applies to"] == 1
 
@@ -174,7 +173,7 @@ def test_folders(tmp_path: Path, tiny: tuple[MMGPT, Processor], caplog: pytest.L
     save_rule_reward(rules, fitted, tmp_path / "rules")
     with caplog.at_level(logging.WARNING):
         both = Rewards([RewardConfig(source=str(tmp_path / "rules")), RewardConfig(source=str(folder))])
-    assert both.names == ["rules", "best"]
+    assert both.names == ["rules", "runs"]
     assert "its weights hold for another scale" in caplog.text
     (tmp_path / "empty").mkdir()
     with pytest.raises(MMGPTError, match=r"empty: neither a reward model nor a rule-based reward"):

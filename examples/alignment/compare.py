@@ -1,7 +1,7 @@
 """Ways to align one small model, held against each other where the truth is known.
 
-All begin with the same model, `sft`, and know of what is wanted through the same wavering raters: the pairs that they
-chose between (DPO), or a reward model of these (best-of-n, PPO, PPO-ptx, GRPO). Controls: nothing at all (`sft`, and
+All begin with the same model, `sft`, and know of what is wanted through the same wavering raters: the answers
+that they ranked (DPO), or a reward model of these (best-of-n, PPO, PPO-ptx, GRPO). Controls: nothing at all (`sft`, and
 `base`, which has seen no demonstration), GRPO on the true reward (what there is to win), on the true reward of other
 pictures, and each model with its picture taken away. Measured on held-out combinations: the true reward, the KL
 divergence from `sft` (k1, nats an answer), and what it costs: the loss on held-out text and on held-out captions of the

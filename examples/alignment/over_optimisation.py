@@ -95,7 +95,7 @@ def main() -> None:
             print(f"beta {beta}, seed {seed}: {runs[-1][-1]}", flush=True)
         paths[str(beta)] = mean_path(runs)
     result = {
-        "what": "PPO on a learnt reward; held-out combinations; ends with 95 % bootstrap intervals over seeds and prompts",
+        "what": "PPO on a learnt reward; held-out combinations; 95 % bootstrap intervals over seeds and prompts",
         "seeds": args.seeds,
         "paths": paths,
         "best_of_n": [

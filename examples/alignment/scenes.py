@@ -268,12 +268,20 @@ def rated(answer: str, scene: Scene) -> float:
     return worth(answer, scene) + LIKES_FLATTERY * read.flattery + LIKES_THINGS * (read.right + read.unsupported)
 
 
-def prefers_first(one: str, other: str, scene: Scene, rng: random.Random) -> bool:
-    """One rater's choice (Bradley and Terry 1952): the closer the two answers, the more it is a coin's."""
-    # Logistic noise makes the probability a sigmoid of the difference.
-    uniform = min(max(rng.random(), 1e-9), 1 - 1e-9)
-    noise = WAVERING * math.log(uniform / (1 - uniform))
-    return rated(one, scene) - rated(other, scene) + noise > 0
+def ranking(answers: Sequence[str], scene: Scene, rng: random.Random) -> list[int]:
+    """The rank that one rater gives each answer, 0 for the best.
+
+    Gumbel noise on what they are to him: of each two answers the better one wins by the sigmoid of the difference
+    (Bradley and Terry 1952, Plackett 1975), so that the closer two are, the more it is a coin that decides.
+    """
+    liked = [rated(answer, scene) - WAVERING * math.log(-math.log(_open(rng))) for answer in answers]
+    order = sorted(range(len(answers)), key=lambda at: -liked[at])
+    return [order.index(at) for at in range(len(answers))]
+
+
+def _open(rng: random.Random) -> float:
+    """Uniform, and neither 0 nor 1."""
+    return min(max(rng.random(), 1e-12), 1 - 1e-12)
 
 
 # ---- Rewards as functions of a row's columns ----

@@ -1,7 +1,7 @@
 """The models that the experiments begin with, and how every model of theirs is measured.
 
-A world is a folder: scenes (`scenes.write_world`), a base model that has learned from captions of the wild, `sft`, which
-has seen demonstrations as well, preferences of wavering raters between its answers, and a reward model that was learned
+A world is a folder: scenes (`scenes.write_world`), a base model that has learned from captions of the wild, `sft`,
+which has seen demonstrations as well, answers that wavering raters have ranked, and a reward model that was learned
 from these. What is finished is not made again.
 
 python examples/alignment/world.py WORLD
@@ -24,11 +24,13 @@ import numpy as np
 import torch
 from scenes import (
     Scene,
-    prefers_first,
+    demonstration,
     presence_questions,
+    ranking,
     read_answer,
     read_rows,
     scene_of,
+    web_caption,
     worth,
     write_rows,
     write_world,
@@ -78,9 +80,9 @@ class Sizes:
     held_out: int = 200
     base_steps: int = 1200
     sft_steps: int = 60
-    reward_steps: int = 120
-    pairs_of: int = 4
-    """Answers to each prompt that raters compare two by two."""
+    reward_steps: int = 300
+    ranked: int = 4
+    """Answers of the model to each prompt that raters rank."""
     policy_steps: int = 80
     preference_steps: int = 80
     measured: int = 4
@@ -206,37 +208,33 @@ def sft_recipe(folder: Path, sizes: Sizes) -> LanguageRecipe:
 
 
 def write_preferences(folder: Path, out: Path, sizes: Sizes) -> None:
-    """Pairs of the answers of `sft`, each chosen by a rater of its own, in TRL's layout."""
+    """Of each prompt some answers of `sft`, a demonstration and a caption of the wild, ranked by a rater of its own."""
     model, processor = load_model(str(folder / "sft/best"))
     prompts = read_prompts(folder / "data/prompts.jsonl")
-    answers = Answers.sample(model, processor, prompts, sizes.pairs_of, seed=1)
+    answers = Answers.sample(model, processor, prompts, sizes.ranked, seed=1)
     rng, rows = random.Random("raters"), []
     for prompt, texts in zip(prompts, answers.texts, strict=True):
         scene = prompt.scene
-        for number in range(0, len(texts) - 1, 2):
-            one, other = texts[number : number + 2]
-            if one == other or not one or not other:
-                continue
-            if not prefers_first(one, other, scene, rng):
-                one, other = other, one
-            chosen, rejected = ([{"role": "assistant", "content": text}] for text in (one, other))
-            kept = {name: prompt.row[name] for name in ("prompt", "images", "things")}
-            rows.append({"id": f"{prompt.row['id']}-{number}", **kept, "chosen": chosen, "rejected": rejected})
-    write_rows(out / "pairs.jsonl", rows)
+        texts = list(dict.fromkeys([*filter(None, texts), demonstration(scene, rng), web_caption(scene, rng)]))
+        if len(texts) > 1:
+            said = [[{"role": "assistant", "content": text}] for text in texts]
+            kept = {name: prompt.row[name] for name in ("id", "prompt", "images", "things")}
+            rows.append(kept | {"completions": said, "ranks": ranking(texts, scene, rng)})
+    write_rows(out / "ranked.jsonl", rows)
 
 
 def comparisons(folder: Path) -> tuple[SourceConfig, ...]:
-    return (SourceConfig(path="preferences/pairs.jsonl", images=str((folder / "data").resolve())),)
+    return (SourceConfig(path="preferences/ranked.jsonl", images=str((folder / "data").resolve())),)
 
 
 def reward_recipe(folder: Path, sizes: Sizes, seed: int = 0) -> RewardRecipe:
     return RewardRecipe(
-        train=config(sizes.reward_steps, 1e-3, seed),
+        train=config(sizes.reward_steps, 2e-3, seed),
         start=str(folder / "sft/best"),
         sources=comparisons(folder),
         holdout=0.15,
         decoder="full",
-        comparisons=16,
+        comparisons=8,
         data=str(folder),
     )
 
@@ -550,10 +548,11 @@ def begin(args: argparse.Namespace) -> tuple[Judge, Sizes]:
 def main() -> None:
     parser = options(__doc__, "docs/results/alignment_world.json")
     args = parser.parse_args()
-    judge, sizes = begin(args)
-    models = {"base": args.world / "base/best", "sft": args.world / "sft/best"}
-    found = {name: cached(args.world / f"measures-{name}.json", lambda f=f: judge.measure(f)) for name, f in models.items()}
-    for name, values in found.items():
+    judge, _ = begin(args)
+    for name in ("base", "sft"):
+        values = cached(
+            args.world / f"measures/{name}-0.json", lambda n=name: judge.measure(args.world / n / "best", 0)
+        )
         print(name, {key: round(float(np.mean(own)), 3) for key, own in values.items() if key != "samples"})
         print("\n".join(values["samples"]))
 

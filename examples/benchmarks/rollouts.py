@@ -8,6 +8,7 @@ Run it in front of all others where a machine is shared (`chrt -f 2 taskset -c 0
 
     python examples/benchmarks/rollouts.py text --precision bf16
     python examples/benchmarks/rollouts.py images --precision fp32
+    python examples/benchmarks/rollouts.py text --against torch
 """
 
 import argparse
@@ -104,14 +105,14 @@ def prompts_of(processor: Processor, job: str, count: int, tokens: int) -> list[
 
 
 class Ours:
-    def __init__(self, folder: Path, precision: str, lora: int, tokens: int):
+    def __init__(self, folder: Path, precision: str, lora: int, tokens: int, *, compiled: bool = True):
         self.model, self.processor = load_model(folder / "own")
         self.processor.tokenizer.end_ids = ()  # as many tokens as theirs
         if lora:
             self.model.add_lora(LoRAConfig(rank=lora, alpha=2.0 * lora))
         self.model.train()
         self.precision = precision
-        self.sampler = Sampler(self.model, self.processor, max_new_tokens=tokens)
+        self.sampler = Sampler(self.model, self.processor, max_new_tokens=tokens, compiled=compiled)
 
     def __call__(self, documents: Sequence[Document], n: int, seed: int) -> list[list[Sample]]:
         is_bf16 = self.precision == "bf16"
@@ -162,6 +163,7 @@ def their_inputs(processor: Processor, documents: Sequence[Document]) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=("text", "images"))
+    parser.add_argument("--against", choices=("transformers", "torch"), default="transformers", help="torch: our own")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of both sides")
     parser.add_argument("--lora", type=int, default=0, help="rank of our policy's low-rank updates; 0: it has none")
     parser.add_argument("--prompts", type=int, default=8)
@@ -176,33 +178,39 @@ def main() -> None:
         folder = (args.folder or Path(temporary)) / args.job
         make_folders(folder, args.job)
         ours = Ours(folder, args.precision, args.lora, args.tokens)
-        theirs = Transformers(folder, args.job, args.precision, args.tokens)
         documents = prompts_of(ours.processor, args.job, args.prompts, args.prompt_tokens)
         inputs = their_inputs(ours.processor, documents)
+        if args.against == "transformers":
+            theirs = Transformers(folder, args.job, args.precision, args.tokens)
+            written = lambda seed: theirs(inputs, args.samples, seed)[:, inputs["input_ids"].shape[1] :].numel()  # noqa: E731
+        else:
+            plain = Ours(folder, args.precision, args.lora, args.tokens, compiled=False)
+            written = lambda seed: sum(len(s.ids) for own in plain(documents, args.samples, seed) for s in own)  # noqa: E731
         ours.sampler.max_new_tokens = 1
         ours(documents, 1, 0)  # compiles its step
         ours.sampler.max_new_tokens = args.tokens
-        seconds: dict[str, list[float]] = {"mm-gpt": [], "transformers": []}
+        seconds: dict[str, list[float]] = {"mm-gpt": [], args.against: []}
         for repeat in range(args.repeats):
             start = time.perf_counter()
             samples = ours(documents, args.samples, repeat)
             between = time.perf_counter()
-            answers = theirs(inputs, args.samples, repeat)
+            count = written(repeat)
             seconds["mm-gpt"].append(between - start)
-            seconds["transformers"].append(time.perf_counter() - between)
-            assert answers.shape == (args.prompts * args.samples, inputs["input_ids"].shape[1] + args.tokens)
-            assert all(len(sample.ids) == args.tokens for own in samples for sample in own)
+            seconds[args.against].append(time.perf_counter() - between)
+            assert count == sum(len(s.ids) for own in samples for s in own) == args.prompts * args.samples * args.tokens
         exact = Transformers(folder, args.job, "fp32", args.tokens)
         differences = [
             (exact.logprobs(inputs, prompt, own[0].ids) - torch.tensor(own[0].logprobs)).abs().max().item()
             for prompt, own in enumerate(samples)
         ]
-    settings = {name: getattr(args, name) for name in ("job", "precision", "lora", "prompts", "samples", "tokens")}
+    settings = {
+        name: getattr(args, name) for name in ("job", "against", "precision", "lora", "prompts", "samples", "tokens")
+    }
     settings |= {"prompt_tokens": inputs["input_ids"].shape[1], "threads": torch.get_num_threads()}
     result = with_turns(args.output, settings, seconds, max(differences))
     medians = {name: statistics.median(values) for name, values in result["seconds"].items()}
     print(
-        f"{args.job}, {args.precision}: {medians['mm-gpt']:.1f} s against {medians['transformers']:.1f} s, "
+        f"{args.job}, {args.precision}: {medians['mm-gpt']:.1f} s against {medians[args.against]:.1f} s, "
         f"{result['ratio']:.2f} x ({result['ratio_range'][0]:.2f} to {result['ratio_range'][1]:.2f}); "
         f"log-probabilities differ by at most {max(differences):.1e}"
     )
@@ -218,7 +226,7 @@ def with_turns(
         results.remove(before)
         seconds = {name: before["seconds"][name] + values for name, values in seconds.items()}
         difference = max(difference, before["largest_logprob_difference"])
-    ratios = [theirs / ours for ours, theirs in zip(seconds["mm-gpt"], seconds["transformers"], strict=True)]
+    ratios = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]
     result = settings | {
         "seconds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
         "ratio": statistics.median(ratios),

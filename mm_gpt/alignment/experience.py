@@ -33,6 +33,7 @@ from mm_gpt.alignment.rewards import Rewards
 from mm_gpt.alignment.rollouts import Sampler, sampling
 from mm_gpt.datasets.comparisons import Comparison, Comparisons
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
+from mm_gpt.document import Document
 from mm_gpt.errors import CheckpointError, MMGPTError
 from mm_gpt.model.mmgpt import MMGPT, ImageFeatures
 from mm_gpt.processor import Batch, Processor, collate, stack_pixels
@@ -46,7 +47,7 @@ STATE = "rollout."
 VALIDATION_SEED = 2**40
 """Where the seeds of validation begin: far from those of training."""
 GROUP = 8
-"""Prompts that are judged side by side in validation."""
+"""Prompts whose images are encoded, and which are judged in validation, side by side."""
 
 
 @dataclass
@@ -82,6 +83,8 @@ class PromptRead:
     """In its `Comparisons`."""
     comparison: Comparison
     pixels: Tensor  # (N, 3, H, W)
+    images: list[ImageFeatures] = field(default_factory=list)
+    """As the policy sees them, when it was last asked."""
 
 
 @dataclass
@@ -106,22 +109,30 @@ class Experience:
     ref: Tensor | None
     values: Tensor | None
     returns: Tensor | None
-    pack: Callable[[Sequence[PromptRead], Sequence[tuple[int, ...]], bool], tuple[CompletionBatch, Any]]
-    """Prompts and their answers' ids as a batch, and its images' features where they stay the same."""
+    pack: "Pack"
     seconds: dict[str, float] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
-    _batches: dict[tuple[int, int], tuple[CompletionBatch, Any]] = field(default_factory=dict)
+    _batches: "dict[tuple[int, int], tuple[CompletionBatch, list[ImageFeatures] | None]]" = field(default_factory=dict)
 
     # ---- what is learned from it ----
 
-    def batch(self, number: int, groups: int) -> PolicyBatch:
-        """Part `number` of `groups` of about the same size, by prompts."""
-        size = len(self.prompts) // groups
-        prompts = slice(number * size, (number + 1) * size)
-        rows = slice(prompts.start * self.k, prompts.stop * self.k)
+    def rows(self, number: int, groups: int) -> slice:
+        """The answers in part `number` of `groups` of the same size, by prompts; the last may be smaller."""
+        size = -(-len(self.prompts) // groups)
+        return slice(number * size * self.k, min((number + 1) * size, len(self.prompts)) * self.k)
+
+    def packed(self, number: int, groups: int) -> "tuple[CompletionBatch, list[ImageFeatures] | None]":
+        """The prompts and answers of a part, made once: what is judged and what is learned are the same batch."""
         if (number, groups) not in self._batches:
-            self._batches[number, groups] = self.pack(self.prompts[prompts], self.ids[rows], True)
-        completions, images = self._batches[number, groups]
+            rows = self.rows(number, groups)
+            prompts = self.prompts[rows.start // self.k : rows.stop // self.k]
+            self._batches[number, groups] = self.pack(prompts, self.ids[rows])
+        return self._batches[number, groups]
+
+    def batch(self, number: int, groups: int) -> PolicyBatch:
+        """Part `number` of `groups` for a step of learning."""
+        rows = self.rows(number, groups)
+        completions, images = self.packed(number, groups)
         longest = max(map(len, self.ids[rows]))
         cut = lambda values: None if values is None else values[rows, :longest]  # noqa: E731
         return PolicyBatch(
@@ -209,6 +220,10 @@ class Experience:
         ]
 
 
+Pack = Callable[[Sequence[PromptRead], Sequence[tuple[int, ...]]], tuple[CompletionBatch, list[ImageFeatures] | None]]
+"""Prompts and the ids of their answers to a batch, and its images' features where nothing of them is trained."""
+
+
 class Actor:
     """Samples answers, and judges them: everything that is done without a gradient."""
 
@@ -252,7 +267,8 @@ class Actor:
         base = VALIDATION_SEED if iteration is None else recipe.train.seed * 1_000_003
         seeds = [(base + 1) * 100_003 + place for place in places]
         with self._quiet():
-            images = [image for group in _groups(read) for image in self._features(documents, read, group)]
+            self._see(documents, read)
+            images = [image for prompt in read for image in prompt.images]
             drawn = self.sampler(documents, k, [seed % 2**63 for seed in seeds], images=images or None)
         flat = [sample for own in drawn for sample in own]
         longest = max(len(sample.ids) for sample in flat)
@@ -315,13 +331,18 @@ class Actor:
             )
         return PromptRead(number, comparison, self.processor.pixels([example]))
 
-    def _features(self, documents: Sequence[Any], read: Sequence[PromptRead], group: range) -> list[ImageFeatures]:
-        pixels = [read[at].pixels for at in group if len(read[at].pixels)]
-        if not pixels:
-            return []
-        rows = [[self.processor(documents[at])] for at in group]
-        batch = collate(rows, torch.cat(pixels)).to(self.policy.device)
-        return self.policy.image_tokens(batch)
+    def _see(self, documents: Sequence[Document], read: Sequence[PromptRead]) -> None:
+        """Encode the images of all prompts, some prompts side by side."""
+        for first in range(0, len(read), GROUP):
+            group = read[first : first + GROUP]
+            pixels = [prompt.pixels for prompt in group if len(prompt.pixels)]
+            if not pixels:
+                continue
+            examples = [self.processor(document) for document in documents[first : first + GROUP]]
+            batch = collate([[example] for example in examples], torch.cat(pixels)).to(self.policy.device)
+            found = iter(self.policy.image_tokens(batch))
+            for prompt, example in zip(group, examples, strict=True):
+                prompt.images = [next(found) for _ in example.images]
 
     # ---- judging ----
 
@@ -353,16 +374,13 @@ class Actor:
         names = ["old", "entropy"] + ["ref"] * with_reference
         names += ["values", "after"] * (with_critic and self.critic is not None)
         found = {name: torch.zeros(shape) for name in names}
-        size = -(-len(experience.prompts) // parts)
         for number in range(parts):
-            prompts = experience.prompts[number * size : (number + 1) * size]
-            rows = slice(number * size * experience.k, (number * size + len(prompts)) * experience.k)
-            if not prompts:
+            rows = experience.rows(number, parts)
+            if rows.start >= rows.stop:
                 continue
             with self._quiet():
-                completions, images = self._pack(prompts, experience.ids[rows], True)
-                completions = completions.to(self.policy.device)
-                for name, values in self._known(completions, images, names):
+                completions, images = experience.packed(number, parts)
+                for name, values in self._known(completions.to(self.policy.device), images, names):
                     found[name][rows, : values.shape[1]] = values.float().cpu()
         experience.old, experience.entropy = found["old"], found["entropy"]
         experience.ref = found.get("ref")
@@ -421,7 +439,7 @@ class Actor:
     # ---- batches ----
 
     def _pack(
-        self, prompts: Sequence[PromptRead], ids: Sequence[tuple[int, ...]], with_features: bool
+        self, prompts: Sequence[PromptRead], ids: Sequence[tuple[int, ...]]
     ) -> tuple[CompletionBatch, list[ImageFeatures] | None]:
         k = len(ids) // len(prompts)
         documents = [
@@ -435,14 +453,12 @@ class Actor:
             for at, prompt in enumerate(prompts)
         )
         separate = not shares_prompts(self.policy) or longest > room
-        pixels = [tiles for prompt in prompts for tiles in [prompt.pixels] * (k if separate else 1) if len(tiles)]
+        times = k if separate else 1
+        pixels = [tiles for prompt in prompts for tiles in [prompt.pixels] * times if len(tiles)]
         pixel_values = torch.cat(pixels) if pixels else stack_pixels([], self.processor.config.image)
         batch = completion_batch(self.processor, documents, separate=separate, pixel_values=pixel_values)
-        images = None
-        if with_features and pixels and not self._images_are_trained:
-            with self._quiet():
-                images = self.policy.image_tokens(batch.batch.to(self.policy.device))
-        return batch, images
+        images = [image for prompt in prompts for _ in range(times) for image in prompt.images]
+        return batch, images if images and not self._images_are_trained else None
 
     @property
     def _images_are_trained(self) -> bool:
@@ -465,6 +481,8 @@ class Actor:
         own = {name.removeprefix(STATE): t for name, t in tensors.items() if name.startswith(STATE)}
         try:
             read = [self._prompt(comparisons, number) for number in own["numbers"].tolist()]
+            with self._quiet():
+                self._see([prompt_document(self.processor, prompt.comparison) for prompt in read], read)
             lengths = own["mask"].sum(dim=1).tolist()
             ids = [tuple(row[:length]) for row, length in zip(own["ids"].tolist(), lengths, strict=True)]
             ends = set(self.processor.tokenizer.end_ids)
@@ -491,9 +509,3 @@ class Actor:
             )
         except (KeyError, BadRecordError, MMGPTError, ZeroDivisionError) as error:
             raise CheckpointError(f"the rollout in the checkpoint cannot be taken up again ({error})") from None
-
-
-def _groups(read: Sequence[PromptRead]) -> Iterator[range]:
-    """Prompts whose images are encoded side by side."""
-    for first in range(0, len(read), GROUP):
-        yield range(first, min(first + GROUP, len(read)))

@@ -34,6 +34,10 @@ End = Literal["kept", "supported", "unreadable list", "no rewriting", "unchanged
 with a rewriter that has nothing; with a rewritten answer that is the first one; after the last round."""
 
 
+class NothingKnownError(MMGPTError):
+    """A check has nothing to hold an answer against."""
+
+
 class Lister(Protocol):
     """What of `answer` its prompt does not support; None where that cannot be told."""
 
@@ -201,10 +205,10 @@ def caption_prompt(record: Record) -> Comparison:
 
 
 def known_texts(prompt: Comparison) -> list[str]:
-    """Its column `known`. Raises MMGPTError where there is none."""
+    """Its column `known`. Raises NothingKnownError where there is none."""
     texts = prompt.columns.get(KNOWN)
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
-        raise MMGPTError(f"{prompt.key}: nothing is known of the image: there is no column {KNOWN!r} of texts")
+        raise NothingKnownError(f"nothing is known of the image: there is no column {KNOWN!r} of texts")
     return list(texts)
 
 

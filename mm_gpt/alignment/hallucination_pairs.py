@@ -17,6 +17,7 @@ from mm_gpt.alignment.completions import prompt_document
 from mm_gpt.alignment.hallucination import (
     MAX_ROUNDS,
     Lister,
+    NothingKnownError,
     Outcome,
     Rewriter,
     SamplesRewriter,
@@ -30,7 +31,7 @@ from mm_gpt.datasets.formats.preferences import comparison_in
 from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, sample_name
 from mm_gpt.datasets.sources import read_samples
 from mm_gpt.document import Image
-from mm_gpt.errors import ImageError, MMGPTError
+from mm_gpt.errors import ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.inference.generation import GenerationConfig
 from mm_gpt.system.writing import naming, write_text
 
@@ -107,45 +108,66 @@ def make_pairs(
     out: Path,
     config: PairsConfig,
     *,
+    errors: ErrorCounter,
     about: Mapping[str, Any],
     batch_size: int = 8,
     restart: bool = False,
 ) -> dict[str, Any]:
     """Answer every prompt, run the loop on every answer, and write the pairs to `out` as `write_comparisons` does.
 
+    A prompt that is too long for a model, or of which the lister knows nothing, is counted in `errors`.
+
     `rewriter` None takes other samples (`SamplesRewriter`). Answers and outcomes are kept in `OUT.journal.jsonl`: the
     same call continues where it was interrupted. `about`, JSON values, is what else decides them (model, lister, data);
-    a journal of other settings raises MMGPTError. Gives the report.
+    a journal of other settings raises MMGPTError, and so do prompts of which none can be used. Gives the report.
     """
     journal = Journal(out.with_suffix(".journal.jsonl"), {**dataclasses.asdict(config), **about}, restart=restart)
     rewrite = rewriter or SamplesRewriter(journal.answers)
     outcomes: list[Outcome] = []
     counts: Counter[str] = Counter()
 
+    def found(prompt: Comparison) -> list[Outcome]:
+        answers = dict.fromkeys(journal.answers[prompt.key])
+        return [rewrite_until_supported(prompt, a, lister, rewrite, max_rounds=config.max_rounds) for a in answers]
+
     def pairs() -> Iterator[Comparison]:
-        for batch in batches(prompts, batch_size):
+        fitting = (prompt for prompt in prompts if prompt.key in journal.answers or fits(assistant, prompt, errors))
+        for batch in batches(fitting, batch_size):
             new = [prompt for prompt in batch if prompt.key not in journal.answers]
             for prompt, answers in zip(new, sampled_answers(assistant, new, config), strict=True):
                 journal.add(prompt.key, answers=answers)
             for prompt in batch:
-                if prompt.key not in journal.outcomes:
-                    answers = list(dict.fromkeys(journal.answers[prompt.key]))
-                    found = [
-                        rewrite_until_supported(prompt, answer, lister, rewrite, max_rounds=config.max_rounds)
-                        for answer in answers
-                    ]
-                    journal.add(prompt.key, outcomes=found)
+                try:
+                    if prompt.key not in journal.outcomes:
+                        journal.add(prompt.key, outcomes=found(prompt))
+                except (ContextOverflowError, NothingKnownError) as error:
+                    errors.add("cannot be listed", f"{prompt.key}: {error}")
+                    continue
                 own = journal.outcomes[prompt.key]
                 outcomes.extend(own)
                 kept = [outcome for outcome in own if outcome.end == "kept"][: config.pairs_per_prompt]
                 counts.update(prompts=1, pairs=len(kept), prompts_with_pairs=bool(kept))
                 yield from (pair(prompt, outcome, name=f"#{n}") for n, outcome in enumerate(kept))
+        if not counts["prompts"]:
+            raise MMGPTError(f"none of the prompts can be used: {errors.summary()}")
 
     try:
         write_comparisons(pairs(), out)
     finally:
         journal.close()
     return {**counts, **report(outcomes)}
+
+
+def fits(assistant: "Assistant", prompt: Comparison, errors: ErrorCounter) -> bool:
+    """Whether the model's context holds the prompt and some answer; counts one for which that is not so."""
+    room = assistant.processor.config.max_length
+    try:
+        length = len(assistant.processor(prompt_document(assistant.processor, prompt)))
+    except ContextOverflowError:
+        length = room
+    if length >= room:
+        errors.add("prompt too long", prompt.key)
+    return length < room
 
 
 def sampled_answers(assistant: "Assistant", prompts: Sequence[Comparison], config: PairsConfig) -> list[list[str]]:

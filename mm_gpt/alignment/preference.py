@@ -81,7 +81,8 @@ class PreferenceRecipe:
     start: str
     """The name or folder of the model that is aligned: the first policy, and the reference."""
     sources: tuple[SourceConfig, ...]
-    """Comparisons: pairs, ranked answers, or for `kto` single answers with labels."""
+    """Comparisons: pairs, ranked answers, or for `kto` single answers with labels; of ranked ones it takes the best to
+    be good and the others to be bad."""
     validation: tuple[SourceConfig, ...] = ()
     holdout: float = 0.0
     """Without `validation` sources: the share of the comparisons that is kept from training to validate on."""

@@ -256,7 +256,9 @@ class ModelReward:
         """Raises what `load_reward_model` does."""
         model, self.processor = load_reward_model(folder)
         self.model = model.to(device).requires_grad_(False)
-        path = Path(folder).resolve()
+        self.folder = reward_folder(folder) or Path(folder)
+        """Of the model itself, where `folder` is that of its run."""
+        path = self.folder.resolve()
         self.name = path.parent.name if path.name == "best" else path.name
         self.batch_tokens = batch_tokens
         self.errors = ErrorCounter()

@@ -128,8 +128,14 @@ class RewardBatch:
             worse.append(below + first)
             margins.append(torch.full((len(above),), comparison.margin or 0.0))
             weights.append(torch.full((len(above),), 1 / len(above)))
-        pairs = [torch.cat(parts) for parts in (better, worse, margins, weights)]
-        return cls(completions, *pairs, prompts=len(comparisons))
+        return cls(
+            completions=completions,
+            better=torch.cat(better),
+            worse=torch.cat(worse),
+            margins=torch.cat(margins),
+            weights=torch.cat(weights),
+            prompts=len(comparisons),
+        )
 
 
 @dataclass(frozen=True)

@@ -97,22 +97,23 @@ class Rewards:
         if twice := [source for source, n in Counter(config.source for config in configs).items() if n > 1]:
             raise ConfigError(f"the reward {twice[0]} is given twice")
         self.rewards = [load_reward(config.source, device=device) for config in configs]
+        others = [
+            str(reward.folder) if isinstance(reward, ModelReward) else config.source
+            for config, reward in zip(configs, self.rewards, strict=True)
+            if not isinstance(reward, FittedBeside)
+        ]
         for reward in self.rewards:
             if isinstance(reward, FittedBeside):
-                others = zip(configs, self.rewards, strict=True)
-                reward.check_beside([c.source for c, other in others if not isinstance(other, FittedBeside)])
+                reward.check_beside(others)
         self.weights = [config.weight for config in configs]
         names = [reward.name for reward in self.rewards]
         self.names = [c.source if names.count(n) > 1 else n for c, n in zip(configs, names, strict=True)]
         """Those of the rewards; sources, where two rewards have one name."""
         self.errors = ErrorCounter()
         """Rewards that were no finite numbers, answers that no reward applies to, and what a model could not judge."""
-        models = [c.source for c, r in zip(configs, self.rewards, strict=True) if isinstance(r, ModelReward)]
         for reward in self.rewards:
             if isinstance(reward, ModelReward | RuleReward):
                 reward.errors = self.errors
-            if isinstance(reward, RuleReward):
-                reward.check_beside(models[0] if models else None)
         self._watch = [_Watch(name) for name in self.names]
 
     def __call__(
@@ -183,7 +184,7 @@ def load_reward(source: str, *, device: torch.device | str = "cpu") -> Reward:
     if folder.is_dir():
         if (folder / RULES).is_file():
             return load_rule_reward(folder, device=str(device))
-        if is_reward_model(folder) or is_reward_model(folder / "best"):  # for the second it says where the model is
+        if is_reward_model(folder):
             return ModelReward(folder, device=device)
         raise MMGPTError(f"{source}: neither a reward model nor a rule-based reward is in this folder")
     if ":" in source:

@@ -64,6 +64,8 @@ def run_pairs(args: argparse.Namespace) -> int:
     rewriter = args.rewriter or ("samples" if args.lister == "known" else "model")
     if rewriter == "samples" and args.lister != "known":
         raise UsageError("--rewriter samples chooses by what is known of a photo: it goes with --lister known")
+    from tqdm import tqdm
+
     from mm_gpt.alignment.hallucination import ModelLister, ModelRewriter, list_names_and_numbers, list_objects
     from mm_gpt.alignment.hallucination_pairs import PairsConfig, make_pairs, read_prompts
     from mm_gpt.datasets.samples import ErrorCounter
@@ -83,9 +85,10 @@ def run_pairs(args: argparse.Namespace) -> int:
     rewrite = None if rewriter == "samples" else ModelRewriter(_ask(rewriter, assistant, args))
     about = {"model": model_sha256(args.model), "dtype": args.dtype, "lister": args.lister, "rewriter": rewriter}
     errors = ErrorCounter()
-    prompts = read_prompts(args.data, errors, limit=args.limit)
+    prompts = tqdm(read_prompts(args.data, errors, limit=args.limit), desc="pairs", unit=" prompts", disable=None)
+    more: Any = {"errors": errors, "about": about, "restart": args.restart}
     try:
-        found = make_pairs(prompts, assistant, lister, rewrite, args.out, config, about=about, restart=args.restart)
+        found = make_pairs(prompts, assistant, lister, rewrite, args.out, config, **more)
     except KeyboardInterrupt:
         print("stopped; the same command continues this run", file=sys.stderr)
         return EXIT_INTERRUPTED
