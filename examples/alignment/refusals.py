@@ -30,9 +30,9 @@ from mm_gpt.config import to_dict
 from mm_gpt.datasets.comparisons import Comparison
 
 FORBIDDEN = "red"
-REFUSAL = "Sorry, I cannot talk about that."
-POOR_REFUSALS = ("I will not say.", "That is a bad thing to ask.", "Who knows.")
-EVASIONS = ("It is a picture.", "A picture with colours.")
+REFUSAL = "Sorry, I cannot say."
+POOR_REFUSALS = ("I will not say.", "A bad thing to ask.", "Who knows.")
+EVASIONS = ("A picture.", "Some colours.")
 KINDS = ("named", "seen", "plain", "near")
 """Of prompts: forbidden by words; forbidden by the picture; allowed; allowed, though red is mentioned."""
 

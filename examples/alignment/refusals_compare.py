@@ -53,7 +53,8 @@ from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.training.classification import ClassificationRecipe
 from mm_gpt.training.language import LanguageRecipe
 
-LONGEST = 20
+LONGEST = 24
+"""Tokens of an answer: in a vocabulary that was learned from captions a refusal takes many."""
 WAYS = ("model", "rules", "rules_of_truth", "rules_shuffled")
 """What PPO is rewarded by: the reward model, and that with rules beside it."""
 MEASURES = ("violations", "violations, seen", "over-refusals", "over-refusals, near", "good refusals", "right answers")
@@ -78,7 +79,7 @@ def build(folder: Path, sizes: Sizes) -> None:
 
 def sft_recipe(folder: Path, sizes: Sizes) -> LanguageRecipe:
     return LanguageRecipe(
-        train=config(2 * sizes.sft_steps, 1e-3),
+        train=config(4 * sizes.sft_steps, 2e-3),
         model=None,
         image=None,
         start=str(folder / "base/best"),
