@@ -295,7 +295,8 @@ def test_any_answers(data: st.DataObject) -> None:
     ends = [style.end] * (len(answers) - 1) + [style.end if style.last is None else style.last]
     kept = []
     for number, message in enumerate(messages[1::2]):
-        how = data.draw(st.sampled_from([{}, {"weight": 1}, {"weight": 0}, {"complete": False}]))
+        hows: list[dict[str, Any]] = [{}, {"weight": 1}, {"weight": 0}, {"complete": False}]
+        how = data.draw(st.sampled_from(hows))
         message |= how
         if how == {"complete": False}:
             ends[number] = ""
