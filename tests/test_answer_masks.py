@@ -205,7 +205,7 @@ def processor_of(name: str) -> Processor:
     backend = style.make(style.special)
     names = {"eos_token": style.eos, "mask_token": style.image or ""} | ({"bos_token": style.bos} if style.bos else {})
     turn = style.end.strip() or style.eos
-    others = [backend.token_to_id(token) for token in style.more if token == "<|observation|>"]
+    others = [id for id, token in backend.get_added_tokens_decoder().items() if token.content == "<|observation|>"]
     tokenizer = Tokenizer(backend, end_of_text=style.eos, end_of_turn=turn, more_ends=others, names=names)
     tokenizer.chat_templates["default"] = style.source
     image: Any = {}
@@ -295,7 +295,8 @@ def test_any_answers(data: st.DataObject) -> None:
     ends = [style.end] * (len(answers) - 1) + [style.end if style.last is None else style.last]
     kept = []
     for number, message in enumerate(messages[1::2]):
-        how = data.draw(st.sampled_from([{}, {"weight": 1}, {"weight": 0}, {"complete": False}]))
+        hows: list[dict[str, Any]] = [{}, {"weight": 1}, {"weight": 0}, {"complete": False}]
+        how = data.draw(st.sampled_from(hows))
         message |= how
         if how == {"complete": False}:
             ends[number] = ""
