@@ -133,6 +133,19 @@ def write_data(folder: Path) -> None:
                     member = tarfile.TarInfo(f"{number}.{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
+    write_comparisons(folder / "comparisons", photos)
+
+
+def write_comparisons(folder: Path, photos: list[bytes]) -> None:
+    folder.mkdir(exist_ok=True)
+    rows = []
+    for number, photo in enumerate(photos):
+        (folder / f"{number}.jpg").write_bytes(photo)
+        for question in ("What is it?", "What colour is it?", "What is in the picture?"):
+            prompt = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+            answers = {name: [{"role": "assistant", "content": f"A {name} thing."}] for name in ("chosen", "rejected")}
+            rows.append({"images": [f"{number}.jpg"], "prompt": [prompt], **answers, "truth": "red circle"})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
