@@ -100,7 +100,7 @@ class Rewards:
         others = [
             str(reward.folder) if isinstance(reward, ModelReward) else config.source
             for config, reward in zip(configs, self.rewards, strict=True)
-            if not isinstance(reward, FittedBeside)
+            if config.weight and not isinstance(reward, FittedBeside)  # a gauge is added to nothing
         ]
         for reward in self.rewards:
             if isinstance(reward, FittedBeside):
