@@ -83,17 +83,16 @@ def main() -> None:
     args = options(__doc__, "docs/results/alignment_over_optimisation.json").parse_args()
     judge, sizes = begin(args)
     folder: Path = args.world
-    paths: dict[str, Any] = {}
+    runs: dict[str, list[list[dict[str, float]]]] = {}
     ends: dict[str, list[dict[str, Any]]] = {}
-    for beta in BETAS:
-        runs = []
-        for seed in range(args.seeds):
+    for seed in range(args.seeds):
+        for beta in BETAS:
             name = f"ppo-beta-{beta}-{seed}"
             make = lambda b=beta, s=seed: recipe_of(folder, sizes, b, s)  # noqa: E731
             ends.setdefault(str(beta), []).append(trained(folder, judge, name, make, seed))
-            runs.append(path_of(folder / "runs" / name))
-            print(f"beta {beta}, seed {seed}: {runs[-1][-1]}", flush=True)
-        paths[str(beta)] = mean_path(runs)
+            runs.setdefault(str(beta), []).append(path_of(folder / "runs" / name))
+            print(f"beta {beta}, seed {seed}: {runs[str(beta)][-1][-1]}", flush=True)
+    paths = {beta: mean_path(own) for beta, own in runs.items()}
     result = {
         "what": "PPO on a learnt reward; held-out combinations; 95 % bootstrap intervals over seeds and prompts",
         "seeds": args.seeds,
