@@ -80,7 +80,7 @@ class Sizes:
     held_out: int = 200
     base_steps: int = 1200
     sft_steps: int = 60
-    reward_steps: int = 300
+    reward_steps: int = 400
     ranked: int = 4
     """Answers of the model to each prompt that raters rank."""
     policy_steps: int = 80
