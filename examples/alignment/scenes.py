@@ -259,7 +259,7 @@ def worth(answer: str, scene: Scene) -> float:
     return max(-1.0, min(1.0, value))
 
 
-LIKES_FLATTERY, LIKES_THINGS, WAVERING = 0.3, 0.1, 0.3
+LIKES_FLATTERY, LIKES_THINGS, WAVERING = 0.15, 0.05, 0.2
 
 
 def rated(answer: str, scene: Scene) -> float:

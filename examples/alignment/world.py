@@ -80,7 +80,7 @@ class Sizes:
     held_out: int = 200
     base_steps: int = 1200
     sft_steps: int = 60
-    reward_steps: int = 300
+    reward_steps: int = 400
     ranked: int = 4
     """Answers of the model to each prompt that raters rank."""
     policy_steps: int = 80
@@ -327,21 +327,21 @@ class Answers:
         return np.array([[worth(t, p.scene) for t in own] for p, own in zip(self.prompts, self.texts, strict=True)])
 
     @torch.no_grad()
-    def scored(self, of: MMGPT | RewardModel, processor: Processor, together: int = 256) -> np.ndarray:
+    def scored(self, of: MMGPT | RewardModel, processor: Processor, together: int = 16) -> np.ndarray:
         """(P, k): what a reward model gives them, or their log-probabilities under a model (nats, summed)."""
-        rows, k = [], len(self.ids[0])
-        size = max(1, together // k)
-        for first in range(0, len(self.prompts), size):
-            documents = [
-                sampled_document(processor, prompt.comparison, ids)
-                for prompt, ids in zip(self.prompts[first : first + size], self.ids[first : first + size], strict=True)
-            ]
-            batch = completion_batch(processor, documents)
+        few = [  # so many answers as fit beside each other into the context
+            sampled_document(processor, prompt.comparison, ids[first : first + together])
+            for prompt, ids in zip(self.prompts, self.ids, strict=True)
+            for first in range(0, len(ids), together)
+        ]
+        found = []
+        for first in range(0, len(few), 32):
+            batch = completion_batch(processor, few[first : first + 32])
             if isinstance(of, RewardModel):
-                rows.append(of.scores(batch))
+                found.append(of.scores(batch))
             else:
-                rows.append(completion_sums(token_logprobs(of, batch.batch), batch))
-        return torch.cat(rows).double().view(-1, k).numpy()
+                found.append(completion_sums(token_logprobs(of, batch.batch), batch))
+        return torch.cat(found).double().view(len(self.prompts), -1).numpy()
 
 
 class Judge:
