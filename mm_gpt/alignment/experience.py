@@ -30,7 +30,6 @@ from mm_gpt.alignment.policy_recipe import PolicyRecipe
 from mm_gpt.alignment.reference import Reference
 from mm_gpt.alignment.reward_model import RewardModel
 from mm_gpt.alignment.rewards import Rewards
-from mm_gpt.alignment.rollouts import Sampler, sampling
 from mm_gpt.datasets.comparisons import Comparison, Comparisons
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
 from mm_gpt.document import Document
@@ -39,6 +38,7 @@ from mm_gpt.model.mmgpt import MMGPT, ImageFeatures
 from mm_gpt.processor import Batch, Processor, collate, stack_pixels
 from mm_gpt.training.distributed import sum_over_ranks
 from mm_gpt.training.epochs import epoch_order
+from mm_gpt.training.rollouts import Sampler, sampling
 
 logger = logging.getLogger(__name__)
 
