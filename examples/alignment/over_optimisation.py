@@ -38,7 +38,7 @@ TRUE = "rewards/true_reward/mean"
 def recipe_of(folder: Path, sizes: Sizes, beta: float, seed: int) -> Any:
     steps = 2 if sizes == QUICK else STEPS
     longer = dataclasses.replace(sizes, policy_steps=steps)
-    more: dict[str, Any] = {"beta": beta, "validate_every": max(1, steps // STOPS), "prompts": 12, "samples": 6}
+    more: dict[str, Any] = {"beta": beta, "validate_every": max(1, steps // STOPS)}
     return policy_recipe(folder, longer, "ppo", seed, **more)
 
 
