@@ -30,7 +30,7 @@ from world import (
 )
 
 BETAS = (0.0, 0.02, 0.1, 0.5)
-STEPS, STOPS = 160, 8
+STEPS, STOPS = 100, 5
 """Steps of a run, and how often it is looked at on the way."""
 TRUE = "rewards/true_reward/mean"
 
@@ -38,7 +38,8 @@ TRUE = "rewards/true_reward/mean"
 def recipe_of(folder: Path, sizes: Sizes, beta: float, seed: int) -> Any:
     steps = 2 if sizes == QUICK else STEPS
     longer = dataclasses.replace(sizes, policy_steps=steps)
-    return policy_recipe(folder, longer, "ppo", seed, beta=beta, validate_every=max(1, steps // STOPS))
+    more: dict[str, Any] = {"beta": beta, "validate_every": max(1, steps // STOPS)}
+    return policy_recipe(folder, longer, "ppo", seed, **more)
 
 
 def path_of(out: Path) -> list[dict[str, float]]:

@@ -246,9 +246,11 @@ def policy_recipe(folder: Path, sizes: Sizes, method: str, seed: int, **more: An
     source = {"grpo_truth": TRUTH, "grpo_shuffled": SHUFFLED}.get(method, learnt)
     gauges = [RewardConfig(source=TRUTH, weight=0)] if source != TRUTH else []
     own: dict[str, Any] = {"advantage": "gae"} if method.startswith("ppo") else {"advantage": "grpo"}
-    own |= {"beta": 0.05, "pretraining": (), "prompts": 16, "samples": 8, "minibatches": 2}
+    own |= {"beta": 0.05, "pretraining": (), "prompts": 12, "samples": 8, "minibatches": 2, "critic_lr": 2.0}
+    every = more.pop("validate_every", None)
     return PolicyRecipe(
-        train=config(sizes.policy_steps, 5e-4, seed, validate_every=more.pop("validate_every", None)),
+        # As InstructGPT does it, the rate stays where it is after warming up.
+        train=config(sizes.policy_steps, 4e-4, seed, validate_every=every, final_lr=1.0),
         start=str(folder / "sft/best"),
         sources=sources("data/prompts.jsonl"),
         validation=sources("data/held_out_prompts.jsonl"),
@@ -263,7 +265,7 @@ def policy_recipe(folder: Path, sizes: Sizes, method: str, seed: int, **more: An
 
 def preference_recipe(folder: Path, sizes: Sizes, seed: int, **more: Any) -> PreferenceRecipe:
     return PreferenceRecipe(
-        train=config(sizes.preference_steps, 3e-4, seed),
+        train=config(sizes.preference_steps, 1e-4, seed),
         start=str(folder / "sft/best"),
         sources=comparisons(folder),
         holdout=0.1,
