@@ -83,8 +83,8 @@ class Sizes:
     reward_steps: int = 400
     ranked: int = 4
     """Answers of the model to each prompt that raters rank."""
-    policy_steps: int = 80
-    preference_steps: int = 80
+    policy_steps: int = 120
+    preference_steps: int = 120
     measured: int = 4
     """Answers to each held-out prompt by which a model is measured."""
     best_of: int = 128
@@ -246,7 +246,7 @@ def policy_recipe(folder: Path, sizes: Sizes, method: str, seed: int, **more: An
     source = {"grpo_truth": TRUTH, "grpo_shuffled": SHUFFLED}.get(method, learnt)
     gauges = [RewardConfig(source=TRUTH, weight=0)] if source != TRUTH else []
     own: dict[str, Any] = {"advantage": "gae"} if method.startswith("ppo") else {"advantage": "grpo"}
-    own |= {"beta": 0.05, "pretraining": (), "prompts": 12, "samples": 8, "minibatches": 2, "critic_lr": 2.0}
+    own |= {"beta": 0.2, "pretraining": (), "prompts": 12, "samples": 8, "minibatches": 2, "critic_lr": 2.0}
     every = more.pop("validate_every", None)
     return PolicyRecipe(
         # As InstructGPT does it, the rate stays where it is after warming up.
@@ -265,7 +265,7 @@ def policy_recipe(folder: Path, sizes: Sizes, method: str, seed: int, **more: An
 
 def preference_recipe(folder: Path, sizes: Sizes, seed: int, **more: Any) -> PreferenceRecipe:
     return PreferenceRecipe(
-        train=config(sizes.preference_steps, 1e-4, seed),
+        train=config(sizes.preference_steps, 2e-4, seed),
         start=str(folder / "sft/best"),
         sources=comparisons(folder),
         holdout=0.1,
