@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "eval": CONTRACTS | {"vision", "model", "hub", "datasets", "inference"},
 }
 # Files that name what stands above them: for `mm-gpt train` to find, and a policy gradient older than that folder.
-MAY_ALSO = {"training/recipes.py": {"alignment"}, "training/self_critical.py": {"alignment"}}
+MAY_ALSO = {"training/recipes.py": {"alignment"}}
 HEAVY = ("torch", "open_clip", "timm", "transformers", "torchvision", "matplotlib", "gradio", "tokenizers", "numpy")
 
 

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import pytest
 import torch
 from conftest import make_picture, make_tiny
 from forked_ranks import on_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch import distributed as dist
 from toy_stage import logged, losses, one_step
 
 from mm_gpt.alignment import losses as formulas
@@ -23,11 +27,12 @@ from mm_gpt.alignment.policy_recipe import PolicyRecipe
 from mm_gpt.alignment.reward_model import RewardModel, load_reward_model, save_reward_model
 from mm_gpt.alignment.rewards import RewardConfig
 from mm_gpt.datasets.loading.sources import SourceConfig
-from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.errors import CheckpointError, ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.training.distributed import process_group
 from mm_gpt.training.loop import TrainConfig, make_optimizer, train
+from mm_gpt.training.rollouts import Sample
 from mm_gpt.training.stage import Term
 
 REWARDS = """
@@ -102,8 +107,11 @@ def make_recipe(data: Path, start: Path, **changes: Any) -> PolicyRecipe:
 PPO: dict[str, Any] = {"advantage": "gae", "samples": 1, "minibatches": 2, "epochs": 2}
 
 
-def prepared(recipe: PolicyRecipe) -> tuple[PolicyTask, torch.optim.Optimizer]:
+def prepared(recipe: PolicyRecipe, *, ends: Sequence[int] = ()) -> tuple[PolicyTask, torch.optim.Optimizer]:
+    """`ends`: further tokens that end an answer, so that answers are of several lengths."""
     task = PolicyTask(recipe)
+    tokenizer = task.processor.tokenizer
+    tokenizer.end_ids = (*tokenizer.end_ids, *(id for id in ends if id not in tokenizer.end_ids))
     return task, make_optimizer(task.prepare(), recipe.train)
 
 
@@ -119,13 +127,15 @@ def test_the_first_update_is_on_policy(data: Path, tiny_model_folder: Path, meth
     """No, one and three images, answers of several lengths, temperature 0.7, dropout in the configuration: ratios are
     1, nothing is clipped, and the policy is its reference; the sampler's probabilities are the trainer's."""
     samples = 1 if method == "gae" else 3
-    recipe = make_recipe(data, tiny_model_folder, advantage=method, samples=samples, epochs=2, train={"accumulate": 2})
-    task, optimizer = prepared(recipe)
+    changes: dict[str, Any] = {"advantage": method, "samples": samples, "epochs": 2, "prompts": 6}
+    recipe = make_recipe(data, tiny_model_folder, **changes, train={"accumulate": 2})
+    task, optimizer = prepared(recipe, ends=range(0, 400, 7))
     task.model.train()
     images = set()
     for batch in task.micro_batches(0, 2):
         terms = task.loss(batch)
-        images |= set(torch.bincount(batch.completions.batch.image_rows, minlength=2).tolist())
+        completions = batch.completions.batch
+        images |= set(torch.bincount(completions.image_rows, minlength=len(completions.input_ids)).tolist())
         assert float(terms["ratio"].total) == pytest.approx(terms["ratio"].count, rel=1e-6)
         assert float(terms["clip_ratio"].total) == 0
         assert abs(float(terms["approx_kl"].total)) < 1e-6
@@ -134,10 +144,10 @@ def test_the_first_update_is_on_policy(data: Path, tiny_model_folder: Path, meth
         assert torch.isfinite(terms["policy"].total)
         wanted = {"policy", "value"} if method == "gae" else {"policy"}
         assert set(task.counts(batch)) == wanted
-    assert len(images) > 1
+    assert images == {0, 1, 3}
     assert task.experience is not None
     assert task.experience.mismatch() < 1e-5
-    assert len({len(ids) for ids in task.experience.ids}) >= 1
+    assert len({len(ids) for ids in task.experience.ids}) > 1
     metrics = one_step(task, optimizer, recipe.train, 0)
     more = task.after_step()
     assert math.isfinite(metrics["loss"])
@@ -403,6 +413,201 @@ def test_images_reach_the_policy_and_its_critic(data: Path, tiny_model_folder: P
             torch.testing.assert_close(again, frozen.loss(batch)["policy"].total, atol=1e-5, rtol=1e-5)
 
 
+ENDS = range(0, 400, 7)
+
+
+def step_gradients(task: PolicyTask, config: TrainConfig) -> tuple[dict[str, float], list[Tensor]]:
+    """What a step of the loop gives the optimizer."""
+    found: list[Tensor] = []
+    trained = [p for p in task.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.0)
+    optimizer.param_groups[0]["lr_scale"] = 0.0
+
+    def keep(*_: Any) -> None:
+        found.extend(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in trained)
+
+    optimizer.register_step_pre_hook(keep)
+    return one_step(task, optimizer, dataclasses.replace(config, clip=1e9), 0), found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"advantage": "gae", "samples": 2, "aggregation": "token"},
+        {"advantage": "grpo", "aggregation": "sequence", "beta": 0.3, "kl_in": "loss", "kl": "k3"},
+        {"advantage": "dr_grpo", "aggregation": "constant", "truncated": "mask"},
+    ],
+    ids=lambda changes: changes["aggregation"],
+)
+def test_micro_batches_are_one_batch(data: Path, tiny_model_folder: Path, changes: dict[str, Any]) -> None:
+    """However a rollout is cut, answers of other lengths weigh what they weigh in one batch."""
+    found = []
+    for count in (1, 4):
+        recipe = make_recipe(data, tiny_model_folder, **changes, train={"accumulate": count})
+        task, _ = prepared(recipe, ends=ENDS)
+        with torch.no_grad():  # away from the reference
+            for name, parameter in task.model.named_parameters():
+                if name.endswith("lora_b"):
+                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        found.append(step_gradients(task, recipe.train))
+        assert task.experience is not None
+        assert len(set(map(len, task.experience.ids))) > 2
+    (one, whole), (other, parts) = found
+    for name in ("loss", "policy", "kl", "entropy"):
+        assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    for mine, theirs in zip(parts, whole, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert max(float(g.abs().max()) for g in whole) > 1e-3
+
+
+def test_the_reward_is_that_of_the_last_token_that_was_generated(data: Path, tiny_model_folder: Path) -> None:
+    """Of answers that end with one mark or another one, that are cut off, and where an end mark is what fills rows up.
+    Without discounting nothing, a return is a token's own reward."""
+    changes: dict[str, Any] = {
+        "advantage": "gae",
+        "gamma": 0.0,
+        "beta": 0.0,
+        "whiten": False,
+        "prompts": 2,
+        "samples": 4,
+    }
+    task, _ = prepared(make_recipe(data, tiny_model_folder, **changes))
+    eos, other = task.processor.tokenizer.end_ids[0], 0  # rows are filled up with 0
+    task.processor.tokenizer.end_ids = (eos, other)
+    answers = [(40, 41, eos), (42, other), (43, 44, 45, 46, 47, 48, 49), (eos,)]
+    finished = [True, True, False, True]
+    drawn = [Sample(ids, (0.0,) * len(ids), ended) for ids, ended in zip(answers, finished, strict=True)]
+    task.actor.sampler = lambda documents, k, seeds, images: [drawn] * len(documents)  # type: ignore[assignment, misc]
+    task.recipe = task.actor.recipe = dataclasses.replace(task.recipe, max_mismatch=1e9)
+    (batch,) = task.micro_batches(0, 1)
+    experience = task.experience
+    assert experience is not None
+    assert experience.returns is not None
+    assert experience.values is not None
+    for n, ids in enumerate(answers * 2):
+        wanted = [0.0] * (len(ids) - 1) + [float(experience.rewards[n])] + [0.0] * (7 - len(ids))
+        assert experience.rewards[n] == -len(experience.answers[n]) / 10
+        assert experience.returns[n].tolist() == pytest.approx(wanted, abs=1e-6)
+        labels, mask = token_values(batch.completions, batch.completions.batch.labels.double())
+        assert tuple(labels[n][mask[n]].long().tolist()) == ids
+    assert experience.rewards[2] < 0
+
+
+def test_answers_that_do_not_fit_side_by_side(data: Path, tiny_model_folder: Path) -> None:
+    """Each is then a row of its own, with all images of its prompt; its log-probabilities are those of it alone."""
+    changes: dict[str, Any] = {"advantage": "rloo", "samples": 6, "max_new_tokens": 40, "prompts": 3}
+    task, _ = prepared(make_recipe(data, tiny_model_folder, **changes))
+    (batch,) = task.micro_batches(0, 1)
+    experience = task.experience
+    assert experience is not None
+    assert len(batch.completions.batch.input_ids) == 18
+    assert {len(prompt.images) for prompt in experience.prompts} == {0, 1, 3}
+    assert batch.images is not None
+    for n in range(0, 18, 2):
+        prompt = experience.prompts[n // 6]
+        alone = completion_batch(
+            task.processor, [sampled_document(task.processor, prompt.comparison, experience.ids[n : n + 1])]
+        )
+        with torch.no_grad():
+            own, mask = token_values(alone, token_logprobs(task.model.policy, alone.batch, temperature=0.7))
+        torch.testing.assert_close(experience.old[n][: mask.shape[1]], own[0], rtol=1e-4, atol=1e-4)
+
+
+def test_images_that_are_told_in_words_change_with_the_words(data: Path, tiny_model_folder: Path) -> None:
+    """Concepts are embedded by the decoder: where that is trained, what was seen before a step is of other weights."""
+    changes: dict[str, Any] = {"advantage": "rloo", "lora": None, "decoder": "full"}
+    task, _ = prepared(make_recipe(data, tiny_model_folder, **changes))
+    assert not task.actor._images_are_trained
+    task.model.policy.concepts = torch.nn.Identity()  # type: ignore[assignment]
+    assert task.actor._images_are_trained
+    task.model.policy.decoder.requires_grad_(False)
+    assert not task.actor._images_are_trained
+
+
+def test_a_run_that_is_killed_samples_the_same_again(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    """SIGKILL between a rollout and the first update on it, with the rollout in no checkpoint, and between two updates
+    on it, with the rollout in the last one."""
+    recipe = make_recipe(
+        data, tiny_model_folder, advantage="rloo", epochs=2, prompts=2, train={"steps": 4, "save_every": 1}
+    )
+
+    def run(out: Path, kill_at: int | None = None) -> list[tuple[int, list[tuple[int, ...]]]]:
+        """Of each step, its number and what was sampled."""
+        task, seen = PolicyTask(recipe), []
+        plain = task.loss
+
+        def loss(batch: PolicyBatch) -> dict[str, Term]:
+            assert task.experience is not None
+            seen.append((task._step, task.experience.ids))
+            if task._step == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(batch)
+
+        task.loss = loss  # type: ignore[method-assign]
+        train(task, recipe.train, out, resume=True, progress=False)
+        return seen
+
+    whole = run(tmp_path / "whole")
+    for kill_at in (2, 3):
+        out = tmp_path / f"killed {kill_at}"
+        process = multiprocessing.get_context("fork").Process(target=run, args=(out, kill_at))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert run(out) == whole[kill_at:]
+        assert losses(out) == losses(tmp_path / "whole")
+
+
+def test_ranks_go_on_with_their_own_rollouts(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Each with what it had sampled, of the checkpoint that rank 0 wrote."""
+    recipe = make_recipe(data, tiny_model_folder, advantage="rloo", epochs=2, prompts=2)
+
+    def run(rank: int) -> list[Any]:
+        with process_group(torch.device("cpu")):
+            task, optimizer = prepared(recipe)
+            one_step(task, optimizer, recipe.train, 0)
+            if rank == 0:
+                save_file({n: t.contiguous() for n, t in task.state_tensors().items()}, tmp_path / "state.safetensors")
+            dist.barrier()
+            again, _ = prepared(recipe)
+            again.load_state_tensors(load_file(tmp_path / "state.safetensors"))
+            found = []
+            for each in (task, again):
+                (batch,) = each.micro_batches(1, 1)
+                assert each.experience is not None
+                found.append([each.experience.ids, batch.advantages.tolist(), batch.old.tolist()])
+            assert again.state_tensors().keys() >= {"rollout.ids", "rollout1.ids"} or rank
+            return found
+
+    both = on_ranks(run)
+    assert not isinstance(both[0], str), both
+    for before, after in both:
+        assert before == after
+    assert both[0][0] != both[1][0]
+    alone, _ = prepared(recipe)
+    with pytest.raises(CheckpointError, match="that of 2 ranks, and these are 1"):
+        alone.load_state_tensors(load_file(tmp_path / "state.safetensors"))
+
+
+def test_pretraining_holds_the_language(data: Path, tiny_model_folder: Path) -> None:
+    """The held-out loss of the next tokens rises less with the pretraining term than without it, for a like reward."""
+    texts = (SourceConfig(path="texts.txt"),)
+    changes: dict[str, Any] = {"decoder": "full", "lora": None, "temperature": 1.0, "train": {"lr": 0.01}}
+    changes |= {"advantage": "gae", "samples": 2, "beta": 0.0, "reward": f"{data}/rewards.py:letters"}
+    changes |= {"row_length": 64, "pretraining_rows": 2, "pretraining": texts}
+    rises = []
+    for weight in (0.0, 1.0):
+        task, optimizer = prepared(make_recipe(data, tiny_model_folder, **changes, pretraining_weight=weight))
+        assert task.pretraining is not None
+        with torch.no_grad():
+            before = task.pretraining.validate()["loss"]
+        for step in range(6):
+            one_step(task, optimizer, task.recipe.train, step)
+        with torch.no_grad():
+            rises.append(task.pretraining.validate()["loss"] - before)
+    assert rises[0] > rises[1] + 0.1
+
+
 def test_prompts_that_cannot_be_read_are_counted(data: Path, tiny_model_folder: Path, tmp_path: Path) -> None:
     """A broken image, and a prompt that leaves no room for an answer: others take their places."""
     rows = [json.loads(line) for line in (data / "prompts.jsonl").read_text().splitlines()]
@@ -433,6 +638,7 @@ def test_what_does_not_fit_is_refused(data: Path, tiny_model_folder: Path, tmp_p
         ({"ratio": "sequence"}, "goes with aggregation=sequence"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"beta": -1.0}, "beta must be at least 0"),
+        ({"kl_in": "loss"}, "kl=k1 has no gradient in the loss"),
     ]
     for changes, message in wrong:
         with pytest.raises(ConfigError, match=message):

@@ -198,6 +198,13 @@ def test_rewards_add_up() -> None:
     assert scored.each["second"][:2].tolist() == [1.0, 2.0]
     assert rewards.errors.counts == {"answer that no reward applies to": 1}
     assert rewards.errors.examples["answer that no reward applies to"] == ["d"]
+    # One that is only logged gives no answer a reward
+    gauge = rewards_of(first, second, weights=[1.0, 0.0])([chat(key) for key in "abcd"], ["x"] * 4)
+    assert gauge.total[[0, 2]].tolist() == [1.0, 3.0]
+    assert gauge.total.isnan().tolist() == [False, True, False, True]
+    assert gauge.each["second"][:2].tolist() == [1.0, 2.0]
+    with pytest.raises(ConfigError, match="every reward has weight 0"):
+        Rewards([RewardConfig(source="exact_match", weight=0)])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import torch
 from conftest import make_picture, make_tiny
 from torch import Tensor, nn
 
-from mm_gpt.alignment.rollouts import Sample, Sampler, draw, vision_ids
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, ContextOverflowError, ImageError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
@@ -23,6 +22,7 @@ from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.loss import label_logprobs
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Processor, collate
+from mm_gpt.training.rollouts import Sample, Sampler, draw, vision_ids
 
 EXACT: dict[str, Any] = {"rtol": 0, "atol": 1e-5}
 """Log-probabilities in float32, in which sums of other order differ by 1e-6."""

@@ -175,3 +175,14 @@ def test_mistakes_are_one_line(
     assert found == code
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_help_says_the_defaults_of_the_fit() -> None:
+    """They are written out: to read them from the class would import torch for `--help`."""
+    from mm_gpt.alignment.rule_fitting import FitConfig
+    from mm_gpt.commands.rules import FIT_OPTIONS
+
+    assert set(FIT_OPTIONS) == set(vars(FitConfig()))
+    for name, (kind, about) in FIT_OPTIONS.items():
+        assert about.endswith(f"(default: {getattr(FitConfig(), name):g})"), name
+        assert isinstance(getattr(FitConfig(), name), kind)

@@ -712,7 +712,8 @@ def test_a_reward_is_the_weighted_sum_of_the_features() -> None:
     answers = ["refuses", "refuses", "harm rude", "refuses", "refuses", "unclear", "refuses", "refuses"]
     # refuse: harm 0, refuses 1, rude 2, ideal 3, poor 4, no refusal 5, harmful 6; comply lacks rude
     assert reward(prompts, answers) == [1 + 3, 1 + 3, 2 + 6, None, None, None, 1 + 3, None]
-    assert dict(reward.errors.counts) == {"rules: no weights for response_type 'what'": 1}
+    counts = {"rules: no weights for response_type 'what'": 1, "grader function gives None": 1}
+    assert dict(reward.errors.counts) == counts
     assert len(questions) == 3 + 2 + 3 + 3  # equal answers to one prompt are graded once
 
 
@@ -743,7 +744,7 @@ def test_weights_that_were_fitted_alone_are_warned_about_beside_a_model(
     (tmp_path / "judge.py").write_text("def judge(question):\n    return True\n")
     grader = GraderConfig(source=f"{tmp_path}/judge.py:judge")
     save_rule_reward(SMALL, fitted_small(grader=grader), tmp_path / "out")
-    Rewards([RewardConfig(source=str(tmp_path / "out"))])
+    Rewards([RewardConfig(source=str(tmp_path / "out")), RewardConfig(source="exact_match", weight=0)])  # a gauge
     assert not caplog.records
     rewards = Rewards([RewardConfig(source="think_format"), RewardConfig(source=str(tmp_path / "out"), weight=0.5)])
     assert "out: its weights hold for another scale: they were fitted alone and are used beside think_f" in caplog.text

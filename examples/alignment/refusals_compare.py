@@ -44,7 +44,7 @@ from mm_gpt.alignment.grading import Grade, Grader, Question
 from mm_gpt.alignment.policy import PolicyRecipe
 from mm_gpt.alignment.reward_training import RewardRecipe
 from mm_gpt.alignment.rewards import RewardConfig, Rewards
-from mm_gpt.alignment.rollouts import Sampler
+from mm_gpt.training.rollouts import Sampler
 from mm_gpt.alignment.rule_fitting import FitConfig, fit_rules, read_gold
 from mm_gpt.alignment.rule_reward import FittedRules, checksum, save_rule_reward
 from mm_gpt.datasets.comparisons import Comparisons

@@ -48,7 +48,7 @@ from mm_gpt.alignment.preference import PreferenceRecipe
 from mm_gpt.alignment.reward_model import RewardModel, load_reward_model
 from mm_gpt.alignment.reward_training import RewardRecipe
 from mm_gpt.alignment.rewards import RewardConfig
-from mm_gpt.alignment.rollouts import Sampler
+from mm_gpt.training.rollouts import Sampler
 from mm_gpt.datasets.comparisons import Comparison
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.document import Document, Image, Text

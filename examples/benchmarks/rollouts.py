@@ -26,7 +26,7 @@ import torch
 from smolvlm import TEMPLATE, VOCABULARY, photos, processor_features, with_marks
 
 import mm_gpt
-from mm_gpt.alignment.rollouts import Sample, Sampler
+from mm_gpt.training.rollouts import Sample, Sampler
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.hub.checkpoint import load_decoder, load_model, save_model
 from mm_gpt.hub.export.export_model import export_model

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm_gpt.alignment.losses import distillation_loss
-from mm_gpt.alignment.rollouts import Sampler, sampling
 from mm_gpt.config import check_numbers
 from mm_gpt.datasets.loading.loader import Loaded
 from mm_gpt.datasets.loading.packing import pack
@@ -42,6 +41,7 @@ from mm_gpt.processor import IGNORE_INDEX, Batch, Example, Processor, collate
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.language import LanguageRecipe, LanguageTask, count_targets
 from mm_gpt.training.loop import use_bf16
+from mm_gpt.training.rollouts import Sampler, sampling
 from mm_gpt.training.stage import ParameterGroup, Term
 
 logger = logging.getLogger(__name__)

@@ -30,7 +30,6 @@ from mm_gpt.alignment.policy_recipe import PolicyRecipe
 from mm_gpt.alignment.reference import Reference
 from mm_gpt.alignment.reward_model import RewardModel
 from mm_gpt.alignment.rewards import Rewards
-from mm_gpt.alignment.rollouts import Sampler, sampling
 from mm_gpt.datasets.comparisons import Comparison, Comparisons
 from mm_gpt.datasets.samples import BadRecordError, ErrorCounter
 from mm_gpt.document import Document
@@ -39,11 +38,10 @@ from mm_gpt.model.mmgpt import MMGPT, ImageFeatures
 from mm_gpt.processor import Batch, Processor, collate, stack_pixels
 from mm_gpt.training.distributed import sum_over_ranks
 from mm_gpt.training.epochs import epoch_order
+from mm_gpt.training.rollouts import Sampler, sampling
 
 logger = logging.getLogger(__name__)
 
-STATE = "rollout."
-"""Before the names of a rollout's tensors in a checkpoint."""
 VALIDATION_SEED = 2**40
 """Where the seeds of validation begin: far from those of training."""
 GROUP = 8
@@ -150,16 +148,16 @@ class Experience:
     # ---- in a checkpoint ----
 
     def tensors(self) -> dict[str, Tensor]:
+        """What `Actor.restore` takes."""
         longest = self.mask.shape[1]
         ids = torch.tensor([[*own, *[0] * (longest - len(own))] for own in self.ids])
-        found = {
+        return {
             "iteration": torch.tensor(self.iteration),
             "numbers": torch.tensor([prompt.number for prompt in self.prompts]),
             "ids": ids,
             **{f.name: v for f in dataclasses.fields(self) if isinstance(v := getattr(self, f.name), Tensor)},
             **{f"each.{name}": values for name, values in self.each.items()},
         }
-        return {STATE + name: value for name, value in found.items()}
 
     # ---- what is said of it ----
 
@@ -467,6 +465,8 @@ class Actor:
         parts = [policy.vision, policy.connector, policy.concepts]
         trained = [p for part in parts if part is not None for p in part.parameters()]
         trained += [mark for mark in (policy.image_newline,) if mark is not None]
+        if policy.concepts is not None:  # they are told in the decoder's own words
+            trained += list(policy.decoder.embedding.parameters())
         return any(p.requires_grad for p in trained)
 
     @contextmanager
@@ -478,7 +478,7 @@ class Actor:
 
     def restore(self, comparisons: Comparisons, tensors: Mapping[str, Tensor]) -> Experience:
         """A rollout out of a checkpoint; its prompts are read again. Raises CheckpointError when they cannot be."""
-        own = {name.removeprefix(STATE): t for name, t in tensors.items() if name.startswith(STATE)}
+        own = tensors
         try:
             read = [self._prompt(comparisons, number) for number in own["numbers"].tolist()]
             with self._quiet():
@@ -507,5 +507,5 @@ class Actor:
                 values=own.get("values"),
                 returns=own.get("returns"),
             )
-        except (KeyError, BadRecordError, MMGPTError, ZeroDivisionError) as error:
+        except (KeyError, IndexError, BadRecordError, MMGPTError, ZeroDivisionError) as error:
             raise CheckpointError(f"the rollout in the checkpoint cannot be taken up again ({error})") from None

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from mm_gpt.alignment import losses
@@ -26,12 +28,12 @@ from mm_gpt.alignment.reward_model import RewardModel, is_reward_model, load_rew
 from mm_gpt.alignment.rewards import Rewards
 from mm_gpt.datasets.comparisons import Comparisons
 from mm_gpt.datasets.samples import ErrorCounter
-from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.errors import CheckpointError, ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import save_model
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Processor
 from mm_gpt.training.averaging import WeightAverage
-from mm_gpt.training.distributed import ranks
+from mm_gpt.training.distributed import gather_over_ranks, ranks
 from mm_gpt.training.epochs import epoch_order
 from mm_gpt.training.language import LanguageRecipe, LanguageTask, build_model, count_targets, prepare_language
 from mm_gpt.training.loop import use_bf16
@@ -86,6 +88,7 @@ class PolicyTask:
         self._critic_frozen: dict[str, Tensor] = {}
         self.average: WeightAverage | None = None
         self.experience: Experience | None = None
+        self._rollouts: list[dict[str, Tensor]] = []
         self._step = -1
         if self.errors.total:
             logger.warning(self.errors.summary())
@@ -169,7 +172,18 @@ class PolicyTask:
         first = (iteration * world + rank) * size
         experience = self.actor.sample(self.prompts, range(first, first + size), iteration, self.errors)
         self.actor.judge(experience, self.rewards)
+        self._keep(experience)
         return experience
+
+    def _keep(self, experience: Experience) -> None:
+        """The rollouts of all ranks, for the checkpoints that rank 0 writes before they are learned to their end."""
+        if self.updates == 1:
+            return
+        own = experience.tensors()
+        self._rollouts = [own]
+        if ranks()[1] > 1:
+            written = save_tensors({name: tensor.contiguous() for name, tensor in own.items()})
+            self._rollouts = [load_tensors(each) for each in gather_over_ranks(written, self.model.device)]
 
     def data_state(self, step: int) -> dict[str, Any]:
         state: dict[str, Any] = {"prompts": self.prompts.digest}
@@ -184,17 +198,26 @@ class PolicyTask:
             self.pretraining.load_data_state(state["pretraining"])
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The average of weights, and a rollout that is not learned to its end."""
+        """The average of weights, and the rollouts of all ranks where they are not learned to their end."""
         tensors = {} if self.average is None else self.average.state_tensors()
         if self.experience is not None and (self._step + 1) % self.updates:
-            tensors |= self.experience.tensors()
+            for rank, rollout in enumerate(self._rollouts):
+                tensors |= {_rollout_of(rank) + name: tensor for name, tensor in rollout.items()}
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         if self.average is not None:
             self.average.load_state_tensors(tensors)
-        if any(name.startswith("rollout.") for name in tensors):
-            self.experience = self.actor.restore(self.prompts, tensors)
+        rollouts = [of_rank for rank in range(len(tensors)) if (of_rank := _under(_rollout_of(rank), tensors))]
+        if not rollouts:
+            return
+        rank, world = ranks()
+        if len(rollouts) != world:
+            raise CheckpointError(
+                f"the rollout in the checkpoint is that of {len(rollouts)} ranks, and these are {world}: go on with as "
+                "many, or from a checkpoint between two rollouts"
+            )
+        self.experience, self._rollouts = self.actor.restore(self.prompts, rollouts[rank]), rollouts
 
     # ---- what is learned ----
 
@@ -298,6 +321,15 @@ class PolicyTask:
         if self.model.critic is not None:
             (folder / "critic").mkdir()
             save_reward_model(self.model.critic, self.processor, folder / "critic", frozen=self._critic_frozen)
+
+
+def _rollout_of(rank: int) -> str:
+    """Before the names of a rank's rollout in a checkpoint."""
+    return f"rollout{rank or ''}."
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _check_reads(theirs: Processor, critic: MMGPT, ours: Processor, policy: MMGPT, folder: str) -> None:

@@ -128,6 +128,8 @@ class PolicyRecipe:
             raise ConfigError(f"prompts must be a multiple of minibatches x train.accumulate ({parts}): {self.prompts}")
         if self.ratio != "token" and self.aggregation != "sequence":
             raise ConfigError("a sequence's ratio goes with aggregation=sequence")
+        if self.kl_in == "loss" and self.kl == "k1" and self.beta:
+            raise ConfigError("kl=k1 has no gradient in the loss on average: with kl_in=loss give kl=k2 or kl=k3")
         if self.train.batch_tokens is not None:
             raise ConfigError("train.batch_tokens is for rows of tokens, not for prompts")
 

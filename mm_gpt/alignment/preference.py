@@ -38,7 +38,6 @@ from mm_gpt.alignment.losses import (
 )
 from mm_gpt.alignment.preference_batches import PreferenceBatch, PreferenceReader
 from mm_gpt.alignment.reference import Reference
-from mm_gpt.alignment.rollouts import sampling
 from mm_gpt.config import check_numbers
 from mm_gpt.datasets.comparisons import Comparisons
 from mm_gpt.datasets.loading.sources import SourceConfig
@@ -49,6 +48,7 @@ from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.training.distributed import ranks, sum_over_ranks
 from mm_gpt.training.language import LanguageRecipe, build_model, prepare_language
 from mm_gpt.training.loop import TrainConfig, use_bf16
+from mm_gpt.training.rollouts import sampling
 from mm_gpt.training.stage import LOWEST_LOSS, ParameterGroup, Term
 
 logger = logging.getLogger(__name__)

@@ -72,6 +72,7 @@ class RewardConfig:
     """`file.py:function`, `package.module:function`, the folder of a reward model or of a rule-based reward, or one of
     exact_match, boxed_match, think_format."""
     weight: float = 1.0
+    """0: it is logged, and adds nothing."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "weight")
@@ -91,7 +92,7 @@ class Rewards:
     """Several rewards as one."""
 
     def __init__(self, configs: Sequence[RewardConfig], *, device: torch.device | str = "cpu"):
-        """Raises ConfigError for one that is named twice, and what `load_reward` does."""
+        """Raises ConfigError for one that is named twice and where none has a weight, and what `load_reward` does."""
         if not configs:
             raise ConfigError("give at least one reward")
         if twice := [source for source, n in Counter(config.source for config in configs).items() if n > 1]:
@@ -100,12 +101,14 @@ class Rewards:
         others = [
             str(reward.folder) if isinstance(reward, ModelReward) else config.source
             for config, reward in zip(configs, self.rewards, strict=True)
-            if not isinstance(reward, FittedBeside)
+            if config.weight and not isinstance(reward, FittedBeside)  # a gauge is added to nothing
         ]
         for reward in self.rewards:
             if isinstance(reward, FittedBeside):
                 reward.check_beside(others)
         self.weights = [config.weight for config in configs]
+        if not any(self.weights):
+            raise ConfigError("every reward has weight 0: there is nothing to be learned from")
         names = [reward.name for reward in self.rewards]
         self.names = [c.source if names.count(n) > 1 else n for c, n in zip(configs, names, strict=True)]
         """Those of the rewards; sources, where two rewards have one name."""
@@ -127,7 +130,8 @@ class Rewards:
             values = self._numbers(name, reward(comparisons, answers, ids), comparisons)
             watch.see(values)
             each[name] = torch.tensor([math.nan if value is None else value for value in values])
-        weighted = torch.stack([w * each[name] for w, name in zip(self.weights, self.names, strict=True)])
+        # What has no weight is only logged: it does not make an answer one that has a reward.
+        weighted = torch.stack([w * each[name] for w, name in zip(self.weights, self.names, strict=True) if w])
         total = torch.where(weighted.isnan().all(dim=0), math.nan, weighted.nansum(dim=0))
         for comparison, is_unknown in zip(comparisons, total.isnan().tolist(), strict=True):
             if is_unknown:

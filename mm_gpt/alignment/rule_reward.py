@@ -54,7 +54,15 @@ class RuleReward:
             if set(weights) != set(rules.feature_names(fitted.form, response_type)):
                 raise ConfigError(f"{name}: the weights of {response_type} are not those of the rules; fit them again")
         self.name, self.rules, self.fitted, self.grader = name, rules, fitted, grader
-        self.errors = ErrorCounter()
+
+    @property
+    def errors(self) -> ErrorCounter:
+        """What is not graded, and why: the grader's."""
+        return self.grader.errors
+
+    @errors.setter
+    def errors(self, errors: ErrorCounter) -> None:
+        self.grader.errors = errors
 
     def __call__(
         self,

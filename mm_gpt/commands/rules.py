@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from mm_gpt.datasets.comparisons import Comparison
     from mm_gpt.datasets.samples import ErrorCounter
 
-FIT_OPTIONS = {
-    "margin": "by how much the better answer is to be ahead",
-    "lr": "of AdamW",
-    "iterations": "steps of AdamW",
-    "weight_decay": "of AdamW",
-    "holdout": "share of the prompts to judge the fit by",
-    "seed": "of what is held out",
+FIT_OPTIONS: dict[str, tuple[type, str]] = {
+    "margin": (float, "by how much the better answer is to be ahead (default: 1)"),
+    "lr": (float, "of AdamW (default: 0.01)"),
+    "iterations": (int, "steps of AdamW (default: 1000)"),
+    "weight_decay": (float, "of AdamW (default: 0)"),
+    "holdout": (float, "share of the prompts to judge the fit by (default: 0.05)"),
+    "seed": (int, "of what is held out (default: 0)"),
 }
+"""Fields of FitConfig."""
 
 
 def _add_grader(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -57,8 +58,6 @@ def _absolute(source: str) -> str:
 
 
 def add_fit(parser: argparse.ArgumentParser) -> None:
-    from mm_gpt.alignment.rule_fitting import FitConfig
-
     parser.description = (
         "Fit a rule-based reward to answers of which it is known what they are.\n"
         "GOLD has rows of a prompt and a completion, with the columns response_type (hard_refuse,\n"
@@ -76,12 +75,8 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reward-model", metavar="SOURCE", help="that it is added to (default: none)")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER")
     group = parser.add_argument_group("fit")
-    for name, about in FIT_OPTIONS.items():
-        default = getattr(FitConfig(), name)
-        option = f"--{name.replace('_', '-')}"
-        group.add_argument(
-            option, type=type(default), default=default, metavar="X", help=f"{about} (default: %(default)s)"
-        )
+    for name, (kind, about) in FIT_OPTIONS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=about)
 
 
 def run_fit(args: argparse.Namespace) -> int:
@@ -95,7 +90,8 @@ def run_fit(args: argparse.Namespace) -> int:
     from mm_gpt.datasets.samples import ErrorCounter
     from mm_gpt.model.mmgpt import pick_device
 
-    config = FitConfig(**{name: getattr(args, name) for name in FIT_OPTIONS})
+    given = {name: getattr(args, name) for name in FIT_OPTIONS}
+    config = FitConfig(**{name: value for name, value in given.items() if value is not None})
     rules = load_rules(args.rules or DEFAULT_RULES)
     form = args.form or rules.forms[0]
     if form not in rules.forms:
@@ -270,7 +266,7 @@ COMMANDS = {
     ),
     "rules show": Command(
         "Print the rules of refusals, to be changed.",
-        ("mm-gpt rules show > mine.json", "mm-gpt rules show --check mine.json"),
+        ("mm-gpt rules show", "mm-gpt rules show --check mine.json"),
         add_show,
         run_show,
     ),

@@ -67,17 +67,25 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
 
 def union_over_ranks(names: Iterable[str], device: torch.device) -> list[str]:
     """The names that any rank has, in order: a rank without a micro-batch knows none of its own."""
+    if ranks()[1] == 1:
+        return sorted(names)
+    texts = [found.decode() for found in gather_over_ranks("\n".join(sorted(names)).encode(), device)]
+    return sorted({name for text in texts for name in text.splitlines()})
+
+
+def gather_over_ranks(data: bytes, device: torch.device) -> list[bytes]:
+    """What each rank has to say, in the order of the ranks."""
     world = ranks()[1]
     if world == 1:
-        return sorted(names)
-    mine = torch.tensor(list("\n".join(sorted(names)).encode()), dtype=torch.uint8, device=device)
+        return [data]
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+    mine = mine.to(device)
     lengths = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world)]
     dist.all_gather(lengths, torch.tensor([len(mine)], device=device))
     longest = max(int(length) for length in lengths)
     everybody = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(world)]
     dist.all_gather(everybody, torch.nn.functional.pad(mine, (0, longest - len(mine))))
-    texts = [bytes(e[: int(n)].tolist()).decode() for e, n in zip(everybody, lengths, strict=True)]
-    return sorted({name for text in texts for name in text.splitlines()})
+    return [e[: int(n)].cpu().numpy().tobytes() for e, n in zip(everybody, lengths, strict=True)]
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm_gpt.alignment.rollouts import Sampler
 from mm_gpt.config import check_numbers
 from mm_gpt.datasets.loading.draws import RecordSampling, draw_documents
 from mm_gpt.datasets.loading.index import RECORD, Table
@@ -48,6 +47,7 @@ from mm_gpt.training.distributed import ranks
 from mm_gpt.training.epochs import epoch_order
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import TrainConfig
+from mm_gpt.training.rollouts import Sampler
 from mm_gpt.training.stage import Term
 
 logger = logging.getLogger(__name__)
