@@ -168,9 +168,11 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(module: str, folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    monkeypatch.setattr(sys, "argv", [module, str(folder), "--quick", "--seeds", "1", "-o", str(out)])
+    plot = out.with_suffix(".png")
+    own = ["--quick", "--seeds", "1", "-o", str(out), "--plot", str(plot)]
+    monkeypatch.setattr(sys, "argv", [module, str(folder), *own])
     __import__(module).main()
-    assert out.with_suffix(".png").stat().st_size > 10_000
+    assert plot.stat().st_size > 10_000
     return json.loads(out.read_text())
 
 

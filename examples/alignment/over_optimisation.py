@@ -105,7 +105,7 @@ def main() -> None:
         **summary(folder, judge, ends, args.seeds),
     }
     write_result(args.output, result)
-    draw(result, args.output.with_suffix(".png"))
+    draw(result, args.plot)
     print("\n".join(result["found"]))
 
 

@@ -257,7 +257,7 @@ def main() -> None:
     write_result(
         args.output, {"sizes": dataclasses.asdict(sizes), "seeds": args.seeds, "ways": ways, "fits": fits, "said": said}
     )
-    draw(ways, args.output.with_suffix(".png"))
+    draw(ways, args.plot)
     print("\n".join(said))
 
 

@@ -535,7 +535,9 @@ def options(about: str | None, output: str) -> argparse.ArgumentParser:
     parser.add_argument("world", type=Path, help="folder of the world: made where it is not there, and gone on with")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: whether it runs")
-    parser.add_argument("-o", "--output", type=Path, default=Path(output), help="JSON; the plot stands beside it")
+    parser.add_argument("-o", "--output", type=Path, default=Path(output), help="JSON")
+    plot = Path("docs") / Path(output).with_suffix(".png").name
+    parser.add_argument("--plot", type=Path, default=plot, help="PNG")
     return parser
 
 
