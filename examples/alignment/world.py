@@ -48,7 +48,6 @@ from mm_gpt.alignment.preference import PreferenceRecipe
 from mm_gpt.alignment.reward_model import RewardModel, load_reward_model
 from mm_gpt.alignment.reward_training import RewardRecipe
 from mm_gpt.alignment.rewards import RewardConfig
-from mm_gpt.training.rollouts import Sampler
 from mm_gpt.datasets.comparisons import Comparison
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.document import Document, Image, Text
@@ -61,6 +60,7 @@ from mm_gpt.templates.prompts import CAPTION_PROMPT
 from mm_gpt.training.language import LanguageRecipe
 from mm_gpt.training.loop import TrainConfig
 from mm_gpt.training.recipes import run_recipe
+from mm_gpt.training.rollouts import Sampler
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.encoder import VisionConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
