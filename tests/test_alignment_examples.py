@@ -168,9 +168,11 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(module: str, folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    monkeypatch.setattr(sys, "argv", [module, str(folder), "--quick", "--seeds", "1", "-o", str(out)])
+    plot = out.with_suffix(".png")
+    own = ["--quick", "--seeds", "1", "-o", str(out), "--plot", str(plot)]
+    monkeypatch.setattr(sys, "argv", [module, str(folder), *own])
     __import__(module).main()
-    assert out.with_suffix(".png").stat().st_size > 10_000
+    assert plot.stat().st_size > 10_000
     return json.loads(out.read_text())
 
 
@@ -183,6 +185,7 @@ def test_a_finished_part_is_not_made_again(small_world: Path) -> None:
     assert before != {path: path.stat().st_mtime_ns for path in small_world.rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_comparison_of_methods(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("compare", small_world, tmp_path / "compare.json", monkeypatch)
     ways = result["ways"]
@@ -192,6 +195,7 @@ def test_comparison_of_methods(small_world: Path, tmp_path: Path, monkeypatch: p
     assert ways["best_of_4"]["proxy"]["mean"] >= ways["best_of_1"]["proxy"]["mean"]
 
 
+@pytest.mark.slow
 def test_over_optimisation(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("over_optimisation", small_world, tmp_path / "over.json", monkeypatch)
     assert set(result["paths"]) == {"0.0", "0.02", "0.1", "0.5"}
@@ -199,6 +203,7 @@ def test_over_optimisation(small_world: Path, tmp_path: Path, monkeypatch: pytes
     assert result["best_of_n"][0]["kl"] == 0
 
 
+@pytest.mark.slow
 def test_calibration_before_and_after(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("calibration", small_world, tmp_path / "calibration.json", monkeypatch)
     assert set(result["ways"]) == {"base", "sft", "ppo", "ppo, beta 0"}

@@ -120,7 +120,19 @@ def test_the_comparison_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest
 
     out = tmp_path / "rules.json"
     monkeypatch.setattr(
-        sys, "argv", ["refusals_compare", str(tmp_path / "world"), "--quick", "--seeds", "1", "-o", str(out)]
+        sys,
+        "argv",
+        [
+            "refusals_compare",
+            str(tmp_path / "world"),
+            "--quick",
+            "--seeds",
+            "1",
+            "-o",
+            str(out),
+            "--plot",
+            str(out.with_suffix(".png")),
+        ],
     )
     refusals_compare.main()
     result = json.loads(out.read_text())

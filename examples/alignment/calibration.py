@@ -107,7 +107,7 @@ def main() -> None:
         "found": said,
     }
     write_result(args.output, result)
-    draw(ways, args.output.with_suffix(".png"))
+    draw(ways, args.plot)
     print("\n".join(said))
 
 

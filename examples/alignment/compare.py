@@ -92,6 +92,11 @@ def summary(found: dict[str, list[dict[str, Any]]], best: dict[str, Any]) -> dic
         }
         own["samples"] = by_seed[0]["samples"][:3]
         ways[name] = own
+    # What the pretraining term saves, and what it costs.
+    ways["ppo_ptx"]["beside ppo"] = {
+        key: interval([np.subtract(v[key], p[key]) for v, p in zip(found["ppo_ptx"], found["ppo"], strict=True)])
+        for key in ("truth", *COSTS)
+    }
     for n, values in best["best_of"].items():
         truth = {key: interval(values[key]) for key in ("truth", "proxy")}
         ways[f"best_of_{n}"] = truth | {"kl_bound": round(values["kl"], 4)}
@@ -103,7 +108,12 @@ def sentences(ways: dict[str, Any]) -> list[str]:
     for name in ("dpo", "grpo", "ppo", "ppo_ptx", "grpo_truth", "grpo_shuffled"):
         change = ways[name]["change"]
         said.append(verdict(change["truth"], f"{name}: true reward beside sft"))
-        said.append(verdict(change["language loss"], f"{name}: loss on held-out text beside sft"))
+        for key in COSTS:
+            said.append(verdict(change[key], f"{name}: {key} beside sft"))
+    for key, effect in ways["ppo_ptx"]["beside ppo"].items():
+        said.append(verdict(effect, f"ppo_ptx: {key} beside ppo"))
+    for name in ("sft", "grpo"):
+        said.append(f"{name} without the picture: {ways[name]['truth without the image']['mean']:.3f}")
     return said
 
 
@@ -162,7 +172,7 @@ def main() -> None:
         "found": said,
     }
     write_result(args.output, result)
-    draw(ways, args.output.with_suffix(".png"))
+    draw(ways, args.plot)
     print("\n".join(said))
 
 

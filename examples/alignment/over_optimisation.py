@@ -30,7 +30,7 @@ from world import (
 )
 
 BETAS = (0.0, 0.02, 0.1, 0.5)
-STEPS, STOPS = 100, 5
+STEPS, STOPS = 200, 8
 """Steps of a run, and how often it is looked at on the way."""
 TRUE = "rewards/true_reward/mean"
 
@@ -105,7 +105,7 @@ def main() -> None:
         **summary(folder, judge, ends, args.seeds),
     }
     write_result(args.output, result)
-    draw(result, args.output.with_suffix(".png"))
+    draw(result, args.plot)
     print("\n".join(result["found"]))
 
 

@@ -44,7 +44,6 @@ from mm_gpt.alignment.grading import Grade, Grader, Question
 from mm_gpt.alignment.policy import PolicyRecipe
 from mm_gpt.alignment.reward_training import RewardRecipe
 from mm_gpt.alignment.rewards import RewardConfig, Rewards
-from mm_gpt.training.rollouts import Sampler
 from mm_gpt.alignment.rule_fitting import FitConfig, fit_rules, read_gold
 from mm_gpt.alignment.rule_reward import FittedRules, checksum, save_rule_reward
 from mm_gpt.datasets.comparisons import Comparisons
@@ -52,6 +51,7 @@ from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.training.classification import ClassificationRecipe
 from mm_gpt.training.language import LanguageRecipe
+from mm_gpt.training.rollouts import Sampler
 
 LONGEST = 24
 """Tokens of an answer: in a vocabulary that was learned from captions a refusal takes many."""
@@ -257,7 +257,7 @@ def main() -> None:
     write_result(
         args.output, {"sizes": dataclasses.asdict(sizes), "seeds": args.seeds, "ways": ways, "fits": fits, "said": said}
     )
-    draw(ways, args.output.with_suffix(".png"))
+    draw(ways, args.plot)
     print("\n".join(said))
 
 

@@ -48,7 +48,6 @@ from mm_gpt.alignment.preference import PreferenceRecipe
 from mm_gpt.alignment.reward_model import RewardModel, load_reward_model
 from mm_gpt.alignment.reward_training import RewardRecipe
 from mm_gpt.alignment.rewards import RewardConfig
-from mm_gpt.training.rollouts import Sampler
 from mm_gpt.datasets.comparisons import Comparison
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.document import Document, Image, Text
@@ -61,6 +60,7 @@ from mm_gpt.templates.prompts import CAPTION_PROMPT
 from mm_gpt.training.language import LanguageRecipe
 from mm_gpt.training.loop import TrainConfig
 from mm_gpt.training.recipes import run_recipe
+from mm_gpt.training.rollouts import Sampler
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.encoder import VisionConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
@@ -83,8 +83,8 @@ class Sizes:
     reward_steps: int = 400
     ranked: int = 4
     """Answers of the model to each prompt that raters rank."""
-    policy_steps: int = 80
-    preference_steps: int = 80
+    policy_steps: int = 120
+    preference_steps: int = 120
     measured: int = 4
     """Answers to each held-out prompt by which a model is measured."""
     best_of: int = 128
@@ -246,7 +246,7 @@ def policy_recipe(folder: Path, sizes: Sizes, method: str, seed: int, **more: An
     source = {"grpo_truth": TRUTH, "grpo_shuffled": SHUFFLED}.get(method, learnt)
     gauges = [RewardConfig(source=TRUTH, weight=0)] if source != TRUTH else []
     own: dict[str, Any] = {"advantage": "gae"} if method.startswith("ppo") else {"advantage": "grpo"}
-    own |= {"beta": 0.05, "pretraining": (), "prompts": 12, "samples": 8, "minibatches": 2, "critic_lr": 2.0}
+    own |= {"beta": 0.2, "pretraining": (), "prompts": 12, "samples": 8, "minibatches": 2, "critic_lr": 2.0}
     every = more.pop("validate_every", None)
     return PolicyRecipe(
         # As InstructGPT does it, the rate stays where it is after warming up.
@@ -265,7 +265,7 @@ def policy_recipe(folder: Path, sizes: Sizes, method: str, seed: int, **more: An
 
 def preference_recipe(folder: Path, sizes: Sizes, seed: int, **more: Any) -> PreferenceRecipe:
     return PreferenceRecipe(
-        train=config(sizes.preference_steps, 1e-4, seed),
+        train=config(sizes.preference_steps, 2e-4, seed),
         start=str(folder / "sft/best"),
         sources=comparisons(folder),
         holdout=0.1,
@@ -535,7 +535,9 @@ def options(about: str | None, output: str) -> argparse.ArgumentParser:
     parser.add_argument("world", type=Path, help="folder of the world: made where it is not there, and gone on with")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: whether it runs")
-    parser.add_argument("-o", "--output", type=Path, default=Path(output), help="JSON; the plot stands beside it")
+    parser.add_argument("-o", "--output", type=Path, default=Path(output), help="JSON")
+    plot = Path("docs") / Path(output).with_suffix(".png").name
+    parser.add_argument("--plot", type=Path, default=plot, help="PNG")
     return parser
 
 
