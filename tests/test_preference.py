@@ -257,17 +257,26 @@ def test_ranked_answers_give_all_their_pairs(data: Path, tiny_model_folder: Path
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in PREFERENCE_KINDS), ("kto",), ("sigmoid", "ipo", "simpo")])
 def test_micro_batches_are_one_batch(data: Path, tiny_model_folder: Path, kinds: tuple[str, ...]) -> None:
     """Answers of unequal lengths, and a term with a denominator of its own beside the pairs."""
-    found = []
+    found, gradients = [], []
     for size, accumulate in ((4, 1), (1, 4)):
         settings = {"accumulate": accumulate, "clip": 1e-9, "lr": 1e-2}
         recipe = tiny_recipe(data, tiny_model_folder, *kinds, train=settings, batch_size=size, sft_weight=0.3)
         task, optimizer = started(recipe)
+        kept: list[torch.Tensor] = []
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.register_step_pre_hook(
+            lambda *_, kept=kept, trained=trained: kept.extend(p.grad.clone() for p in trained if p.grad is not None)
+        )
         for step in range(2):  # away from the reference
+            kept.clear()
             metrics = one_step(task, optimizer, recipe.train, step)
         found.append(metrics)
+        gradients.append([gradient * (metrics["grad_norm"] / 1e-9) for gradient in kept])  # before they were clipped
     for name, value in found[0].items():
         if name not in ("seconds", "targets_per_s", "lr"):
             assert found[1][name] == pytest.approx(value, rel=2e-4, abs=1e-6), name
+    assert len(gradients[0]) > 4
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6 * max(1.0, found[0]["grad_norm"]))
     terms = [found[0][f"loss/{kind}"] for kind in kinds]
     assert found[0]["loss"] == pytest.approx(sum(terms) + 0.3 * found[0]["nll"], rel=1e-5)
 
