@@ -33,19 +33,20 @@ from world import (
     write_result,
 )
 
-GAMMA = 1.0
-"""Of the pretraining term, beside a mean over tokens: InstructGPT's 27.8 is for sums that it does not say."""
+GAMMAS = {"ppo_ptx": 1.0, "ppo_ptx_light": 0.1}
+"""Of the pretraining term, beside means over tokens. Here it is more than a memory: captions of the wild answer the very
+prompt that is aligned, worse than they should."""
 NS = (4, 16, 64)
 SHOWN = ("truth", "proxy", "kl", "unsupported", "flattery", "words", "no sentence", "truth without the image")
 COSTS = ("language loss", "caption loss")
-METHODS = ("dpo", "grpo", "ppo", "ppo_ptx", "grpo_truth", "grpo_shuffled")
+METHODS = ("dpo", "grpo", "ppo", *GAMMAS, "grpo_truth", "grpo_shuffled")
 
 
 def recipe_of(folder: Path, sizes: Sizes, method: str, seed: int) -> Any:
     if method == "dpo":
         return preference_recipe(folder, sizes, seed)
-    if method == "ppo_ptx":
-        extra = {"pretraining": sources(*PRETRAINING), "pretraining_weight": GAMMA, "pretraining_rows": 2}
+    if method in GAMMAS:
+        extra = {"pretraining": sources(*PRETRAINING), "pretraining_weight": GAMMAS[method], "pretraining_rows": 2}
         return policy_recipe(folder, sizes, "ppo", seed, **extra)
     return policy_recipe(folder, sizes, method, seed)
 
@@ -93,10 +94,11 @@ def summary(found: dict[str, list[dict[str, Any]]], best: dict[str, Any]) -> dic
         own["samples"] = by_seed[0]["samples"][:3]
         ways[name] = own
     # What the pretraining term saves, and what it costs.
-    ways["ppo_ptx"]["beside ppo"] = {
-        key: interval([np.subtract(v[key], p[key]) for v, p in zip(found["ppo_ptx"], found["ppo"], strict=True)])
-        for key in ("truth", *COSTS)
-    }
+    for name in GAMMAS:
+        ways[name]["beside ppo"] = {
+            key: interval([np.subtract(v[key], p[key]) for v, p in zip(found[name], found["ppo"], strict=True)])
+            for key in ("truth", *COSTS)
+        }
     for n, values in best["best_of"].items():
         truth = {key: interval(values[key]) for key in ("truth", "proxy")}
         ways[f"best_of_{n}"] = truth | {"kl_bound": round(values["kl"], 4)}
@@ -105,13 +107,14 @@ def summary(found: dict[str, list[dict[str, Any]]], best: dict[str, Any]) -> dic
 
 def sentences(ways: dict[str, Any]) -> list[str]:
     said = []
-    for name in ("dpo", "grpo", "ppo", "ppo_ptx", "grpo_truth", "grpo_shuffled"):
+    for name in METHODS:
         change = ways[name]["change"]
         said.append(verdict(change["truth"], f"{name}: true reward beside sft"))
         for key in COSTS:
             said.append(verdict(change[key], f"{name}: {key} beside sft"))
-    for key, effect in ways["ppo_ptx"]["beside ppo"].items():
-        said.append(verdict(effect, f"ppo_ptx: {key} beside ppo"))
+    for name, gamma in GAMMAS.items():
+        for key, effect in ways[name]["beside ppo"].items():
+            said.append(verdict(effect, f"{name} (gamma {gamma:g}): {key} beside ppo"))
     for name in ("sft", "grpo"):
         said.append(f"{name} without the picture: {ways[name]['truth without the image']['mean']:.3f}")
     return said
@@ -166,7 +169,7 @@ def main() -> None:
         "seeds": args.seeds,
         "prompts": len(judge.prompts),
         "answers to a prompt": sizes.measured,
-        "gamma of ppo_ptx": GAMMA,
+        "gammas": GAMMAS,
         "correlation of proxy and truth over answers of sft": best["correlation"],
         "ways": ways,
         "found": said,
