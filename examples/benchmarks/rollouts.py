@@ -26,7 +26,6 @@ import torch
 from smolvlm import TEMPLATE, VOCABULARY, photos, processor_features, with_marks
 
 import mm_gpt
-from mm_gpt.training.rollouts import Sample, Sampler
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.hub.checkpoint import load_decoder, load_model, save_model
 from mm_gpt.hub.export.export_model import export_model
@@ -36,6 +35,7 @@ from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig, collate
 from mm_gpt.templates.chat_template import ChatTemplate
 from mm_gpt.templates.image_text import ImageTextConfig
+from mm_gpt.training.rollouts import Sample, Sampler
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.encoder import VisionConfig
 from mm_gpt.vision.tiling import TilingConfig
