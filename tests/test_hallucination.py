@@ -1,5 +1,6 @@
 """Hallucination pairs: every branch of the loop by scripts, strict lists, and runs that continue where they stopped."""
 
+import dataclasses
 import io
 import json
 import runpy
@@ -300,6 +301,21 @@ def test_other_settings_do_not_continue_a_run(photos: Path, tmp_path: Path) -> N
         run({"model": "another"})
 
 
+def test_answers_to_another_prompt_of_the_same_name_are_not_taken_up(tmp_path: Path) -> None:
+    def run(prompt: Comparison) -> dict[str, Any]:
+        out, errors = tmp_path / "p.jsonl", ErrorCounter()
+        return make_pairs([prompt], said(Said()), list_objects, None, out, CONFIG, errors=errors, about={})
+
+    assert run(PROMPT) == run(PROMPT)
+    others = [
+        dataclasses.replace(PROMPT, prompt=({"role": "user", "content": ["Say something else."]},)),
+        dataclasses.replace(PROMPT, columns={"known": ["A cat sleeps."]}),
+    ]
+    for other in others:
+        with pytest.raises(MMGPTError, match=r"p\.journal\.jsonl: holds answers to another prompt one"):
+            run(other)
+
+
 def test_prompts_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
     long = Comparison("long", ({"role": "user", "content": ["very " * 300]},), columns=PROMPT.columns)
     untold = Comparison("untold", PROMPT.prompt)
@@ -344,7 +360,7 @@ def test_the_command_counts_what_it_cannot_use(
 ) -> None:
     out = tmp_path / "p.jsonl"
     words = ["pairs", str(photos), "-m", str(tiny_model_folder), "--samples", "2", "--max-new-tokens", "4"]
-    assert main([*words, "--out", str(out), "--json"]) == 0
+    assert main([*words, "--out", str(out), "--json"]) == 3
     report = json.loads(capsys.readouterr().out)
     assert report["prompts"] == 5
     assert sum(report["skipped"].values()) == 2

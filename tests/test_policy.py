@@ -51,6 +51,9 @@ def letters(completions, **columns):
 
 def same(completions, **columns):
     return [1.0] * len(completions)
+
+def nothing(completions, **columns):
+    return [math.nan] * len(completions)
 """
 
 
@@ -266,6 +269,15 @@ def test_rewards_that_say_nothing_and_groups_that_are_equal(data: Path, tiny_mod
     assert task.counts(batch) == {"policy": 0.0}
     assert task.experience is not None
     assert task.experience.metrics(is_first=True)["frac_reward_zero_std"] == 1.0
+
+
+def test_without_any_reward_no_checkpoint_is_judged(data: Path, tiny_model_folder: Path) -> None:
+    silent = f"{data}/rewards.py:nothing"
+    recipe = make_recipe(data, tiny_model_folder, advantage="grpo", reward=[f"{data}/rewards.py:short", silent])
+    assert not any("nothing" in name for name in prepared(recipe)[0].validate()), "NaN is no JSON"
+    task, _ = prepared(dataclasses.replace(recipe, rewards=(RewardConfig(source=silent),)))
+    with pytest.raises(MMGPTError, match=r"no answer to 2 held-out prompts has a reward: .*reward of nothing is nan"):
+        task.validate()
 
 
 def test_a_pretraining_term_beside_ppo(data: Path, tiny_model_folder: Path) -> None:

@@ -775,6 +775,7 @@ def test_command_measures(judge_folder: Path, tmp_path: Path, capsys: pytest.Cap
         (["What?"], 2, "an answer is missing after 'What?'"),
         ([], 2, "to follow the images"),
         (["nowhere.jpg", "What?", "no"], 1, "nowhere.jpg"),
+        (["What?", "nowhere.jpg", "no"], 2, "nowhere.jpg comes after 'What?': images are to stand before the prompt"),
         (["-", "-", "What?", "no"], 2, "standard input can be read once"),
         ([" ", "no"], 2, "the prompt is empty"),
         (["What?", "no", "-o", "report"], 2, "--out is for the report"),

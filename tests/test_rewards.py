@@ -135,6 +135,9 @@ def test_functions_of_files_and_modules(tmp_path: Path, monkeypatch: pytest.Monk
     assert reward([chat(), chat()], ["HO", "ho"]) == [3.0, 0.0]
     with pytest.raises(MMGPTError, match=r"reward breaks: ZeroDivisionError at mine\.py:9: division by zero"):
         load_reward(f"{tmp_path / 'mine.py'}:breaks")([chat()], ["x"])
+    (tmp_path / "script.py").write_text("import sys\n\nsys.exit(3)\n")
+    with pytest.raises(MMGPTError, match=r"script\.py cannot be run \(SystemExit: 3\)"):
+        load_reward(f"{tmp_path / 'script.py'}:shouts")
     with pytest.raises(MMGPTError, match=r"unknown function 'shout'; did you mean 'shouts'"):
         load_reward(source[:-1])
     with pytest.raises(MMGPTError, match=r"none\.py"):
@@ -220,6 +223,8 @@ def test_what_is_no_finite_number_is_counted_and_is_no_reward() -> None:
     assert scored.total.isnan().tolist() == [True, True, True, False]
     assert rewards.errors.counts["reward of <lambda> is nan"] == 1
     assert rewards.errors.examples["reward of <lambda> is -inf"] == ["c"]
+    large = rewards_of(lambda completions: [1e300, 10**400])([chat("a"), chat("b")], ["x"] * 2)
+    assert large.total.isnan().all(), "float32 does not hold them"
 
 
 @pytest.mark.parametrize(
@@ -252,6 +257,17 @@ def test_a_constant_reward_is_said_once_with_its_name(caplog: pytest.LogCaptureF
             rewards([chat()] * 16, ["x"] * 16)
     said = [record.getMessage() for record in caplog.records]
     assert said == [f"reward same: 0.5 for each of the first {CONSTANT_AFTER} answers"]
+
+
+def test_a_reward_that_says_nothing_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    def silent(completions: Any) -> list[None]:
+        return [None] * len(completions)
+
+    rewards = rewards_of(silent)
+    for _ in range(3 * CONSTANT_AFTER // 16):
+        rewards([chat()] * 16, ["x"] * 16)
+    said = [record.getMessage() for record in caplog.records if "skipped" not in record.getMessage()]
+    assert said == [f"reward silent: none for any of the first {CONSTANT_AFTER} answers"]
 
 
 def test_a_mistake_stops_the_run_but_ctrl_c_is_none() -> None:

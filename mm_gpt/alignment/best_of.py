@@ -312,8 +312,13 @@ def _finish(
             elif not known:
                 errors.add("prompt whose answers have no reward", candidates.key)
             else:
+                try:
+                    comparison = comparisons[candidates.place]
+                except (BadRecordError, MMGPTError) as error:  # its image is gone since
+                    errors.add(str(error), candidates.key)
+                    continue
                 totals.append(known)
-                found = choose(comparisons[candidates.place], candidates, keep_above=keep_above)
+                found = choose(comparison, candidates, keep_above=keep_above)
                 if found is not None:
                     yield found
 

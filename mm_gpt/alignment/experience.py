@@ -182,7 +182,7 @@ class Experience:
         return {
             "objective": reward - beta * kl,
             "reward": reward,
-            **{f"rewards/{name}/mean": float(values.nanmean()) for name, values in self.each.items()},
+            **{f"rewards/{name}/mean": float(v.nanmean()) for name, v in self.each.items() if not v.isnan().all()},
             **({"kl": kl} if self.ref is not None else {}),
             "entropy": float(self.entropy[self.mask].mean()),
             "completions/mean_length": float(self.lengths.double().mean()),

@@ -18,7 +18,7 @@ def load_function(source: str) -> Callable[..., Any]:
     place, _, name = source.rpartition(":")
     try:
         module = _module_of(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end itself
         raise MMGPTError(f"{source}: {place} cannot be run ({type(error).__name__}: {error})") from error
     function = getattr(module, name, None)
     if not callable(function):

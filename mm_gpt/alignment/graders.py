@@ -316,7 +316,7 @@ class FunctionGrader:
         for question in questions:
             try:
                 given = self._function(question)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise MMGPTError(f"grader {self.name}: {type(error).__name__}: {error} ({question.where})") from error
             grade = _given(given, question.options)
             if grade is None:

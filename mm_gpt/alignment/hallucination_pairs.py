@@ -4,6 +4,7 @@ Everything that took time is kept line by line, so that an interrupted run conti
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import zlib
@@ -26,7 +27,7 @@ from mm_gpt.alignment.hallucination import (
     rewrite_until_supported,
 )
 from mm_gpt.config import check_numbers
-from mm_gpt.datasets.comparisons import Comparison, write_comparisons
+from mm_gpt.datasets.comparisons import Comparison, topic, write_comparisons
 from mm_gpt.datasets.formats.preferences import comparison_in
 from mm_gpt.datasets.samples import BadRecordError, Conversation, ErrorCounter, Record, sample_name
 from mm_gpt.datasets.sources import read_samples
@@ -118,8 +119,9 @@ def make_pairs(
     A prompt that is too long for a model, or of which the lister knows nothing, is counted in `errors`.
 
     `rewriter` None takes other samples (`SamplesRewriter`). Answers and outcomes are kept in `OUT.journal.jsonl`: the
-    same call continues where it was interrupted. `about`, JSON values, is what else decides them (model, lister, data);
-    a journal of other settings raises MMGPTError, and so do prompts of which none can be used. Gives the report.
+    same call continues where it was interrupted. `about`, JSON values, is what else decides them (model, lister); a
+    journal of other settings or of other prompts raises MMGPTError, and so do prompts of which none can be used. Gives
+    the report.
     """
     journal = Journal(out.with_suffix(".journal.jsonl"), {**dataclasses.asdict(config), **about}, restart=restart)
     rewrite = rewriter or SamplesRewriter(journal.answers)
@@ -133,13 +135,15 @@ def make_pairs(
     def pairs() -> Iterator[Comparison]:
         fitting = (prompt for prompt in prompts if prompt.key in journal.answers or fits(assistant, prompt, errors))
         for batch in batches(fitting, batch_size):
+            for prompt in batch:
+                journal.check(prompt)
             new = [prompt for prompt in batch if prompt.key not in journal.answers]
             for prompt, answers in zip(new, sampled_answers(assistant, new, config), strict=True):
-                journal.add(prompt.key, answers=answers)
+                journal.add(prompt, answers=answers)
             for prompt in batch:
                 try:
                     if prompt.key not in journal.outcomes:
-                        journal.add(prompt.key, outcomes=found(prompt))
+                        journal.add(prompt, outcomes=found(prompt))
                 except (ContextOverflowError, NothingKnownError) as error:
                     errors.add("cannot be listed", f"{prompt.key}: {error}")
                     continue
@@ -188,6 +192,13 @@ def sampled_answers(assistant: "Assistant", prompts: Sequence[Comparison], confi
     return [[a.strip() for a in own if a.finish_reason == "stop" and a.strip()] for own in answers]
 
 
+def _digest(prompt: Comparison) -> str:
+    """Of what is asked and of what is known about it: data of other content may have the same keys."""
+    texts = [part for message in prompt.prompt for part in message["content"] if isinstance(part, str)]
+    about = json.dumps([topic(prompt.prompt), texts, dict(prompt.columns)], sort_keys=True, default=str)
+    return hashlib.sha256(about.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+
+
 class Journal:
     """Answers and outcomes by the key of their prompt, line by line; the first line says what they depend on."""
 
@@ -195,6 +206,8 @@ class Journal:
         """Raises MMGPTError for a file of other settings, or of another kind."""
         self.answers: dict[str, list[str]] = {}
         self.outcomes: dict[str, list[Outcome]] = {}
+        self._prompts: dict[str, str] = {}
+        self._path = path
         head = json.dumps({"settings": json.loads(json.dumps(settings))}, sort_keys=True) + "\n"
         with naming(path):
             lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() and not restart else []
@@ -206,9 +219,20 @@ class Journal:
             write_text(path, "".join(whole or [head]))
             self._file = path.open("a", encoding="utf-8")
 
-    def add(self, key: str, *, answers: Sequence[str] = (), outcomes: Sequence[Outcome] | None = None) -> None:
+    def check(self, prompt: Comparison) -> None:
+        """Raises MMGPTError when what is kept under a prompt's key answers another one."""
+        if prompt.key in self._prompts and self._prompts[prompt.key] != _digest(prompt):
+            raise MMGPTError(
+                f"{self._path}: holds answers to another prompt {prompt.key}: choose another --out, or --restart"
+            )
+
+    def add(
+        self, prompt: Comparison, *, answers: Sequence[str] = (), outcomes: Sequence[Outcome] | None = None
+    ) -> None:
+        key = prompt.key
         row: dict[str, Any] = {"key": key}
         if outcomes is None:
+            self._prompts[key] = row["prompt"] = _digest(prompt)
             self.answers[key] = row["answers"] = list(answers)
         else:
             self.outcomes[key] = list(outcomes)
@@ -227,6 +251,7 @@ class Journal:
                     Outcome(**{**outcome, "unsupported": tuple(outcome["unsupported"])}) for outcome in row["outcomes"]
                 ]
             else:
+                self._prompts[row["key"]] = row["prompt"]
                 self.answers[row["key"]] = list(row["answers"])
         except (ValueError, KeyError, TypeError):
             raise MMGPTError(f"{where}: is no line of answers; repair it, or start over with --restart") from None

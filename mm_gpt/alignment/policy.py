@@ -293,9 +293,13 @@ class PolicyTask:
     def validate(self) -> dict[str, float]:
         """Of sampled answers to held-out prompts, the same draws each time: the mean reward, the KL divergence from the
         start (k1, nats an answer), and `objective`, the reward less beta times it; with pretraining data, its held-out
-        loss in nats per token."""
+        loss in nats per token. Raises MMGPTError when no answer has a reward."""
         with self._averaged():
-            values = dict(self._judged()[1])
+            found, means = self._judged()
+            if found.rewards.isnan().all():  # no checkpoint could be the best one
+                told = self.rewards.errors.summary()
+                raise MMGPTError(f"no answer to {len(found.rewards)} held-out prompts has a reward: {told}")
+            values = dict(means)
             if self.pretraining is not None:
                 values["pretraining"] = self.pretraining.validate()["loss"]
         return {"loss": -values["objective"], **values}

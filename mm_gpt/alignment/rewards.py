@@ -38,7 +38,7 @@ from mm_gpt.errors import ConfigError, MMGPTError, unknown_name
 logger = logging.getLogger(__name__)
 
 CONSTANT_AFTER = 64
-"""Values, all of them equal, after which a reward is said to be constant."""
+"""Values, all of them equal, after which a reward is said to be constant; and answers without one."""
 _OWN_NAMES = ("prompts", "completions", "completion_ids", "images")
 
 
@@ -155,21 +155,31 @@ class Rewards:
             value = value.item()
         if not isinstance(value, Real):  # numpy's numbers are Real, and so are True and False
             raise MMGPTError(f"reward {name}: gives {value!r:.60} for {comparison.key}, not a number or None")
-        if not math.isfinite(float(value)):
-            self.errors.add(f"reward of {name} is {float(value)}", comparison.key)
+        try:
+            number = torch.tensor(float(value)).item()  # float32, which a large number does not fit into
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            self.errors.add(f"reward of {name} is {number}", comparison.key)
             return None
         return float(value)
 
 
 class _Watch:
-    """Says once, with its name, that a reward gives every answer the same: nothing can be learned from it."""
+    """Says once, with its name, that a reward gives every answer the same, or none: nothing can be learned from it."""
 
     def __init__(self, name: str):
-        self.name, self.first, self.number, self.is_over = name, math.nan, 0, False
+        self.name, self.first, self.number, self.without, self.is_over = name, math.nan, 0, 0, False
 
     def see(self, values: Sequence[float | None]) -> None:
         known = [value for value in values if value is not None]
-        if self.is_over or not known:
+        if self.is_over:
+            return
+        if not known:
+            self.without += len(values)
+            if not self.number and self.without >= CONSTANT_AFTER:
+                self.is_over = True
+                logger.warning("reward %s: none for any of the first %d answers", self.name, self.without)
             return
         self.first = known[0] if not self.number else self.first
         self.number += len(known)
@@ -220,7 +230,7 @@ class FunctionReward:
         try:
             values = self.function(**arguments)
             return _finished(values) if inspect.isawaitable(values) else values
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             places = traceback.extract_tb(error.__traceback__)
             place = next(each for each in places if each.filename == self._file or each is places[-1])
             where = f"{Path(place.filename).name}:{place.lineno}"

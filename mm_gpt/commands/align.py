@@ -84,6 +84,8 @@ def _reward_words(words: Sequence[str]) -> tuple[list[str], str, list[str]]:
     if len(texts) < 2:
         what = "the prompt and its answers are" if not texts else f"an answer is missing after {texts[0]!r}: they are"
         raise UsageError(f"{what} to follow the images: mm-gpt reward photo.jpg PROMPT ANSWER")
+    if late := [text for text in texts if Path(text).suffix and is_image(text) and "://" not in text]:
+        raise UsageError(f"{late[0]} comes after {texts[0]!r}: images are to stand before the prompt")
     if images.count(STDIN) > 1:
         raise UsageError("standard input can be read once: give one -")
     if not texts[0].strip():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_gpt.commands.command import (
     EXIT_INTERRUPTED,
+    EXIT_SOME_FAILED,
     Command,
     UsageError,
     add_model,
@@ -28,6 +29,11 @@ LIST_TOKENS = 200
 
 
 def add_pairs(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Make preference pairs against what pictures and texts do not support.\n\n"
+        "Exit codes: 0 done, 1 the run failed, 2 wrong usage, 3 done, but some prompts were skipped,\n"
+        "130 stopped by Ctrl-C."
+    )
     parser.add_argument("data", nargs="+", metavar="DATA", help="captioned photos, or prompts with pictures and texts")
     add_model(parser)
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE.jsonl", help="of the pairs")
@@ -102,7 +108,7 @@ def run_pairs(args: argparse.Namespace) -> int:
     if errors.total:
         print(errors.summary(), file=sys.stderr)
     print(f"written to {args.out}", file=sys.stderr)
-    return 0
+    return EXIT_SOME_FAILED if errors.total else 0
 
 
 def _ask(who: str, assistant: "Assistant", args: argparse.Namespace) -> "Ask":
