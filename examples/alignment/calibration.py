@@ -1,8 +1,9 @@
 """Whether a model still knows how sure it may be, before and after PPO.
 
-Questions with Yes or No about held-out pictures, half of them to be affirmed: how probable the likelier answer is, and
-how often it is right. The expected calibration error has ten fixed bins. GPT-4's rose tenfold with PPO on a benchmark
-of exams (2303.08774); here PPO is about captions, and the questions are only what it may forget.
+Questions about what is where in held-out pictures, with every answer that there is for choices: how probable the
+likeliest one is among them, and how often it is right. The expected calibration error has ten fixed bins. GPT-4's rose
+tenfold with PPO, on a benchmark of exams (2303.08774); here PPO is about captions, and the questions are only what it
+may forget.
 
 python examples/alignment/calibration.py WORLD -o docs/results/alignment_calibration.json
 """
@@ -30,19 +31,16 @@ from world import (
 from mm_gpt.eval.metrics.calibration import calibration_bins, expected_calibration_error
 from mm_gpt.hub.checkpoint import load_model
 
-QUESTIONS = 6
-"""About each held-out picture."""
-
 
 def judged(folder: Path, model_folder: Path, judge: Judge, name: str) -> np.ndarray:
     """(N, 2): see `world.confidence`."""
 
     def make() -> dict[str, Any]:
         model, processor = load_model(str(model_folder))
-        found = confidence(model.eval(), processor, asked(folder, QUESTIONS)[: QUESTIONS * len(judge.prompts)])
+        found = confidence(model.eval(), processor, asked(folder, len(judge.prompts)))
         return {"judged": found.round(6).tolist()}
 
-    return np.array(cached(folder / f"measures/calibration-{name}.json", make)["judged"])
+    return np.array(cached(folder / f"measures/choices-{name}.json", make)["judged"])
 
 
 def summary(tables: list[np.ndarray], start: np.ndarray, *, resamples: int = 1000) -> dict[str, Any]:
@@ -74,8 +72,8 @@ def draw(ways: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="confidence", ylabel="accuracy", xlim=(0.45, 1.02))
-    axes.plot([0.5, 1], [0.5, 1], "k--", lw=1)
+    axes = figure.add_subplot(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02))
+    axes.plot([0, 1], [0, 1], "k--", lw=1)
     for name, values in ways.items():
         points = [(sure, right) for sure, right, _ in values["bins"]]
         axes.plot(*zip(*points, strict=True), "o-", label=f"{name}, ECE {values['ece']['mean']:.3f}")

@@ -34,8 +34,8 @@ from world import (
 )
 
 GAMMAS = {"ppo_ptx": 1.0, "ppo_ptx_light": 0.1}
-"""Of the pretraining term, beside means over tokens. Here it is more than a memory: captions of the wild answer the very
-prompt that is aligned, worse than they should."""
+"""Of the pretraining term, beside means over tokens. Here it is more than a memory: captions of the wild answer the
+very prompt that is aligned, worse than they should."""
 NS = (4, 16, 64)
 SHOWN = ("truth", "proxy", "kl", "unsupported", "flattery", "words", "no sentence", "truth without the image")
 COSTS = ("language loss", "caption loss")

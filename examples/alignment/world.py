@@ -23,13 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 from scenes import (
+    KINDS,
     Scene,
     demonstration,
-    presence_questions,
+    place_questions,
     ranking,
     read_answer,
     read_rows,
     scene_of,
+    sentence,
     web_caption,
     worth,
     write_rows,
@@ -39,6 +41,7 @@ from scenes import (
 from mm_gpt.alignment.completions import (
     completion_batch,
     completion_sums,
+    completions_document,
     prompt_document,
     sampled_document,
     token_logprobs,
@@ -48,10 +51,9 @@ from mm_gpt.alignment.preference import PreferenceRecipe
 from mm_gpt.alignment.reward_model import RewardModel, load_reward_model
 from mm_gpt.alignment.reward_training import RewardRecipe
 from mm_gpt.alignment.rewards import RewardConfig
-from mm_gpt.datasets.comparisons import Comparison
+from mm_gpt.datasets.comparisons import Comparison, Completion
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.document import Document, Image, Text
-from mm_gpt.eval.metrics.calibration import expected_calibration_error
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
@@ -411,39 +413,38 @@ def nats(model: MMGPT, processor: Processor, documents: Sequence[Document]) -> l
     return [round(value, 5) for value in found]
 
 
+CHOICES = ("Nothing.", *(sentence([" ".join(kind)]) for kind in KINDS))
+"""Every answer to a question about a place."""
+
+
 @torch.no_grad()
 def confidence(model: MMGPT, processor: Processor, questions: Sequence[tuple[Path, str, str]]) -> np.ndarray:
-    """(N, 2): how sure a model is of the likelier of Yes and No, from 0.5 to 1, and whether that is right."""
-    yes, no = (processor.tokenizer.encode(word)[0] for word in ("Yes", "No"))
+    """(N, 2): the probability of the likeliest of `CHOICES` among them, and whether that is the right answer."""
+    answers = tuple(Completion(({"role": "assistant", "content": [choice]},)) for choice in CHOICES)
     found = []
-    for first in range(0, len(questions), 64):
-        few = questions[first : first + 64]
-        documents = [processor.chat([{"role": "user", "content": [Image(p), q]}]) for p, q, _ in few]
-        examples = [processor(document) for document in documents]
-        batch = collate([[example] for example in examples], processor.pixels(examples), pad_left=True)
-        logits = model.decoder.logits(model(batch)[:, -1])
-        says_yes = (logits[:, yes] - logits[:, no]).double().sigmoid()
-        for p, (_, _, answer) in zip(says_yes.tolist(), few, strict=True):
-            found.append((max(p, 1 - p), float((p >= 0.5) == answer.startswith("Yes"))))
+    for first in range(0, len(questions), 32):
+        few = questions[first : first + 32]
+        asked = [
+            Comparison(question, ({"role": "user", "content": [Image(picture), question]},), answers)
+            for picture, question, _ in few
+        ]
+        batch = completion_batch(processor, [completions_document(processor, each) for each in asked])
+        sums = completion_sums(token_logprobs(model, batch.batch), batch).double().view(len(few), -1)
+        sure, chosen = sums.softmax(dim=1).max(dim=1)
+        for p, at, (_, _, answer) in zip(sure.tolist(), chosen.tolist(), few, strict=True):
+            found.append((p, float(CHOICES[at] == answer)))
     return np.array(found)
 
 
-def calibration(judged: np.ndarray) -> dict[str, float]:
-    """Of `confidence`'s rows."""
-    return {
-        "ece": round(expected_calibration_error(judged[:, 0], judged[:, 1]), 5),
-        "confidence": round(float(judged[:, 0].mean()), 5),
-        "accuracy": round(float(judged[:, 1].mean()), 5),
-    }
-
-
-def asked(folder: Path, count: int) -> list[tuple[Path, str, str]]:
-    """Questions with Yes or No for an answer about the held-out pictures."""
-    rows, rng = read_rows(folder / "data/held_out_prompts.jsonl"), random.Random("questions")
-    found = []
-    for row in rows:
+def asked(folder: Path, prompts: int) -> list[tuple[Path, str, str]]:
+    """Questions about two places of each held-out picture: one where something is, and any."""
+    found, rng = [], random.Random("questions")
+    for row in read_rows(folder / "data/held_out_prompts.jsonl")[:prompts]:
         scene = scene_of(row["things"], row["seed"])
-        found += [(folder / "data" / row["images"][0], q, a) for q, a in presence_questions(scene, rng, count)]
+        pairs = place_questions(scene)
+        something = rng.choice([pair for pair in pairs if pair[1] != CHOICES[0]])
+        picture = folder / "data" / row["images"][0]
+        found += [(picture, *something), (picture, *rng.choice([pair for pair in pairs if pair != something]))]
     return found
 
 
