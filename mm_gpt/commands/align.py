@@ -127,7 +127,7 @@ def _reward_report(args: argparse.Namespace) -> int:
 def add_best_of(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Sample several answers to each prompt, judge them, keep the best.\n"
-        "FILE gets the prompts with their best answers, as data for `mm-gpt train finetune`, or with\n"
+        "FILE gets the prompts with their best answers, as data for `mm-gpt train sft`, or with\n"
         "--pairs the best and the worst, for `mm-gpt train reward` and `dpo`. All samples and their\n"
         "rewards are in FILE.samples.jsonl: a run that was stopped or killed continues with the same\n"
         "command. Answers that were cut off at --max-new-tokens are never kept.\n\n"
