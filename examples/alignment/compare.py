@@ -70,7 +70,7 @@ def chosen(folder: Path, judge: Judge, sizes: Sizes) -> dict[str, Any]:
 
     def make() -> dict[str, Any]:
         answers = Answers.sample(judge.start, judge.processor, judge.prompts, sizes.best_of, seed=77)
-        truth, proxy = answers.truth(), answers.scored(judge.reward, judge.processor)
+        truth, proxy = answers.truth(), answers.rewarded(judge.reward)
         values: dict[str, Any] = {}
         for n in (1, 2, *NS, sizes.best_of // 2):
             if n <= sizes.best_of:

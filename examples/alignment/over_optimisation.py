@@ -3,7 +3,7 @@
 PPO on the reward model of `world.py`, whose raters like flattering words, at several β, watched along the way: the
 proxy that is optimised, the truth, and the KL divergence from where it began. With a small β the proxy goes on rising
 and the truth falls (2210.10760). Best-of-n is drawn beside it at its KL divergence of log n - (n-1)/n; its truth is
-exact, over all ways to draw n of 128 answers. A last line says what an answer of each end looks like.
+exact, over all ways to draw n of 128 answers.
 
 python examples/alignment/over_optimisation.py WORLD -o docs/results/alignment_over_optimisation.json
 """
@@ -74,7 +74,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             one.plot(values["kl"], values[key], "o-", ms=3, color=f"C{number}", label=f"PPO, beta {beta}")
         best = result["best_of_n"]
         one.plot([b["kl"] for b in best], [b[key]["mean"] for b in best], "k--", lw=1, label="best of n")
-        one.set(xlabel="KL from the start (nats an answer)", ylabel=f"{key} reward, held out")
+        one.set(xlabel="KL from the start (nats an answer)", ylabel=f"{key}, held out")
         one.grid(alpha=0.3)
         one.legend(fontsize=8)
     figure.savefig(path, dpi=110)

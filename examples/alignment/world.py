@@ -48,7 +48,7 @@ from mm_gpt.alignment.completions import (
 )
 from mm_gpt.alignment.policy import PolicyRecipe
 from mm_gpt.alignment.preference import PreferenceRecipe
-from mm_gpt.alignment.reward_model import RewardModel, load_reward_model
+from mm_gpt.alignment.reward_model import ModelReward
 from mm_gpt.alignment.reward_training import RewardRecipe
 from mm_gpt.alignment.rewards import RewardConfig
 from mm_gpt.datasets.comparisons import Comparison, Completion
@@ -330,9 +330,15 @@ class Answers:
         """(P, k)"""
         return np.array([[worth(t, p.scene) for t in own] for p, own in zip(self.prompts, self.texts, strict=True)])
 
+    def rewarded(self, reward: ModelReward) -> np.ndarray:
+        """(P, k): what a reward model gives them as text, the way that training asks it."""
+        repeated = [prompt.comparison for prompt, own in zip(self.prompts, self.texts, strict=True) for _ in own]
+        values = reward(repeated, [text for own in self.texts for text in own])
+        return np.array(values, dtype=float).reshape(len(self.prompts), -1)
+
     @torch.no_grad()
-    def scored(self, of: MMGPT | RewardModel, processor: Processor, together: int = 16) -> np.ndarray:
-        """(P, k): what a reward model gives them, or their log-probabilities under a model (nats, summed)."""
+    def scored(self, model: MMGPT, processor: Processor, together: int = 16) -> np.ndarray:
+        """(P, k): their log-probabilities under a model (nats, summed), as they were sampled."""
         few = [  # so many answers as fit beside each other into the context
             sampled_document(processor, prompt.comparison, ids[first : first + together])
             for prompt, ids in zip(self.prompts, self.ids, strict=True)
@@ -341,10 +347,7 @@ class Answers:
         found = []
         for first in range(0, len(few), 32):
             batch = completion_batch(processor, few[first : first + 32])
-            if isinstance(of, RewardModel):
-                found.append(of.scores(batch))
-            else:
-                found.append(completion_sums(token_logprobs(of, batch.batch), batch))
+            found.append(completion_sums(token_logprobs(model, batch.batch), batch))
         return torch.cat(found).double().view(len(self.prompts), -1).numpy()
 
 
@@ -355,7 +358,7 @@ class Judge:
         self.folder, self.sizes = folder, sizes
         self.start, self.processor = load_model(str(folder / "sft/best"))
         self.start.eval()
-        self.reward, _ = load_reward_model(folder / "reward/best")
+        self.reward = ModelReward(folder / "reward/best")
         self.prompts = read_prompts(folder / "data/held_out_prompts.jsonl", sizes.held_out)
         rng = random.Random("measures")
         rows = read_rows(folder / "data/held_out/captions.jsonl")
@@ -381,7 +384,7 @@ class Judge:
         unseen = Answers.sample(model, self.processor, blind, self.sizes.measured, seed=seed)
         found = {
             "truth": answers.truth(),
-            "proxy": answers.scored(self.reward, self.processor),
+            "proxy": answers.rewarded(self.reward),
             "kl": answers.logprobs - answers.scored(self.start, self.processor),
             "truth without the image": unseen.truth(),
             "unsupported": _of(readings, lambda r: r.unsupported > 0),
