@@ -35,7 +35,7 @@ from mm_gpt.processor import Processor
 from mm_gpt.training.averaging import WeightAverage
 from mm_gpt.training.distributed import gather_over_ranks, ranks
 from mm_gpt.training.epochs import epoch_order
-from mm_gpt.training.language import LanguageRecipe, LanguageTask, build_model, count_targets, prepare_language
+from mm_gpt.training.language import LanguageTask, build_model, count_targets, prepare_language
 from mm_gpt.training.loop import use_bf16
 from mm_gpt.training.stage import Decides, ParameterGroup, Term
 
@@ -113,7 +113,7 @@ class PolicyTask:
             folder = models[0]
         if folder is None:
             logger.info("the critic begins as the policy with a new head: no reward model is named")
-            critic = RewardModel(build_model(self._plain_language(), None)[0])
+            critic = RewardModel(build_model(recipe.language(), None)[0])
             nn.init.zeros_(critic.head.weight)
             return critic
         critic, processor = load_reward_model(folder)
@@ -121,9 +121,6 @@ class PolicyTask:
         if recipe.lora is not None and critic.model.config.lora is None and recipe.decoder != "full":
             critic.model.add_lora(recipe.lora)
         return critic
-
-    def _plain_language(self) -> LanguageRecipe:
-        return self.recipe.language()
 
     # ---- what is trained ----
 
