@@ -1,6 +1,8 @@
 """Fixtures: a tiny model with random weights and its own small tokenizer, so that tests need no download."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,13 @@ def nobody_s_settings(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Which model is taken by default is not for whoever runs the tests to say."""
     os.environ.pop("MM_GPT_MODEL", None)
     os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("settings"))
+
+
+@pytest.fixture(autouse=True)
+def our_own_log() -> Iterator[None]:
+    """Commands and examples that run in this process say how much is logged: not for the tests that follow."""
+    yield
+    logging.getLogger("mm_gpt").setLevel(logging.NOTSET)
 
 
 def make_tokenizer() -> Tokenizer:

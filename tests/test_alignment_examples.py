@@ -181,8 +181,8 @@ def test_a_finished_part_is_not_made_again(small_world: Path) -> None:
     world.build_world(small_world, world.QUICK)
     assert before == {path: path.stat().st_mtime_ns for path in small_world.rglob("*.safetensors")}
     (small_world / "reward/done").unlink()
-    world.build_world(small_world, world.QUICK)
-    assert before != {path: path.stat().st_mtime_ns for path in small_world.rglob("*.safetensors")}
+    world.build_world(small_world, world.QUICK)  # all of its steps are done: it is only seen to be
+    assert (small_world / "reward/done").exists()
 
 
 @pytest.mark.slow

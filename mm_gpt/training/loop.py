@@ -283,8 +283,7 @@ def training_step(
             known = totals.setdefault(name, [0.0, 0.0, term.weight])
             known[0] += float(term.total.detach())
             known[1] += float(term.count)
-    means = _means(totals, counts, device)
-    loss = sum(totals[name][2] * mean for name, mean in means.items() if name in totals)
+    loss, means = _means(totals, counts, device)
     if not math.isfinite(loss):
         raise MMGPTError(f"the loss is {loss} at step {step + 1}: lower the learning rate ({config.lr})")
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -316,18 +315,22 @@ def _summed(counts: Sequence[Mapping[str, float]], device: torch.device) -> dict
 
 def _means(
     totals: Mapping[str, Sequence[float]], counts: Mapping[str, float], device: torch.device
-) -> dict[str, float]:
-    """The mean of each term over the step's micro-batches and all ranks. Raises MMGPTError for a count that
-    `Stage.counts` did not foresee: the gradient was divided by another."""
+) -> tuple[float, dict[str, float]]:
+    """The step's loss, and the mean of each term, over the step's micro-batches and all ranks, of which one without a
+    micro-batch knows no weights. Raises MMGPTError for a count that `Stage.counts` did not foresee: the gradient was
+    divided by another."""
     names = union_over_ranks(totals, device)
     own = [totals.get(name, (0.0, 0.0, 0.0)) for name in names]
-    sums = sum_over_ranks([value for total, count, _ in own for value in (total, count)], device)
-    for name, (_, _, weight), count in zip(names, own, sums[1::2], strict=True):
+    sums = sum_over_ranks([v for total, count, weight in own for v in (total, count, weight * total)], device)
+    summed, counted, weighted = sums[0::3], sums[1::3], sums[2::3]
+    for name, (_, _, weight), count in zip(names, own, counted, strict=True):
         if weight and abs(count - counts.get(name, 0.0)) > 1e-6 * max(1.0, count):
             raise MMGPTError(
                 f"the loss's {name} counts {count:g} targets, of which {counts.get(name, 0.0):g} were foreseen"
             )
-    return {name: sums[2 * at] / max(sums[2 * at + 1], 1e-12) for at, name in enumerate(names)}
+    divisors = [max(count, 1e-12) for count in counted]
+    loss = sum(total / divisor for total, divisor in zip(weighted, divisors, strict=True))
+    return loss, {n: total / divisor for n, total, divisor in zip(names, summed, divisors, strict=True)}
 
 
 @torch.no_grad()
