@@ -57,13 +57,15 @@ def summary(tables: list[np.ndarray], start: np.ndarray, *, resamples: int = 100
         drawn.append((after, after - error(start[questions])))
     low, high = np.quantile(np.array(drawn), [0.025, 0.975], axis=0)
     values = [error(table) for table in tables]
+    bins = calibration_bins(stacked[..., 0].ravel(), stacked[..., 1].ravel())
+    short = lambda value: round(float(value), 4)  # noqa: E731
     mean = float(np.mean(values))
     return {
-        "ece": {"mean": mean, "ci95": [float(low[0]), float(high[0])], "seeds": values},
-        "change": {"mean": mean - error(start), "ci95": [float(low[1]), float(high[1])]},
-        "confidence": float(stacked[..., 0].mean()),
-        "accuracy": float(stacked[..., 1].mean()),
-        "bins": [list(part) for part in calibration_bins(stacked[..., 0].ravel(), stacked[..., 1].ravel())],
+        "ece": {"mean": short(mean), "ci95": [short(low[0]), short(high[0])], "seeds": [short(v) for v in values]},
+        "change": {"mean": short(mean - error(start)), "ci95": [short(low[1]), short(high[1])]},
+        "confidence": short(stacked[..., 0].mean()),
+        "accuracy": short(stacked[..., 1].mean()),
+        "bins": [[short(sure), short(right), n] for sure, right, n in bins],
     }
 
 
