@@ -176,6 +176,7 @@ def run(module: str, folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_a_finished_part_is_not_made_again(small_world: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in small_world.rglob("*.safetensors")}
     world.build_world(small_world, world.QUICK)

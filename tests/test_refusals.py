@@ -114,6 +114,7 @@ def test_every_file_is_read_by_the_stage_that_it_is_for(refusals: Any, tmp_path:
     assert set(labels) == set(refusals.CLASSES)
 
 
+@pytest.mark.slow
 def test_the_comparison_runs_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(FILE.parent)
     import refusals_compare
