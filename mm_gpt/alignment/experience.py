@@ -254,8 +254,7 @@ class Actor:
         """Answers to the prompts at `places` of an endless order of `comparisons`, or of the first ones as they come
         for no `iteration`: validation. A prompt that cannot be read is counted, and another one takes its place.
 
-        Raises MMGPTError when none of the prompts can be read, and when the sampler's probabilities are far from the
-        trainer's."""
+        Raises MMGPTError when none of the prompts can be read."""
         recipe, k = self.recipe, samples or self.recipe.samples
         places = list(places)
         read = self._read(comparisons, places, errors, in_order=iteration is None)
@@ -275,14 +274,12 @@ class Actor:
         sampler = torch.zeros(mask.shape)
         sampler[mask] = torch.tensor([value for sample in flat for value in sample.logprobs])
         nothing = torch.zeros(mask.shape)
-        ends = set(self.processor.tokenizer.end_ids)
-        decode = self.processor.tokenizer.decode
         return Experience(
             iteration=-1 if iteration is None else iteration,
             prompts=read,
             k=k,
             ids=[sample.ids for sample in flat],
-            answers=[decode([id for id in sample.ids if id not in ends]).strip() for sample in flat],
+            answers=[self._answer(sample.ids) for sample in flat],
             finished=torch.tensor([sample.finished for sample in flat]),
             sampler=sampler,
             mask=mask,
@@ -341,6 +338,11 @@ class Actor:
             found = iter(self.policy.image_tokens(batch))
             for prompt, example in zip(group, examples, strict=True):
                 prompt.images = [next(found) for _ in example.images]
+
+    def _answer(self, ids: Sequence[int]) -> str:
+        """What sampled ids say, without an end mark."""
+        tokenizer = self.processor.tokenizer
+        return tokenizer.decode([id for id in ids if id not in tokenizer.end_ids]).strip()
 
     # ---- judging ----
 
@@ -485,13 +487,12 @@ class Actor:
                 self._see([prompt_document(self.processor, prompt.comparison) for prompt in read], read)
             lengths = own["mask"].sum(dim=1).tolist()
             ids = [tuple(row[:length]) for row, length in zip(own["ids"].tolist(), lengths, strict=True)]
-            ends = set(self.processor.tokenizer.end_ids)
             return Experience(
                 iteration=int(own["iteration"]),
                 prompts=read,
                 k=len(ids) // len(read),
                 ids=ids,
-                answers=[self.processor.tokenizer.decode([i for i in one if i not in ends]).strip() for one in ids],
+                answers=[self._answer(one) for one in ids],
                 each={name.removeprefix("each."): t for name, t in own.items() if name.startswith("each.")},
                 pack=self._pack,
                 seconds={"generation": 0.0, "scoring": 0.0},
