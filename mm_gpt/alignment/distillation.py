@@ -40,9 +40,9 @@ from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import IGNORE_INDEX, Batch, Example, Processor, collate
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.language import LanguageRecipe, LanguageTask, count_targets
-from mm_gpt.training.loop import use_bf16
 from mm_gpt.training.rollouts import Sampler, sampling
 from mm_gpt.training.stage import ParameterGroup, Term
+from mm_gpt.training.train_config import use_bf16
 
 logger = logging.getLogger(__name__)
 

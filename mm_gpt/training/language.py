@@ -38,8 +38,8 @@ from mm_gpt.templates.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.compiling import compile_blocks
 from mm_gpt.training.distributed import ranks
-from mm_gpt.training.loop import TrainConfig, use_bf16
 from mm_gpt.training.stage import LOWEST_LOSS, Decides, ParameterGroup, Term
+from mm_gpt.training.train_config import TrainConfig, use_bf16
 from mm_gpt.vision.concepts import ConceptsConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
 
