@@ -8,8 +8,8 @@ from conftest import make_picture, make_tiny
 
 from mm_gpt.inference.assistant import Assistant
 from mm_gpt.processor import collate
-from mm_gpt.training.loop import use_bf16
 from mm_gpt.training.recipes import run_recipe, tiny
+from mm_gpt.training.train_config import use_bf16
 
 pytestmark = [
     pytest.mark.gpu,

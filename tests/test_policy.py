@@ -31,9 +31,11 @@ from mm_gpt.errors import CheckpointError, ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.training.distributed import process_group
-from mm_gpt.training.loop import TrainConfig, make_optimizer, train
+from mm_gpt.training.loop import train
+from mm_gpt.training.optimizers import make_optimizer
 from mm_gpt.training.rollouts import Sample
 from mm_gpt.training.stage import Term
+from mm_gpt.training.train_config import TrainConfig
 
 REWARDS = """
 import math

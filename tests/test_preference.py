@@ -27,8 +27,10 @@ from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.processor import IGNORE_INDEX, collate
 from mm_gpt.training.distributed import process_group
-from mm_gpt.training.loop import TrainConfig, make_optimizer, train
+from mm_gpt.training.loop import train
+from mm_gpt.training.optimizers import make_optimizer
 from mm_gpt.training.recipes import RECIPES, run_recipe
+from mm_gpt.training.train_config import TrainConfig
 
 LORA = LoRAConfig(rank=4, alpha=8)
 GOOD = ("A red circle", "on a blue ground", "one circle, and a ground that is blue")

@@ -17,7 +17,8 @@ from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.model.presets import PRESETS, preset
 from mm_gpt.model.semicausal import SemiCausalConfig, SemiCausalLM
-from mm_gpt.training.loop import TrainConfig, learning_rate
+from mm_gpt.training.schedules import learning_rate
+from mm_gpt.training.train_config import TrainConfig
 
 
 def decoder_of(name: str) -> DecoderConfig:

@@ -31,7 +31,8 @@ sys.path.insert(0, {tests!r})
 from conftest import make_tokenizer, tiny_config
 from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
-from mm_gpt.training.loop import TrainConfig, train
+from mm_gpt.training.loop import train
+from mm_gpt.training.train_config import TrainConfig
 from mm_gpt.training.distributed import ranks
 from mm_gpt.vision.transforms import ImageTransformConfig
 

@@ -20,7 +20,8 @@ from mm_gpt.system import writing
 from mm_gpt.system.locks import open_locked
 from mm_gpt.training import checkpoint
 from mm_gpt.training.checkpoint import Progress
-from mm_gpt.training.loop import make_optimizer, train
+from mm_gpt.training.loop import train
+from mm_gpt.training.optimizers import make_optimizer
 
 
 class Versioned(ToyStage):

@@ -28,7 +28,8 @@ from mm_gpt.inference.generation import GenerationConfig
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.processor import collate
 from mm_gpt.templates.prompts import CAPTION_PROMPT
-from mm_gpt.training.loop import TrainConfig, make_optimizer, train
+from mm_gpt.training.loop import train
+from mm_gpt.training.optimizers import make_optimizer
 from mm_gpt.training.recipes import default_critical
 from mm_gpt.training.self_critical import (
     CiderReward,
@@ -38,6 +39,7 @@ from mm_gpt.training.self_critical import (
     advantages_of,
 )
 from mm_gpt.training.stage import Term
+from mm_gpt.training.train_config import TrainConfig
 
 # ---- the reward ----
 

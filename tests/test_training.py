@@ -35,9 +35,12 @@ from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Batch, collate
 from mm_gpt.training import checkpoint, language
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
-from mm_gpt.training.loop import TrainConfig, learning_rate, make_optimizer, train
+from mm_gpt.training.loop import train
+from mm_gpt.training.optimizers import make_optimizer
 from mm_gpt.training.run_log import RunLog
+from mm_gpt.training.schedules import learning_rate
 from mm_gpt.training.stage import Decides, ParameterGroup, Term
+from mm_gpt.training.train_config import TrainConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
 
 # ---- one step ----

@@ -40,8 +40,8 @@ from mm_gpt.processor import Processor, ProcessorConfig
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.epochs import epoch_order
-from mm_gpt.training.loop import TrainConfig
 from mm_gpt.training.stage import LOWEST_LOSS, Decides, ParameterGroup, Term
+from mm_gpt.training.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 WEIGHTS, CONFIG = "classifier.safetensors", "classifier.json"

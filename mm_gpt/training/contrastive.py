@@ -21,8 +21,8 @@ from mm_gpt.hub.checkpoint import load_decoder
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.epochs import epoch_order
 from mm_gpt.training.language import load_vision
-from mm_gpt.training.loop import TrainConfig
 from mm_gpt.training.stage import LOWEST_LOSS, Decides, ParameterGroup, Term
+from mm_gpt.training.train_config import TrainConfig
 from mm_gpt.vision.contrastive import ContrastiveConfig, ContrastiveModel, gather_features
 from mm_gpt.vision.transforms import ImageTransform, ImageTransformConfig, TrainTransform
 

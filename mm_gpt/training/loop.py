@@ -14,16 +14,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from mm_gpt.config import check_numbers
-from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.errors import MMGPTError
 from mm_gpt.model.mmgpt import pick_device
 from mm_gpt.system.locks import open_locked
 from mm_gpt.system.stopping import Stopper
@@ -33,6 +31,7 @@ from mm_gpt.training.checkpoint import Progress
 from mm_gpt.training.distributed import (
     average_statistics,
     check_alike,
+    of_rank_0,
     process_group,
     ranks,
     sum_gradients,
@@ -40,92 +39,13 @@ from mm_gpt.training.distributed import (
     union_over_ranks,
     wait_for_all,
 )
+from mm_gpt.training.optimizers import make_optimizer
 from mm_gpt.training.run_log import RunLog
-from mm_gpt.training.stage import AfterStep, DataState, ParameterGroup, Stage
+from mm_gpt.training.schedules import learning_rate
+from mm_gpt.training.stage import AfterStep, DataState, Stage
+from mm_gpt.training.train_config import TrainConfig, use_bf16
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    steps: int
-    """Optimizer steps."""
-    lr: float
-    """Peak learning rate; a stage's parameter groups scale it."""
-    batch_tokens: int | None = None
-    """Tokens in a step that `lr` is meant for, where that is known. Of a step with fewer the rate is lower
-    (`mm_gpt.training.recipes.peak_rate`)."""
-    accumulate: int = 1
-    """Micro-batches per step."""
-    warmup_steps: int = 0
-    """Linear warm-up from 0."""
-    final_lr: float = 0.0
-    """Where the cosine ends, as a fraction of the peak."""
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-6
-    clip: float = 1.0
-    """Largest norm of all gradients together."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 computes matrix products in bfloat16 under autocast, with float32 master weights for what is trained. `auto`
-    takes it where the hardware multiplies it: a processor without the instructions is four times slower in bf16."""
-    device: str = "auto"
-    seed: int = 0
-    log_every: int = 10
-    validate_every: int = 200
-    save_every: int = 200
-
-    def __post_init__(self) -> None:
-        check_numbers(
-            self, "steps", "accumulate", "log_every", "validate_every", "save_every", "batch_tokens", at_least=1
-        )
-        check_numbers(self, "lr", "eps", "clip", above=0)
-        check_numbers(self, "warmup_steps", "weight_decay", at_least=0)
-        check_numbers(self, "final_lr", at_least=0, at_most=1)
-        check_numbers(self, "beta1", "beta2", at_least=0, below=1)
-        check_numbers(self, "seed", at_least=0, below=2**32)  # times a million, it must fit into a generator's seed
-
-
-def learning_rate(config: TrainConfig, step: int, cycles: Sequence[int] = ()) -> float:
-    """Linear warm-up, then cosine to `final_lr`; steps count from 0.
-
-    `cycles`: the steps at which cycles end, by default one at `config.steps`. A later cycle is what a run was given
-    when it was continued with more steps: it warms up from the final rate again over a tenth of its own steps
-    (re-warming and re-decaying, 2403.08763), so that the rate never jumps.
-    """
-    ends = list(cycles) or [config.steps]
-    number = next((n for n, end in enumerate(ends) if step < end), len(ends) - 1)
-    begin, floor = (ends[number - 1] if number else 0), config.final_lr
-    place, length = step - begin, ends[number] - begin
-    warmup = max(1, round(length / 10)) if number else config.warmup_steps
-    if place < warmup:
-        return config.lr * (floor + (1 - floor) * place / warmup if number else (place + 1) / warmup)
-    progress = (place - warmup) / max(1, length - warmup)
-    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-def make_optimizer(groups: Sequence[ParameterGroup], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay touches matrices only, never biases and norms."""
-    settings = []
-    for group in groups:
-        for decay in (True, False):
-            parameters = [p for p in group.parameters if p.requires_grad and (p.dim() >= 2) == decay]
-            if parameters:
-                weight_decay = config.weight_decay if decay else 0.0
-                settings.append({"params": parameters, "lr_scale": group.lr_scale, "weight_decay": weight_decay})
-    if not settings:
-        raise ConfigError("nothing is trainable")
-    return torch.optim.AdamW(settings, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, foreach=True)
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether a precision setting means bfloat16 on this device."""
-    if precision == "auto":
-        if device.type == "cuda":
-            return torch.cuda.is_bf16_supported()
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return precision == "bf16"
 
 
 def train(
@@ -139,7 +59,7 @@ def train(
 ) -> None:
     """Train `stage` and leave checkpoints, `log.jsonl`, `loss.png` and `recipe.json` (what `describe` says) in `out`.
 
-    Under torchrun every rank trains on its own rows and sums gradients with the others; rank 0 validates and writes.
+    Under torchrun every rank trains and validates on its own rows, sums with the others, and rank 0 writes.
     Ctrl-C (or SIGTERM) finishes the step, saves, and raises KeyboardInterrupt. Raises MMGPTError when `out` already
     holds a run and `resume` is not set, when another process trains there, when it cannot be written (checkpoints from
     before stay whole), when ranks do not start alike, or when the loss is not finite.
@@ -195,7 +115,8 @@ class Run:
             for group in groups:
                 trainable = sum(p.numel() for p in group.parameters if p.requires_grad)
                 logger.info("training %s: %s parameters, lr × %g", group.name, f"{trainable:,}", group.lr_scale)
-        self.best = None if self.log is None else self.log.best(stage.decides)
+        best = None if self.log is None else self.log.best(stage.decides)
+        self.best = of_rank_0({"best": best}, device)["best"]
         stage.model.train()
 
     def loop(self, *, progress: bool) -> None:
@@ -221,27 +142,26 @@ class Run:
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
                 # Read once: what is raised below must have been saved. All ranks stop at the same step.
                 stop = sum_over_ranks([float(stopper.requested)], self.device)[0] > 0
-                if self.log is not None:
-                    stop = self._judge_and_save(self.log, metrics, stopper, stop=stop)
-                if stop:
+                if self._judge_and_save(metrics, stopper, stop=stop):
                     wait_for_all()
                     raise KeyboardInterrupt(f"stopped after step {at.step}; continue with --resume")
 
-    def _judge_and_save(self, log: RunLog, metrics: dict[str, float], stopper: Stopper, *, stop: bool) -> bool:
-        """What rank 0 does after a step. Returns whether to stop, which a signal may have asked for meanwhile."""
+    def _judge_and_save(self, metrics: dict[str, float], stopper: Stopper, *, stop: bool) -> bool:
+        """What all ranks do after a step. Returns whether to stop, which a signal may have asked for meanwhile."""
         config, step = self.config, self.at.step
         last = step == config.steps
         values: dict[str, float] = {}
         if step % config.validate_every == 0 or last:
-            values = evaluate(self.stage, config, self.device)
+            values = of_rank_0(evaluate(self.stage, config, self.device), self.device)
             stop = stop or (stopper.requested and ranks()[1] == 1)
         value = values.get(self.stage.decides.metric)
         improved = value is not None and self.stage.decides.is_better(value, self.best)
-        log.train(step, metrics, flush=step % config.log_every == 0 or last or stop)
+        if self.log is not None:
+            self.log.train(step, metrics, flush=step % config.log_every == 0 or last or stop)
+            if values:
+                self.log.validation(step, values, self.stage.samples())
         if improved:
             self.best = value
-        if values:
-            log.validation(step, values, self.stage.samples())
         if step % config.save_every == 0 or last or stop or improved:
             self.at.data = self.stage.data_state(step) if isinstance(self.stage, DataState) else {}
             checkpoint.save(self.stage, self.optimizer, self.at, self.out, best=improved)

@@ -29,10 +29,11 @@ from mm_gpt.training.classification import ClassificationRecipe, ClassificationT
 from mm_gpt.training.contrastive import ContrastiveRecipe, ContrastiveTask
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
-from mm_gpt.training.loop import TrainConfig, train
+from mm_gpt.training.loop import train
 from mm_gpt.training.self_critical import SelfCriticalRecipe, SelfCriticalTask
 from mm_gpt.training.semicausal import SemiCausalRecipe, SemiCausalTask
 from mm_gpt.training.stage import Stage
+from mm_gpt.training.train_config import TrainConfig
 from mm_gpt.vision.concepts import ConceptsConfig
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.contrastive import ContrastiveConfig, TextTowerConfig

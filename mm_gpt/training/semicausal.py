@@ -19,8 +19,8 @@ from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.model.semicausal import SemiCausalConfig, SemiCausalLM, Spans, outside_labels, sample_spans
 from mm_gpt.processor import IGNORE_INDEX, Batch, Processor
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
-from mm_gpt.training.loop import TrainConfig
 from mm_gpt.training.stage import ParameterGroup, Term
+from mm_gpt.training.train_config import TrainConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "semicausal.json", "semicausal.safetensors"
 """The encoder and the connector; the decoder beside them is a model folder like any other."""
