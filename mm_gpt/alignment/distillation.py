@@ -38,7 +38,7 @@ from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import IGNORE_INDEX, Batch, Example, Processor, collate
-from mm_gpt.training.distributed import ranks
+from mm_gpt.training.distributed import ranks, sum_over_ranks
 from mm_gpt.training.language import LanguageRecipe, LanguageTask, count_targets
 from mm_gpt.training.rollouts import Sampler, sampling
 from mm_gpt.training.stage import ParameterGroup, Term
@@ -409,12 +409,15 @@ class DistillationTask(LanguageTask):
             count += count_targets(batch)
             return self.model.decoder.loss(hidden, batch.labels)
 
-        return {**self._validate(loss_of), "kl": divergence / max(1, count)}
+        losses = self._validate(loss_of)
+        divergence, learned = sum_over_ranks([divergence, float(count)], self.model.device)
+        return {**losses, "kl": divergence / max(1, learned)}
 
     def _held_out_batches(self, held: IndexedSource) -> Iterator[Batch]:
         units = held.some(self.recipe.validation_images)
         lengths = [tokens for _, tokens in units]
-        for row in pack(lengths, max(self.row_length, *lengths, 1)):
+        rank, world = ranks()
+        for row in pack(lengths, max(self.row_length, *lengths, 1))[rank::world]:
             read = [found for i in row if (found := self._both_held_out(held, units[i][0])) is not None]
             yield self.reader.taught([read])
 

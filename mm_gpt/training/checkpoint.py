@@ -18,6 +18,7 @@ from torch import nn
 
 from mm_gpt.errors import CheckpointError
 from mm_gpt.system.writing import naming, new_folder, remove_folder
+from mm_gpt.training.distributed import ranks
 from mm_gpt.training.stage import Stage, TensorState
 
 STATE_FILE = "training_state.safetensors"
@@ -40,11 +41,13 @@ class Progress:
 
 
 def save(stage: Stage, optimizer: torch.optim.Optimizer, progress: Progress, out: Path, *, best: bool) -> None:
-    """Write `OUT/step-NNNNNN`, and before it `OUT/best` when `best`.
+    """Write `OUT/step-NNNNNN`, and before it `OUT/best` when `best`. All ranks call it; rank 0 writes.
 
     In this order a kill in between makes the run repeat these steps and save the best model again; in the other one the
     log would know of a best loss whose model nobody saved. Raises MMGPTError naming what cannot be written.
     """
+    if ranks()[0] != 0:
+        return
     if best:
         with new_folder(out / "best") as folder:
             stage.save(folder)

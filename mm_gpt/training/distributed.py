@@ -5,9 +5,11 @@ A rank whose rows hold no image has no gradient for the vision side: it adds zer
 
 import datetime
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from mm_gpt.errors import MMGPTError
 
 TIMEOUT = datetime.timedelta(hours=2)
-"""For validation, which only rank 0 does, and for the first reading of a corpus."""
+"""For the first reading of a corpus, and what rank 0 writes alone."""
 BUCKET = 2**24
 """Numbers that are summed at a time."""
 
@@ -86,6 +88,14 @@ def gather_over_ranks(data: bytes, device: torch.device) -> list[bytes]:
     everybody = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(world)]
     dist.all_gather(everybody, torch.nn.functional.pad(mine, (0, longest - len(mine))))
     return [e[: int(n)].cpu().numpy().tobytes() for e, n in zip(everybody, lengths, strict=True)]
+
+
+def of_rank_0(values: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """JSON values as rank 0 has them: what ranks decide by must be equal to the last bit."""
+    if ranks()[1] == 1:
+        return values
+    found: dict[str, Any] = json.loads(gather_over_ranks(json.dumps(values).encode(), device)[0])
+    return found
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:

@@ -37,7 +37,7 @@ from mm_gpt.system.writing import write_text
 from mm_gpt.templates.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.compiling import compile_blocks
-from mm_gpt.training.distributed import ranks
+from mm_gpt.training.distributed import ranks, sum_over_ranks
 from mm_gpt.training.stage import LOWEST_LOSS, Decides, ParameterGroup, Term
 from mm_gpt.training.train_config import TrainConfig, use_bf16
 from mm_gpt.vision.concepts import ConceptsConfig
@@ -225,24 +225,27 @@ class LanguageTask:
         return self._validate(self.model.loss)
 
     def _validate(self, loss_of: Callable[[Batch], tuple[Tensor, Tensor]]) -> dict[str, float]:
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         values: dict[str, float] = {}
         device = next(self.model.parameters()).device
         for config, held in zip(self.recipe.validation or self.recipe.sources, self.held_out, strict=True):
-            source_total, source_count = 0.0, 0
+            source_total, source_count = 0.0, 0.0
             for batch in self._held_out_batches(held):
                 loss, targets = loss_of(batch.to(device))
                 source_total += loss.item()
                 source_count += int(targets)
+            source_total, source_count = sum_over_ranks([source_total, source_count], device)
             values[f"loss {config.label(Path(self.recipe.data))}"] = source_total / max(1, source_count)
             total, count = total + source_total, count + source_count
         return {"loss": total / max(1, count), **values}
 
     def _held_out_batches(self, held: IndexedSource) -> Iterator[Batch]:
-        """The same held-out documents each time, a row a batch, with no more images in memory than that."""
+        """This rank's part of the same held-out documents each time, a row a batch, with no more images in memory than
+        that."""
+        rank, world = ranks()
         units = held.some(self.recipe.validation_images)
         lengths = [tokens for _, tokens in units]
-        for row in pack(lengths, max(self.row_length, *lengths, 1)):
+        for row in pack(lengths, max(self.row_length, *lengths, 1))[rank::world]:
             read = [found for i in row if (found := self._read_held_out(held, units[i][0])) is not None]
             yield self.reader.batch([[example for example, _ in read]], [tile for _, tiles in read for tile in tiles])
 

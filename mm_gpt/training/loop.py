@@ -31,6 +31,7 @@ from mm_gpt.training.checkpoint import Progress
 from mm_gpt.training.distributed import (
     average_statistics,
     check_alike,
+    of_rank_0,
     process_group,
     ranks,
     sum_gradients,
@@ -58,7 +59,7 @@ def train(
 ) -> None:
     """Train `stage` and leave checkpoints, `log.jsonl`, `loss.png` and `recipe.json` (what `describe` says) in `out`.
 
-    Under torchrun every rank trains on its own rows and sums gradients with the others; rank 0 validates and writes.
+    Under torchrun every rank trains and validates on its own rows, sums with the others, and rank 0 writes.
     Ctrl-C (or SIGTERM) finishes the step, saves, and raises KeyboardInterrupt. Raises MMGPTError when `out` already
     holds a run and `resume` is not set, when another process trains there, when it cannot be written (checkpoints from
     before stay whole), when ranks do not start alike, or when the loss is not finite.
@@ -114,7 +115,8 @@ class Run:
             for group in groups:
                 trainable = sum(p.numel() for p in group.parameters if p.requires_grad)
                 logger.info("training %s: %s parameters, lr × %g", group.name, f"{trainable:,}", group.lr_scale)
-        self.best = None if self.log is None else self.log.best(stage.decides)
+        best = None if self.log is None else self.log.best(stage.decides)
+        self.best = of_rank_0({"best": best}, device)["best"]
         stage.model.train()
 
     def loop(self, *, progress: bool) -> None:
@@ -140,27 +142,26 @@ class Run:
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
                 # Read once: what is raised below must have been saved. All ranks stop at the same step.
                 stop = sum_over_ranks([float(stopper.requested)], self.device)[0] > 0
-                if self.log is not None:
-                    stop = self._judge_and_save(self.log, metrics, stopper, stop=stop)
-                if stop:
+                if self._judge_and_save(metrics, stopper, stop=stop):
                     wait_for_all()
                     raise KeyboardInterrupt(f"stopped after step {at.step}; continue with --resume")
 
-    def _judge_and_save(self, log: RunLog, metrics: dict[str, float], stopper: Stopper, *, stop: bool) -> bool:
-        """What rank 0 does after a step. Returns whether to stop, which a signal may have asked for meanwhile."""
+    def _judge_and_save(self, metrics: dict[str, float], stopper: Stopper, *, stop: bool) -> bool:
+        """What all ranks do after a step. Returns whether to stop, which a signal may have asked for meanwhile."""
         config, step = self.config, self.at.step
         last = step == config.steps
         values: dict[str, float] = {}
         if step % config.validate_every == 0 or last:
-            values = evaluate(self.stage, config, self.device)
+            values = of_rank_0(evaluate(self.stage, config, self.device), self.device)
             stop = stop or (stopper.requested and ranks()[1] == 1)
         value = values.get(self.stage.decides.metric)
         improved = value is not None and self.stage.decides.is_better(value, self.best)
-        log.train(step, metrics, flush=step % config.log_every == 0 or last or stop)
+        if self.log is not None:
+            self.log.train(step, metrics, flush=step % config.log_every == 0 or last or stop)
+            if values:
+                self.log.validation(step, values, self.stage.samples())
         if improved:
             self.best = value
-        if values:
-            log.validation(step, values, self.stage.samples())
         if step % config.save_every == 0 or last or stop or improved:
             self.at.data = self.stage.data_state(step) if isinstance(self.stage, DataState) else {}
             checkpoint.save(self.stage, self.optimizer, self.at, self.out, best=improved)

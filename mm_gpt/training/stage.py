@@ -76,7 +76,9 @@ class Stage(Protocol):
         """The terms of the loss, with the counts that `counts` gives, and gauges."""
 
     def validate(self) -> dict[str, float]:
-        """Metrics on held-out data; the one that `decides` among them. Rank 0 alone runs it."""
+        """Metrics on held-out data; the one that `decides` among them.
+
+        All ranks run it: they divide what is held out and sum, or each sees all of it. Rank 0's values count."""
 
     def samples(self) -> list[str]:
         """A few outputs to read."""
