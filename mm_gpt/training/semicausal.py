@@ -72,6 +72,7 @@ class SemiCausalTask(LanguageTask):
     """A `Stage` for the loop. Spans follow from the seed and the tokens of their row."""
 
     model: SemiCausalLM  # type: ignore[assignment]
+    shards = False
 
     def __init__(self, recipe: SemiCausalRecipe):
         super().__init__(recipe.language())
