@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm_gpt.kernels.training import LANES, Kind, kernel
-from mm_gpt.model.compute_copies import computed
 from mm_gpt.processor import IGNORE_INDEX
 
 CHUNK = 512  # positions projected at a time: 512 · 49,152 float32 logits are 100 MB
@@ -87,7 +86,7 @@ def _fused_forward(
     """As above, in few passes: the logits of a chunk become its gradient where they lie."""
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-    matrix, rows, labels = computed(weight, dtype), hidden.to(dtype), labels.contiguous()
+    matrix, rows, labels = weight.detach().to(dtype), hidden.to(dtype), labels.contiguous()
     scales = torch.ones(len(labels)) if scales is None else scales.float().contiguous()
     losses = torch.empty(len(labels))
     grad_hidden = torch.empty_like(hidden) if wants_hidden else None
