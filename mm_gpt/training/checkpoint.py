@@ -36,6 +36,9 @@ class Progress:
     """Steps that are done."""
     cycles: list[int] = field(default_factory=list)
     """The step at which each cycle of the schedule ends."""
+    tokens: int = 0
+    """Tokens seen, of all ranks, without padding."""
+    flops: float = 0.0
     data: dict[str, Any] = field(default_factory=dict)
     """The place in the data, as JSON values."""
 
@@ -84,7 +87,8 @@ def load_training_state(folder: Path, stage: Stage, optimizer: torch.optim.Optim
         tensors = load_file(path)
         state = json.loads((folder / PROGRESS_FILE).read_text())
         cycles = [int(end) for end in state.get("cycles", [])]
-        progress = Progress(int(state["step"]), cycles, dict(state.get("data", {})))
+        used = int(state.get("tokens", 0)), float(state.get("flops", 0.0))
+        progress = Progress(int(state["step"]), cycles, *used, data=dict(state.get("data", {})))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot continue from it ({error})") from None
     expected = {name: tensor.shape for name, tensor in _training_state(model, optimizer).items()}

@@ -44,6 +44,8 @@ from mm_gpt.training.parallel import clip_gradients, forget_unused, is_sharded, 
 from mm_gpt.training.run_log import RunLog
 from mm_gpt.training.schedules import learning_rate
 from mm_gpt.training.stage import AfterStep, DataState, Shards, Stage
+from mm_gpt.training.telemetry import Telemetry
+from mm_gpt.training.trackers import tracking
 from mm_gpt.training.train_config import TrainConfig, use_bf16
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,8 @@ def train(
             write_text(
                 out / "recipe.json", json.dumps(describe or {"train": dataclasses.asdict(config)}, indent=2) + "\n"
             )
-        run.loop(progress=progress)
+        with tracking(config.trackers, run.log, step=run.at.step):
+            run.loop(progress=progress)
 
 
 @contextmanager
@@ -121,6 +124,7 @@ class Run:
                 logger.info("training %s: %s parameters, lr × %g", group.name, f"{trainable:,}", group.lr_scale)
         best = None if self.log is None else self.log.best(stage.decides)
         self.best = of_rank_0({"best": best}, device)["best"]
+        self.telemetry = Telemetry(stage, config, device)
         stage.model.train()
 
     def loop(self, *, progress: bool) -> None:
@@ -136,6 +140,7 @@ class Run:
                 waited = time.perf_counter() - begin
                 if at.step + 1 < config.steps and not stage.on_policy:
                     ahead = reader.submit(stage.micro_batches, at.step + 1, config.accumulate)
+                counted = self.telemetry.count(batches)
                 metrics = training_step(
                     stage, batches, self.optimizer, config, at.step, self.device, cycles=at.cycles
                 ) | {"data_seconds": waited}
@@ -145,8 +150,9 @@ class Run:
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
                 # Read once: what is raised below must have been saved. All ranks stop at the same step.
-                stop = sum_over_ranks([float(stopper.requested)], self.device)[0] > 0
-                if self._judge_and_save(metrics, stopper, stop=stop):
+                stops, *counted = sum_over_ranks([float(stopper.requested), *counted], self.device)
+                metrics |= self.telemetry.measure(at, counted, metrics["seconds"] + waited)
+                if self._judge_and_save(metrics, stopper, stop=stops > 0):
                     wait_for_all()
                     raise KeyboardInterrupt(f"stopped after step {at.step}; continue with --resume")
 

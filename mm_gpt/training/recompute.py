@@ -5,6 +5,7 @@ A block keeps its input alone and runs again in the backward pass, with the same
 recomputes the rest, which is most of the memory. Parameters keep their names.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -37,6 +38,8 @@ def recomputed(forward: Forward, kind: Literal["selective", "full"]) -> Forward:
     def run(block: Block, x: Tensor, step: ForwardContext, memory: Tensor | None = None) -> Tensor:
         if not (block.training and torch.is_grad_enabled()):
             return forward(block, x, step, memory)
+        if kind == "selective":
+            step = dataclasses.replace(step, fused=None)  # whose products are written over where they lie
         inner = lambda x, memory: forward(block, x, step, memory)  # noqa: E731
         return checkpoint(inner, x, memory, use_reentrant=False, **options)
 

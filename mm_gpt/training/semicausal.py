@@ -73,6 +73,7 @@ class SemiCausalTask(LanguageTask):
 
     model: SemiCausalLM  # type: ignore[assignment]
     shards = False
+    flops = None  # type: ignore[assignment]  # those of the encoder are not known
 
     def __init__(self, recipe: SemiCausalRecipe):
         super().__init__(recipe.language())

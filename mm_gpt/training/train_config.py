@@ -39,6 +39,11 @@ class TrainConfig:
     """What the decoder's blocks compute again in the backward pass instead of keeping it. full: all but their inputs;
     selective: all but attention and every second matrix product."""
     device: str = "auto"
+    mfu_peak: Literal["known", "measured"] = "known"
+    """What `mfu` in the log is a share of: the peak of a GPU whose data sheet is known (others have no `mfu`), or of a
+    product that is timed when the run begins, on any device."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the log goes besides `log.jsonl`."""
     seed: int = 0
     log_every: int = 10
     validate_every: int = 200
