@@ -160,6 +160,20 @@ def check_alike(step: int, model: nn.Module, device: torch.device, *, sharded: b
         )
 
 
+def raise_together(error: Exception | None, device: torch.device) -> None:
+    """What one rank met with ends all of them: raises its own error there, and elsewhere MMGPTError with that line.
+
+    All ranks call it, those without an error as well; each then knows that the others have come this far.
+    """
+    if ranks()[1] > 1:
+        told = gather_over_ranks(("" if error is None else str(error) or type(error).__name__).encode(), device)
+        for rank, text in enumerate(told):
+            if text and error is None:
+                raise MMGPTError(f"rank {rank}: {text.decode()}")
+    if error is not None:
+        raise error
+
+
 def wait_for_all() -> None:
     if ranks()[1] > 1:
         dist.barrier()

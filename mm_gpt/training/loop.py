@@ -42,6 +42,7 @@ from mm_gpt.training.distributed import (
 from mm_gpt.training.optimizers import make_optimizer
 from mm_gpt.training.parallel import clip_gradients, forget_unused, is_sharded, reshard, sharing
 from mm_gpt.training.run_log import RunLog
+from mm_gpt.training.saving import Saver
 from mm_gpt.training.schedules import learning_rate
 from mm_gpt.training.stage import AfterStep, DataState, Shards, Stage
 from mm_gpt.training.telemetry import Telemetry
@@ -114,6 +115,7 @@ class Run:
         check_alike(self.at.step, stage.model, device, sharded=is_sharded(stage.model))
         if config.steps > max(self.at.cycles, default=0):
             self.at.cycles.append(config.steps)
+        self.saver = Saver(out, device, background=config.async_save)
         self.log: RunLog | None = None
         if ranks()[0] == 0:
             self.log = RunLog(out)
@@ -132,7 +134,8 @@ class Run:
         at, config, stage = self.at, self.config, self.stage
         hidden = not progress or self.log is None
         bar = tqdm(total=config.steps, initial=at.step, unit="step", disable=hidden, dynamic_ncols=True)
-        with Stopper() as stopper, bar, ThreadPoolExecutor(1, thread_name_prefix="prefetch") as reader:
+        prefetching = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        with Stopper() as stopper, bar, prefetching as reader, self.saver:
             ahead: Future[Sequence[Any]] | None = None  # read while the step before runs
             while at.step < config.steps:
                 begin = time.perf_counter()
@@ -150,10 +153,14 @@ class Run:
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
                 # Read once: what is raised below must have been saved. All ranks stop at the same step.
-                stops, *counted = sum_over_ranks([float(stopper.requested), *counted], self.device)
+                asked, writing, *counted = sum_over_ranks(
+                    [float(stopper.requested), float(self.saver.is_writing), *counted], self.device
+                )
                 metrics |= self.telemetry.measure(at, counted, metrics["seconds"] + waited)
-                if self._judge_and_save(metrics, stopper, stop=stops > 0):
-                    wait_for_all()
+                if not writing:
+                    self.saver.finish()
+                if self._judge_and_save(metrics, stopper, stop=asked > 0):
+                    self.saver.finish()
                     raise KeyboardInterrupt(f"stopped after step {at.step}; continue with --resume")
 
     def _judge_and_save(self, metrics: dict[str, float], stopper: Stopper, *, stop: bool) -> bool:
@@ -174,7 +181,7 @@ class Run:
             self.best = value
         if step % config.save_every == 0 or last or stop or improved:
             self.at.data = self.stage.data_state(step) if isinstance(self.stage, DataState) else {}
-            checkpoint.save(self.stage, self.optimizer, self.at, self.out, best=improved)
+            self.saver.save(self.stage, self.optimizer, self.at, best=improved)
         return stop
 
 

@@ -48,6 +48,8 @@ class TrainConfig:
     log_every: int = 10
     validate_every: int = 200
     save_every: int = 200
+    async_save: bool = False
+    """Write checkpoints while training goes on, from a copy of the tensors in memory."""
 
     def __post_init__(self) -> None:
         check_numbers(
