@@ -98,7 +98,10 @@ class Run:
 
     def __init__(self, stage: Stage, config: TrainConfig, out: Path, device: torch.device, *, resume: bool):
         self.stage, self.config, self.out, self.device = stage, config, out, device
-        stage.model.to(device)
+        if sharing(config.shard) == 1:
+            stage.model.to(device)
+        elif not isinstance(stage, Shards):
+            raise ConfigError("this stage trains with the whole model on each rank: train.shard must be 1")
         groups = stage.prepare()
         self.optimizer = make_optimizer(groups, config)
         self.at = Progress()
@@ -107,7 +110,7 @@ class Run:
             if isinstance(stage, DataState):
                 stage.load_data_state(self.at.data)
             logger.info("continuing from %s", latest)
-        check_alike(self.at.step, stage.model)
+        check_alike(self.at.step, None if is_sharded(stage.model) else stage.model)
         if config.steps > max(self.at.cycles, default=0):
             self.at.cycles.append(config.steps)
         self.log: RunLog | None = None
@@ -203,8 +206,8 @@ def training_step(
             raise MMGPTError(f"the loss has a term {unforeseen[0]!r} whose count was not foreseen")
         # A mean over the whole step's targets, not a mean of means.
         parts = [term.total * (term.weight / counts[name]) for name, term in learned.items()]
-        if parts:
-            sum(parts[1:], start=parts[0]).backward()
+        if parts and (loss_here := sum(parts[1:], start=parts[0])).requires_grad:  # not where all that is read is frozen
+            loss_here.backward()
         for name, term in terms.items():
             known = totals.setdefault(name, [0.0, 0.0, term.weight])
             known[0] += float(term.total.detach())
