@@ -52,16 +52,17 @@ class Progress:
 
 def latest(out: Path) -> Path | None:
     """The newest whole checkpoint of a run."""
-    return max(step_folders(out), key=_step_of, default=None)
+    return max(step_folders(out), key=step_of, default=None)
 
 
 def step_folders(out: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
     found = (path for path in out.glob("step-*") if path.name.removeprefix("step-").isdecimal())
-    return sorted(found, key=_step_of)
+    return sorted(found, key=step_of)
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Of the name of a step folder."""
     return int(folder.name.removeprefix("step-"))
 
 

@@ -29,7 +29,8 @@ from mm_gpt.training import checkpoint
 from mm_gpt.training.checkpoint import Progress
 from mm_gpt.training.distributed import (
     average_statistics,
-    check_alike,
+    check_same_step,
+    check_same_weights,
     gather_over_ranks,
     of_rank_0,
     process_group,
@@ -107,12 +108,15 @@ class Run:
         groups = stage.prepare()
         self.optimizer = make_optimizer(groups, config)
         self.at = Progress()
-        if resume and (latest := checkpoint.latest(out)):
+        latest = checkpoint.latest(out) if resume else None
+        check_same_step(0 if latest is None else checkpoint.step_of(latest), device)
+        if latest is not None:
             self.at = checkpoint.load_training_state(latest, stage, self.optimizer)
             if isinstance(stage, DataState):
                 stage.load_data_state(self.at.data)
             logger.info("continuing from %s", latest)
-        check_alike(self.at.step, stage.model, device, sharded=is_sharded(stage.model))
+        if not is_sharded(stage.model):  # else each rank has its own slices, of rank 0's or of one checkpoint
+            check_same_weights(self.at.step, stage.model, device)
         if config.steps > max(self.at.cycles, default=0):
             self.at.cycles.append(config.steps)
         self.saver = Saver(out, device, background=config.async_save)

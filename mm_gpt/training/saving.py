@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -210,5 +210,5 @@ def _besides() -> Iterator[None]:
 
 def _copied(progress: Progress) -> Progress:
     """As it is now: the run changes it."""
-    values: dict[str, Any] = json.loads(json.dumps(progress.data))
-    return Progress(progress.step, list(progress.cycles), values)
+    data: dict[str, Any] = json.loads(json.dumps(progress.data))
+    return replace(progress, cycles=list(progress.cycles), data=data)
