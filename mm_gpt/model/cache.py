@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mm_gpt.model.decoder_config import DecoderConfig
+from mm_gpt.model.fused import Fused
 from mm_gpt.model.positions import Rotation
 
 
@@ -71,3 +72,5 @@ class ForwardContext:
     positions: tuple[Tensor, Tensor] | None = None
     """Of queries (B, T) and keys (B, S), where a pattern needs them."""
     cache: KVCache | None = None
+    fused: Fused | None = None
+    """For blocks that are computed as one function."""

@@ -21,6 +21,7 @@ from mm_gpt.errors import ContextOverflowError
 from mm_gpt.model.attention import DENSE, attend
 from mm_gpt.model.cache import ForwardContext, KVCache
 from mm_gpt.model.decoder_config import DecoderConfig
+from mm_gpt.model.fused import fused, fused_block
 from mm_gpt.model.loss import CHUNK, next_token_loss
 from mm_gpt.model.norms import RMSNorm, make_norm
 from mm_gpt.model.packed import Matrix, PackedEmbedding, PackedLinear, stacked_product
@@ -121,6 +122,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, step: ForwardContext, memory: Tensor | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D). `memory` (B, M, D): what this layer was given for the tokens before."""
+        if step.fused is not None and memory is None and (y := fused_block(self, x, step.fused)) is not None:
+            return y
         if memory is not None:
             memory = self.attention_norm(memory)
         x = x + self.drop(self.attention(self.attention_norm(x), step, memory))
@@ -218,6 +221,9 @@ class Decoder(nn.Module):
         """
         x, step = self._begin(x, positions, mask, cache)
         step.local_mask = local_mask
+        if self.training and cache is None:
+            step.fused = fused(self.config, x, step.rotation, mask)
+            x = x if step.fused is None else x.float()
         for layer, block in enumerate(self.blocks):
             x = block(x, step)
             if layer < len(added):
