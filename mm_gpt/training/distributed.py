@@ -134,13 +134,14 @@ def average_statistics(model: nn.Module) -> None:
         buffer.copy_(part.view_as(buffer))
 
 
-def check_alike(step: int, model: nn.Module) -> None:
-    """Raises MMGPTError, on every rank, when not all ranks are at `step` with the same weights."""
+def check_alike(step: int, model: nn.Module, device: torch.device, *, sharded: bool) -> None:
+    """Raises MMGPTError, on every rank, when not all ranks are at `step` with the same weights.
+
+    Of a sharded model each has its own slices, all from rank 0 or from one checkpoint: steps alone are compared."""
     world = ranks()[1]
     if world == 1:
         return
-    state = model.state_dict()
-    device = next(iter(state.values())).device
+    state = {} if sharded else model.state_dict()
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(state[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
@@ -157,6 +158,20 @@ def check_alike(step: int, model: nn.Module) -> None:
             f"rank {other} has other weights than rank 0 at step {step}: --out must be a folder they share, and the "
             "model that the run starts from the same"
         )
+
+
+def raise_together(error: Exception | None, device: torch.device) -> None:
+    """What one rank met with ends all of them: raises its own error there, and elsewhere MMGPTError with that line.
+
+    All ranks call it, those without an error as well; each then knows that the others have come this far.
+    """
+    if ranks()[1] > 1:
+        told = gather_over_ranks(("" if error is None else str(error) or type(error).__name__).encode(), device)
+        for rank, text in enumerate(told):
+            if text and error is None:
+                raise MMGPTError(f"rank {rank}: {text.decode()}")
+    if error is not None:
+        raise error
 
 
 def wait_for_all() -> None:
