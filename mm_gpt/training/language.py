@@ -30,6 +30,7 @@ from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import compact, fill, load_decoder, load_model, save_model
 from mm_gpt.hub.vision_towers import load_open_clip
 from mm_gpt.model.decoder import Decoder
+from mm_gpt.model.flops import batch_flops
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import IGNORE_INDEX, ROLES, Batch, Example, Processor, ProcessorConfig
@@ -205,6 +206,12 @@ class LanguageTask:
 
     def loss(self, batch: Batch) -> dict[str, Term]:
         return {"loss": Term(self.model.loss(batch)[0], count_targets(batch))}
+
+    def tokens(self, batch: Batch) -> int:
+        return int((batch.document_ids != 0).sum())
+
+    def flops(self, batch: Batch) -> float:
+        return batch_flops(self.model, batch).total
 
     # ---- what it is trained on ----
 

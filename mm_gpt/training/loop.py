@@ -44,6 +44,8 @@ from mm_gpt.training.run_log import RunLog
 from mm_gpt.training.saving import Saver
 from mm_gpt.training.schedules import learning_rate
 from mm_gpt.training.stage import AfterStep, DataState, Stage
+from mm_gpt.training.telemetry import Telemetry
+from mm_gpt.training.trackers import tracking
 from mm_gpt.training.train_config import TrainConfig, use_bf16
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,8 @@ def train(
             write_text(
                 out / "recipe.json", json.dumps(describe or {"train": dataclasses.asdict(config)}, indent=2) + "\n"
             )
-        run.loop(progress=progress)
+        with tracking(config.trackers, run.log, step=run.at.step):
+            run.loop(progress=progress)
 
 
 @contextmanager
@@ -96,7 +99,10 @@ class Run:
 
     def __init__(self, stage: Stage, config: TrainConfig, out: Path, device: torch.device, *, resume: bool):
         self.stage, self.config, self.out, self.device = stage, config, out, device
-        stage.model.to(device)
+        if sharing(config.shard) == 1:
+            stage.model.to(device)
+        elif not isinstance(stage, Shards):
+            raise ConfigError("this stage trains with the whole model on each rank: train.shard must be 1")
         groups = stage.prepare()
         self.optimizer = make_optimizer(groups, config)
         self.at = Progress()
@@ -105,7 +111,7 @@ class Run:
             if isinstance(stage, DataState):
                 stage.load_data_state(self.at.data)
             logger.info("continuing from %s", latest)
-        check_alike(self.at.step, stage.model)
+        check_alike(self.at.step, None if is_sharded(stage.model) else stage.model)
         if config.steps > max(self.at.cycles, default=0):
             self.at.cycles.append(config.steps)
         self.saver = Saver(out, device, background=config.async_save)
@@ -119,6 +125,7 @@ class Run:
                 logger.info("training %s: %s parameters, lr × %g", group.name, f"{trainable:,}", group.lr_scale)
         best = None if self.log is None else self.log.best(stage.decides)
         self.best = of_rank_0({"best": best}, device)["best"]
+        self.telemetry = Telemetry(stage, config, device)
         stage.model.train()
 
     def loop(self, *, progress: bool) -> None:
@@ -135,6 +142,7 @@ class Run:
                 waited = time.perf_counter() - begin
                 if at.step + 1 < config.steps and not stage.on_policy:
                     ahead = reader.submit(stage.micro_batches, at.step + 1, config.accumulate)
+                counted = self.telemetry.count(batches)
                 metrics = training_step(
                     stage, batches, self.optimizer, config, at.step, self.device, cycles=at.cycles
                 ) | {"data_seconds": waited}
@@ -144,10 +152,12 @@ class Run:
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
                 # Read once: what is raised below must have been saved. All ranks stop at the same step.
-                asked, writing = sum_over_ranks([float(stopper.requested), float(self.saver.is_writing)], self.device)
+                writing = float(self.saver.is_writing)
+                stops, writing, *counted = sum_over_ranks([float(stopper.requested), writing, *counted], self.device)
+                metrics |= self.telemetry.measure(at, counted, metrics["seconds"] + waited)
                 if not writing:
                     self.saver.finish()
-                if self._judge_and_save(metrics, stopper, stop=asked > 0):
+                if self._judge_and_save(metrics, stopper, stop=stops > 0):
                     self.saver.finish()
                     raise KeyboardInterrupt(f"stopped after step {at.step}; continue with --resume")
 
@@ -202,8 +212,10 @@ def training_step(
             raise MMGPTError(f"the loss has a term {unforeseen[0]!r} whose count was not foreseen")
         # A mean over the whole step's targets, not a mean of means.
         parts = [term.total * (term.weight / counts[name]) for name, term in learned.items()]
-        if parts:
-            sum(parts[1:], start=parts[0]).backward()
+        if (
+            parts and (loss_here := sum(parts[1:], start=parts[0])).requires_grad
+        ):  # not where all that is read is frozen
+            loss_here.backward()
         for name, term in terms.items():
             known = totals.setdefault(name, [0.0, 0.0, term.weight])
             known[0] += float(term.total.detach())

@@ -33,6 +33,7 @@ from mm_gpt.training.loop import train
 from mm_gpt.training.self_critical import SelfCriticalRecipe, SelfCriticalTask
 from mm_gpt.training.semicausal import SemiCausalRecipe, SemiCausalTask
 from mm_gpt.training.stage import Stage
+from mm_gpt.training.trackers import check_trackers
 from mm_gpt.training.train_config import TrainConfig
 from mm_gpt.vision.concepts import ConceptsConfig
 from mm_gpt.vision.connectors import ConnectorConfig
@@ -511,6 +512,7 @@ def peak_rate(recipe: Recipe) -> float:
 
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> None:
     """Train a recipe into `out`; its best model is then in `out/best`. Raises what `train` raises."""
+    check_trackers(recipe.train.trackers)
     stage: Stage
     match recipe:
         case DistillationRecipe():
@@ -542,7 +544,7 @@ def _check_same(recipe: Recipe, path: Path) -> None:
     before = read_json(path)
     now = json.loads(json.dumps(configs.to_dict(recipe)))
     for values in (before, now):
-        for key in ("steps", "log_every", "validate_every", "save_every"):
+        for key in ("steps", "log_every", "validate_every", "save_every", "trackers", "mfu_peak"):
             values["train"].pop(key, None)
         # Another number of ranks, with as many rows a step; or of workers.
         for key in ("rows", "workers"):

@@ -110,6 +110,17 @@ class TensorState(Protocol):
 
 
 @runtime_checkable
+class Measured(Protocol):
+    """A stage that knows what a micro-batch holds and costs."""
+
+    def tokens(self, batch: Any) -> int:
+        """Without padding; those that stand for an image are tokens as well."""
+
+    def flops(self, batch: Any) -> float:
+        """Of its forward and backward pass (`mm_gpt.model.flops`)."""
+
+
+@runtime_checkable
 class AfterStep(Protocol):
     """A stage with something to do behind a step: to average weights, to log what its time went to."""
 

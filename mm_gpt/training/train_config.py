@@ -33,6 +33,11 @@ class TrainConfig:
     """bf16 computes matrix products in bfloat16 under autocast, with float32 master weights for what is trained. `auto`
     takes it where the hardware multiplies it: a processor without the instructions is four times slower in bf16."""
     device: str = "auto"
+    mfu_peak: Literal["known", "measured"] = "known"
+    """What `mfu` in the log is a share of: the peak of a GPU whose data sheet is known (others have no `mfu`), or of a
+    product that is timed when the run begins, on any device."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the log goes besides `log.jsonl`."""
     seed: int = 0
     log_every: int = 10
     validate_every: int = 200
