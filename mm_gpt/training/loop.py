@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from mm_gpt.errors import MMGPTError
+from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.model.mmgpt import pick_device
 from mm_gpt.system.locks import open_locked
 from mm_gpt.system.stopping import Stopper
@@ -31,6 +30,7 @@ from mm_gpt.training.checkpoint import Progress
 from mm_gpt.training.distributed import (
     average_statistics,
     check_alike,
+    gather_over_ranks,
     of_rank_0,
     process_group,
     ranks,
@@ -40,10 +40,11 @@ from mm_gpt.training.distributed import (
     wait_for_all,
 )
 from mm_gpt.training.optimizers import make_optimizer
+from mm_gpt.training.parallel import clip_gradients, forget_unused, is_sharded, reshard, sharing
 from mm_gpt.training.run_log import RunLog
 from mm_gpt.training.saving import Saver
 from mm_gpt.training.schedules import learning_rate
-from mm_gpt.training.stage import AfterStep, DataState, Stage
+from mm_gpt.training.stage import AfterStep, DataState, Shards, Stage
 from mm_gpt.training.telemetry import Telemetry
 from mm_gpt.training.trackers import tracking
 from mm_gpt.training.train_config import TrainConfig, use_bf16
@@ -101,8 +102,8 @@ class Run:
         self.stage, self.config, self.out, self.device = stage, config, out, device
         if sharing(config.shard) == 1:
             stage.model.to(device)
-        elif not isinstance(stage, Shards):
-            raise ConfigError("this stage trains with the whole model on each rank: train.shard must be 1")
+        elif not (isinstance(stage, Shards) and stage.shards):
+            raise ConfigError("this stage is trained with the whole model on each rank: train.shard must be 1")
         groups = stage.prepare()
         self.optimizer = make_optimizer(groups, config)
         self.at = Progress()
@@ -111,7 +112,7 @@ class Run:
             if isinstance(stage, DataState):
                 stage.load_data_state(self.at.data)
             logger.info("continuing from %s", latest)
-        check_alike(self.at.step, None if is_sharded(stage.model) else stage.model)
+        check_alike(self.at.step, stage.model, device, sharded=is_sharded(stage.model))
         if config.steps > max(self.at.cycles, default=0):
             self.at.cycles.append(config.steps)
         self.saver = Saver(out, device, background=config.async_save)
@@ -152,12 +153,13 @@ class Run:
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
                 # Read once: what is raised below must have been saved. All ranks stop at the same step.
-                writing = float(self.saver.is_writing)
-                stops, writing, *counted = sum_over_ranks([float(stopper.requested), writing, *counted], self.device)
+                asked, writing, *counted = sum_over_ranks(
+                    [float(stopper.requested), float(self.saver.is_writing), *counted], self.device
+                )
                 metrics |= self.telemetry.measure(at, counted, metrics["seconds"] + waited)
                 if not writing:
                     self.saver.finish()
-                if self._judge_and_save(metrics, stopper, stop=stops > 0):
+                if self._judge_and_save(metrics, stopper, stop=asked > 0):
                     self.saver.finish()
                     raise KeyboardInterrupt(f"stopped after step {at.step}; continue with --resume")
 
@@ -204,29 +206,36 @@ def training_step(
         group["lr"] = lr * group["lr_scale"]
     counts = _summed([stage.counts(batch) for batch in batches], device)
     totals: dict[str, list[float]] = {}  # of each term its total, its count and its weight
+    sharded = is_sharded(stage.model)
+    broken: list[str] = []  # the samples of micro-batches without a finite loss
     for batch in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config.precision, device)):
             terms = stage.loss(batch.to(device))
-        learned = {name: term for name, term in terms.items() if term.weight and term.count}
-        if unforeseen := [name for name in learned if not counts.get(name)]:
+        # Shards are gathered and summed by all ranks together: one without targets takes part with zeros.
+        learned = {name: term for name, term in terms.items() if term.weight and (term.count or sharded)}
+        if unforeseen := [name for name, term in learned.items() if term.count and not counts.get(name)]:
             raise MMGPTError(f"the loss has a term {unforeseen[0]!r} whose count was not foreseen")
         # A mean over the whole step's targets, not a mean of means.
-        parts = [term.total * (term.weight / counts[name]) for name, term in learned.items()]
-        if (
-            parts and (loss_here := sum(parts[1:], start=parts[0])).requires_grad
-        ):  # not where all that is read is frozen
-            loss_here.backward()
+        parts = [term.total * (term.weight / (counts.get(name) or 1)) for name, term in learned.items()]
+        if parts and (part := sum(parts[1:], start=parts[0])).requires_grad:  # not where all that is read is frozen
+            part.backward()
         for name, term in terms.items():
-            known = totals.setdefault(name, [0.0, 0.0, term.weight])
-            known[0] += float(term.total.detach())
+            known, total = totals.setdefault(name, [0.0, 0.0, term.weight]), float(term.total.detach())
+            known[0] += total
             known[1] += float(term.count)
+            if term.weight and not math.isfinite(total):
+                broken += getattr(batch, "ids", [])
     loss, means = _means(totals, counts, device)
     if not math.isfinite(loss):
-        raise MMGPTError(f"the loss is {loss} at step {step + 1}: lower the learning rate ({config.lr})")
+        where = _where(broken, device)
+        raise MMGPTError(f"the loss is {loss} at step {step + 1}{where}: lower the learning rate ({config.lr})")
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    sum_gradients(trained)
+    if sharded:
+        forget_unused(stage.model)
+    else:
+        sum_gradients(trained)
     parameters = [p for p in trained if p.grad is not None]
-    norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+    norm = clip_gradients(parameters, config.clip)
     if not math.isfinite(norm):  # one step further every weight would be NaN, and perhaps saved
         raise MMGPTError(f"the gradient is {float(norm)} at step {step + 1}: lower the learning rate ({config.lr})")
     optimizer.step()
@@ -270,6 +279,17 @@ def _means(
     return loss, {n: total / divisor for n, total, divisor in zip(names, summed, divisors, strict=True)}
 
 
+def _where(broken: Sequence[str], device: torch.device) -> str:
+    """Which rank's samples have a loss that is not finite, in words; `broken` are this rank's."""
+    found = [json.loads(data) for data in gather_over_ranks(json.dumps([*broken]).encode(), device)]
+    shown = []
+    for rank, ids in enumerate(found):
+        if ids := [name for row in ids for name in row.split()]:
+            more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+            shown.append((f"rank {rank}, " if len(found) > 1 else "") + "samples " + " ".join(ids[:5]) + more)
+    return f" ({'; '.join(shown)})" if shown else ""
+
+
 @torch.no_grad()
 def evaluate(stage: Stage, config: TrainConfig, device: torch.device) -> dict[str, float]:
     """The stage's validation metrics, in evaluation mode and the training precision."""
@@ -278,4 +298,5 @@ def evaluate(stage: Stage, config: TrainConfig, device: torch.device) -> dict[st
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config.precision, device)):
             return stage.validate()
     finally:
+        reshard(stage.model)
         stage.model.train()

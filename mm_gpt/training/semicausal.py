@@ -72,6 +72,7 @@ class SemiCausalTask(LanguageTask):
     """A `Stage` for the loop. Spans follow from the seed and the tokens of their row."""
 
     model: SemiCausalLM  # type: ignore[assignment]
+    shards = False
     flops = None  # type: ignore[assignment]  # those of the encoder are not known
 
     def __init__(self, recipe: SemiCausalRecipe):

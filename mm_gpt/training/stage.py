@@ -99,6 +99,14 @@ class DataState(Protocol):
 
 
 @runtime_checkable
+class Shards(Protocol):
+    """A stage whose `prepare` divides the model among ranks as `train.shard` says: it then brings it to its device."""
+
+    shards: bool
+    """Whether it does."""
+
+
+@runtime_checkable
 class TensorState(Protocol):
     """A stage that needs more than its model to go on, such as samples that are not all learned from yet."""
 

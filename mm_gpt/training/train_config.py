@@ -32,6 +32,12 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 computes matrix products in bfloat16 under autocast, with float32 master weights for what is trained. `auto`
     takes it where the hardware multiplies it: a processor without the instructions is four times slower in bf16."""
+    shard: int | None = 1
+    """Processes that share one copy of the model, each with a slice of every weight (FSDP2). 1: each has all of it; None:
+    all share one."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the decoder's blocks compute again in the backward pass instead of keeping it. full: all but their inputs;
+    selective: all but attention and every second matrix product."""
     device: str = "auto"
     mfu_peak: Literal["known", "measured"] = "known"
     """What `mfu` in the log is a share of: the peak of a GPU whose data sheet is known (others have no `mfu`), or of a
@@ -47,7 +53,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_numbers(
-            self, "steps", "accumulate", "log_every", "validate_every", "save_every", "batch_tokens", at_least=1
+            self,
+            "steps",
+            "accumulate",
+            "log_every",
+            "validate_every",
+            "save_every",
+            "batch_tokens",
+            "shard",
+            at_least=1,
         )
         check_numbers(self, "lr", "eps", "clip", above=0)
         check_numbers(self, "warmup_steps", "weight_decay", at_least=0)
