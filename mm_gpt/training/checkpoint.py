@@ -38,6 +38,8 @@ class Progress:
     """The step at which each cycle of the schedule ends."""
     data: dict[str, Any] = field(default_factory=dict)
     """The place in the data, as JSON values."""
+    noise: list[float] = field(default_factory=list)
+    """The averages behind the gradient noise scale, where it is measured."""
 
 
 def save(stage: Stage, optimizer: torch.optim.Optimizer, progress: Progress, out: Path, *, best: bool) -> None:
@@ -84,7 +86,8 @@ def load_training_state(folder: Path, stage: Stage, optimizer: torch.optim.Optim
         tensors = load_file(path)
         state = json.loads((folder / PROGRESS_FILE).read_text())
         cycles = [int(end) for end in state.get("cycles", [])]
-        progress = Progress(int(state["step"]), cycles, dict(state.get("data", {})))
+        noise = [float(value) for value in state.get("noise", [])]
+        progress = Progress(int(state["step"]), cycles, dict(state.get("data", {})), noise)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot continue from it ({error})") from None
     expected = {name: tensor.shape for name, tensor in _training_state(model, optimizer).items()}

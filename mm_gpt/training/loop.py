@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from mm_gpt.errors import MMGPTError
+from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.model.mmgpt import pick_device
 from mm_gpt.system.locks import open_locked
 from mm_gpt.system.stopping import Stopper
@@ -39,9 +39,10 @@ from mm_gpt.training.distributed import (
     union_over_ranks,
     wait_for_all,
 )
+from mm_gpt.training.noise_scale import NoiseScale
 from mm_gpt.training.optimizers import make_optimizer
 from mm_gpt.training.run_log import RunLog
-from mm_gpt.training.schedules import learning_rate
+from mm_gpt.training.schedules import cycle_ends, learning_rate, sizes_of
 from mm_gpt.training.stage import AfterStep, DataState, Stage
 from mm_gpt.training.train_config import TrainConfig, use_bf16
 
@@ -96,8 +97,11 @@ class Run:
     def __init__(self, stage: Stage, config: TrainConfig, out: Path, device: torch.device, *, resume: bool):
         self.stage, self.config, self.out, self.device = stage, config, out, device
         stage.model.to(device)
+        self.sizes = sizes_of(stage, config)
+        if config.noise_scale and self.sizes.full * ranks()[1] == 1:
+            raise ConfigError("noise_scale compares micro-batches: give accumulate=2 or more, or several processes")
         groups = stage.prepare()
-        self.optimizer = make_optimizer(groups, config)
+        self.optimizer = make_optimizer(groups, config, stage.model)
         self.at = Progress()
         if resume and (latest := checkpoint.latest(out)):
             self.at = checkpoint.load_training_state(latest, stage, self.optimizer)
@@ -105,8 +109,8 @@ class Run:
                 stage.load_data_state(self.at.data)
             logger.info("continuing from %s", latest)
         check_alike(self.at.step, stage.model)
-        if config.steps > max(self.at.cycles, default=0):
-            self.at.cycles.append(config.steps)
+        self.at.cycles = cycle_ends(config, self.at.step, self.at.cycles, self.sizes)
+        self.noise = NoiseScale(self.at.noise) if config.noise_scale else None
         self.log: RunLog | None = None
         if ranks()[0] == 0:
             self.log = RunLog(out)
@@ -115,9 +119,20 @@ class Run:
             for group in groups:
                 trainable = sum(p.numel() for p in group.parameters if p.requires_grad)
                 logger.info("training %s: %s parameters, lr × %g", group.name, f"{trainable:,}", group.lr_scale)
-        best = None if self.log is None else self.log.best(stage.decides)
-        self.best = of_rank_0({"best": best}, device)["best"]
+        judged = {} if self.log is None else self.log.judged(stage.decides)
+        judged = of_rank_0(judged, device)
+        self.best: float | None = judged["best"]
+        self.worse: int = judged["worse"]
+        """Validations since the best one."""
+        if resume and self._out_of_patience() and self.at.step < config.steps and self.log is not None:
+            logger.warning(
+                "%s stopped at step %d, after %d validations without a better %s: more of train.patience, or none, goes on",
+                out, self.at.step, self.worse, stage.decides.metric,
+            )  # fmt: skip
         stage.model.train()
+
+    def _out_of_patience(self) -> bool:
+        return self.config.patience is not None and self.worse >= self.config.patience
 
     def loop(self, *, progress: bool) -> None:
         """All steps that are left."""
@@ -126,14 +141,16 @@ class Run:
         bar = tqdm(total=config.steps, initial=at.step, unit="step", disable=hidden, dynamic_ncols=True)
         with Stopper() as stopper, bar, ThreadPoolExecutor(1, thread_name_prefix="prefetch") as reader:
             ahead: Future[Sequence[Any]] | None = None  # read while the step before runs
-            while at.step < config.steps:
+            while at.step < config.steps and not self._out_of_patience():
                 begin = time.perf_counter()
-                batches = stage.micro_batches(at.step, config.accumulate) if ahead is None else ahead.result()
+                count, following = self.sizes.count(at.step), self.sizes.count(at.step + 1)
+                batches = stage.micro_batches(at.step, count) if ahead is None else ahead.result()
                 waited = time.perf_counter() - begin
                 if at.step + 1 < config.steps and not stage.on_policy:
-                    ahead = reader.submit(stage.micro_batches, at.step + 1, config.accumulate)
+                    ahead = reader.submit(stage.micro_batches, at.step + 1, following)
+                lr = learning_rate(config, at.step, at.cycles, self.sizes)
                 metrics = training_step(
-                    stage, batches, self.optimizer, config, at.step, self.device, cycles=at.cycles
+                    stage, batches, self.optimizer, config, at.step, self.device, lr=lr, noise=self.noise
                 ) | {"data_seconds": waited}
                 if isinstance(stage, AfterStep):
                     metrics |= stage.after_step()
@@ -145,6 +162,10 @@ class Run:
                 if self._judge_and_save(metrics, stopper, stop=stop):
                     wait_for_all()
                     raise KeyboardInterrupt(f"stopped after step {at.step}; continue with --resume")
+        if self.log is not None and self.best is not None:
+            judged = self.log.judged(stage.decides)
+            where = self.out / "best"
+            logger.info("the best %s, %.4g at step %d, is %s", stage.decides.metric, self.best, judged["step"], where)
 
     def _judge_and_save(self, metrics: dict[str, float], stopper: Stopper, *, stop: bool) -> bool:
         """What all ranks do after a step. Returns whether to stop, which a signal may have asked for meanwhile."""
@@ -154,8 +175,14 @@ class Run:
         if step % config.validate_every == 0 or last:
             values = of_rank_0(evaluate(self.stage, config, self.device), self.device)
             stop = stop or (stopper.requested and ranks()[1] == 1)
-        value = values.get(self.stage.decides.metric)
+        metric = self.stage.decides.metric
+        value = values.get(metric)
         improved = value is not None and self.stage.decides.is_better(value, self.best)
+        if value is not None:
+            self.worse = 0 if improved else self.worse + 1
+        if self._out_of_patience() and not last and self.log is not None:
+            logger.info("step %d ends the run: %d validations without a better %s", step, self.worse, metric)
+        last = last or self._out_of_patience()
         if self.log is not None:
             self.log.train(step, metrics, flush=step % config.log_every == 0 or last or stop)
             if values:
@@ -164,6 +191,7 @@ class Run:
             self.best = value
         if step % config.save_every == 0 or last or stop or improved:
             self.at.data = self.stage.data_state(step) if isinstance(self.stage, DataState) else {}
+            self.at.noise = [] if self.noise is None else self.noise.state
             checkpoint.save(self.stage, self.optimizer, self.at, self.out, best=improved)
         return stop
 
@@ -176,20 +204,23 @@ def training_step(
     step: int,
     device: torch.device,
     *,
-    cycles: Sequence[int] = (),
+    lr: float | None = None,
+    noise: NoiseScale | None = None,
 ) -> dict[str, float]:
-    """One optimizer step; returns its loss and the mean of each of its terms, gradient norm, learning rate and speed.
+    """One optimizer step at the rate `lr`, None: that of a run of one cycle; returns its loss and the mean of each of its terms, gradient norm, speed,
+    and `noise`, where that is measured.
 
     Raises MMGPTError on NaN."""
     start = time.perf_counter()
     # Dropout, which differs between ranks; augmentation is seeded by the stage in the same way.
     torch.manual_seed(config.seed * 1_000_003 + step + ranks()[0] * 7_919_000_003)
-    lr = learning_rate(config, step, cycles)
+    lr = learning_rate(config, step) if lr is None else lr
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     counts = _summed([stage.counts(batch) for batch in batches], device)
     totals: dict[str, list[float]] = {}  # of each term its total, its count and its weight
-    for batch in batches:
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, batch in enumerate(batches):
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config.precision, device)):
             terms = stage.loss(batch.to(device))
         learned = {name: term for name, term in terms.items() if term.weight and term.count}
@@ -199,6 +230,8 @@ def training_step(
         parts = [term.total * (term.weight / counts[name]) for name, term in learned.items()]
         if parts:
             sum(parts[1:], start=parts[0]).backward()
+        if noise is not None and number == 0:
+            noise.see_first(trained, {name: term.count for name, term in learned.items()}, counts)
         for name, term in terms.items():
             known = totals.setdefault(name, [0.0, 0.0, term.weight])
             known[0] += float(term.total.detach())
@@ -206,12 +239,12 @@ def training_step(
     loss, means = _means(totals, counts, device)
     if not math.isfinite(loss):
         raise MMGPTError(f"the loss is {loss} at step {step + 1}: lower the learning rate ({config.lr})")
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
     sum_gradients(trained)
     parameters = [p for p in trained if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(parameters, config.clip)
     if not math.isfinite(norm):  # one step further every weight would be NaN, and perhaps saved
         raise MMGPTError(f"the gradient is {float(norm)} at step {step + 1}: lower the learning rate ({config.lr})")
+    noisy = {} if noise is None else noise.after_step(norm, counts, device)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     average_statistics(stage.model)
@@ -220,6 +253,7 @@ def training_step(
         "loss": loss,
         **{name: mean for name, mean in means.items() if name != "loss"},
         "grad_norm": float(norm),
+        **noisy,
         "lr": lr,
         "targets_per_s": sum(counts.values()) / seconds,
         "seconds": seconds,
