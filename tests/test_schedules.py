@@ -44,8 +44,8 @@ def test_rates_golden(changes: dict[str, Any], expected: dict[int, float]) -> No
 
 
 def test_gpt3s_schedule_is_one_of_tokens() -> None:
-    """Golden for 125M: half of the peak in the middle of 375M tokens of warm-up, the peak at their end, a tenth from 260
-    billion on, to 300; while the batch grows from 32k over 4 billion tokens."""
+    """Golden for 125M: half of the peak in the middle of 375M tokens of warm-up, the peak at their end, a tenth from
+    260 billion on, to 300; while the batch grows from 32k over 4 billion tokens."""
     found = preset("gpt3-125m")
     config = TrainConfig(steps=1000, step_tokens=found.batch_tokens, **found.training)
     sizes = step_sizes(config, 1000)
@@ -105,7 +105,7 @@ def test_steps_grow_linearly_in_multiples_of_the_first() -> None:
 
 @pytest.mark.parametrize("parts", [2, 3, 6])
 def test_the_ramp_is_one_of_tokens(parts: int) -> None:
-    """On another number of ranks each step has the same tokens: `first` was rounded to micro-batches, and they drifted."""
+    """Stops: on another number of ranks other steps, since each was rounded to micro-batches."""
     config = toy_config(step_tokens=600, ramp_from=60, ramp_tokens=6000)
     one, many = step_sizes(config, 60 // parts), step_sizes(config, 60)
     assert many.full == 10
@@ -167,7 +167,7 @@ def test_a_run_out_of_patience_is_not_continued_by_accident(tmp_path: Path, capl
     train(ToyStage(validation=FALLS_AND_RISES), config, out, progress=False)
     before = (out / "log.jsonl").read_text()
     train(ToyStage(), config, out, resume=True, progress=False)
-    assert "stopped at step 5, after 3 validations without a better loss: more of train.patience" in caplog.text
+    assert "stopped at step 5, with no better loss in 3 validations: with a larger train.patience it" in caplog.text
     assert (out / "log.jsonl").read_text() == before
     more = dataclasses.replace(config, patience=4)
     train(ToyStage(validation=FALLS_AND_RISES[5:]), more, out, resume=True, progress=False)

@@ -36,6 +36,7 @@ from mm_gpt.datasets.samples import BadRecordError
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
+from mm_gpt.model.flops import batch_flops
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import IGNORE_INDEX, Batch, Example, Processor, collate
 from mm_gpt.training.distributed import ranks, sum_over_ranks
@@ -287,6 +288,7 @@ class DistillationTask(LanguageTask):
     far it is from its teacher there."""
 
     recipe: DistillationRecipe
+    shards = False
 
     def __init__(self, recipe: DistillationRecipe):
         """Raises ConfigError where the teacher has another vocabulary or vision tower than the student needs."""
@@ -320,6 +322,11 @@ class DistillationTask(LanguageTask):
             for parameter in self.teacher.decoder.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
         return groups
+
+    def flops(self, batch: Batch) -> float:
+        """With the teacher's forward pass, without what it takes to sample answers."""
+        taught = batch.teacher if isinstance(batch, TaughtBatch) else None
+        return super().flops(batch) + (0.0 if taught is None else batch_flops(self.teacher, taught).forward)
 
     # ---- what it is trained on ----
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from mm_gpt.kernels.parallel import PIECES
 from mm_gpt.kernels.training import LANES, Kind, kernel
-from mm_gpt.model.compute_copies import computed
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRALinear
 from mm_gpt.model.positions import Rotation
@@ -130,11 +129,12 @@ def fused_block(block: "Block", x: Tensor, shared: Fused) -> Tensor | None:
 
 
 class _Layer:
-    """One linear layer, in the type of products."""
+    """One linear layer, in the type of products. What is trained stays float32: it is rounded for each pass over the block,
+    in less time than copies of all blocks, kept for a step, would take to come back from memory."""
 
     def __init__(self, weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float, dtype: torch.dtype):
-        self.weight = computed(weight, dtype)
-        self.a = None if a is None else computed(a, dtype)
+        self.weight = weight.detach().to(dtype)
+        self.a = None if a is None else a.detach().to(dtype)
         self.b = None if b is None else (scale * b.detach()).to(dtype)
         self.scale = scale
 
@@ -189,7 +189,7 @@ def _forward(
     M, D, H, C = shared.rows * shared.tokens, config.width, config.num_heads, config.head_size
     x = x.contiguous()
     qkv_layer, out_layer, gate_up_layer, down_layer = _layers(tensors, scales, dtype)
-    norms = [computed(weight, torch.float32) for weight in tensors[:2]]
+    norms = [weight.detach().float() for weight in tensors[:2]]
     y = x.new_empty(M, D, dtype=dtype)
     inverses = [x.new_empty(M) for _ in range(2)]
     _run("norm_forward", (kind, D, config.norm_eps), M, x, 0, norms[0], 0, y, inverses[0], adds=False)
@@ -217,7 +217,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[4:]
     M, D = shared.rows * shared.tokens, config.width
     qkv_layer, out_layer, gate_up_layer, down_layer = _layers(tensors, ctx.scales, dtype)
-    norms = [computed(weight, torch.float32) for weight in tensors[:2]]
+    norms = [weight.detach().float() for weight in tensors[:2]]
     gradient = gradient.contiguous()
     slope = gradient if kind == "f32" else gradient.to(dtype)
     slope = slope.view(M, D)

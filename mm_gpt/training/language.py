@@ -30,14 +30,17 @@ from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import compact, fill, load_decoder, load_model, save_model
 from mm_gpt.hub.vision_towers import load_open_clip
 from mm_gpt.model.decoder import Decoder
+from mm_gpt.model.flops import batch_flops
 from mm_gpt.model.lora import LoRAConfig
-from mm_gpt.model.mmgpt import MMGPT, ModelConfig
+from mm_gpt.model.mmgpt import MMGPT, ModelConfig, pick_device
 from mm_gpt.processor import IGNORE_INDEX, ROLES, Batch, Example, Processor, ProcessorConfig
 from mm_gpt.system.writing import write_text
 from mm_gpt.templates.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.compiling import compile_blocks
 from mm_gpt.training.distributed import ranks, sum_over_ranks
+from mm_gpt.training.parallel import is_sharded, shard_model, sharing
+from mm_gpt.training.recompute import recompute_blocks
 from mm_gpt.training.schedules import step_sizes
 from mm_gpt.training.stage import LOWEST_LOSS, Decides, ParameterGroup, Term
 from mm_gpt.training.train_config import TrainConfig, use_bf16
@@ -136,6 +139,7 @@ class LanguageTask:
 
     on_policy: bool = False
     decides: Decides = LOWEST_LOSS
+    shards: bool = True
 
     def __init__(
         self,
@@ -212,6 +216,12 @@ class LanguageTask:
     def loss(self, batch: Batch) -> dict[str, Term]:
         return {"loss": Term(self.model.loss(batch)[0], count_targets(batch))}
 
+    def tokens(self, batch: Batch) -> int:
+        return int((batch.document_ids != 0).sum())
+
+    def flops(self, batch: Batch) -> float:
+        return batch_flops(self.model, batch).total
+
     # ---- what it is trained on ----
 
     def micro_batches(self, step: int, count: int) -> list[Batch]:
@@ -251,7 +261,11 @@ class LanguageTask:
         rank, world = ranks()
         units = held.some(self.recipe.validation_images)
         lengths = [tokens for _, tokens in units]
-        for row in pack(lengths, max(self.row_length, *lengths, 1))[rank::world]:
+        rows = pack(lengths, max(self.row_length, *lengths, 1))
+        # Ranks that share a model go through it equally often: the last of them on empty rows.
+        ends = -(-len(rows) // world) * world if is_sharded(self.model) else len(rows)
+        for number in range(rank, ends, world):
+            row = rows[number] if number < len(rows) else []
             read = [found for i in row if (found := self._read_held_out(held, units[i][0])) is not None]
             yield self.reader.batch([[example for example, _ in read]], [tile for _, tiles in read for tile in tiles])
 
@@ -270,6 +284,9 @@ class LanguageTask:
         from mm_gpt.inference.engine import Engine
         from mm_gpt.inference.generation import GenerationConfig
 
+        if is_sharded(self.model):
+            logger.info("no sample outputs: each rank has a part of the model only")
+            return []
         records: list[Record] = []
         for held in self.held_out:
             for number in dict.fromkeys(unit[0] for unit, _ in held.some(4)):
@@ -290,25 +307,36 @@ class LanguageTask:
 
 
 def prepare_language(model: MMGPT, recipe: LanguageRecipe) -> tuple[list[ParameterGroup], dict[str, Tensor]]:
-    """Freeze, cast and compile what the recipe says: what is trained, and what `save_model` is to store in place of the
-    frozen weights that were rounded."""
-    connector = [] if model.connector is None else [*model.connector.parameters()]
-    connector += [mark for mark in (model.image_marks, model.image_newline) if mark is not None]
-    connector += [] if model.concepts is None else [*model.concepts.parameters()]
-    for parameter in connector:
+    """Freeze, cast, compile and shard what the recipe says: what is trained, and what `save_model` is to store in place
+    of the frozen weights that were rounded."""
+    for parameter in _connector_parameters(model):
         parameter.requires_grad_(recipe.train_connector)
     if model.vision is not None:
         model.vision.unfreeze(recipe.vision_blocks)
     if model.config.lora is None:
         model.decoder.requires_grad_(recipe.decoder == "full")
-    frozen = _frozen_to_bf16(model) if use_bf16(recipe.train.precision, model.device) else {}
+    number, recompute = sharing(recipe.train.shard), recipe.train.recompute
+    device = model.device if number == 1 else pick_device(recipe.train.device)
+    bf16 = use_bf16(recipe.train.precision, device)
+    frozen = _frozen_to_bf16(model) if bf16 else {}
     if recipe.compile:
-        compile_blocks(model.decoder)
+        compile_blocks(model.decoder, recompute=recompute)
+    elif recompute != "none":
+        recompute_blocks(model.decoder, recompute)
+    if number > 1:
+        shard_model(model, number, device, bf16=bf16)
     groups = [ParameterGroup("decoder", [p for p in model.decoder.parameters() if p.requires_grad])]
     if model.vision is not None:
-        groups.append(ParameterGroup("connector", connector, recipe.connector_lr))
+        groups.append(ParameterGroup("connector", _connector_parameters(model), recipe.connector_lr))
         groups.append(ParameterGroup("vision", list(model.vision.parameters()), recipe.vision_lr))
     return groups, frozen
+
+
+def _connector_parameters(model: MMGPT) -> list[nn.Parameter]:
+    """All between the tower and the decoder. Sharding replaces them."""
+    found = [] if model.connector is None else [*model.connector.parameters()]
+    found += [mark for mark in (model.image_marks, model.image_newline) if mark is not None]
+    return found + ([] if model.concepts is None else [*model.concepts.parameters()])
 
 
 def count_targets(batch: Batch) -> int:
@@ -443,7 +471,9 @@ def _frozen_to_bf16(model: MMGPT) -> dict[str, Tensor]:
     kept = {}
     for name, parameter in model.decoder.named_parameters(prefix="decoder"):
         if not parameter.requires_grad:
-            if not isinstance(model.config.decoder, str):  # else the name stands for them, and they are not saved
+            if ranks()[0] == 0 and not isinstance(
+                model.config.decoder, str
+            ):  # else the name stands for them, and they are not saved
                 kept[name] = compact(parameter.detach().cpu(), name).clone()
             parameter.data = parameter.data.to(torch.bfloat16)
     return kept

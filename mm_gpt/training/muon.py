@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step with the gradients that there are. Gradients are computed before: raises ValueError for a closure."""
+        """One step of what has a gradient. Raises ValueError for a closure: gradients are computed before."""
         if closure is not None:
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:

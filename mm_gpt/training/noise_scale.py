@@ -1,8 +1,8 @@
 """The gradient noise scale (McCandlish et al., 1812.06162, appendix A.1): how large a batch is worth its time.
 
-B = tr(Σ) / |G|²: the noise of one target's gradient, Σ its covariance, over the square of the true gradient. A batch much
-smaller than B learns twice as much from twice the targets; one much larger hardly more. Both are estimated without bias
-from the squares of the gradient over two batches: the first micro-batch of each rank, and the whole step.
+B = tr(Σ) / |G|²: the noise of one target's gradient, Σ its covariance, over the square of the true gradient. A batch
+much smaller than B learns twice as much from twice the targets; one much larger hardly more. Both are estimated without
+bias from the squares of the gradient over two batches: the first micro-batch of each rank, and the whole step.
 """
 
 import math
@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from mm_gpt.errors import ConfigError, MMGPTError
+from mm_gpt.errors import MMGPTError
 from mm_gpt.training.distributed import sum_over_ranks
 
 MEMORY = 0.99
@@ -35,14 +34,11 @@ class NoiseScale:
         """After the backward pass of a rank's first micro-batch, whose learned terms have these counts and whose
         gradient was divided by `counts`, of the whole step.
 
-        Raises MMGPTError where a loss of several terms has no one batch, and ConfigError where a gradient is no longer
-        this rank's own.
+        Raises MMGPTError for a loss of several terms, each of which has a batch of its own.
         """
         if len(counts) > 1:
             raise MMGPTError(f"noise_scale is of a loss of one term; this one has {', '.join(counts)}")
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if any(isinstance(gradient, DTensor) for gradient in gradients):
-            raise ConfigError("noise_scale needs each rank's own gradient: take shard=1")
         own, whole = sum(terms.values()), sum(counts.values())
         if not own:
             self._first = (0.0, 0.0, 0.0)
@@ -53,6 +49,7 @@ class NoiseScale:
     def after_step(self, norm: Tensor, counts: dict[str, float], device: torch.device) -> dict[str, float]:
         """With the norm of the step's gradient, over all ranks and before it is clipped: what is to be logged."""
         small, inverse, found = sum_over_ranks(self._first, device)
+        self._first = (0.0, 0.0, 0.0)
         whole = sum(counts.values())
         if not found or not whole or inverse / found - 1 / whole < 1e-9 / whole:
             return {}  # one micro-batch was the whole step

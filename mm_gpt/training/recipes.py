@@ -34,6 +34,7 @@ from mm_gpt.training.schedules import step_sizes
 from mm_gpt.training.self_critical import SelfCriticalRecipe, SelfCriticalTask
 from mm_gpt.training.semicausal import SemiCausalRecipe, SemiCausalTask
 from mm_gpt.training.stage import Stage
+from mm_gpt.training.trackers import check_trackers
 from mm_gpt.training.train_config import TrainConfig
 from mm_gpt.vision.concepts import ConceptsConfig
 from mm_gpt.vision.connectors import ConnectorConfig
@@ -510,6 +511,7 @@ def peak_rate(recipe: Recipe) -> float:
 
 def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: bool = True) -> None:
     """Train a recipe into `out`; its best model is then in `out/best`. Raises what `train` raises."""
+    check_trackers(recipe.train.trackers)
     stage: Stage
     match recipe:
         case DistillationRecipe():
@@ -544,7 +546,10 @@ def _check_same(recipe: Recipe, path: Path) -> None:
     defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig) if f.default is not dataclasses.MISSING}
     before["train"] = json.loads(json.dumps(defaults)) | before["train"]
     for values in (before, now):
-        for key in ("steps", "log_every", "validate_every", "save_every", "patience", "noise_scale"):
+        for key in (
+            *("steps", "log_every", "validate_every", "save_every", "patience"),
+            *("noise_scale", "trackers", "mfu_peak"),
+        ):
             values["train"].pop(key, None)
         # Another number of ranks, with as many rows a step; or of workers.
         for key in ("rows", "workers"):

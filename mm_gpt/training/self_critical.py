@@ -251,6 +251,8 @@ class SelfCriticalTask(LanguageTask):
 
     # ---- what is learned ----
 
+    tokens = flops = None  # type: ignore[assignment]  # what will be sampled is not known
+
     def counts(self, batch: Photos) -> dict[str, float]:  # type: ignore[override]
         return {"loss": len(batch.photos) * self.critical.samples}
 

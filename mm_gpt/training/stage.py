@@ -109,6 +109,14 @@ class SizedSteps(Protocol):
 
 
 @runtime_checkable
+class Shards(Protocol):
+    """A stage whose `prepare` divides the model among ranks as `train.shard` says: it then brings it to its device."""
+
+    shards: bool
+    """Whether it does."""
+
+
+@runtime_checkable
 class TensorState(Protocol):
     """A stage that needs more than its model to go on, such as samples that are not all learned from yet."""
 
@@ -117,6 +125,17 @@ class TensorState(Protocol):
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Called before the first step of a run that goes on. Raises CheckpointError for what does not fit."""
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A stage that knows what a micro-batch holds and costs."""
+
+    def tokens(self, batch: Any) -> int:
+        """Without padding; those that stand for an image are tokens as well."""
+
+    def flops(self, batch: Any) -> float:
+        """Of its forward and backward pass (`mm_gpt.model.flops`)."""
 
 
 @runtime_checkable

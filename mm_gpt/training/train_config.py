@@ -53,7 +53,18 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 computes matrix products in bfloat16 under autocast, with float32 master weights for what is trained. `auto`
     takes it where the hardware multiplies it: a processor without the instructions is four times slower in bf16."""
+    shard: int | None = 1
+    """Processes that share one copy of the model, each with a slice of every weight (FSDP2). 1: each has all of it; None:
+    all share one."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the decoder's blocks compute again in the backward pass instead of keeping it. full: all but their inputs;
+    selective: all but attention and every second matrix product."""
     device: str = "auto"
+    mfu_peak: Literal["known", "measured"] = "known"
+    """What `mfu` in the log is a share of: the peak of a GPU whose data sheet is known (others have no `mfu`), or of a
+    product that is timed when the run begins, on any device."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the log goes besides `log.jsonl`."""
     seed: int = 0
     patience: int | None = None
     """Validations without a better one after which the run ends; None: it goes to its last step."""
@@ -62,10 +73,20 @@ class TrainConfig:
     log_every: int = 10
     validate_every: int = 200
     save_every: int = 200
+    async_save: bool = False
+    """Write checkpoints while training goes on, from a copy of the tensors in memory."""
 
     def __post_init__(self) -> None:
         check_numbers(
-            self, "steps", "accumulate", "log_every", "validate_every", "save_every", "batch_tokens", at_least=1
+            self,
+            "steps",
+            "accumulate",
+            "log_every",
+            "validate_every",
+            "save_every",
+            "batch_tokens",
+            "shard",
+            at_least=1,
         )
         check_numbers(self, "step_tokens", "ramp_from", "ramp_tokens", "patience", at_least=1)
         check_numbers(self, "decay_share", "final_share", at_least=0, at_most=1)
