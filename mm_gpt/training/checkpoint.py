@@ -48,6 +48,8 @@ class Progress:
     flops: float = 0.0
     data: dict[str, Any] = field(default_factory=dict)
     """The place in the data, as JSON values."""
+    noise: list[float] = field(default_factory=list)
+    """The averages behind the gradient noise scale, where it is measured."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Progress":
