@@ -8,6 +8,7 @@ Papers: GPT-1, GPT-2, GPT-3 (2005.14165), LLaMA (2302.13971), GQA (2305.13245), 
 `mm_gpt.model.presets` names the published models.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -199,6 +200,15 @@ class Decoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of hidden states."""
         return torch.float32 if self.packed_head else self.embedding.weight.dtype
+
+    def set_dropout(self, rate: float) -> None:
+        """Dropout in training at another rate, with the same weights. Raises ConfigError for one outside of [0, 1)."""
+        self.config = dataclasses.replace(self.config, dropout=rate)
+        self.drop = nn.Dropout(rate) if rate else nn.Identity()
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.drop = nn.Dropout(rate) if rate else nn.Identity()
+            block.attention.config = self.config
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings (…, D) of token ids (…), before positions."""
