@@ -137,9 +137,7 @@ def swiglu_backward(kind: Kind, inner: int) -> Body:
             gate, to = gate_up + m * (2 * size * inner), gradient + m * (2 * size * inner)
             row = m * (size * inner)
             with code.loop(0, inner, LANES) as i:
-                x, up, dy = (
-                    _read(code, kind, place, i) for place in (gate, gate + size * inner, slope + row)
-                )
+                x, up, dy = (_read(code, kind, place, i) for place in (gate, gate + size * inner, slope + row))
                 s = sigmoid(code, x)
                 active = x * s
                 _write(code, kind, active * up, out + row, i)
@@ -261,9 +259,7 @@ def _seen(code: Code, masking: Masking, mask: Value, visible: Value, i: Value) -
     return code.load(mask, vector(I8, LANES), i).compare("!=", 0)
 
 
-def _query(
-    masking: Masking, r: Value, args: tuple[Value, ...], heads: int, kv_heads: int
-) -> tuple[Value, Value]:
+def _query(masking: Masking, r: Value, args: tuple[Value, ...], heads: int, kv_heads: int) -> tuple[Value, Value]:
     """Of row r of the scores (B, K, Tq, G): the row of its mask, and how many keys it sees."""
     mask, queries, first, tokens = args
     group = heads // kv_heads

@@ -61,9 +61,7 @@ class Fused:
         return torch.bfloat16 if self.kind == "bf16" else torch.float32
 
 
-def fused(
-    config: DecoderConfig, x: Tensor, rotation: Rotation | None, mask: Tensor | None
-) -> Fused | None:
+def fused(config: DecoderConfig, x: Tensor, rotation: Rotation | None, mask: Tensor | None) -> Fused | None:
     """The shared part for embeddings x (B, T, D), or None where blocks must run as they are written."""
     B, T, _ = x.shape
     if not x.device.type == "cpu" or T % LANES or not _is_plain(config):
