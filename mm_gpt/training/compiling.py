@@ -26,8 +26,8 @@ def compile_blocks(
     one. It is the class's own forward: they differ in where the norms stand. `recompute` is compiled with it
     (`mm_gpt.training.recompute`).
 
-    Blocks that the CPU has one function for (`mm_gpt.model.fused`) take that instead: it is faster, and at once. Without
-    a C++ compiler a line says so, and blocks run as they are written.
+    Blocks that the CPU has one function for (`mm_gpt.model.fused`) take that instead: it is faster, and at once.
+    Without a C++ compiler a line says so, and blocks run as they are written.
     """
     if backend == "inductor" and decoder.device.type == "cpu" and (lack := _no_compiler()):
         logger.warning("blocks are not compiled: %s", lack)

@@ -25,8 +25,8 @@ Seen = tuple[Tensor, Tensor | None]
 class FrozenTower:
     """A copy of a tower, prepared for inference in bfloat16, that keeps up to `max_bytes` of what it has seen.
 
-    The copy leaves the tower itself as it is, to be saved. Images that are remembered go through it one at a time: what an
-    image gives then has the same bits whatever it came with, and whether or not it was remembered.
+    The copy leaves the tower itself as it is, to be saved. Images that are remembered go through it one at a time: what
+    an image gives then has the same bits whatever it came with, and whether or not it was remembered.
     """
 
     def __init__(self, vision: VisionEncoder, *, max_bytes: int):
@@ -49,8 +49,8 @@ class FrozenTower:
         return torch.cat([tokens for tokens, _ in each]), torch.cat(scores) if scores else None
 
     def _recall(self, pixels: Tensor) -> Seen:
-        """Of one image. What there is no room for any more is computed each time: to forget the oldest would forget each
-        image just before its next epoch."""
+        """Of one image. What there is no room for any more is computed each time: to forget the oldest would forget
+        each image just before its next epoch."""
         key = hashlib.blake2b(pixels.contiguous().numpy(), digest_size=16).digest()
         if key in self.remembered:
             self.hits += 1
