@@ -199,7 +199,7 @@ def test_only_finished_schedules_are_points(plan: LadderPlan, tmp_path: Path) ->
         read_run(tmp_path / run.name, run)
     worse = [json.dumps({"step": run.steps - 1, "loss": 5.0}) + "\n"] * 5
     log.write_text("".join([*lines[:-1], *worse, lines[-1]]))
-    with pytest.raises(CannotTell, match=r"diverged .* lower the ladder's lr"):
+    with pytest.raises(CannotTell, match=r"diverged .*: lower the ladder's lr"):
         read_run(tmp_path / run.name, run)
 
 
