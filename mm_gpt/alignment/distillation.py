@@ -288,6 +288,7 @@ class DistillationTask(LanguageTask):
     far it is from its teacher there."""
 
     recipe: DistillationRecipe
+    shards = False
 
     def __init__(self, recipe: DistillationRecipe):
         """Raises ConfigError where the teacher has another vocabulary or vision tower than the student needs."""

@@ -32,13 +32,16 @@ from mm_gpt.hub.vision_towers import load_open_clip
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.flops import batch_flops
 from mm_gpt.model.lora import LoRAConfig
-from mm_gpt.model.mmgpt import MMGPT, ModelConfig
+from mm_gpt.model.mmgpt import MMGPT, ModelConfig, pick_device
 from mm_gpt.processor import IGNORE_INDEX, ROLES, Batch, Example, Processor, ProcessorConfig
 from mm_gpt.system.writing import write_text
 from mm_gpt.templates.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.compiling import compile_blocks
 from mm_gpt.training.distributed import ranks, sum_over_ranks
+from mm_gpt.training.parallel import is_sharded, shard_model, sharing
+from mm_gpt.training.recompute import recompute_blocks
+from mm_gpt.training.schedules import step_sizes
 from mm_gpt.training.stage import LOWEST_LOSS, Decides, ParameterGroup, Term
 from mm_gpt.training.train_config import TrainConfig, use_bf16
 from mm_gpt.vision.concepts import ConceptsConfig
@@ -78,6 +81,9 @@ class LanguageRecipe:
     decoder: Literal["frozen", "full"] = "frozen"
     """`full` trains every weight of the decoder; with `model.lora` it stays frozen under its adaptation. Without
     `model`, the adaptation that `start` has becomes part of its weights."""
+    dropout: float | None = None
+    """Of the decoder while it trains: embeddings, attention weights, and what each layer adds. None: the model's own.
+    It is not saved with the model."""
     train_connector: bool = True
     vision_blocks: int | None = 0
     """How many of the vision tower's last blocks are trained; None trains the whole tower."""
@@ -119,6 +125,7 @@ class LanguageRecipe:
         check_numbers(self, "connector_lr", "vision_lr", at_least=0)
         check_numbers(self, "exponent", at_least=0, at_most=1)
         check_numbers(self, "concept_dropout", at_least=0, at_most=0.5)
+        check_numbers(self, "dropout", at_least=0, below=1)
         if self.model is None and self.start is None:
             raise ConfigError("give a model, or one to start from")
 
@@ -132,6 +139,7 @@ class LanguageTask:
 
     on_policy: bool = False
     decides: Decides = LOWEST_LOSS
+    shards: bool = True
 
     def __init__(
         self,
@@ -153,6 +161,8 @@ class LanguageTask:
             tokenizer = learn_tokenizer(stores, model.decoder.vocab_size)
         self.model, self.processor = build_model(recipe, tokenizer) if built is None else built
         self.row_length = min(recipe.row_length, self.processor.config.max_length)
+        rank, world = ranks()
+        self.step_sizes = step_sizes(recipe.train, recipe.rows * self.row_length * world)
         # The image is read with the question in view, or distances are those of the row: no two questions share it.
         separate = self.model.config.prefix_lm or self.model.decoder.config.positions == "relative"
         sampling = RecordSampling(recipe.max_captions, recipe.max_questions, recipe.augment, separate)
@@ -179,12 +189,11 @@ class LanguageTask:
         multiple = self.row_length if recipe.compile else 64
         dropout = 0.0 if self.model.concepts is None else recipe.concept_dropout
         self.reader = Reader(self.sources, self.processor, recipe.augment, seed, multiple, dropout)
-        rank, world = ranks()
         self.loader = Loader(
             plan,
             self.reader,
             rows=recipe.rows,
-            accumulate=recipe.train.accumulate,
+            accumulate=self.step_sizes,
             rank=rank,
             world=world,
             workers=recipe.workers,
@@ -216,7 +225,7 @@ class LanguageTask:
     # ---- what it is trained on ----
 
     def micro_batches(self, step: int, count: int) -> list[Batch]:
-        assert count == self.loader.accumulate
+        assert count == self.step_sizes.count(step)
         return self.loader.micro_batches(step)
 
     def data_state(self, step: int) -> dict[str, Any]:
@@ -252,7 +261,11 @@ class LanguageTask:
         rank, world = ranks()
         units = held.some(self.recipe.validation_images)
         lengths = [tokens for _, tokens in units]
-        for row in pack(lengths, max(self.row_length, *lengths, 1))[rank::world]:
+        rows = pack(lengths, max(self.row_length, *lengths, 1))
+        # Ranks that share a model go through it equally often: the last of them on empty rows.
+        ends = -(-len(rows) // world) * world if is_sharded(self.model) else len(rows)
+        for number in range(rank, ends, world):
+            row = rows[number] if number < len(rows) else []
             read = [found for i in row if (found := self._read_held_out(held, units[i][0])) is not None]
             yield self.reader.batch([[example for example, _ in read]], [tile for _, tiles in read for tile in tiles])
 
@@ -271,6 +284,9 @@ class LanguageTask:
         from mm_gpt.inference.engine import Engine
         from mm_gpt.inference.generation import GenerationConfig
 
+        if is_sharded(self.model):
+            logger.info("no sample outputs: each rank has a part of the model only")
+            return []
         records: list[Record] = []
         for held in self.held_out:
             for number in dict.fromkeys(unit[0] for unit, _ in held.some(4)):
@@ -291,25 +307,36 @@ class LanguageTask:
 
 
 def prepare_language(model: MMGPT, recipe: LanguageRecipe) -> tuple[list[ParameterGroup], dict[str, Tensor]]:
-    """Freeze, cast and compile what the recipe says: what is trained, and what `save_model` is to store in place of the
-    frozen weights that were rounded."""
-    connector = [] if model.connector is None else [*model.connector.parameters()]
-    connector += [mark for mark in (model.image_marks, model.image_newline) if mark is not None]
-    connector += [] if model.concepts is None else [*model.concepts.parameters()]
-    for parameter in connector:
+    """Freeze, cast, compile and shard what the recipe says: what is trained, and what `save_model` is to store in place
+    of the frozen weights that were rounded."""
+    for parameter in _connector_parameters(model):
         parameter.requires_grad_(recipe.train_connector)
     if model.vision is not None:
         model.vision.unfreeze(recipe.vision_blocks)
     if model.config.lora is None:
         model.decoder.requires_grad_(recipe.decoder == "full")
-    frozen = _frozen_to_bf16(model) if use_bf16(recipe.train.precision, model.device) else {}
+    number, recompute = sharing(recipe.train.shard), recipe.train.recompute
+    device = model.device if number == 1 else pick_device(recipe.train.device)
+    bf16 = use_bf16(recipe.train.precision, device)
+    frozen = _frozen_to_bf16(model) if bf16 else {}
     if recipe.compile:
-        compile_blocks(model.decoder)
+        compile_blocks(model.decoder, recompute=recompute)
+    elif recompute != "none":
+        recompute_blocks(model.decoder, recompute)
+    if number > 1:
+        shard_model(model, number, device, bf16=bf16)
     groups = [ParameterGroup("decoder", [p for p in model.decoder.parameters() if p.requires_grad])]
     if model.vision is not None:
-        groups.append(ParameterGroup("connector", connector, recipe.connector_lr))
+        groups.append(ParameterGroup("connector", _connector_parameters(model), recipe.connector_lr))
         groups.append(ParameterGroup("vision", list(model.vision.parameters()), recipe.vision_lr))
     return groups, frozen
+
+
+def _connector_parameters(model: MMGPT) -> list[nn.Parameter]:
+    """All between the tower and the decoder. Sharding replaces them."""
+    found = [] if model.connector is None else [*model.connector.parameters()]
+    found += [mark for mark in (model.image_marks, model.image_newline) if mark is not None]
+    return found + ([] if model.concepts is None else [*model.concepts.parameters()])
 
 
 def count_targets(batch: Batch) -> int:
@@ -403,6 +430,8 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
     if recipe.decoder == "full" and isinstance(model.config.decoder, str) and model.config.lora is None:
         # Its weights are no longer those that the name stands for: they are saved with the model.
         model.config = dataclasses.replace(model.config, decoder=model.decoder.config)
+    if recipe.dropout is not None:
+        model.decoder.set_dropout(recipe.dropout)
     return model, processor
 
 
@@ -442,7 +471,9 @@ def _frozen_to_bf16(model: MMGPT) -> dict[str, Tensor]:
     kept = {}
     for name, parameter in model.decoder.named_parameters(prefix="decoder"):
         if not parameter.requires_grad:
-            if not isinstance(model.config.decoder, str):  # else the name stands for them, and they are not saved
+            if ranks()[0] == 0 and not isinstance(
+                model.config.decoder, str
+            ):  # else the name stands for them, and they are not saved
                 kept[name] = compact(parameter.detach().cpu(), name).clone()
             parameter.data = parameter.data.to(torch.bfloat16)
     return kept

@@ -8,7 +8,7 @@ images or not, and nobody waits for a rank that reads text alone.
 With shards on N of W ranks there are W / N copies (HSDP): slices are gathered among N, gradients summed over all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -68,9 +68,7 @@ def shard_model(model: MMGPT, number: int, device: torch.device, *, bf16: bool) 
     )
     for block in model.decoder.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(
-        model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    )
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the loss is divided by the step's targets already
@@ -86,6 +84,12 @@ def shard_model(model: MMGPT, number: int, device: torch.device, *, bf16: bool) 
     used = _Used()
     model.register_forward_hook(used.watch)
     _USED[model] = used
+
+
+def reshard(model: nn.Module) -> None:
+    """After forward passes without a backward one: the root's weights are slices again. Nothing for other models."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def _mesh(number: int, device: torch.device) -> DeviceMesh:
@@ -152,6 +156,25 @@ def forget_unused(model: nn.Module) -> None:
     for name, number in zip(names, present.tolist(), strict=True):
         if not number:
             parameters[name].grad = None
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
+    """Scale the gradients of all `parameters` down to a norm of at most `largest`; their norm before, a scalar.
+
+    Of slices it is the norm of the whole, equal on every rank. Sharded and plain parameters may be mixed.
+    """
+    kinds: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            kinds.setdefault(mesh, []).append(parameter)
+    norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = whole[0] if len(whole) == 1 else nn.utils.get_total_norm(whole)
+    for kind in kinds.values():
+        nn.utils.clip_grads_with_norm_(kind, largest, total)
+    return total
 
 
 def _in_block(name: str) -> bool:
