@@ -61,7 +61,6 @@ def packed_model() -> tuple[MMGPT, Batch]:
         max_length=1024,
         attention=("dense", "local"),
         window=60,
-        attention_softcap=30.0,
     )
     torch.manual_seed(0)
     batch = packed([[(150,), (90,), (200,)], [(40, 30, 25, 60), (130, 140, 5), (5,)]], right=12)
@@ -75,7 +74,9 @@ def gradients(model: MMGPT, batch: Batch, dtype: torch.dtype | None = None) -> t
     with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
         loss, count = model.loss(batch)
     (loss / count).backward()
-    return float(loss / count), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return float((loss / count).detach()), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
