@@ -10,7 +10,7 @@ Shapes: B rows, T tokens, M = B T, D width, H heads, K key-value heads, G = H / 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,6 @@ from mm_gpt.kernels.training import LANES, Kind, kernel
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRALinear
 from mm_gpt.model.positions import Rotation
-
-if TYPE_CHECKING:
-    from mm_gpt.model.decoder import Block
 
 QUERIES = 256
 """Queries whose scores exist at a time."""
@@ -150,7 +147,16 @@ def _linear(layer: nn.Module) -> Linear | None:
     return None
 
 
-def fused_block(block: "Block", x: Tensor, shared: Fused) -> Tensor | None:
+class PreNormBlock(Protocol):
+    """`mm_gpt.model.decoder.Block`, as far as it is needed here."""
+
+    attention_norm: Any
+    attention: Any
+    mlp_norm: Any
+    mlp: Any
+
+
+def fused_block(block: PreNormBlock, x: Tensor, shared: Fused) -> Tensor | None:
     """What the block gives for x (B, T, D), float32; None where it has layers that are not those of this function."""
     attention, mlp = block.attention, block.mlp
     if attention.pattern.kind != "dense":
