@@ -106,3 +106,143 @@ def run_run(args: argparse.Namespace) -> int:
     if failed:
         tell(f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}")
     return EXIT_SOME_FAILED if failed else 0
+
+
+def add_fit(parser: argparse.ArgumentParser) -> None:
+    _add_plan_file(parser)
+    parser.add_argument("--form", choices=("power", "parametric"), default="power", help="(default: %(default)s)")
+    parser.add_argument("--metric", metavar="NAME", help="one validation loss (default: each)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG of loss against compute")
+
+
+def run_fit(args: argparse.Namespace) -> int:
+    from mm_gpt.scaling.ladder import LadderPlan
+    from mm_gpt.scaling.laws import fit_parametric, fit_power, held_out_error
+    from mm_gpt.scaling.points import CannotTell
+    from mm_gpt.scaling.registration import points_of
+    from mm_gpt.scaling.runs import read_runs
+
+    plan = LadderPlan.load(args.plan)
+    finished = points_of(plan, read_runs(args.plan.parent, plan.of_role("rung")), args.form)
+    metrics = list(finished[0].losses) if args.metric is None else [args.metric]
+    fits = {}
+    for metric in metrics:
+        points = [each.point(metric) for each in finished]
+        try:
+            fit = (fit_power if args.form == "power" else fit_parametric)(points)
+            held_out = held_out_error(points, args.form)
+        except CannotTell as error:
+            if metric == metrics[0]:
+                raise
+            tell(f"{metric}: {error}")
+            continue
+        fits[metric] = fit
+        ranges = fit.quantiles if len(points) > len(fit.coefficients) else {}
+        print(f"{metric}: {_law(args.form)} of {len(points)} runs")
+        for name, value in fit.coefficients.items():
+            low_high = f"   90 %: {ranges[name][0]:.4g} to {ranges[name][2]:.4g}" if name in ranges else ""
+            print(f"  {name:6} {value:.4g}{low_high}")
+        for point, residual in zip(fit.points, fit.residuals, strict=True):
+            print(f"  {point.name:16} C {point.flops:.2e}  loss {point.loss:.4f}  law {residual:+.2%}")
+        print(f"  largest rung held out: {held_out.error:+.2%}")
+    if args.plot is not None:
+        from mm_gpt.scaling.plots import plot_losses
+
+        plot_losses(args.plot, fits)
+    return 0
+
+
+def _law(form: str) -> str:
+    return "L(C) = a C^b + c" if form == "power" else "L(N, D) = A / N^alpha + B / D^beta + E"
+
+
+def add_predict(parser: argparse.ArgumentParser) -> None:
+    _add_plan_file(parser)
+    parser.add_argument("--target", metavar="NAME", help="a target of the plan (default: its only one)")
+    parser.add_argument("--form", choices=("power", "parametric"), default="power", help="(default: %(default)s)")
+    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="the registration (default: PLAN's folder)")
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    from mm_gpt.scaling.ladder import LadderPlan
+    from mm_gpt.scaling.registration import register
+
+    plan = LadderPlan.load(args.plan)
+    target = args.target or _only_target(plan)
+    out = args.out or args.plan.parent / f"prediction-{target}.json"
+    values = register(args.plan, target, out, form=args.form)
+    for metric, each in values["predictions"].items():
+        if "loss" not in each:
+            tell(f"{metric}: {each['cannot tell']}")
+            continue
+        print(
+            f"{metric}: {each['loss']:.4f} (90 %: {each['low']:.4f} to {each['high']:.4f}) for {target}; "
+            f"largest rung held out: {each['held out']['error']:+.2%}"
+        )
+    print(f"filed as {out} ({values['digest'][:16]}); commit it before the target runs")
+    return 0
+
+
+def _only_target(plan: "LadderPlan") -> str:
+    targets = plan.of_role("target")
+    if len(targets) != 1:
+        raise UsageError(f"name a --target: {', '.join(run.name for run in targets) or 'the plan has none'}")
+    return targets[0].name
+
+
+def add_verdict(parser: argparse.ArgumentParser) -> None:
+    _add_plan_file(parser)
+    parser.add_argument("registration", type=Path, metavar="REGISTRATION", help="what `mm-gpt scaling predict` filed")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG of the law, its interval and what came")
+
+
+def run_verdict(args: argparse.Namespace) -> int:
+    from mm_gpt.scaling.registration import read_fits, verdicts
+
+    found = verdicts(args.registration, args.plan)
+    for each in found:
+        print(each)
+    if args.plot is not None:
+        from mm_gpt.scaling.plots import plot_losses
+
+        fits, target = read_fits(args.registration)
+        plot_losses(args.plot, fits, target=target, measured={each.metric: each.measured for each in found})
+    return 0
+
+
+COMMANDS = {
+    "scaling plan": Command(
+        "Plan a ladder: sizes, and settings that follow from them.",
+        (
+            "mm-gpt scaling plan tiny --data pictures/ --widths 16,32,48,64 --target 96 -o runs/ladder/plan.json",
+            "mm-gpt scaling plan recipe.json --widths 16,24,32,48 --target 80 --tokens-per-parameter 10 -o plan.json",
+        ),
+        add_plan,
+        run_plan,
+        usage="mm-gpt scaling plan [options] RECIPE [KEY=VALUE ...] --widths N,N,... --out FILE",
+    ),
+    "scaling run": Command(
+        "Train the rungs of a plan, or its targets.",
+        ("mm-gpt scaling run runs/ladder/plan.json", "mm-gpt scaling run runs/ladder/plan.json --target"),
+        add_run,
+        run_run,
+    ),
+    "scaling fit": Command(
+        "Fit the law of the finished rungs.",
+        ("mm-gpt scaling fit runs/ladder/plan.json", "mm-gpt scaling fit plan.json --form parametric --plot law.png"),
+        add_fit,
+        run_fit,
+    ),
+    "scaling predict": Command(
+        "Predict the loss of a target, and file the prediction.",
+        ("mm-gpt scaling predict runs/ladder/plan.json -o predictions/w96.json",),
+        add_predict,
+        run_predict,
+    ),
+    "scaling verdict": Command(
+        "Hold a filed prediction against what came.",
+        ("mm-gpt scaling verdict runs/ladder/plan.json predictions/w96.json --plot verdict.png",),
+        add_verdict,
+        run_verdict,
+    ),
+}
