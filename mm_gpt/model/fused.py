@@ -1,9 +1,9 @@
 """A decoder block as one function with its own gradient, for training on the CPU.
 
-Between its matrix products a block is memory traffic: norms, rotations, softmax, SwiGLU, residuals, casts. Here each of
-these is one compiled pass (`mm_gpt.kernels.training`), and what a pass can make again from its neighbour is not kept for
-the backward pass: norms' outputs, SwiGLU's, attention weights. Products are torch's, in the type of autocast; residuals,
-norms and softmax are float32, and so is the stream between blocks.
+Between its matrix products a block is memory traffic: norms, rotations, softmax, SwiGLU, residuals, casts. Here each
+of these is one compiled pass (`mm_gpt.kernels.training`), and what a pass can make again from its neighbour is not kept
+for the backward pass: norms' outputs, SwiGLU's, attention weights (2205.14135). Products are torch's, in the type of
+autocast; residuals, norms and softmax are float32, and so is the stream between blocks.
 
 Shapes: B rows, T tokens, M = B T, D width, H heads, K key-value heads, G = H / K, C head size, F inner width.
 """
@@ -61,12 +61,10 @@ class Fused:
         return torch.bfloat16 if self.kind == "bf16" else torch.float32
 
 
-def fused(
-    config: DecoderConfig, x: Tensor, rotation: Rotation | None, mask: Tensor | None
-) -> Fused | None:
+def fused(config: DecoderConfig, x: Tensor, rotation: Rotation | None, mask: Tensor | None) -> Fused | None:
     """The shared part for embeddings x (B, T, D), or None where blocks must run as they are written."""
     B, T, _ = x.shape
-    if not x.device.type == "cpu" or T % LANES or not _is_plain(config):
+    if x.device.type != "cpu" or T % LANES or not _is_plain(config):
         return None
     if torch.is_autocast_enabled("cpu"):
         if torch.get_autocast_dtype("cpu") != torch.bfloat16:
@@ -168,8 +166,8 @@ def fused_block(block: "Block", x: Tensor, shared: Fused) -> Tensor | None:
 
 
 class _Layer:
-    """One linear layer, in the type of products. What is trained stays float32: it is rounded for each pass over the block,
-    in less time than copies of all blocks, kept for a step, would take to come back from memory."""
+    """One linear layer, in the type of products. What is trained stays float32: it is rounded for each pass over the
+    block, in less time than copies of all blocks, kept for a step, would take to come back from memory."""
 
     def __init__(self, weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float, dtype: torch.dtype):
         self.weight = weight.detach().to(dtype)
