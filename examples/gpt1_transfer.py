@@ -34,8 +34,10 @@ from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.mmgpt import ModelConfig
 from mm_gpt.training.classification import ClassificationRecipe, ClassificationTask
 from mm_gpt.training.language import LanguageRecipe
-from mm_gpt.training.loop import TrainConfig, evaluate, make_optimizer, training_step
+from mm_gpt.training.loop import evaluate, training_step
+from mm_gpt.training.optimizers import make_optimizer
 from mm_gpt.training.recipes import run_recipe
+from mm_gpt.training.train_config import TrainConfig
 
 Rows = list[dict[str, Any]]
 

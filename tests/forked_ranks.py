@@ -3,33 +3,51 @@
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo  # sharding imports it: here once, instead of for seconds in each process
 
 
-def on_ranks(function: Callable[[int], Any], count: int = 2) -> list[Any]:
-    """What `function(rank)` returns on each rank, or the text of what it raises, as torchrun would start them."""
+def on_ranks(function: Callable[[int], Any], count: int = 2, *, seconds: float = 300) -> list[Any]:
+    """What `function(rank)` returns on each rank, or the text of what it raises, as torchrun would start them.
+
+    Ranks that wait for each other for good are ended after `seconds`, and TimeoutError is raised."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    results = context.SimpleQueue()
 
-    def run(rank: int) -> None:
+    def run(rank: int, answer: Any) -> None:
         torch.set_num_threads(1)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
         os.environ["WORLD_SIZE"] = str(count)
         try:
-            results.put((rank, function(rank)))
+            answer.send(function(rank))
         except Exception as error:
-            results.put((rank, f"{type(error).__name__}: {error}"))
+            answer.send(f"{type(error).__name__}: {error}")
 
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(count)]
+    pipes = [context.Pipe(duplex=False) for _ in range(count)]
+    processes = [context.Process(target=run, args=(rank, pipes[rank][1])) for rank in range(count)]
     for process in processes:
         process.start()
-    found = dict(results.get() for _ in processes)
-    for process in processes:
-        process.join()
-    return [found[rank] for rank in range(count)]
+    end = time.monotonic() + seconds
+    try:
+        found = []
+        for rank, (reader, _) in enumerate(pipes):
+            while not reader.poll(0.1):
+                if time.monotonic() > end:
+                    raise TimeoutError(f"rank {rank} of {count} has not come to an end")
+                if not processes[rank].is_alive() and not reader.poll():
+                    raise ChildProcessError(f"rank {rank} of {count} ended with {processes[rank].exitcode}")
+            found.append(reader.recv())
+    except (TimeoutError, ChildProcessError):
+        for process in processes:
+            process.kill()
+        raise
+    finally:
+        for process in processes:
+            process.join()
+    return found

@@ -44,8 +44,8 @@ from mm_gpt.training.classification import (
     LabelledRows,
     load_classifier,
 )
-from mm_gpt.training.loop import TrainConfig
 from mm_gpt.training.recipes import classify, recipe, run_recipe
+from mm_gpt.training.train_config import TrainConfig
 
 TOKENIZER = make_tokenizer()
 V = TOKENIZER.vocab_size

@@ -18,7 +18,7 @@ from mm_gpt.model.decoder import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import ModelConfig
 from mm_gpt.processor import ProcessorConfig
-from mm_gpt.training.loop import TrainConfig
+from mm_gpt.training.train_config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,10 @@ from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import IGNORE_INDEX, Processor
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
-from mm_gpt.training.loop import TrainConfig, make_optimizer, train
+from mm_gpt.training.loop import train
+from mm_gpt.training.optimizers import make_optimizer
 from mm_gpt.training.recipes import RECIPES, run_recipe
+from mm_gpt.training.train_config import TrainConfig
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
 

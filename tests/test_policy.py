@@ -31,9 +31,11 @@ from mm_gpt.errors import CheckpointError, ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.training.distributed import process_group
-from mm_gpt.training.loop import TrainConfig, make_optimizer, train
+from mm_gpt.training.loop import train
+from mm_gpt.training.optimizers import make_optimizer
 from mm_gpt.training.rollouts import Sample
 from mm_gpt.training.stage import Term
+from mm_gpt.training.train_config import TrainConfig
 
 REWARDS = """
 import math
@@ -351,7 +353,7 @@ def test_a_run_continues_between_rollout_and_update(
     for key in ("loss", "reward", "value", "pretraining", "kl"):
         assert logged(tmp_path / "stopped", key) == logged(whole_run, key), key
     assert len(losses(whole_run)) == 5
-    for name in ("model.safetensors", "critic/reward_head.safetensors", "training_state.safetensors"):
+    for name in ("model.safetensors", "critic/reward_head.safetensors", "training_state/rank-0-of-1.safetensors"):
         one, other = (load_file(run / "step-000005" / name) for run in (whole_run, tmp_path / "stopped"))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name

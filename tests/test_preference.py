@@ -27,8 +27,10 @@ from mm_gpt.hub.checkpoint import load_model
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.processor import IGNORE_INDEX, collate
 from mm_gpt.training.distributed import process_group
-from mm_gpt.training.loop import TrainConfig, make_optimizer, train
+from mm_gpt.training.loop import train
+from mm_gpt.training.optimizers import make_optimizer
 from mm_gpt.training.recipes import RECIPES, run_recipe
+from mm_gpt.training.train_config import TrainConfig
 
 LORA = LoRAConfig(rank=4, alpha=8)
 GOOD = ("A red circle", "on a blue ground", "one circle, and a ground that is blue")
@@ -419,7 +421,7 @@ def test_resumes_bit_by_bit(tmp_path: Path, data: Path, tiny_model_folder: Path,
     train(PreferenceTask(recipe), recipe.train, tmp_path / "stopped", resume=True, progress=False)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     assert logged(tmp_path / "stopped", "rewards/chosen") == logged(tmp_path / "whole", "rewards/chosen")
-    for name in ("step-000004/model.safetensors", "step-000004/training_state.safetensors"):
+    for name in ("step-000004/model.safetensors", "step-000004/training_state/rank-0-of-1.safetensors"):
         one, other = load_file(tmp_path / "whole" / name), load_file(tmp_path / "stopped" / name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name

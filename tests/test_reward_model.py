@@ -50,9 +50,10 @@ from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig, collate
-from mm_gpt.training.loop import TrainConfig, train, training_step
+from mm_gpt.training.loop import train, training_step
 from mm_gpt.training.recipes import recipe, run_recipe
 from mm_gpt.training.stage import Term
+from mm_gpt.training.train_config import TrainConfig
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 """Scores of about 1 in float32: sums of other order differ by 1e-6, a token more or less by 0.1."""

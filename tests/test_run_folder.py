@@ -18,9 +18,12 @@ from toy_stage import ToyStage, losses, toy_config
 from mm_gpt.errors import MMGPTError
 from mm_gpt.system import writing
 from mm_gpt.system.locks import open_locked
-from mm_gpt.training import checkpoint
+from mm_gpt.training import checkpoint, saving
 from mm_gpt.training.checkpoint import Progress
-from mm_gpt.training.loop import make_optimizer, train
+from mm_gpt.training.loop import train
+from mm_gpt.training.optimizers import make_optimizer
+
+STATE = "training_state/rank-0-of-1.safetensors"
 
 
 class Versioned(ToyStage):
@@ -35,7 +38,7 @@ class Versioned(ToyStage):
 
 def save_version(stage: Versioned, out: Path, version: int, *, best: bool) -> None:
     stage.version = version
-    checkpoint.save(stage, make_optimizer(stage.prepare(), toy_config()), Progress(version), out, best=best)
+    saving.save(stage, make_optimizer(stage.prepare(), toy_config()), Progress(version), out, best=best)
 
 
 def version_of(folder: Path) -> int:
@@ -93,7 +96,7 @@ def test_killed_at_any_moment_of_a_save_nothing_is_lost(
         assert newest is not None
         best, step = version_of(out / "best"), version_of(newest)
         assert json.loads((newest / "training_state.json").read_text())["step"] == step
-        assert load_file(newest / checkpoint.STATE_FILE)
+        assert load_file(newest / STATE)
         assert (best, step) in ((2, 4), (6, 4), (6, 6))
         assert not [path for path in out.iterdir() if path.name.startswith(".")]
         seen.add((best, step))
@@ -129,7 +132,7 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path: Path) -> None
 
     def fill(loss: Tensor) -> Tensor:
         if next(calls) == 3:
-            size = (out / "step-000002" / checkpoint.STATE_FILE).stat().st_size
+            size = (out / "step-000002" / STATE).stat().st_size
             resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, before[1]))
         return loss
 
@@ -140,7 +143,7 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(tmp_path: Path) -> None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     message = str(caught.value)
-    assert message.startswith(f"{out}/step-000003/{checkpoint.STATE_FILE}: cannot be written (File too large")
+    assert message.startswith(f"{out}/step-000003/{STATE}: cannot be written (File too large")
     assert "\n" not in message
     assert sorted(path.name for path in out.glob("*step*")) == ["step-000001", "step-000002"]
     assert not list(out.glob(".tmp*"))

@@ -28,7 +28,8 @@ from mm_gpt.inference.generation import GenerationConfig
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.processor import collate
 from mm_gpt.templates.prompts import CAPTION_PROMPT
-from mm_gpt.training.loop import TrainConfig, make_optimizer, train
+from mm_gpt.training.loop import train
+from mm_gpt.training.optimizers import make_optimizer
 from mm_gpt.training.recipes import default_critical
 from mm_gpt.training.self_critical import (
     CiderReward,
@@ -38,6 +39,7 @@ from mm_gpt.training.self_critical import (
     advantages_of,
 )
 from mm_gpt.training.stage import Term
+from mm_gpt.training.train_config import TrainConfig
 
 # ---- the reward ----
 
@@ -204,7 +206,7 @@ def test_resumes_bit_by_bit(tmp_path: Path, data: Path, tiny_model_folder: Path)
         train(stopped, recipe.train, tmp_path / "stopped", progress=False)
     train(SelfCriticalTask(recipe), recipe.train, tmp_path / "stopped", resume=True, progress=False)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    for name in ("step-000006/model.safetensors", "step-000006/training_state.safetensors"):
+    for name in ("step-000006/model.safetensors", "step-000006/training_state/rank-0-of-1.safetensors"):
         one, other = load_file(tmp_path / "whole" / name), load_file(tmp_path / "stopped" / name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name

@@ -35,9 +35,12 @@ from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import Batch, collate
 from mm_gpt.training import checkpoint, language
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
-from mm_gpt.training.loop import TrainConfig, learning_rate, make_optimizer, train
+from mm_gpt.training.loop import train
+from mm_gpt.training.optimizers import make_optimizer
 from mm_gpt.training.run_log import RunLog
+from mm_gpt.training.schedules import learning_rate
 from mm_gpt.training.stage import Decides, ParameterGroup, Term
+from mm_gpt.training.train_config import TrainConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
 
 # ---- one step ----
@@ -479,11 +482,11 @@ def test_a_corrupted_training_state_is_named(tmp_path: Path) -> None:
     train(ToyStage(), toy_config(), tmp_path, progress=False)
     folder = checkpoint.latest(tmp_path)
     assert folder is not None
-    state, counter = folder / checkpoint.STATE_FILE, folder / "training_state.json"
+    state, counter = folder / "training_state/rank-0-of-1.safetensors", folder / "training_state.json"
     whole, text = state.read_bytes(), counter.read_text()
     for broken in (whole[: len(whole) // 2], b"", b"\x80\x04 a pickle"):
         state.write_bytes(broken)
-        with pytest.raises(CheckpointError, match=r"training_state\.safetensors: cannot continue from it"):
+        with pytest.raises(CheckpointError, match=r"rank-0-of-1\.safetensors: cannot continue from it"):
             train(ToyStage(), toy_config(), tmp_path, resume=True, progress=False)
     state.unlink()
     with pytest.raises(CheckpointError, match="cannot continue from it"):
@@ -606,7 +609,11 @@ def test_language_training_resumes_bit_by_bit(tmp_path: Path, data: Path, kind: 
         train(stopped, recipe.train, tmp_path / "stopped", progress=False)
     train(tiny_task(recipe), recipe.train, tmp_path / "stopped", resume=True, progress=False)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    for name in ("step-000007/model.safetensors", "best/model.safetensors", "step-000007/training_state.safetensors"):
+    for name in (
+        "step-000007/model.safetensors",
+        "best/model.safetensors",
+        "step-000007/training_state/rank-0-of-1.safetensors",
+    ):
         one, other = load_file(tmp_path / "whole" / name), load_file(tmp_path / "stopped" / name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mm_gpt.training.loop import TrainConfig, training_step
+from mm_gpt.training.loop import training_step
 from mm_gpt.training.stage import LOWEST_LOSS, ParameterGroup, Stage, Term
+from mm_gpt.training.train_config import TrainConfig
 
 
 @dataclasses.dataclass

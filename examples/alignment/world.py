@@ -60,9 +60,9 @@ from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, collate
 from mm_gpt.templates.prompts import CAPTION_PROMPT
 from mm_gpt.training.language import LanguageRecipe
-from mm_gpt.training.loop import TrainConfig
 from mm_gpt.training.recipes import run_recipe
 from mm_gpt.training.rollouts import Sampler
+from mm_gpt.training.train_config import TrainConfig
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.encoder import VisionConfig
 from mm_gpt.vision.transforms import ImageTransformConfig

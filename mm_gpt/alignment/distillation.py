@@ -36,13 +36,14 @@ from mm_gpt.datasets.samples import BadRecordError
 from mm_gpt.document import Document, Image, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model
+from mm_gpt.model.flops import batch_flops
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import IGNORE_INDEX, Batch, Example, Processor, collate
-from mm_gpt.training.distributed import ranks
+from mm_gpt.training.distributed import ranks, sum_over_ranks
 from mm_gpt.training.language import LanguageRecipe, LanguageTask, count_targets
-from mm_gpt.training.loop import use_bf16
 from mm_gpt.training.rollouts import Sampler, sampling
 from mm_gpt.training.stage import ParameterGroup, Term
+from mm_gpt.training.train_config import use_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -287,6 +288,7 @@ class DistillationTask(LanguageTask):
     far it is from its teacher there."""
 
     recipe: DistillationRecipe
+    shards = False
 
     def __init__(self, recipe: DistillationRecipe):
         """Raises ConfigError where the teacher has another vocabulary or vision tower than the student needs."""
@@ -320,6 +322,11 @@ class DistillationTask(LanguageTask):
             for parameter in self.teacher.decoder.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
         return groups
+
+    def flops(self, batch: Batch) -> float:
+        """With the teacher's forward pass, without what it takes to sample answers."""
+        taught = batch.teacher if isinstance(batch, TaughtBatch) else None
+        return super().flops(batch) + (0.0 if taught is None else batch_flops(self.teacher, taught).forward)
 
     # ---- what it is trained on ----
 
@@ -409,12 +416,15 @@ class DistillationTask(LanguageTask):
             count += count_targets(batch)
             return self.model.decoder.loss(hidden, batch.labels)
 
-        return {**self._validate(loss_of), "kl": divergence / max(1, count)}
+        losses = self._validate(loss_of)
+        divergence, learned = sum_over_ranks([divergence, float(count)], self.model.device)
+        return {**losses, "kl": divergence / max(1, learned)}
 
     def _held_out_batches(self, held: IndexedSource) -> Iterator[Batch]:
         units = held.some(self.recipe.validation_images)
         lengths = [tokens for _, tokens in units]
-        for row in pack(lengths, max(self.row_length, *lengths, 1)):
+        rank, world = ranks()
+        for row in pack(lengths, max(self.row_length, *lengths, 1))[rank::world]:
             read = [found for i in row if (found := self._both_held_out(held, units[i][0])) is not None]
             yield self.reader.taught([read])
 

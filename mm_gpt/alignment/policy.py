@@ -36,8 +36,8 @@ from mm_gpt.training.averaging import WeightAverage
 from mm_gpt.training.distributed import gather_over_ranks, ranks
 from mm_gpt.training.epochs import epoch_order
 from mm_gpt.training.language import LanguageTask, build_model, count_targets, prepare_language
-from mm_gpt.training.loop import use_bf16
 from mm_gpt.training.stage import Decides, ParameterGroup, Term
+from mm_gpt.training.train_config import use_bf16
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from mm_gpt.datasets.loading.sources import SourceConfig
 from mm_gpt.errors import ConfigError
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.training.language import LanguageRecipe
-from mm_gpt.training.loop import TrainConfig
+from mm_gpt.training.train_config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

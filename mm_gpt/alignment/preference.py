@@ -47,9 +47,9 @@ from mm_gpt.hub.checkpoint import save_model
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.training.distributed import ranks, sum_over_ranks
 from mm_gpt.training.language import LanguageRecipe, build_model, prepare_language
-from mm_gpt.training.loop import TrainConfig, use_bf16
 from mm_gpt.training.rollouts import sampling
 from mm_gpt.training.stage import LOWEST_LOSS, ParameterGroup, Term
+from mm_gpt.training.train_config import TrainConfig, use_bf16
 
 logger = logging.getLogger(__name__)
 KTO = "kto"

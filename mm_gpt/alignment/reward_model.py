@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mm_gpt import config as configs
@@ -39,7 +38,8 @@ from mm_gpt.hub.checkpoint import load_model, save_model
 from mm_gpt.hub.weights import open_safetensors, read_json
 from mm_gpt.model.mmgpt import MMGPT, ImageFeatures
 from mm_gpt.processor import Batch, Processor
-from mm_gpt.system.writing import whole_file, write_text
+from mm_gpt.system.tensor_files import write_tensors
+from mm_gpt.system.writing import write_text
 
 logger = logging.getLogger(__name__)
 WEIGHTS, CONFIG = "reward_head.safetensors", "reward_model.json"
@@ -310,9 +310,7 @@ def save_reward_model(
         raise CheckpointError(f"{folder}: the head of the reward model holds values that are no finite numbers")
     save_model(model.model, processor, folder, frozen=frozen, exact=True)
     head = {"weight": model.head.weight.detach(), "bias": model.head.bias.detach() + shift}
-    with whole_file(folder / WEIGHTS) as partial:
-        save_file({name: tensor.float().cpu().contiguous() for name, tensor in head.items()}, partial)
-        partial.chmod(0o644)
+    write_tensors({name: tensor.float() for name, tensor in head.items()}, folder / WEIGHTS)
     config = configs.to_dict(RewardModelConfig(centred_on=centred_on))
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 

@@ -41,8 +41,8 @@ from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.epochs import epoch_order
 from mm_gpt.training.language import LanguageRecipe, build_model, prepare_language
-from mm_gpt.training.loop import TrainConfig, use_bf16
 from mm_gpt.training.stage import Decides, ParameterGroup, Term
+from mm_gpt.training.train_config import TrainConfig, use_bf16
 
 logger = logging.getLogger(__name__)
 

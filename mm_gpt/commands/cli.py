@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Never
 
 from mm_gpt import __version__
-from mm_gpt.commands import align, ask, caption, corpus, models, pairs, rules, serve, train
+from mm_gpt.commands import align, ask, caption, corpus, models, pairs, rules, scaling, serve, train
 from mm_gpt.commands.command import (
     EXIT_BROKEN_PIPE,
     EXIT_ERROR,
@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     **rules.COMMANDS,
     **pairs.COMMANDS,
     **corpus.COMMANDS,
+    **scaling.COMMANDS,
     **serve.COMMANDS,
     **models.COMMANDS,
 }

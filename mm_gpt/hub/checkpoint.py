@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mm_gpt import config as configs
@@ -40,7 +39,8 @@ from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.model.packed import unfill
 from mm_gpt.processor import Processor, ProcessorConfig
-from mm_gpt.system.writing import whole_file, write_text
+from mm_gpt.system.tensor_files import write_tensors
+from mm_gpt.system.writing import write_text
 from mm_gpt.templates.chat_template import ChatTemplate
 from mm_gpt.tokenizer import Tokenizer
 
@@ -177,9 +177,7 @@ def save_model(
                 raise CheckpointError(f"the frozen {name} has shape {shapes}")
             state[name] = tensor
     state = {name: compact(tensor, name, exact=exact) for name, tensor in state.items()}
-    with whole_file(folder / "model.safetensors") as partial:
-        save_file(state, partial)
-        partial.chmod(0o644)  # the library writes for the owner alone; a model is to be shared
+    write_tensors(state, folder / "model.safetensors")
     write_json(folder / "config.json", configs.to_dict(model.config))
     write_json(folder / "processor.json", configs.to_dict(processor.config))
     if base_stored:

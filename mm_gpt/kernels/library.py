@@ -47,6 +47,8 @@ def _sources() -> bytes:
         "step",
         "team",
         "expand",
+        "parallel",
+        "training",
     )
     return b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in names)
 

@@ -8,9 +8,11 @@ Papers: GPT-1, GPT-2, GPT-3 (2005.14165), LLaMA (2302.13971), GQA (2305.13245), 
 `mm_gpt.model.presets` names the published models.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +23,16 @@ from mm_gpt.errors import ContextOverflowError
 from mm_gpt.model.attention import DENSE, attend
 from mm_gpt.model.cache import ForwardContext, KVCache
 from mm_gpt.model.decoder_config import DecoderConfig
+from mm_gpt.model.fused import fused, fused_block
 from mm_gpt.model.loss import CHUNK, next_token_loss
 from mm_gpt.model.norms import RMSNorm, make_norm
 from mm_gpt.model.packed import Matrix, PackedEmbedding, PackedLinear, stacked_product
 from mm_gpt.model.positions import mrope_components, rotate, rotation, sinusoids, xpos_rotation
 from mm_gpt.model.relative import RelativeAttention
 from mm_gpt.processor import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Attention(nn.Module):
@@ -121,6 +127,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, step: ForwardContext, memory: Tensor | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D). `memory` (B, M, D): what this layer was given for the tokens before."""
+        if step.fused is not None and memory is None and (y := fused_block(self, x, step.fused)) is not None:
+            return y
         if memory is not None:
             memory = self.attention_norm(memory)
         x = x + self.drop(self.attention(self.attention_norm(x), step, memory))
@@ -193,6 +201,15 @@ class Decoder(nn.Module):
         """Of hidden states."""
         return torch.float32 if self.packed_head else self.embedding.weight.dtype
 
+    def set_dropout(self, rate: float) -> None:
+        """Dropout in training at another rate, with the same weights. Raises ConfigError for one outside of [0, 1)."""
+        self.config = dataclasses.replace(self.config, dropout=rate)
+        self.drop = nn.Dropout(rate) if rate else nn.Identity()
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.drop = nn.Dropout(rate) if rate else nn.Identity()
+            block.attention.config = self.config
+
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings (…, D) of token ids (…), before positions."""
         x = self.embedding(ids)
@@ -203,8 +220,8 @@ class Decoder(nn.Module):
         x: Tensor,
         positions: Tensor,
         *,
-        mask: Tensor | None = None,
-        local_mask: Tensor | None = None,
+        mask: "Tensor | BlockMask | None" = None,
+        local_mask: "Tensor | BlockMask | None" = None,
         cache: KVCache | None = None,
         added: Sequence[Tensor] = (),
     ) -> Tensor:
@@ -218,6 +235,9 @@ class Decoder(nn.Module):
         """
         x, step = self._begin(x, positions, mask, cache)
         step.local_mask = local_mask
+        if self.training and cache is None and (mask is None or isinstance(mask, Tensor)):
+            step.fused = fused(self.config, x, step.rotation, mask)
+            x = x if step.fused is None else x.float()
         for layer, block in enumerate(self.blocks):
             x = block(x, step)
             if layer < len(added):
@@ -244,7 +264,7 @@ class Decoder(nn.Module):
         return self.norm(x), remembered
 
     def _begin(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, positions: Tensor, mask: "Tensor | BlockMask | None", cache: KVCache | None
     ) -> tuple[Tensor, ForwardContext]:
         """Positions put into the embeddings or into rotations, once for all layers."""
         config = self.config

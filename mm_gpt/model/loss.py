@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm_gpt.kernels.training import LANES, Kind, kernel
 from mm_gpt.processor import IGNORE_INDEX
 
 CHUNK = 512  # positions projected at a time: 512 · 49,152 float32 logits are 100 MB
+FUSED_CHUNK = 1024
+"""The same where logits become their gradient in their own place: in bfloat16 they take as much."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -20,6 +23,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, scales: Tensor | None
     ) -> Tensor:
+        if softcap is None and (kind := fused_kind(hidden, weight)) is not None:
+            return _fused_forward(ctx, hidden, weight, labels, scales, kind)
         precise = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=precise)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -47,20 +52,62 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden[rows] = grad @ weight.to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight += (grad.T @ hidden[rows]).to(precise)
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.once = False
+        ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_output
-        return (
-            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
-            None,
-            None,
-            None,
-        )
+        if ctx.gradients is None:
+            raise RuntimeError("the gradient of this loss was taken already, and is not kept for a second time")
+        grads: tuple[Tensor | None, ...] = ctx.gradients
+        if ctx.once:  # nobody else has them: scaled where they are
+            ctx.gradients = None
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(grad_output)
+        else:
+            grads = tuple(None if grad is None else grad * grad_output.to(grad.dtype) for grad in grads)
+        return (*grads, None, None, None)  # type: ignore[return-value]
+
+
+def fused_kind(hidden: Tensor, weight: Tensor) -> Kind | None:
+    """The type in which the loss is computed by compiled passes over the logits; None: by torch's."""
+    if hidden.device.type != "cpu" or len(weight) % LANES or hidden.dtype == torch.float64:
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        return "bf16" if torch.get_autocast_dtype("cpu") == torch.bfloat16 else None
+    return "f32" if hidden.dtype == weight.dtype == torch.float32 else None
+
+
+def _fused_forward(
+    ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scales: Tensor | None, kind: Kind
+) -> Tensor:
+    """As above, in few passes: the logits of a chunk become its gradient where they lie."""
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+    matrix, rows, labels = weight.detach().to(dtype), hidden.to(dtype), labels.contiguous()
+    scales = torch.ones(len(labels)) if scales is None else scales.float().contiguous()
+    losses = torch.empty(len(labels))
+    grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+    grad_weight: Tensor | None = None
+    with torch.autocast("cpu", enabled=False):
+        for start in range(0, len(labels), FUSED_CHUNK):
+            at = slice(start, start + FUSED_CHUNK)
+            logits = F.linear(rows[at], matrix)
+            places = [each.data_ptr() for each in (logits, labels[at], scales[at], losses[at])]
+            learns = wants_hidden or wants_weight
+            kernel("cross_entropy", kind, learns=learns)(len(logits), [*places, len(weight)], torch.get_num_threads())
+            if grad_hidden is not None:
+                grad_hidden[at] = logits @ matrix
+            if wants_weight:
+                part = logits.t() @ rows[at]
+                grad_weight = part.to(torch.float32) if grad_weight is None else grad_weight.add_(part)
+    if wants_weight and grad_weight is None:
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+    ctx.once = True
+    ctx.gradients = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+    return losses.sum()
 
 
 def next_token_loss(

@@ -67,18 +67,32 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises MMGPTError naming `folder` when it cannot be written; what was there is then untouched.
     """
-    temporary, old = _hidden("tmp", folder), _hidden("old", folder)
+    temporary = begin_folder(folder)
+    with naming(folder):
+        try:
+            yield temporary
+            put_folder(folder)
+        except BaseException:
+            drop_folder(folder)
+            raise
+
+
+def begin_folder(folder: Path) -> Path:
+    """The empty folder that `put_folder` puts in place of `folder`, or `drop_folder` deletes. Raises MMGPTError."""
+    temporary = hidden_folder(folder)
     with naming(folder):
         _remove(temporary)
         temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            for file in temporary.iterdir():
-                _sync(file)
-            _sync(temporary)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    return temporary
+
+
+def put_folder(folder: Path) -> None:
+    """Ends what `begin_folder` began: once this returns, `folder` is what was written and stays it. Raises MMGPTError,
+    and `folder` is then what it was."""
+    temporary, old = hidden_folder(folder), _hidden("old", folder)
+    with naming(folder):
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
         if not folder.exists():
             temporary.rename(folder)
         elif _exchange(temporary, folder):
@@ -88,6 +102,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
             temporary.rename(folder)
             _remove(old)
         _sync(folder.parent)
+
+
+def drop_folder(folder: Path) -> None:
+    """Deletes what `begin_folder` began, if anything."""
+    shutil.rmtree(hidden_folder(folder), ignore_errors=True)
+
+
+def hidden_folder(folder: Path) -> Path:
+    """Where a folder is while it is written."""
+    return _hidden("tmp", folder)
 
 
 def remove_folder(folder: Path) -> None:

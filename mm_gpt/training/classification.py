@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from mm_gpt import config as configs
 from mm_gpt.config import check_numbers
@@ -37,11 +36,12 @@ from mm_gpt.model.classification import (
 from mm_gpt.model.lora import merge_lora
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Processor, ProcessorConfig
+from mm_gpt.system.tensor_files import write_tensors
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.epochs import epoch_order
-from mm_gpt.training.loop import TrainConfig
 from mm_gpt.training.stage import LOWEST_LOSS, Decides, ParameterGroup, Term
+from mm_gpt.training.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 WEIGHTS, CONFIG = "classifier.safetensors", "classifier.json"
@@ -276,8 +276,7 @@ def save_classifier(model: Classifier, processor: Processor, folder: Path) -> No
     plain = Processor(processor.tokenizer, text, vocab_size=vocab_size, template=processor.template)
     save_model(MMGPT(ModelConfig(decoder=model.decoder.config), model.decoder), plain, folder)
     new = {"head": model.head.weight, "marks": model.marks}
-    save_file({name: tensor.detach().float().contiguous() for name, tensor in new.items()}, folder / WEIGHTS)
-    (folder / WEIGHTS).chmod(0o644)
+    write_tensors({name: tensor.float() for name, tensor in new.items()}, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(configs.to_dict(model.config), indent=2) + "\n", encoding="utf-8")
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mm_gpt.config import check_numbers
@@ -18,11 +17,12 @@ from mm_gpt.datasets.samples import BadRecordError, ErrorCounter, Record
 from mm_gpt.document import Image
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import load_decoder
+from mm_gpt.system.tensor_files import write_tensors
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.epochs import epoch_order
 from mm_gpt.training.language import load_vision
-from mm_gpt.training.loop import TrainConfig
 from mm_gpt.training.stage import LOWEST_LOSS, Decides, ParameterGroup, Term
+from mm_gpt.training.train_config import TrainConfig
 from mm_gpt.vision.contrastive import ContrastiveConfig, ContrastiveModel, gather_features
 from mm_gpt.vision.transforms import ImageTransform, ImageTransformConfig, TrainTransform
 
@@ -186,8 +186,8 @@ class ContrastiveTask:
 
     def save(self, folder: Path) -> None:
         """The whole model; the language stage takes the tensors under `vision.`."""
-        state = {k: v.contiguous() for k, v in self.model.state_dict().items() if k != "text.token_embedding.weight"}
-        save_file(state, folder / "model.safetensors")
+        state = {k: v for k, v in self.model.state_dict().items() if k != "text.token_embedding.weight"}
+        write_tensors(state, folder / "model.safetensors")
 
     def _read(self, sources: tuple[SourceConfig, ...]) -> StoredRecords:
         stores = [source.open(Path(self.recipe.data), self.errors) for source in sources]

@@ -5,9 +5,11 @@ A rank whose rows hold no image has no gradient for the vision side: it adds zer
 
 import datetime
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from mm_gpt.errors import MMGPTError
 
 TIMEOUT = datetime.timedelta(hours=2)
-"""For validation, which only rank 0 does, and for the first reading of a corpus."""
+"""For the first reading of a corpus, and what rank 0 writes alone."""
 BUCKET = 2**24
 """Numbers that are summed at a time."""
 
@@ -88,6 +90,14 @@ def gather_over_ranks(data: bytes, device: torch.device) -> list[bytes]:
     return [e[: int(n)].cpu().numpy().tobytes() for e, n in zip(everybody, lengths, strict=True)]
 
 
+def of_rank_0(values: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """JSON values as rank 0 has them: what ranks decide by must be equal to the last bit."""
+    if ranks()[1] == 1:
+        return values
+    found: dict[str, Any] = json.loads(gather_over_ranks(json.dumps(values).encode(), device)[0])
+    return found
+
+
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Gradients summed over all ranks. A parameter that has none anywhere keeps none."""
     if ranks()[1] == 1 or not parameters:
@@ -124,29 +134,42 @@ def average_statistics(model: nn.Module) -> None:
         buffer.copy_(part.view_as(buffer))
 
 
-def check_alike(step: int, model: nn.Module) -> None:
-    """Raises MMGPTError, on every rank, when not all ranks are at `step` with the same weights."""
-    world = ranks()[1]
-    if world == 1:
-        return
-    state = model.state_dict()
-    device = next(iter(state.values())).device
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(state[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    mine = torch.tensor([step, int.from_bytes(digest.digest()[:7])], device=device)
-    everybody = [torch.zeros_like(mine) for _ in range(world)]
-    dist.all_gather(everybody, mine)
-    steps, sums = zip(*(found.tolist() for found in everybody), strict=True)
+def check_same_step(step: int, device: torch.device) -> None:
+    """Raises MMGPTError, on every rank, when not all ranks are about to go on from the same step."""
+    steps = [int(told) for told in gather_over_ranks(str(step).encode(), device)]
     if len(set(steps)) > 1:
         found = ", ".join(f"rank {number} at step {step}" for number, step in enumerate(steps))
         raise MMGPTError(f"the ranks do not continue from one checkpoint ({found}): --out must be a folder they share")
+
+
+def check_same_weights(step: int, model: nn.Module, device: torch.device) -> None:
+    """Raises MMGPTError, on every rank, when not all ranks have the same weights."""
+    if ranks()[1] == 1:
+        return
+    digest = hashlib.sha256()
+    for _, tensor in sorted(model.state_dict().items()):
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    sums = gather_over_ranks(digest.digest(), device)
     if len(set(sums)) > 1:
         other = next(number for number, found in enumerate(sums) if found != sums[0])
         raise MMGPTError(
             f"rank {other} has other weights than rank 0 at step {step}: --out must be a folder they share, and the "
             "model that the run starts from the same"
         )
+
+
+def raise_together(error: Exception | None, device: torch.device) -> None:
+    """What one rank met with ends all of them: raises its own error there, and elsewhere MMGPTError with that line.
+
+    All ranks call it, those without an error as well; each then knows that the others have come this far.
+    """
+    if ranks()[1] > 1:
+        told = gather_over_ranks(("" if error is None else str(error) or type(error).__name__).encode(), device)
+        for rank, text in enumerate(told):
+            if text and error is None:
+                raise MMGPTError(f"rank {rank}: {text.decode()}")
+    if error is not None:
+        raise error
 
 
 def wait_for_all() -> None:

@@ -30,16 +30,21 @@ from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import compact, fill, load_decoder, load_model, save_model
 from mm_gpt.hub.vision_towers import load_open_clip
 from mm_gpt.model.decoder import Decoder
+from mm_gpt.model.flops import batch_flops
 from mm_gpt.model.lora import LoRAConfig
-from mm_gpt.model.mmgpt import MMGPT, ModelConfig
+from mm_gpt.model.mmgpt import MMGPT, ModelConfig, pick_device
 from mm_gpt.processor import IGNORE_INDEX, ROLES, Batch, Example, Processor, ProcessorConfig
 from mm_gpt.system.writing import write_text
 from mm_gpt.templates.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.compiling import compile_blocks
-from mm_gpt.training.distributed import ranks
-from mm_gpt.training.loop import TrainConfig, use_bf16
+from mm_gpt.training.distributed import ranks, sum_over_ranks
+from mm_gpt.training.features import use_frozen_tower
+from mm_gpt.training.parallel import is_sharded, shard_model, sharing
+from mm_gpt.training.recompute import recompute_blocks
+from mm_gpt.training.schedules import step_sizes
 from mm_gpt.training.stage import LOWEST_LOSS, Decides, ParameterGroup, Term
+from mm_gpt.training.train_config import TrainConfig, use_bf16
 from mm_gpt.vision.concepts import ConceptsConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
 
@@ -77,6 +82,9 @@ class LanguageRecipe:
     decoder: Literal["frozen", "full"] = "frozen"
     """`full` trains every weight of the decoder; with `model.lora` it stays frozen under its adaptation. Without
     `model`, the adaptation that `start` has becomes part of its weights."""
+    dropout: float | None = None
+    """Of the decoder while it trains: embeddings, attention weights, and what each layer adds. None: the model's own.
+    It is not saved with the model."""
     train_connector: bool = True
     vision_blocks: int | None = 0
     """How many of the vision tower's last blocks are trained; None trains the whole tower."""
@@ -94,9 +102,12 @@ class LanguageRecipe:
     augment: bool = True
     """Random crops and colour jitter, and the mirror image where no text of the document tells its sides apart. Models
     that cut images into tiles get the mirror image alone."""
+    feature_cache: int | None = None
+    """Megabytes for what a frozen vision tower has seen, so that it need not see it again; None: 1,024 where images are
+    not augmented, for then each epoch has the same ones."""
     compile: bool = False
-    """Compile the decoder's blocks for training (torch.compile): 1.4 times as fast on a CPU after a minute; needs a C++
-    compiler."""
+    """Compile the decoder's blocks for training (torch.compile). On a CPU this needs a C++ compiler, and is for blocks
+    that have no function of their own there, which Llama's have."""
     validation_images: int = 200
     exponent: float | None = None
     """Weighs the sources by (tokens)^exponent, as XLM does, instead of by their size; 0.7 favours the small ones."""
@@ -114,10 +125,11 @@ class LanguageRecipe:
         if bool(self.validation) == bool(self.holdout):
             raise ConfigError("give either validation sources or a holdout above 0 and below 1")
         check_numbers(self, "row_length", "rows", "window_rows", "validation_images", at_least=1)
-        check_numbers(self, "max_captions", "max_questions", "workers", "vision_blocks", at_least=0)
+        check_numbers(self, "max_captions", "max_questions", "workers", "vision_blocks", "feature_cache", at_least=0)
         check_numbers(self, "connector_lr", "vision_lr", at_least=0)
         check_numbers(self, "exponent", at_least=0, at_most=1)
         check_numbers(self, "concept_dropout", at_least=0, at_most=0.5)
+        check_numbers(self, "dropout", at_least=0, below=1)
         if self.model is None and self.start is None:
             raise ConfigError("give a model, or one to start from")
 
@@ -131,6 +143,7 @@ class LanguageTask:
 
     on_policy: bool = False
     decides: Decides = LOWEST_LOSS
+    shards: bool = True
 
     def __init__(
         self,
@@ -152,6 +165,8 @@ class LanguageTask:
             tokenizer = learn_tokenizer(stores, model.decoder.vocab_size)
         self.model, self.processor = build_model(recipe, tokenizer) if built is None else built
         self.row_length = min(recipe.row_length, self.processor.config.max_length)
+        rank, world = ranks()
+        self.step_sizes = step_sizes(recipe.train, recipe.rows * self.row_length * world)
         # The image is read with the question in view, or distances are those of the row: no two questions share it.
         separate = self.model.config.prefix_lm or self.model.decoder.config.positions == "relative"
         sampling = RecordSampling(recipe.max_captions, recipe.max_questions, recipe.augment, separate)
@@ -178,12 +193,11 @@ class LanguageTask:
         multiple = self.row_length if recipe.compile else 64
         dropout = 0.0 if self.model.concepts is None else recipe.concept_dropout
         self.reader = Reader(self.sources, self.processor, recipe.augment, seed, multiple, dropout)
-        rank, world = ranks()
         self.loader = Loader(
             plan,
             self.reader,
             rows=recipe.rows,
-            accumulate=recipe.train.accumulate,
+            accumulate=self.step_sizes,
             rank=rank,
             world=world,
             workers=recipe.workers,
@@ -197,7 +211,11 @@ class LanguageTask:
 
     def prepare(self) -> list[ParameterGroup]:
         """Freeze, cast and compile what the recipe says; what is trained."""
-        groups, self._frozen = prepare_language(self.model, self.recipe)
+        recipe = self.recipe
+        groups, self._frozen = prepare_language(self.model, recipe)
+        if use_bf16(recipe.train.precision, self.model.device) and not is_sharded(self.model):
+            megabytes = (0 if recipe.augment else 1024) if recipe.feature_cache is None else recipe.feature_cache
+            use_frozen_tower(self.model, max_bytes=megabytes * 2**20)
         return groups
 
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -206,10 +224,16 @@ class LanguageTask:
     def loss(self, batch: Batch) -> dict[str, Term]:
         return {"loss": Term(self.model.loss(batch)[0], count_targets(batch))}
 
+    def tokens(self, batch: Batch) -> int:
+        return int((batch.document_ids != 0).sum())
+
+    def flops(self, batch: Batch) -> float:
+        return batch_flops(self.model, batch).total
+
     # ---- what it is trained on ----
 
     def micro_batches(self, step: int, count: int) -> list[Batch]:
-        assert count == self.loader.accumulate
+        assert count == self.step_sizes.count(step)
         return self.loader.micro_batches(step)
 
     def data_state(self, step: int) -> dict[str, Any]:
@@ -225,24 +249,31 @@ class LanguageTask:
         return self._validate(self.model.loss)
 
     def _validate(self, loss_of: Callable[[Batch], tuple[Tensor, Tensor]]) -> dict[str, float]:
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         values: dict[str, float] = {}
         device = next(self.model.parameters()).device
         for config, held in zip(self.recipe.validation or self.recipe.sources, self.held_out, strict=True):
-            source_total, source_count = 0.0, 0
+            source_total, source_count = 0.0, 0.0
             for batch in self._held_out_batches(held):
                 loss, targets = loss_of(batch.to(device))
                 source_total += loss.item()
                 source_count += int(targets)
+            source_total, source_count = sum_over_ranks([source_total, source_count], device)
             values[f"loss {config.label(Path(self.recipe.data))}"] = source_total / max(1, source_count)
             total, count = total + source_total, count + source_count
         return {"loss": total / max(1, count), **values}
 
     def _held_out_batches(self, held: IndexedSource) -> Iterator[Batch]:
-        """The same held-out documents each time, a row a batch, with no more images in memory than that."""
+        """This rank's part of the same held-out documents each time, a row a batch, with no more images in memory than
+        that."""
+        rank, world = ranks()
         units = held.some(self.recipe.validation_images)
         lengths = [tokens for _, tokens in units]
-        for row in pack(lengths, max(self.row_length, *lengths, 1)):
+        rows = pack(lengths, max(self.row_length, *lengths, 1))
+        # Ranks that share a model go through it equally often: the last of them on empty rows.
+        ends = -(-len(rows) // world) * world if is_sharded(self.model) else len(rows)
+        for number in range(rank, ends, world):
+            row = rows[number] if number < len(rows) else []
             read = [found for i in row if (found := self._read_held_out(held, units[i][0])) is not None]
             yield self.reader.batch([[example for example, _ in read]], [tile for _, tiles in read for tile in tiles])
 
@@ -261,6 +292,9 @@ class LanguageTask:
         from mm_gpt.inference.engine import Engine
         from mm_gpt.inference.generation import GenerationConfig
 
+        if is_sharded(self.model):
+            logger.info("no sample outputs: each rank has a part of the model only")
+            return []
         records: list[Record] = []
         for held in self.held_out:
             for number in dict.fromkeys(unit[0] for unit, _ in held.some(4)):
@@ -281,25 +315,36 @@ class LanguageTask:
 
 
 def prepare_language(model: MMGPT, recipe: LanguageRecipe) -> tuple[list[ParameterGroup], dict[str, Tensor]]:
-    """Freeze, cast and compile what the recipe says: what is trained, and what `save_model` is to store in place of the
-    frozen weights that were rounded."""
-    connector = [] if model.connector is None else [*model.connector.parameters()]
-    connector += [mark for mark in (model.image_marks, model.image_newline) if mark is not None]
-    connector += [] if model.concepts is None else [*model.concepts.parameters()]
-    for parameter in connector:
+    """Freeze, cast, compile and shard what the recipe says: what is trained, and what `save_model` is to store in place
+    of the frozen weights that were rounded."""
+    for parameter in _connector_parameters(model):
         parameter.requires_grad_(recipe.train_connector)
     if model.vision is not None:
         model.vision.unfreeze(recipe.vision_blocks)
     if model.config.lora is None:
         model.decoder.requires_grad_(recipe.decoder == "full")
-    frozen = _frozen_to_bf16(model) if use_bf16(recipe.train.precision, model.device) else {}
+    number, recompute = sharing(recipe.train.shard), recipe.train.recompute
+    device = model.device if number == 1 else pick_device(recipe.train.device)
+    bf16 = use_bf16(recipe.train.precision, device)
+    frozen = _frozen_to_bf16(model) if bf16 else {}
     if recipe.compile:
-        compile_blocks(model.decoder)
+        compile_blocks(model.decoder, recompute=recompute)
+    elif recompute != "none":
+        recompute_blocks(model.decoder, recompute)
+    if number > 1:
+        shard_model(model, number, device, bf16=bf16)
     groups = [ParameterGroup("decoder", [p for p in model.decoder.parameters() if p.requires_grad])]
     if model.vision is not None:
-        groups.append(ParameterGroup("connector", connector, recipe.connector_lr))
+        groups.append(ParameterGroup("connector", _connector_parameters(model), recipe.connector_lr))
         groups.append(ParameterGroup("vision", list(model.vision.parameters()), recipe.vision_lr))
     return groups, frozen
+
+
+def _connector_parameters(model: MMGPT) -> list[nn.Parameter]:
+    """All between the tower and the decoder. Sharding replaces them."""
+    found = [] if model.connector is None else [*model.connector.parameters()]
+    found += [mark for mark in (model.image_marks, model.image_newline) if mark is not None]
+    return found + ([] if model.concepts is None else [*model.concepts.parameters()])
 
 
 def count_targets(batch: Batch) -> int:
@@ -393,6 +438,8 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
     if recipe.decoder == "full" and isinstance(model.config.decoder, str) and model.config.lora is None:
         # Its weights are no longer those that the name stands for: they are saved with the model.
         model.config = dataclasses.replace(model.config, decoder=model.decoder.config)
+    if recipe.dropout is not None:
+        model.decoder.set_dropout(recipe.dropout)
     return model, processor
 
 
@@ -432,7 +479,9 @@ def _frozen_to_bf16(model: MMGPT) -> dict[str, Tensor]:
     kept = {}
     for name, parameter in model.decoder.named_parameters(prefix="decoder"):
         if not parameter.requires_grad:
-            if not isinstance(model.config.decoder, str):  # else the name stands for them, and they are not saved
+            if ranks()[0] == 0 and not isinstance(
+                model.config.decoder, str
+            ):  # else the name stands for them, and they are not saved
                 kept[name] = compact(parameter.detach().cpu(), name).clone()
             parameter.data = parameter.data.to(torch.bfloat16)
     return kept

@@ -14,15 +14,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from mm_gpt.config import check_numbers
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.model.mmgpt import pick_device
 from mm_gpt.system.locks import open_locked
@@ -32,7 +29,10 @@ from mm_gpt.training import checkpoint
 from mm_gpt.training.checkpoint import Progress
 from mm_gpt.training.distributed import (
     average_statistics,
-    check_alike,
+    check_same_step,
+    check_same_weights,
+    gather_over_ranks,
+    of_rank_0,
     process_group,
     ranks,
     sum_gradients,
@@ -40,92 +40,19 @@ from mm_gpt.training.distributed import (
     union_over_ranks,
     wait_for_all,
 )
+from mm_gpt.training.kept_memory import kept_memory
+from mm_gpt.training.noise_scale import NoiseScale
+from mm_gpt.training.optimizers import make_optimizer
+from mm_gpt.training.parallel import clip_gradients, forget_unused, is_sharded, reshard, sharing
 from mm_gpt.training.run_log import RunLog
-from mm_gpt.training.stage import AfterStep, DataState, ParameterGroup, Stage
+from mm_gpt.training.saving import Saver
+from mm_gpt.training.schedules import cycle_ends, learning_rate, sizes_of
+from mm_gpt.training.stage import AfterStep, DataState, Shards, Stage
+from mm_gpt.training.telemetry import Telemetry
+from mm_gpt.training.trackers import tracking
+from mm_gpt.training.train_config import TrainConfig, use_bf16
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    steps: int
-    """Optimizer steps."""
-    lr: float
-    """Peak learning rate; a stage's parameter groups scale it."""
-    batch_tokens: int | None = None
-    """Tokens in a step that `lr` is meant for, where that is known. Of a step with fewer the rate is lower
-    (`mm_gpt.training.recipes.peak_rate`)."""
-    accumulate: int = 1
-    """Micro-batches per step."""
-    warmup_steps: int = 0
-    """Linear warm-up from 0."""
-    final_lr: float = 0.0
-    """Where the cosine ends, as a fraction of the peak."""
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-6
-    clip: float = 1.0
-    """Largest norm of all gradients together."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 computes matrix products in bfloat16 under autocast, with float32 master weights for what is trained. `auto`
-    takes it where the hardware multiplies it: a processor without the instructions is four times slower in bf16."""
-    device: str = "auto"
-    seed: int = 0
-    log_every: int = 10
-    validate_every: int = 200
-    save_every: int = 200
-
-    def __post_init__(self) -> None:
-        check_numbers(
-            self, "steps", "accumulate", "log_every", "validate_every", "save_every", "batch_tokens", at_least=1
-        )
-        check_numbers(self, "lr", "eps", "clip", above=0)
-        check_numbers(self, "warmup_steps", "weight_decay", at_least=0)
-        check_numbers(self, "final_lr", at_least=0, at_most=1)
-        check_numbers(self, "beta1", "beta2", at_least=0, below=1)
-        check_numbers(self, "seed", at_least=0, below=2**32)  # times a million, it must fit into a generator's seed
-
-
-def learning_rate(config: TrainConfig, step: int, cycles: Sequence[int] = ()) -> float:
-    """Linear warm-up, then cosine to `final_lr`; steps count from 0.
-
-    `cycles`: the steps at which cycles end, by default one at `config.steps`. A later cycle is what a run was given
-    when it was continued with more steps: it warms up from the final rate again over a tenth of its own steps
-    (re-warming and re-decaying, 2403.08763), so that the rate never jumps.
-    """
-    ends = list(cycles) or [config.steps]
-    number = next((n for n, end in enumerate(ends) if step < end), len(ends) - 1)
-    begin, floor = (ends[number - 1] if number else 0), config.final_lr
-    place, length = step - begin, ends[number] - begin
-    warmup = max(1, round(length / 10)) if number else config.warmup_steps
-    if place < warmup:
-        return config.lr * (floor + (1 - floor) * place / warmup if number else (place + 1) / warmup)
-    progress = (place - warmup) / max(1, length - warmup)
-    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-def make_optimizer(groups: Sequence[ParameterGroup], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay touches matrices only, never biases and norms."""
-    settings = []
-    for group in groups:
-        for decay in (True, False):
-            parameters = [p for p in group.parameters if p.requires_grad and (p.dim() >= 2) == decay]
-            if parameters:
-                weight_decay = config.weight_decay if decay else 0.0
-                settings.append({"params": parameters, "lr_scale": group.lr_scale, "weight_decay": weight_decay})
-    if not settings:
-        raise ConfigError("nothing is trainable")
-    return torch.optim.AdamW(settings, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, foreach=True)
-
-
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether a precision setting means bfloat16 on this device."""
-    if precision == "auto":
-        if device.type == "cuda":
-            return torch.cuda.is_bf16_supported()
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return precision == "bf16"
 
 
 def train(
@@ -139,21 +66,22 @@ def train(
 ) -> None:
     """Train `stage` and leave checkpoints, `log.jsonl`, `loss.png` and `recipe.json` (what `describe` says) in `out`.
 
-    Under torchrun every rank trains on its own rows and sums gradients with the others; rank 0 validates and writes.
+    Under torchrun every rank trains and validates on its own rows, sums with the others, and rank 0 writes.
     Ctrl-C (or SIGTERM) finishes the step, saves, and raises KeyboardInterrupt. Raises MMGPTError when `out` already
     holds a run and `resume` is not set, when another process trains there, when it cannot be written (checkpoints from
     before stay whole), when ranks do not start alike, or when the loss is not finite.
     """
     device = pick_device(config.device)
     leads = ranks()[0] == 0
-    with process_group(device), _owned(out, resume=resume) if leads else nullcontext():
+    with kept_memory(device), process_group(device), _owned(out, resume=resume) if leads else nullcontext():
         wait_for_all()  # for what rank 0 tidies up
         run = Run(stage, config, out, device, resume=resume)
         if leads:
             write_text(
                 out / "recipe.json", json.dumps(describe or {"train": dataclasses.asdict(config)}, indent=2) + "\n"
             )
-        run.loop(progress=progress)
+        with tracking(config.trackers, run.log, step=run.at.step):
+            run.loop(progress=progress)
 
 
 @contextmanager
@@ -175,18 +103,30 @@ class Run:
 
     def __init__(self, stage: Stage, config: TrainConfig, out: Path, device: torch.device, *, resume: bool):
         self.stage, self.config, self.out, self.device = stage, config, out, device
-        stage.model.to(device)
+        if sharing(config.shard) == 1:
+            stage.model.to(device)
+        elif not (isinstance(stage, Shards) and stage.shards):
+            raise ConfigError("this stage is trained with the whole model on each rank: train.shard must be 1")
+        self.sizes = sizes_of(stage, config)
+        if config.noise_scale and self.sizes.full * ranks()[1] == 1:
+            raise ConfigError("noise_scale compares micro-batches: give accumulate=2 or more, or several processes")
+        if config.noise_scale and sharing(config.shard) > 1:
+            raise ConfigError("noise_scale needs each rank's own gradient: train.shard must be 1")
         groups = stage.prepare()
-        self.optimizer = make_optimizer(groups, config)
+        self.optimizer = make_optimizer(groups, config, stage.model)
         self.at = Progress()
-        if resume and (latest := checkpoint.latest(out)):
+        latest = checkpoint.latest(out) if resume else None
+        check_same_step(0 if latest is None else checkpoint.step_of(latest), device)
+        if latest is not None:
             self.at = checkpoint.load_training_state(latest, stage, self.optimizer)
             if isinstance(stage, DataState):
                 stage.load_data_state(self.at.data)
             logger.info("continuing from %s", latest)
-        check_alike(self.at.step, stage.model)
-        if config.steps > max(self.at.cycles, default=0):
-            self.at.cycles.append(config.steps)
+        if not is_sharded(stage.model):  # else each rank has its own slices, of rank 0's or of one checkpoint
+            check_same_weights(self.at.step, stage.model, device)
+        self.at.cycles = cycle_ends(config, self.at.step, self.at.cycles, self.sizes)
+        self.noise = NoiseScale(self.at.noise) if config.noise_scale else None
+        self.saver = Saver(out, device, background=config.async_save)
         self.log: RunLog | None = None
         if ranks()[0] == 0:
             self.log = RunLog(out)
@@ -195,24 +135,41 @@ class Run:
             for group in groups:
                 trainable = sum(p.numel() for p in group.parameters if p.requires_grad)
                 logger.info("training %s: %s parameters, lr × %g", group.name, f"{trainable:,}", group.lr_scale)
-        self.best = None if self.log is None else self.log.best(stage.decides)
+        judged = {} if self.log is None else self.log.judged(stage.decides)
+        judged = of_rank_0(judged, device)
+        self.best: float | None = judged["best"]
+        self.worse: int = judged["worse"]
+        """Validations since the best one."""
+        if resume and self._out_of_patience() and self.at.step < config.steps and self.log is not None:
+            logger.warning(
+                "%s stopped at step %d, with no better %s in %d validations: with a larger train.patience it goes on",
+                out, self.at.step, stage.decides.metric, self.worse,
+            )  # fmt: skip
+        self.telemetry = Telemetry(stage, config, device)
         stage.model.train()
+
+    def _out_of_patience(self) -> bool:
+        return self.config.patience is not None and self.worse >= self.config.patience
 
     def loop(self, *, progress: bool) -> None:
         """All steps that are left."""
         at, config, stage = self.at, self.config, self.stage
         hidden = not progress or self.log is None
         bar = tqdm(total=config.steps, initial=at.step, unit="step", disable=hidden, dynamic_ncols=True)
-        with Stopper() as stopper, bar, ThreadPoolExecutor(1, thread_name_prefix="prefetch") as reader:
+        prefetching = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        with Stopper() as stopper, bar, prefetching as reader, self.saver:
             ahead: Future[Sequence[Any]] | None = None  # read while the step before runs
-            while at.step < config.steps:
+            while at.step < config.steps and not self._out_of_patience():
                 begin = time.perf_counter()
-                batches = stage.micro_batches(at.step, config.accumulate) if ahead is None else ahead.result()
+                count, following = self.sizes.count(at.step), self.sizes.count(at.step + 1)
+                batches = stage.micro_batches(at.step, count) if ahead is None else ahead.result()
                 waited = time.perf_counter() - begin
                 if at.step + 1 < config.steps and not stage.on_policy:
-                    ahead = reader.submit(stage.micro_batches, at.step + 1, config.accumulate)
+                    ahead = reader.submit(stage.micro_batches, at.step + 1, following)
+                counted = self.telemetry.count(batches)
+                lr = learning_rate(config, at.step, at.cycles, self.sizes)
                 metrics = training_step(
-                    stage, batches, self.optimizer, config, at.step, self.device, cycles=at.cycles
+                    stage, batches, self.optimizer, config, at.step, self.device, lr=lr, noise=self.noise
                 ) | {"data_seconds": waited}
                 if isinstance(stage, AfterStep):
                     metrics |= stage.after_step()
@@ -220,31 +177,46 @@ class Run:
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
                 # Read once: what is raised below must have been saved. All ranks stop at the same step.
-                stop = sum_over_ranks([float(stopper.requested)], self.device)[0] > 0
-                if self.log is not None:
-                    stop = self._judge_and_save(self.log, metrics, stopper, stop=stop)
-                if stop:
-                    wait_for_all()
+                asked, writing, *counted = sum_over_ranks(
+                    [float(stopper.requested), float(self.saver.is_writing), *counted], self.device
+                )
+                metrics |= self.telemetry.measure(at, counted, metrics["seconds"] + waited)
+                if not writing:
+                    self.saver.finish()
+                if self._judge_and_save(metrics, stopper, stop=asked > 0):
+                    self.saver.finish()
                     raise KeyboardInterrupt(f"stopped after step {at.step}; continue with --resume")
+        if self.log is not None and self.best is not None:
+            judged = self.log.judged(stage.decides)
+            where = self.out / "best"
+            logger.info("the best %s, %.4g at step %d, is %s", stage.decides.metric, self.best, judged["step"], where)
 
-    def _judge_and_save(self, log: RunLog, metrics: dict[str, float], stopper: Stopper, *, stop: bool) -> bool:
-        """What rank 0 does after a step. Returns whether to stop, which a signal may have asked for meanwhile."""
+    def _judge_and_save(self, metrics: dict[str, float], stopper: Stopper, *, stop: bool) -> bool:
+        """What all ranks do after a step. Returns whether to stop, which a signal may have asked for meanwhile."""
         config, step = self.config, self.at.step
         last = step == config.steps
         values: dict[str, float] = {}
         if step % config.validate_every == 0 or last:
-            values = evaluate(self.stage, config, self.device)
+            values = of_rank_0(evaluate(self.stage, config, self.device), self.device)
             stop = stop or (stopper.requested and ranks()[1] == 1)
-        value = values.get(self.stage.decides.metric)
+        metric = self.stage.decides.metric
+        value = values.get(metric)
         improved = value is not None and self.stage.decides.is_better(value, self.best)
-        log.train(step, metrics, flush=step % config.log_every == 0 or last or stop)
+        if value is not None:
+            self.worse = 0 if improved else self.worse + 1
+        if self._out_of_patience() and not last and self.log is not None:
+            logger.info("step %d ends the run: %d validations without a better %s", step, self.worse, metric)
+        last = last or self._out_of_patience()
+        if self.log is not None:
+            self.log.train(step, metrics, flush=step % config.log_every == 0 or last or stop)
+            if values:
+                self.log.validation(step, values, self.stage.samples())
         if improved:
             self.best = value
-        if values:
-            log.validation(step, values, self.stage.samples())
         if step % config.save_every == 0 or last or stop or improved:
             self.at.data = self.stage.data_state(step) if isinstance(self.stage, DataState) else {}
-            checkpoint.save(self.stage, self.optimizer, self.at, self.out, best=improved)
+            self.at.noise = [] if self.noise is None else self.noise.state
+            self.saver.save(self.stage, self.optimizer, self.at, best=improved)
         return stop
 
 
@@ -256,42 +228,56 @@ def training_step(
     step: int,
     device: torch.device,
     *,
-    cycles: Sequence[int] = (),
+    lr: float | None = None,
+    noise: NoiseScale | None = None,
 ) -> dict[str, float]:
-    """One optimizer step; returns its loss and the mean of each of its terms, gradient norm, learning rate and speed.
+    """One optimizer step at the rate `lr` (None: that of a run of one cycle); returns its loss and the mean of each of
+    its terms, gradient norm, learning rate and speed, and the noise scale where `noise` measures it.
 
     Raises MMGPTError on NaN."""
     start = time.perf_counter()
     # Dropout, which differs between ranks; augmentation is seeded by the stage in the same way.
     torch.manual_seed(config.seed * 1_000_003 + step + ranks()[0] * 7_919_000_003)
-    lr = learning_rate(config, step, cycles)
+    lr = learning_rate(config, step) if lr is None else lr
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     counts = _summed([stage.counts(batch) for batch in batches], device)
     totals: dict[str, list[float]] = {}  # of each term its total, its count and its weight
-    for batch in batches:
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    sharded = is_sharded(stage.model)
+    broken: list[str] = []  # the samples of micro-batches without a finite loss
+    for number, batch in enumerate(batches):
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config.precision, device)):
             terms = stage.loss(batch.to(device))
-        learned = {name: term for name, term in terms.items() if term.weight and term.count}
-        if unforeseen := [name for name in learned if not counts.get(name)]:
+        # Shards are gathered and summed by all ranks together: one without targets takes part with zeros.
+        learned = {name: term for name, term in terms.items() if term.weight and (term.count or sharded)}
+        if unforeseen := [name for name, term in learned.items() if term.count and not counts.get(name)]:
             raise MMGPTError(f"the loss has a term {unforeseen[0]!r} whose count was not foreseen")
         # A mean over the whole step's targets, not a mean of means.
-        parts = [term.total * (term.weight / counts[name]) for name, term in learned.items()]
-        if parts:
-            sum(parts[1:], start=parts[0]).backward()
+        parts = [term.total * (term.weight / (counts.get(name) or 1)) for name, term in learned.items()]
+        if parts and (part := sum(parts[1:], start=parts[0])).requires_grad:  # not where all that is read is frozen
+            part.backward()
+        if noise is not None and number == 0:
+            noise.see_first(trained, {name: term.count for name, term in learned.items()}, counts)
         for name, term in terms.items():
-            known = totals.setdefault(name, [0.0, 0.0, term.weight])
-            known[0] += float(term.total.detach())
+            known, total = totals.setdefault(name, [0.0, 0.0, term.weight]), float(term.total.detach())
+            known[0] += total
             known[1] += float(term.count)
+            if term.weight and not math.isfinite(total):
+                broken += getattr(batch, "ids", [])
     loss, means = _means(totals, counts, device)
     if not math.isfinite(loss):
-        raise MMGPTError(f"the loss is {loss} at step {step + 1}: lower the learning rate ({config.lr})")
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    sum_gradients(trained)
+        where = _where(broken, device)
+        raise MMGPTError(f"the loss is {loss} at step {step + 1}{where}: lower the learning rate ({config.lr})")
+    if sharded:
+        forget_unused(stage.model)
+    else:
+        sum_gradients(trained)
     parameters = [p for p in trained if p.grad is not None]
-    norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+    norm = clip_gradients(parameters, config.clip)
     if not math.isfinite(norm):  # one step further every weight would be NaN, and perhaps saved
         raise MMGPTError(f"the gradient is {float(norm)} at step {step + 1}: lower the learning rate ({config.lr})")
+    noisy = {} if noise is None else noise.after_step(norm, counts, device)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     average_statistics(stage.model)
@@ -300,6 +286,7 @@ def training_step(
         "loss": loss,
         **{name: mean for name, mean in means.items() if name != "loss"},
         "grad_norm": float(norm),
+        **noisy,
         "lr": lr,
         "targets_per_s": sum(counts.values()) / seconds,
         "seconds": seconds,
@@ -333,6 +320,17 @@ def _means(
     return loss, {n: total / divisor for n, total, divisor in zip(names, summed, divisors, strict=True)}
 
 
+def _where(broken: Sequence[str], device: torch.device) -> str:
+    """Which rank's samples have a loss that is not finite, in words; `broken` are this rank's."""
+    found = [json.loads(data) for data in gather_over_ranks(json.dumps([*broken]).encode(), device)]
+    shown = []
+    for rank, ids in enumerate(found):
+        if ids := [name for row in ids for name in row.split()]:
+            more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+            shown.append((f"rank {rank}, " if len(found) > 1 else "") + "samples " + " ".join(ids[:5]) + more)
+    return f" ({'; '.join(shown)})" if shown else ""
+
+
 @torch.no_grad()
 def evaluate(stage: Stage, config: TrainConfig, device: torch.device) -> dict[str, float]:
     """The stage's validation metrics, in evaluation mode and the training precision."""
@@ -341,4 +339,5 @@ def evaluate(stage: Stage, config: TrainConfig, device: torch.device) -> dict[st
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config.precision, device)):
             return stage.validate()
     finally:
+        reshard(stage.model)
         stage.model.train()

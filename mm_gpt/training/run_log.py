@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,11 @@ from mm_gpt.training.stage import Decides
 
 logger = logging.getLogger(__name__)
 
+SO_FAR = ("tokens", "flops", "memory")
+"""Of the steps of a row the last one's value counts, not their mean."""
+RATES = ("tokens_per_s", "targets_per_s", "mfu")
+"""Means over time."""
+
 
 class RunLog:
     def __init__(self, out: Path):
@@ -20,6 +25,8 @@ class RunLog:
         self.out, self.path = out, out / "log.jsonl"
         self.rows: list[dict[str, Any]] = list(_whole_rows(self.path)) if self.path.exists() else []
         self._pending: list[dict[str, float]] = []
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        """Called with each row that is written."""
 
     def cut(self, step: int) -> None:
         """Forget what was logged after `step`: those steps are about to be repeated."""
@@ -28,20 +35,27 @@ class RunLog:
 
     def best(self, decides: Decides) -> float | None:
         """The best value so far of what decides; None before the first."""
-        best: float | None = None
+        return self.judged(decides)["best"]
+
+    def judged(self, decides: Decides) -> dict[str, Any]:
+        """The `best` value so far of what decides and its `step`, None before the first, and how many were `worse`
+        since."""
+        found: dict[str, Any] = {"best": None, "step": None, "worse": 0}
         for row in self.rows:
             value = row.get("validation", {}).get(decides.metric)
-            if value is not None and decides.is_better(value, best):
-                best = value
-        return best
+            if value is not None and decides.is_better(value, found["best"]):
+                found = {"best": value, "step": row["step"], "worse": 0}
+            elif value is not None:
+                found["worse"] += 1
+        return found
 
     def train(self, step: int, metrics: dict[str, float], *, flush: bool) -> None:
         self._pending.append(metrics)
         if flush:
-            every = {key: [m[key] for m in self._pending if key in m] for m in self._pending for key in m}
-            mean = {key: sum(values) / len(values) for key, values in every.items()}
+            keys = dict.fromkeys(key for m in self._pending for key in m)
+            row = {key: _summary(key, [m for m in self._pending if key in m]) for key in keys}
             self._pending = []
-            self._write({"step": step, **mean})
+            self._write({"step": step, **row})
 
     def validation(self, step: int, values: dict[str, float], samples: list[str]) -> None:
         self._write({"step": step, "validation": values, "samples": samples})
@@ -55,6 +69,18 @@ class RunLog:
         self.rows.append(row)
         with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        for listener in self.listeners:
+            listener(row)
+
+
+def _summary(key: str, steps: list[dict[str, float]]) -> float:
+    values = [step[key] for step in steps]
+    if key in SO_FAR:
+        return values[-1]
+    seconds = [step.get("seconds", 0.0) + step.get("data_seconds", 0.0) for step in steps]
+    if key in RATES and sum(seconds) > 0:
+        return sum(value * each for value, each in zip(values, seconds, strict=True)) / sum(seconds)
+    return sum(values) / len(values)
 
 
 def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:

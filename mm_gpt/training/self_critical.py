@@ -46,9 +46,9 @@ from mm_gpt.templates.prompts import CAPTION_PROMPT
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.epochs import epoch_order
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
-from mm_gpt.training.loop import TrainConfig
 from mm_gpt.training.rollouts import Sampler
 from mm_gpt.training.stage import Term
+from mm_gpt.training.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -250,6 +250,8 @@ class SelfCriticalTask(LanguageTask):
             raise MMGPTError("the sources are no longer those that the run began with")
 
     # ---- what is learned ----
+
+    tokens = flops = None  # type: ignore[assignment]  # what will be sampled is not known
 
     def counts(self, batch: Photos) -> dict[str, float]:  # type: ignore[override]
         return {"loss": len(batch.photos) * self.critical.samples}

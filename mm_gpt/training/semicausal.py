@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mm_gpt import config as configs
@@ -18,9 +17,10 @@ from mm_gpt.hub.weights import read_json, write_json
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.model.semicausal import SemiCausalConfig, SemiCausalLM, Spans, outside_labels, sample_spans
 from mm_gpt.processor import IGNORE_INDEX, Batch, Processor
+from mm_gpt.system.tensor_files import write_tensors
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
-from mm_gpt.training.loop import TrainConfig
 from mm_gpt.training.stage import ParameterGroup, Term
+from mm_gpt.training.train_config import TrainConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "semicausal.json", "semicausal.safetensors"
 """The encoder and the connector; the decoder beside them is a model folder like any other."""
@@ -72,6 +72,8 @@ class SemiCausalTask(LanguageTask):
     """A `Stage` for the loop. Spans follow from the seed and the tokens of their row."""
 
     model: SemiCausalLM  # type: ignore[assignment]
+    shards = False
+    flops = None  # type: ignore[assignment]  # those of the encoder are not known
 
     def __init__(self, recipe: SemiCausalRecipe):
         super().__init__(recipe.language())
@@ -123,8 +125,8 @@ class SemiCausalTask(LanguageTask):
 
     def save(self, folder: Path) -> None:
         save_model(self.decoder_alone, self.processor, folder)
-        docked = {k: v.contiguous() for k, v in self.model.state_dict().items() if not k.startswith("decoder.")}
-        save_file(docked, folder / WEIGHTS_FILE)
+        docked = {k: v for k, v in self.model.state_dict().items() if not k.startswith("decoder.")}
+        write_tensors(docked, folder / WEIGHTS_FILE)
         write_json(folder / CONFIG_FILE, configs.to_dict(self.model.config))
 
 

@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from mm_gpt.datasets.loading.step_sizes import StepSizes
+
 
 @dataclass(frozen=True)
 class ParameterGroup:
@@ -76,7 +78,9 @@ class Stage(Protocol):
         """The terms of the loss, with the counts that `counts` gives, and gauges."""
 
     def validate(self) -> dict[str, float]:
-        """Metrics on held-out data; the one that `decides` among them. Rank 0 alone runs it."""
+        """Metrics on held-out data; the one that `decides` among them.
+
+        All ranks run it: they divide what is held out and sum, or each sees all of it. Rank 0's values count."""
 
     def samples(self) -> list[str]:
         """A few outputs to read."""
@@ -97,6 +101,22 @@ class DataState(Protocol):
 
 
 @runtime_checkable
+class SizedSteps(Protocol):
+    """A stage that knows how many tokens a micro-batch holds, and so how many of them make a step."""
+
+    @property
+    def step_sizes(self) -> StepSizes: ...
+
+
+@runtime_checkable
+class Shards(Protocol):
+    """A stage whose `prepare` divides the model among ranks as `train.shard` says: it then brings it to its device."""
+
+    shards: bool
+    """Whether it does."""
+
+
+@runtime_checkable
 class TensorState(Protocol):
     """A stage that needs more than its model to go on, such as samples that are not all learned from yet."""
 
@@ -105,6 +125,17 @@ class TensorState(Protocol):
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Called before the first step of a run that goes on. Raises CheckpointError for what does not fit."""
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A stage that knows what a micro-batch holds and costs."""
+
+    def tokens(self, batch: Any) -> int:
+        """Without padding; those that stand for an image are tokens as well."""
+
+    def flops(self, batch: Any) -> float:
+        """Of its forward and backward pass (`mm_gpt.model.flops`)."""
 
 
 @runtime_checkable

@@ -1,0 +1,186 @@
+"""The experiments on what the literature around GPT-4 names: their parts, and that each command runs."""
+
+import json
+import math
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked_ranks import on_ranks
+from torch import Tensor, nn
+
+from mm_gpt.training.distributed import process_group, sum_gradients
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples/literature"))
+pytest.importorskip("asynchronous", reason="the examples are not installed")
+import asynchronous
+import gimp_manual
+import small_runs
+
+ROWS = [torch.randn(4, 6, generator=torch.Generator().manual_seed(n)) for n in range(12)]
+
+
+def run(module: Any, out: Path, monkeypatch: pytest.MonkeyPatch, seeds: int = 2) -> dict[str, Any]:
+    plot = out.with_suffix(".png")
+    words = [module.__name__, "--quick", "--seeds", str(seeds), "-o", str(out), "--plot", str(plot)]
+    monkeypatch.setattr(sys, "argv", words)
+    module.main()
+    assert 4_000 < plot.stat().st_size < 40_000
+    return json.loads(out.read_text())
+
+
+# ---- Asynchronous updates ----
+
+
+def regression() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.05)
+
+
+def squared_error(model: nn.Module, rows: Tensor) -> tuple[Tensor, int]:
+    return (model(rows[:, :5]) - rows[:, 5:]).square().sum(), len(rows)
+
+
+def weights_of_a_rank(rank: int) -> list[list[float]]:
+    """Synchronous training in a process of its own: half of each step's rows, gradients summed over ranks."""
+    with process_group(torch.device("cpu")):
+        model, optimizer = regression()
+        for first, second in zip(ROWS[::2], ROWS[1::2], strict=True):
+            optimizer.zero_grad()
+            loss, _ = squared_error(model, (first, second)[rank])
+            (loss / (len(first) + len(second))).backward()
+            sum_gradients(list(model.parameters()))
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        return [p.detach().flatten().tolist() for p in model.parameters()]
+
+
+def simulated(versions: Sequence[int]) -> list[list[float]]:
+    model, optimizer = regression()
+    steps = list(zip(ROWS[::2], ROWS[1::2], strict=True))
+    asynchronous.train_stale(
+        list(model.parameters()), optimizer, steps, lambda rows: squared_error(model, rows), versions, clip=1.0
+    )
+    return [p.detach().flatten().tolist() for p in model.parameters()]
+
+
+def test_without_delay_the_simulation_is_synchronous_training_by_two_processes() -> None:
+    """τ = 0 equals two real ranks, bit for bit."""
+    ranks = on_ranks(weights_of_a_rank)
+    assert ranks[0] == ranks[1] == simulated(asynchronous.constant_versions(0, 6))
+    assert simulated(asynchronous.constant_versions(2, 6)) != ranks[0]
+
+
+@pytest.mark.parametrize("delay", [0, 1, 3])
+def test_a_delay_is_that_of_the_definition(delay: int) -> None:
+    """w(t + 1) = w(t) - lr · a · w(t - τ) on a parabola of curvature a, written out."""
+    weight, rate, curvature, updates = nn.Parameter(torch.tensor([1.0], dtype=torch.float64)), 0.1, 3.0, 20
+    expected = [1.0]
+    for t in range(updates):
+        expected.append(expected[t] - rate * curvature * expected[max(0, t - delay)])
+    losses = asynchronous.train_stale(
+        [weight],
+        torch.optim.SGD([weight], lr=rate),
+        [[curvature]] * updates,
+        lambda a: ((a / 2 * weight.square()).sum(), 1),
+        asynchronous.constant_versions(delay, updates),
+    )
+    assert weight.item() == pytest.approx(expected[-1], rel=1e-12)
+    late = [expected[max(0, t - delay)] for t in range(updates)]
+    assert losses == pytest.approx([curvature / 2 * w * w for w in late], rel=1e-12)
+
+
+@pytest.mark.parametrize("delay", [0, 1, 4, 9])
+def test_a_parabola_is_stable_up_to_the_known_rate(delay: int) -> None:
+    """2 sin(π / (2 (2τ + 1))): just below it settles, just above it does not."""
+    assert asynchronous.stability(0) == 2
+    assert asynchronous.stability(1) == pytest.approx(1)
+
+    def left_after(rate: float) -> float:
+        weight, updates = nn.Parameter(torch.ones(1, dtype=torch.float64)), 2000
+        asynchronous.train_stale(
+            [weight],
+            torch.optim.SGD([weight], lr=rate),
+            [[None]] * updates,
+            lambda _: ((weight.square() / 2).sum(), 1),
+            asynchronous.constant_versions(delay, updates),
+        )
+        return abs(weight.item())
+
+    assert left_after(0.97 * asynchronous.stability(delay)) < 0.2
+    assert not left_after(1.03 * asynchronous.stability(delay)) < 5
+
+
+def test_uneven_workers_are_as_late_on_average() -> None:
+    workers, updates = 8, 20_000
+    versions = asynchronous.uneven_versions(workers, updates, random.Random(0))
+    delays = [update - version for update, version in enumerate(versions)]
+    assert min(delays) >= 0
+    assert max(delays) > 3 * workers
+    assert statistics.mean(delays) == pytest.approx(workers - 1, rel=0.02)
+    assert asynchronous.uneven_versions(1, 5, random.Random(0)) == [0, 1, 2, 3, 4]
+
+
+def test_weights_of_the_future_are_refused() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="update 0 cannot"):
+        asynchronous.train_stale([weight], torch.optim.SGD([weight]), [[None]], lambda _: (weight.sum(), 1), [1])
+
+
+def test_the_experiment_on_delays_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(asynchronous, tmp_path / "asynchronous.json", monkeypatch, seeds=1)
+    ways = result["ways"]["adamw"]
+    assert set(ways) == {"delayed", "uneven", "synchronous"}
+    assert set(ways["delayed"]) == {"0", "3"}
+    assert ways["delayed"]["0"]["cost"]["mean"] == 0
+    assert all(own["loss"]["mean"] > 0 for way in ways.values() for own in way.values())
+
+
+# ---- What the experiments share ----
+
+
+def test_a_rate_is_found_by_walking_downhill() -> None:
+    tried: list[float] = []
+
+    def loss(rate: float) -> float:
+        tried.append(rate)
+        return math.nan if rate > 5 else abs(math.log2(rate / 0.25))
+
+    assert small_runs.best_rate(loss, 8.0) == 0.25
+    assert len(tried) == len(set(tried)) == 8  # none twice
+    assert small_runs.best_rate(lambda rate: math.inf, 1.0) == 1.0
+
+
+def test_intervals_are_students() -> None:
+    """Golden: of 1, 2, 3: mean 2, standard deviation 1, half-width 4.303 / √3."""
+    found = small_runs.interval([1, 2, 3])
+    assert found["ci95"] == [pytest.approx(2 - 4.303 / 3**0.5, abs=1e-4), pytest.approx(2 + 4.303 / 3**0.5, abs=1e-4)]
+    assert "no effect shown" in small_runs.said(found | {"mean": 0, "ci95": [-1, 1]}, "x")
+    assert "no effect" not in small_runs.said(small_runs.paired([1.1, 2.1, 3.2], [0, 1, 2]), "x")
+    assert small_runs.interval([1.0, math.inf])["mean"] is None
+
+
+def test_pages_stay_in_their_part_and_batches_show_every_row() -> None:
+    pages = gimp_manual.generated_manual(("en", "de"), pages=120)
+    parts = gimp_manual.split(pages)
+    assert sum(map(len, parts.values())) == 120
+    assert len(parts["train"]) > 60
+    assert min(map(len, parts.values())) >= 5
+    again = gimp_manual.split(pages[::-1])
+    assert {p.name for p in again["test"]} == {p.name for p in parts["test"]}
+    rows = torch.arange(10).unsqueeze(1)
+    stream = small_runs.batches(rows, 4, seed=0)
+    seen = torch.cat([next(stream) for _ in range(5)]).flatten()
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+
+
+def test_a_page_of_another_length_has_no_pairs() -> None:
+    page = gimp_manual.Page("p", None, {"en": ("a", "b", "GIMP"), "de": ("x", "y", "GIMP"), "fr": ("z",)})
+    assert page.pairs("en", "de") == [("a", "x"), ("b", "y")]
+    assert page.pairs("en", "fr") == []
