@@ -1,7 +1,6 @@
 """Runs whose ranks share a model: the same losses, validation and saved models as those of one process."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +95,8 @@ def test_other_stages_are_not_sharded(tmp_path: Path) -> None:
 
     message = "ConfigError: this stage is trained with the whole model on each rank: train.shard must be 1"
     assert on_ranks(refused) == [message] * 2
+    with pytest.raises(ConfigError, match="shard"):
+        toy_config(shard=0)
     with pytest.raises(ConfigError, match="2 ranks cannot share a copy of the model: the run has 1"):
         train(ToyStage(), toy_config(shard=2), tmp_path / "alone", progress=False)
 
@@ -161,13 +162,3 @@ def test_ranks_build_no_weights_of_their_own(data: Path, monkeypatch: pytest.Mon
         task = LanguageTask(recipe, make_tokenizer())
         assert {p.is_meta for p in task.model.parameters()} == {is_meta}
         assert ranks() == (rank, 2)
-
-
-def test_recipes_keep_their_sharding(tmp_path: Path) -> None:
-    """In `recipe.json`, whose reader is another process."""
-    values = dataclasses.asdict(config(shard=None, recompute="full"))
-    assert json.loads(json.dumps(values))["shard"] is None
-    with pytest.raises(ConfigError, match="shard"):
-        config(shard=0)
-    with pytest.raises(ConfigError, match="recompute"):
-        config(recompute="some")
