@@ -19,8 +19,8 @@ from mm_gpt.training.distributed import process_group, sum_gradients
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples/literature"))
 pytest.importorskip("asynchronous", reason="the examples are not installed")
 import asynchronous
-import manuals
-import reporting
+import gimp_manual
+import small_runs
 
 ROWS = [torch.randn(4, 6, generator=torch.Generator().manual_seed(n)) for n in range(12)]
 
@@ -152,35 +152,35 @@ def test_a_rate_is_found_by_walking_downhill() -> None:
         tried.append(rate)
         return math.nan if rate > 5 else abs(math.log2(rate / 0.25))
 
-    assert reporting.best_rate(loss, 8.0) == 0.25
+    assert small_runs.best_rate(loss, 8.0) == 0.25
     assert len(tried) == len(set(tried)) == 8  # none twice
-    assert reporting.best_rate(lambda rate: math.inf, 1.0) == 1.0
+    assert small_runs.best_rate(lambda rate: math.inf, 1.0) == 1.0
 
 
 def test_intervals_are_students() -> None:
     """Golden: of 1, 2, 3: mean 2, standard deviation 1, half-width 4.303 / √3."""
-    found = reporting.interval([1, 2, 3])
+    found = small_runs.interval([1, 2, 3])
     assert found["ci95"] == [pytest.approx(2 - 4.303 / 3**0.5, abs=1e-4), pytest.approx(2 + 4.303 / 3**0.5, abs=1e-4)]
-    assert "no effect shown" in reporting.said(found | {"mean": 0, "ci95": [-1, 1]}, "x")
-    assert "no effect" not in reporting.said(reporting.paired([1.1, 2.1, 3.2], [0, 1, 2]), "x")
-    assert reporting.interval([1.0, math.inf])["mean"] is None
+    assert "no effect shown" in small_runs.said(found | {"mean": 0, "ci95": [-1, 1]}, "x")
+    assert "no effect" not in small_runs.said(small_runs.paired([1.1, 2.1, 3.2], [0, 1, 2]), "x")
+    assert small_runs.interval([1.0, math.inf])["mean"] is None
 
 
 def test_pages_stay_in_their_part_and_batches_show_every_row() -> None:
-    pages = manuals.generated_manual(("en", "de"), pages=120)
-    parts = manuals.split(pages)
+    pages = gimp_manual.generated_manual(("en", "de"), pages=120)
+    parts = gimp_manual.split(pages)
     assert sum(map(len, parts.values())) == 120
     assert len(parts["train"]) > 60
     assert min(map(len, parts.values())) >= 5
-    again = manuals.split(pages[::-1])
+    again = gimp_manual.split(pages[::-1])
     assert {p.name for p in again["test"]} == {p.name for p in parts["test"]}
     rows = torch.arange(10).unsqueeze(1)
-    stream = reporting.batches(rows, 4, seed=0)
+    stream = small_runs.batches(rows, 4, seed=0)
     seen = torch.cat([next(stream) for _ in range(5)]).flatten()
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
 
 
 def test_a_page_of_another_length_has_no_pairs() -> None:
-    page = manuals.Page("p", None, {"en": ("a", "b", "GIMP"), "de": ("x", "y", "GIMP"), "fr": ("z",)})
+    page = gimp_manual.Page("p", None, {"en": ("a", "b", "GIMP"), "de": ("x", "y", "GIMP"), "fr": ("z",)})
     assert page.pairs("en", "de") == [("a", "x"), ("b", "y")]
     assert page.pairs("en", "fr") == []

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from manuals import split, texts, token_rows
-from reporting import (
+from gimp_manual import split, texts, token_rows
+from small_runs import (
     batches,
     best_rate,
     cell,
@@ -130,13 +130,13 @@ class Sizes:
     gradients: int = 256
     """Of as many batches; a power of 2, so that workers share them evenly."""
     rows: int = 8
-    length: int = 64
-    width: int = 64
+    length: int = 32
+    width: int = 48
     layers: int = 2
-    vocab_size: int = 1024
+    vocab_size: int = 512
     delays: tuple[int, ...] = (0, 1, 3, 7, 15)
     walks: int = 5
-    held_out: int = 64
+    held_out: int = 128
 
 
 FULL, QUICK = Sizes(), Sizes(gradients=8, width=32, layers=1, vocab_size=300, delays=(0, 3), walks=1, held_out=4)

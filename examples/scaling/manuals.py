@@ -44,6 +44,8 @@ PACKAGES = {
 }
 """Package -> the folder of its pages."""
 HELD_OUT = 0.04
+HELD_OUT_CHARACTERS = 0.05
+"""Characters to validate on, at most, for each to train on."""
 MIN_CHARACTERS = 300
 """Of a page, when repeated paragraphs are gone."""
 
@@ -82,8 +84,8 @@ def fetch(folder: Path, mirror: str, suite: str) -> None:
         debian_packages.download(index[package], folder, mirror)
 
 
-def write_manuals(out: Path, packages: Path, errors: ErrorCounter) -> dict[str, object]:
-    """What the module says; returns the report."""
+def write_manuals(out: Path, packages: Path, characters: float, errors: ErrorCounter) -> dict[str, object]:
+    """What the module says, of up to so many characters; returns the report, of all that there are."""
     out.mkdir(parents=True, exist_ok=True)
     seen: set[bytes] = set()
     pages: dict[str, list[str]] = {"train": [], "held_out": []}
@@ -103,9 +105,14 @@ def write_manuals(out: Path, packages: Path, errors: ErrorCounter) -> dict[str, 
             counts[f"{side} characters"] += len(text)
         report[package] = {"package": debs[-1].name, "licence": licence_of(root, package), **counts}
         print(package, dict(counts), flush=True)
-    for side, rows in pages.items():
-        random.Random(0).shuffle(rows)
-        (out / f"{side}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    for side, limit in (("train", characters), ("held_out", characters * HELD_OUT_CHARACTERS)):
+        random.Random(0).shuffle(pages[side])
+        kept, left = [], limit
+        for row in pages[side]:
+            if len(row) <= left:
+                kept.append(row)
+                left -= len(row)
+        (out / f"{side}.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
@@ -114,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--packages", type=Path, metavar="FOLDER", help="take the packages from here")
+    parser.add_argument("--characters", type=float, default=14e6, help="to train on, at most (default: %(default)g)")
     parser.add_argument("--mirror", default=debian_packages.MIRROR)
     parser.add_argument("--suite", default="bookworm")
     args = parser.parse_args()
@@ -121,7 +129,7 @@ def main() -> None:
     packages = args.packages or args.out / "packages"
     if args.packages is None:
         fetch(packages, args.mirror, args.suite)
-    write_manuals(args.out, packages, errors)
+    write_manuals(args.out, packages, args.characters, errors)
     if errors.total:
         print(errors.summary())
 

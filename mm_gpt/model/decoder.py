@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,9 @@ from mm_gpt.model.packed import Matrix, PackedEmbedding, PackedLinear, stacked_p
 from mm_gpt.model.positions import mrope_components, rotate, rotation, sinusoids, xpos_rotation
 from mm_gpt.model.relative import RelativeAttention
 from mm_gpt.processor import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Attention(nn.Module):
@@ -216,8 +220,8 @@ class Decoder(nn.Module):
         x: Tensor,
         positions: Tensor,
         *,
-        mask: Tensor | None = None,
-        local_mask: Tensor | None = None,
+        mask: "Tensor | BlockMask | None" = None,
+        local_mask: "Tensor | BlockMask | None" = None,
         cache: KVCache | None = None,
         added: Sequence[Tensor] = (),
     ) -> Tensor:
@@ -231,7 +235,7 @@ class Decoder(nn.Module):
         """
         x, step = self._begin(x, positions, mask, cache)
         step.local_mask = local_mask
-        if self.training and cache is None:
+        if self.training and cache is None and (mask is None or isinstance(mask, Tensor)):
             step.fused = fused(self.config, x, step.rotation, mask)
             x = x if step.fused is None else x.float()
         for layer, block in enumerate(self.blocks):
@@ -260,7 +264,7 @@ class Decoder(nn.Module):
         return self.norm(x), remembered
 
     def _begin(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, positions: Tensor, mask: "Tensor | BlockMask | None", cache: KVCache | None
     ) -> tuple[Tensor, ForwardContext]:
         """Positions put into the embeddings or into rotations, once for all layers."""
         config = self.config

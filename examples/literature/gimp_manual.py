@@ -74,17 +74,22 @@ def topic_of(name: str) -> str | None:
 def generated_manual(languages: tuple[str, ...], *, pages: int = 60, seed: int = 0) -> list[Page]:
     """Pages of made-up words: every topic has words of its own, and a language has its own word for each."""
     rng = random.Random(seed)
-    words = {topic: [f"{topic[:2]}{n}" for n in range(12)] for topic in [*TOPICS, "any"]}
+    spelled = {
+        (topic, number, language): "".join(rng.choice(letters) for letters in ("bdfgklmn", "aeiou") * 2)
+        for topic in [*TOPICS, "any"]
+        for number in range(10)
+        for language in languages
+    }
     made = []
     for number in range(pages):
         topic = list(TOPICS)[number % len(TOPICS)]
         sentences = [
-            [rng.choice(words[topic if rng.random() < 0.5 else "any"]) for _ in range(rng.randint(8, 20))]
-            for _ in range(10)
+            [(topic if rng.random() < 0.5 else "any", rng.randrange(10)) for _ in range(rng.randint(20, 30))]
+            for _ in range(8)
         ]
         said = {
-            language: tuple(" ".join(w if at == 0 else f"{language}{w}" for w in words) for words in sentences)
-            for at, language in enumerate(languages)
+            language: tuple(" ".join(spelled[*word, language] for word in words) for words in sentences)
+            for language in languages
         }
         made.append(Page(f"{topic}-{number}", topic, said))
     return made

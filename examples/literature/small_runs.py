@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from manuals import Page, generated_manual, read_manual
+import torch.nn.functional as F
+from gimp_manual import Page, generated_manual, read_manual
 from torch import Tensor
 
 from mm_gpt.model.decoder_config import DecoderConfig
@@ -71,6 +72,36 @@ def best_rate(loss_at: Callable[[float], float], start: float, *, factor: float 
             break
         place = better
     return start * factor**place
+
+
+def linear_accuracy(
+    train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
+) -> float:
+    """Of logistic regression on frozen states: each is states (N, D) and classes (N,).
+
+    Its weight decay is the one that is best on `validation`.
+    """
+    mean, std = train[0].mean(dim=0), train[0].std(dim=0) + 1e-3
+    x, classes = (train[0] - mean) / std, int(train[1].max()) + 1
+    best = (-1.0, 0.0)
+    for decay in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
+        weight, bias = (torch.zeros(*shape, requires_grad=True) for shape in ((classes, x.shape[1]), (classes,)))
+        solver = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
+
+        def loss(weight: Tensor = weight, bias: Tensor = bias, solver: Any = solver, decay: float = decay) -> Tensor:
+            solver.zero_grad()
+            found = F.cross_entropy(F.linear(x, weight, bias), train[1]) + decay * weight.square().sum() / 2
+            found.backward()
+            return found
+
+        solver.step(loss)
+        with torch.no_grad():
+            right = [
+                float((F.linear((states - mean) / std, weight, bias).argmax(dim=1) == labels).float().mean())
+                for states, labels in (validation, test)
+            ]
+        best = max(best, (right[0], right[1]), key=lambda pair: pair[0])
+    return best[1]
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
