@@ -97,9 +97,7 @@ def _fused_forward(
             logits = F.linear(rows[at], matrix)
             places = [each.data_ptr() for each in (logits, labels[at], scales[at], losses[at])]
             learns = wants_hidden or wants_weight
-            kernel("cross_entropy", kind, learns=learns)(
-                len(logits), [*places, len(weight)], torch.get_num_threads()
-            )
+            kernel("cross_entropy", kind, learns=learns)(len(logits), [*places, len(weight)], torch.get_num_threads())
             if grad_hidden is not None:
                 grad_hidden[at] = logits @ matrix
             if wants_weight:

@@ -7,7 +7,7 @@ D width. An image is one tile, or several: its parts at full resolution and the 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,11 @@ class Embedded:
     """(B, T, D) each: what is added behind the first layers."""
 
 
+class SeesImages(Protocol):
+    def see(self, pixel_values: Tensor, grids: Sequence[tuple[int, int]] = ()) -> tuple[Tensor, Tensor | None]:
+        """As `VisionEncoder.see`."""
+
+
 class MMGPT(nn.Module):
     """The multimodal model. `decoder` keeps its own vocabulary."""
 
@@ -95,6 +100,8 @@ class MMGPT(nn.Module):
         self.image_marks: nn.Parameter | None = None
         self.image_newline: nn.Parameter | None = None
         self.concepts: ConceptTokens | None = None
+        self.frozen_tower: SeesImages | None = None
+        """What sees in the place of a frozen tower, in training."""
         if config.vision is None or config.connector is None:
             return
         self.vision = VisionEncoder(config.vision)
@@ -214,6 +221,9 @@ class MMGPT(nn.Module):
 
         On the CPU in float32, also inside autocast: bf16 convolutions are slower there."""
         assert self.vision is not None
+        if self.training and self.frozen_tower is not None:
+            patches, scores = self.frozen_tower.see(pixel_values, grids)
+            return patches.float(), scores
         dtype = next(self.vision.parameters()).dtype
         with torch.autocast(pixel_values.device.type, enabled=pixel_values.is_cuda and torch.is_autocast_enabled()):
             patches, scores = self.vision.see(pixel_values.to(dtype), grids)

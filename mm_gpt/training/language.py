@@ -39,6 +39,7 @@ from mm_gpt.templates.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.compiling import compile_blocks
 from mm_gpt.training.distributed import ranks, sum_over_ranks
+from mm_gpt.training.features import use_frozen_tower
 from mm_gpt.training.parallel import is_sharded, shard_model, sharing
 from mm_gpt.training.recompute import recompute_blocks
 from mm_gpt.training.schedules import step_sizes
@@ -101,9 +102,12 @@ class LanguageRecipe:
     augment: bool = True
     """Random crops and colour jitter, and the mirror image where no text of the document tells its sides apart. Models
     that cut images into tiles get the mirror image alone."""
+    feature_cache: int | None = None
+    """Megabytes for what a frozen vision tower has seen, so that it need not see it again; None: 1,024 where images are
+    not augmented, for then each epoch has the same ones."""
     compile: bool = False
-    """Compile the decoder's blocks for training (torch.compile): 1.4 times as fast on a CPU after a minute; needs a C++
-    compiler."""
+    """Compile the decoder's blocks for training (torch.compile). On a CPU this needs a C++ compiler, and is for blocks
+    that have no function of their own there, which Llama's have."""
     validation_images: int = 200
     exponent: float | None = None
     """Weighs the sources by (tokens)^exponent, as XLM does, instead of by their size; 0.7 favours the small ones."""
@@ -121,7 +125,7 @@ class LanguageRecipe:
         if bool(self.validation) == bool(self.holdout):
             raise ConfigError("give either validation sources or a holdout above 0 and below 1")
         check_numbers(self, "row_length", "rows", "window_rows", "validation_images", at_least=1)
-        check_numbers(self, "max_captions", "max_questions", "workers", "vision_blocks", at_least=0)
+        check_numbers(self, "max_captions", "max_questions", "workers", "vision_blocks", "feature_cache", at_least=0)
         check_numbers(self, "connector_lr", "vision_lr", at_least=0)
         check_numbers(self, "exponent", at_least=0, at_most=1)
         check_numbers(self, "concept_dropout", at_least=0, at_most=0.5)
@@ -207,7 +211,11 @@ class LanguageTask:
 
     def prepare(self) -> list[ParameterGroup]:
         """Freeze, cast and compile what the recipe says; what is trained."""
-        groups, self._frozen = prepare_language(self.model, self.recipe)
+        recipe = self.recipe
+        groups, self._frozen = prepare_language(self.model, recipe)
+        if use_bf16(recipe.train.precision, self.model.device) and not is_sharded(self.model):
+            megabytes = (0 if recipe.augment else 1024) if recipe.feature_cache is None else recipe.feature_cache
+            use_frozen_tower(self.model, max_bytes=megabytes * 2**20)
         return groups
 
     def counts(self, batch: Batch) -> dict[str, float]:

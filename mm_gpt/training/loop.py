@@ -40,6 +40,7 @@ from mm_gpt.training.distributed import (
     union_over_ranks,
     wait_for_all,
 )
+from mm_gpt.training.kept_memory import kept_memory
 from mm_gpt.training.noise_scale import NoiseScale
 from mm_gpt.training.optimizers import make_optimizer
 from mm_gpt.training.parallel import clip_gradients, forget_unused, is_sharded, reshard, sharing
@@ -72,7 +73,7 @@ def train(
     """
     device = pick_device(config.device)
     leads = ranks()[0] == 0
-    with process_group(device), _owned(out, resume=resume) if leads else nullcontext():
+    with kept_memory(device), process_group(device), _owned(out, resume=resume) if leads else nullcontext():
         wait_for_all()  # for what rank 0 tidies up
         run = Run(stage, config, out, device, resume=resume)
         if leads:
