@@ -32,6 +32,7 @@ from small_runs import (
     batches,
     best_rate,
     cell,
+    chosen,
     interval,
     options,
     pages_of,
@@ -128,8 +129,8 @@ def train_stale(
 
 @dataclass(frozen=True)
 class Sizes:
-    gradients: int = 256
-    """Of as many batches; a power of 2, so that workers share them evenly."""
+    steps: int = 256
+    """Of one worker, each with a batch of its own; a power of 2, so that workers share them evenly."""
     rows: int = 8
     length: int = 32
     width: int = 48
@@ -140,7 +141,7 @@ class Sizes:
     held_out: int = 128
 
 
-FULL, QUICK = Sizes(), Sizes(gradients=8, width=32, layers=1, vocab_size=300, delays=(0, 3), walks=1, held_out=4)
+FULL, QUICK = Sizes(), Sizes(steps=8, width=32, layers=1, vocab_size=300, delays=(0, 3), walks=1, held_out=4)
 RATES = {"adamw": 16e-3, "sgd": 2.0}
 """Where the search begins, at no delay."""
 
@@ -171,8 +172,8 @@ class World:
         """Nats a token on held-out text: of `validation` where rates are chosen, of `test` for figures."""
         sizes, workers = self.sizes, delay + 1
         together = workers if way == "synchronous" else 1  # gradients in an update
-        updates = sizes.gradients // together
-        data = list(islice(batches(self.rows["train"], sizes.rows, seed), sizes.gradients))
+        updates = sizes.steps // together
+        data = list(islice(batches(self.rows["train"], sizes.rows, seed), sizes.steps))
         steps = [data[at * together : (at + 1) * together] for at in range(updates)]
         if way == "uneven":
             versions = uneven_versions(workers, updates, random.Random(seed))
@@ -301,7 +302,7 @@ def draw(ways: dict[str, Any], path: Path) -> None:
 def main() -> None:
     args = options(__doc__, "asynchronous", 3).parse_args()
     torch.set_num_threads(1)
-    sizes, start = QUICK if args.quick else FULL, time.process_time()
+    sizes, start = chosen(args, FULL, QUICK), time.process_time()
     world = World(args, sizes)
     finished = Finished(args.output, {"manual": args.manual is not None, **vars(sizes), "delays": list(sizes.delays)})
     with tqdm(unit="run", disable=None) as progress:

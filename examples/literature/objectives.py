@@ -27,6 +27,7 @@ from small_runs import (
     batches,
     best_rate,
     cell,
+    chosen,
     interval,
     linear_accuracy,
     options,
@@ -64,16 +65,16 @@ class Sizes:
     steps: int = 300
     """Of the next token, whose FLOPs all objectives may spend."""
     adapt_steps: int = 50
-    rows: int = 16
-    documents: int = 32
+    rows: int = 8
+    documents: int = 16
     """Rows of a step of `segments`: each is told from the others of its step."""
     length: int = 64
-    width: int = 64
-    layers: int = 3
-    vocab_size: int = 1024
-    paragraphs: int = 700
-    held_out: int = 128
-    items: int = 300
+    width: int = 48
+    layers: int = 2
+    vocab_size: int = 512
+    paragraphs: int = 400
+    held_out: int = 96
+    items: int = 200
     walks: int = 3
 
 
@@ -404,7 +405,7 @@ def draw(ways: dict[str, Any], words: float, path: Path) -> None:
 def main() -> None:
     args = options(__doc__, "objectives", 3).parse_args()
     torch.set_num_threads(1)
-    sizes, start = QUICK if args.quick else FULL, time.process_time()
+    sizes, start = chosen(args, FULL, QUICK), time.process_time()
     world = World(args, sizes)
     spent = {
         name: {

@@ -5,17 +5,20 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from gimp_manual import Page, generated_manual, read_manual
 from torch import Tensor
 
-from mm_gpt.errors import MMGPTError
+from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.model.decoder_config import DecoderConfig
 
+Sizes = TypeVar("Sizes")
+"""A dataclass with `steps`."""
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 """The 97.5 % quantile of Student's t, by the number of seeds."""
 
@@ -194,11 +197,22 @@ def options(about: str | None, name: str, seeds: int) -> argparse.ArgumentParser
     parser.add_argument("manual", type=Path, nargs="?", help="folder with GIMP's manual; without it, made-up text")
     parser.add_argument("--seeds", type=int, default=seeds, choices=[1, *sorted(STUDENT)])
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: whether it runs")
+    parser.add_argument("--steps", type=int, help="train for as many, instead of for minutes")
     output = Path(f"docs/results/literature_{name}.json")
     parser.add_argument("-o", "--output", type=Path, default=output, help=f"JSON (default {output})")
     plot = Path(f"docs/literature_{name}.png")
     parser.add_argument("--plot", type=Path, default=plot, help=f"PNG (default {plot})")
     return parser
+
+
+def chosen(args: argparse.Namespace, full: Sizes, quick: Sizes) -> Sizes:
+    """The sizes that the options ask for. Raises ConfigError for less than a step."""
+    sizes = quick if args.quick else full
+    if args.steps is None:
+        return sizes
+    if args.steps < 1:
+        raise ConfigError(f"--steps must be at least 1, not {args.steps}")
+    return replace(sizes, steps=args.steps)
 
 
 def pages_of(args: argparse.Namespace, languages: tuple[str, ...]) -> list[Page]:

@@ -31,6 +31,7 @@ from small_runs import (
     batches,
     best_rate,
     cell,
+    chosen,
     interval,
     linear_accuracy,
     options,
@@ -81,18 +82,18 @@ WAYS = {
 @dataclass(frozen=True)
 class Sizes:
     steps: int = 300
-    rows: int = 8
+    rows: int = 6
     length: int = 96
-    width: int = 64
+    width: int = 48
     layers: int = 2
-    vocab_size: int = 1024
-    characters: int = 2_000_000
+    vocab_size: int = 768
+    characters: int = 1_000_000
     """That the shared vocabulary is learned from."""
     every: int = 5
     """One page in so many is there in the rare language."""
     held_out: int = 64
-    pairs: int = 200
-    paragraphs: int = 500
+    pairs: int = 150
+    paragraphs: int = 300
     walks: int = 1
 
 
@@ -405,7 +406,7 @@ def draw(ways: dict[str, Any], without: dict[str, float], path: Path) -> None:
 def main() -> None:
     args = options(__doc__, "translation", 3).parse_args()
     torch.set_num_threads(1)
-    sizes, start = QUICK if args.quick else FULL, time.process_time()
+    sizes, start = chosen(args, FULL, QUICK), time.process_time()
     world = World(args, sizes)
     finished = Finished(args.output, {"manual": args.manual is not None, **vars(sizes)})
     with tqdm(unit="run", disable=None) as progress:
