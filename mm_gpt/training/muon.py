@@ -38,7 +38,7 @@ def orthogonalised(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
 
 
@@ -83,8 +83,11 @@ class Muon(torch.optim.Optimizer):
         direction = gradient.lerp(buffer, momentum)
         whole = direction.full_tensor() if isinstance(direction, DTensor) else direction
         rows = group["rows"] or (whole.shape[0],)
-        parts = [orthogonalised(part, self.dtype) * (RMS * max(part.shape) ** 0.5) for part in whole.split(list(rows))]
-        update = torch.cat(parts).to(parameter.dtype)
+        parts = [
+            orthogonalised(part, self.dtype).to(parameter.dtype) * (RMS * max(part.shape) ** 0.5)
+            for part in whole.split(list(rows))
+        ]
+        update = torch.cat(parts)
         if isinstance(parameter, DTensor):
             mesh = parameter.device_mesh
             spread = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False)
