@@ -28,13 +28,14 @@ from typing import Any
 import torch
 from gimp_manual import split, texts, token_rows
 from small_runs import (
+    Finished,
     batches,
     best_rate,
     cell,
     interval,
     options,
-    paired,
     pages_of,
+    paired,
     said,
     save_figure,
     small_config,
@@ -57,7 +58,7 @@ OPTIMIZERS = ("adamw", "sgd")
 
 
 def constant_versions(delay: int, updates: int) -> list[int]:
-    """For each update, the number of updates that its gradient's weights had seen: τ fewer, and none in the beginning."""
+    """For each update, how many updates the weights of its gradient had seen: τ fewer, and none in the beginning."""
     return [max(0, update - delay) for update in range(updates)]
 
 
@@ -201,9 +202,14 @@ def stability(delay: int) -> float:
     return 2 * math.sin(math.pi / (2 * (2 * delay + 1)))
 
 
-def measure(world: World, seeds: int, progress: tqdm) -> dict[str, Any]:
+def measure(world: World, seeds: int, finished: Finished, progress: tqdm) -> dict[str, Any]:
     """optimizer -> way -> τ -> its best rate, losses by seed, and the same at the rate that is best without delay."""
     found: dict[str, Any] = {}
+
+    def loss(*run: Any) -> float:
+        progress.update()
+        return finished.get(" ".join(map(str, run)), lambda: world.run(*run))
+
     for optimizer in OPTIMIZERS:
         ways: dict[str, Any] = {}
         base = 0.0
@@ -215,19 +221,15 @@ def measure(world: World, seeds: int, progress: tqdm) -> dict[str, Any]:
                 progress.set_description(f"{optimizer} {way} τ={delay}")
 
                 def tried(lr: float, way: str = way, delay: int = delay, optimizer: str = optimizer) -> float:
-                    progress.update()
-                    return world.run(optimizer, way, delay, lr, 1000, "validation")
+                    return loss(optimizer, way, delay, lr, 1000, "validation")
 
                 best = start = best_rate(tried, start, walks=world.sizes.walks)
                 base = base or best
                 own: dict[str, Any] = {"lr": best, "losses": [], "at the rate without delay": []}
                 for seed in range(seeds):
-                    progress.update()
-                    own["losses"].append(world.run(optimizer, way, delay, best, seed, "test"))
+                    own["losses"].append(loss(optimizer, way, delay, best, seed, "test"))
                     if way == "delayed":
-                        same = best == base
-                        loss = own["losses"][-1] if same else world.run(optimizer, way, delay, base, seed, "test")
-                        own["at the rate without delay"].append(loss)
+                        own["at the rate without delay"].append(loss(optimizer, way, delay, base, seed, "test"))
                 ways.setdefault(way, {})[delay] = own
         found[optimizer] = ways
     return found
@@ -301,8 +303,9 @@ def main() -> None:
     torch.set_num_threads(1)
     sizes, start = QUICK if args.quick else FULL, time.process_time()
     world = World(args, sizes)
+    finished = Finished(args.output, {"manual": args.manual is not None, **vars(sizes), "delays": list(sizes.delays)})
     with tqdm(unit="run", disable=None) as progress:
-        ways, sentences = summary(measure(world, args.seeds, progress))
+        ways, sentences = summary(measure(world, args.seeds, finished, progress))
     result = {
         "what": "nats a token on held-out pages; 95 % intervals of Student's t over seeds; differences are paired",
         "text": "GIMP's manual in English" if args.manual else "made up",
@@ -313,7 +316,7 @@ def main() -> None:
         "ways": ways,
         "found": sentences,
     }
-    write(result, args.output)
+    write(result, args.output, finished)
     draw(ways, args.plot)
     print(tables(ways), *sentences, sep="\n")
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from gimp_manual import Page, generated_manual, read_manual
 from torch import Tensor
 
+from mm_gpt.errors import MMGPTError
 from mm_gpt.model.decoder_config import DecoderConfig
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
@@ -72,6 +73,32 @@ def best_rate(loss_at: Callable[[float], float], start: float, *, factor: float 
             break
         place = better
     return start * factor**place
+
+
+class Finished:
+    """What runs have found, by name, in a file beside the result: the same command goes on where it was stopped."""
+
+    def __init__(self, output: Path, about: dict[str, Any]):
+        self.path = output.with_suffix(".runs.jsonl")
+        self.found: dict[str, Any] = {}
+        first = json.dumps({"about": about})
+        if self.path.is_file():
+            begun, *rows = self.path.read_text(encoding="utf-8").splitlines()
+            if begun != first:
+                raise MMGPTError(f"{self.path}: holds runs of other settings; delete it, or name another --output")
+            for row in rows:
+                self.found |= json.loads(row)
+        else:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(first + "\n", encoding="utf-8")
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """The value of a run, made where it is not there. It has to be one of JSON's."""
+        if name not in self.found:
+            self.found[name] = make()
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({name: self.found[name]}) + "\n")
+        return self.found[name]
 
 
 def linear_accuracy(
@@ -144,9 +171,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(result: dict[str, Any], output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
+def write(result: dict[str, Any], output: Path, finished: Finished) -> None:
+    """The result, in place of the runs that it is made of."""
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    finished.path.unlink()
 
 
 def save_figure(figure: Any, path: Path) -> None:
