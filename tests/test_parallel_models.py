@@ -123,18 +123,18 @@ def test_blocks_of_one_function() -> None:
     }
 
     def run(rank: int) -> tuple[dict[str, Learned], int]:
-        used: list[bool] = []
+        used: list[int] = []
         fused_block = mm_gpt.model.decoder.fused_block
 
         def noted(*args: Any) -> Any:
+            used.append(1)  # at first: a recomputation ends in the middle, once it has what is needed
             found = fused_block(*args)
-            used.append(found is not None)
+            assert found is not None
             return found
 
         with process_group(CPU), pytest.MonkeyPatch.context() as patch:
             patch.setattr(mm_gpt.model.decoder, "fused_block", noted)
             found = {name: step_of(rows, prepare, build=build, **more) for name, (prepare, more, _) in kinds.items()}
-        assert all(used)
         return found, len(used)
 
     expected, used = run(0)
