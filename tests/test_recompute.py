@@ -106,7 +106,7 @@ def test_the_same_gradients_with_less_memory(shape: str, kind: Literal["selectiv
 
 
 def test_what_is_computed_again() -> None:
-    """Everything, or every second product and no attention."""
+    """Everything, or every second product and no attention; but not a block's last product, which nothing needs."""
     names: dict[str, Counter[str]] = {}
     kinds: list[Kind] = ["none", "selective", "full"]
     for kind in kinds:
@@ -118,8 +118,8 @@ def test_what_is_computed_again() -> None:
     again = {kind: names[kind] - names["none"] for kind in kinds}
     assert {name for name in again["full"] if "scaled_dot_product" in name}
     assert not {name for name in again["selective"] if "scaled_dot_product" in name}
-    assert again["full"]["aten.mm.default"] == 4
-    assert again["selective"]["aten.mm.default"] == 2
+    assert again["full"]["aten.mm.default"] == 3
+    assert again["selective"]["aten.mm.default"] == 1
     assert again["full"]["aten.silu.default"] == again["selective"]["aten.silu.default"] == 1
 
 
