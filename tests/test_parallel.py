@@ -14,7 +14,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-import mm_gpt.model.decoder
 from mm_gpt.errors import ConfigError
 from mm_gpt.model.lora import LoRAConfig
 from mm_gpt.model.mmgpt import MMGPT
@@ -22,7 +21,6 @@ from mm_gpt.processor import Batch, Processor
 from mm_gpt.training.distributed import process_group, ranks
 from mm_gpt.training.loop import training_step
 from mm_gpt.training.parallel import clip_gradients, forget_unused, gathered, reshard, shard_model, sharing
-from mm_gpt.training.recompute import recompute_blocks
 
 
 def ragged(processor: Processor) -> list[Batch]:
@@ -274,46 +272,6 @@ def test_bfloat16_is_for_computing() -> None:
         assert seen == {"weight torch.bfloat16", "table torch.float32"}
         assert kept == {"torch.float32"}
         assert worst < 1e-6
-
-
-def test_blocks_of_one_function_are_shared() -> None:
-    """On the CPU a block may be one function with a gradient of its own, over weights that come and go."""
-
-    def build() -> tuple[MMGPT, Processor]:
-        model, processor = make_tiny()
-        sizes = {"width": 64, "num_heads": 2, "num_kv_heads": 1, "head_size": 32, "mlp_width": 64, "num_layers": 2}
-        decoder = dataclasses.replace(model.decoder.config, **sizes)
-        torch.manual_seed(0)
-        return MMGPT(dataclasses.replace(model.config, decoder=decoder)), processor
-
-    def rows(processor: Processor) -> list[Batch]:
-        return [batch_of(processor, [document(n, image=n == 1)], multiple=64) for n in range(2)]
-
-    kinds: dict[str, tuple[Callable[[MMGPT], None], dict[str, Any], float]] = {
-        "float32": (everything, {}, 1e-5),
-        "recomputed": (lambda model: recompute_blocks(model.decoder, "full"), {}, 1e-5),
-        "bfloat16": (everything, {"precision": "bf16"}, 2e-2),
-    }
-
-    def run(rank: int) -> Any:
-        used: list[bool] = []
-        fused_block = mm_gpt.model.decoder.fused_block
-
-        def noted(*args: Any) -> Any:
-            used.append(True)
-            return fused_block(*args)
-
-        with process_group(CPU), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mm_gpt.model.decoder, "fused_block", noted)
-            found = {name: step_of(rows, prepare, build=build, **more) for name, (prepare, more, _) in kinds.items()}
-        return found, len(used)
-
-    expected, used = run(0)
-    assert used == 2 * (2 + 2 * 2 + 2)  # micro-batches, and blocks: those that are recomputed run twice
-    for found, used in on_ranks(run):
-        assert used == 2 + 2 * 2 + 2
-        for name, (_, _, tolerance) in kinds.items():
-            same(found[name], expected[name], rtol=tolerance, within=5 * tolerance)
 
 
 def test_validation_leaves_slices() -> None:

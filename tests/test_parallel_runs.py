@@ -78,14 +78,15 @@ def test_a_shared_model_is_trained_as_a_whole_one(data: Path, kind: str) -> None
     rounding = 1e-4 if kind == "full" else 1e-2
     assert losses(two).keys() == {1, 2, 3, 4}
     assert losses(two) == pytest.approx(losses(one), rel=rounding)
-    judged = [{step: values["loss"] for step, values in logged(out, "validation").items()} for out in (two, one)]
-    assert judged[0] == pytest.approx(judged[1], rel=rounding)
-    ours, theirs = (load_file(folder / "step-000002/model.safetensors") for folder in (two, one))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
+    judged: list[dict[int, Any]] = [dict(logged(out, "validation")) for out in (two, one)]
+    ours, theirs = ({step: values["loss"] for step, values in each.items()} for each in judged)
+    assert ours == pytest.approx(theirs, rel=rounding)
+    saved, expected = (load_file(folder / "step-000002/model.safetensors") for folder in (two, one))
+    assert saved.keys() == expected.keys()
+    for name, tensor in expected.items():
         same = tensor.dim() > 1 and kind == "adapted" and name.startswith("decoder") and "lora" not in name
         tolerance = 0.0 if same else 10 * rounding
-        torch.testing.assert_close(ours[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+        torch.testing.assert_close(saved[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
     assert mm_gpt.load(two / "best").model.decoder.config.num_layers == 3
 
 

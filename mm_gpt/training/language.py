@@ -333,7 +333,7 @@ def prepare_language(model: MMGPT, recipe: LanguageRecipe) -> tuple[list[Paramet
     frozen = _frozen_to_bf16(model) if bf16 else {}
     if recipe.compile:
         compile_blocks(model.decoder, recompute=recompute, device=device)
-    elif recompute != "none":
+    else:
         recompute_blocks(model.decoder, recompute)
     if number > 1:
         shard_model(model, number, device, bf16=bf16)
