@@ -3,11 +3,11 @@
     python examples/scaling/manuals.py TEXTS
     python examples/scaling/manuals.py TEXTS --packages FOLDER     (of .deb files, as `apt-get download` leaves them)
 
-writes `TEXTS/train.jsonl` and `TEXTS/held_out.jsonl`, a row a paragraph or a part of one, and `TEXTS/report.json`: what
-is from where, under which licence. Packages are fetched from a mirror and checked. Each paragraph is kept once, whatever
-page it stands on, so that what is held out is not known by heart; pages are divided by the hash of their name. Texts are
-short, since what small models gain from long ones is mostly that they begin to copy: that comes all at once, at some
-size, and no law sees it coming.
+writes `TEXTS/train.jsonl` and `TEXTS/held_out.jsonl`, a row a paragraph or a part of one, and `TEXTS/report.json`:
+what is from where, under which licence. Packages are fetched from a mirror and checked. Each paragraph is kept once,
+whatever page it stands on, so that what is held out is not known by heart; pages are divided by the hash of their name.
+Texts are short, since what small models gain from long ones is mostly that they begin to copy: that comes all at once,
+at some size, and no law sees it coming.
 """
 
 import argparse
