@@ -10,7 +10,7 @@ Shapes: B rows, T tokens, M = B T, D width, H heads, K key-value heads, G = H / 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,6 @@ from mm_gpt.kernels.training import LANES, Kind, kernel
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRALinear
 from mm_gpt.model.positions import Rotation
-
-if TYPE_CHECKING:
-    from mm_gpt.model.decoder import Block
 
 QUERIES = 256
 """Queries whose scores exist at a time."""
@@ -150,7 +147,16 @@ def _linear(layer: nn.Module) -> Linear | None:
     return None
 
 
-def fused_block(block: "Block", x: Tensor, shared: Fused) -> Tensor | None:
+class PreNormBlock(Protocol):
+    """`mm_gpt.model.decoder.Block`, as far as it is needed here."""
+
+    attention_norm: Any
+    attention: Any
+    mlp_norm: Any
+    mlp: Any
+
+
+def fused_block(block: PreNormBlock, x: Tensor, shared: Fused) -> Tensor | None:
     """What the block gives for x (B, T, D), float32; None where it has layers that are not those of this function."""
     attention, mlp = block.attention, block.mlp
     if attention.pattern.kind != "dense":
@@ -162,7 +168,7 @@ def fused_block(block: "Block", x: Tensor, shared: Fused) -> Tensor | None:
     tensors = [t for layer in layers for t in (layer.weight, layer.a, layer.b)]
     norms = (block.attention_norm.weight, block.mlp_norm.weight)
     scales = tuple(layer.scale for layer in layers)
-    return _Block.apply(x, attention.config, shared, scales, *norms, *tensors)  # type: ignore[no-any-return]
+    return _Block.apply(x, attention.config, shared, scales, *norms, *tensors)
 
 
 class _Layer:
@@ -174,6 +180,8 @@ class _Layer:
         self.a = None if a is None else a.detach().to(dtype)
         self.b = None if b is None else (scale * b.detach()).to(dtype)
         self.scale = scale
+        self.through: Tensor | None = None
+        """(M, rank): the last `backward`'s slope behind B."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(M, in) -> (M, out)."""
@@ -195,7 +203,8 @@ class _Layer:
         weight = (slope.t() @ x).float() if wanted[0] else None
         if self.a is None or self.b is None:
             return [weight, None, None]
-        a = (self.through.t() @ x).float() if wanted[1] else None  # after `backward` for the same slope
+        assert self.through is not None  # `backward` comes first, with the same slope
+        a = (self.through.t() @ x).float() if wanted[1] else None
         b = (slope.t() @ F.linear(x, self.a)).float().mul_(self.scale) if wanted[2] else None
         return [weight, a, b]
 
@@ -220,8 +229,12 @@ class _Block(torch.autograd.Function):
 
 
 def _layers(tensors: tuple[Tensor | None, ...], scales: tuple[float, ...], dtype: torch.dtype) -> list[_Layer]:
-    parts = tensors[2:]
-    return [_Layer(*parts[3 * i : 3 * i + 3], scale, dtype) for i, scale in enumerate(scales)]  # type: ignore[arg-type]
+    found = []
+    for i, scale in enumerate(scales):
+        weight, a, b = tensors[2 + 3 * i : 5 + 3 * i]
+        assert weight is not None
+        found.append(_Layer(weight, a, b, scale, dtype))
+    return found
 
 
 def _forward(

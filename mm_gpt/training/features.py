@@ -51,7 +51,7 @@ class FrozenTower:
     def _recall(self, pixels: Tensor) -> Seen:
         """Of one image. What there is no room for any more is computed each time: to forget the oldest would forget
         each image just before its next epoch."""
-        key = hashlib.blake2b(pixels.contiguous().numpy(), digest_size=16).digest()
+        key = hashlib.blake2b(pixels.contiguous().numpy().data, digest_size=16).digest()
         if key in self.remembered:
             self.hits += 1
             return self.remembered[key]

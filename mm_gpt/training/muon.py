@@ -38,7 +38,7 @@ def orthogonalised(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(ITERATIONS):
         gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
 
 
@@ -83,8 +83,11 @@ class Muon(torch.optim.Optimizer):
         direction = gradient.lerp(buffer, momentum)
         whole = direction.full_tensor() if isinstance(direction, DTensor) else direction
         rows = group["rows"] or (whole.shape[0],)
-        parts = [orthogonalised(part, self.dtype) * (RMS * max(part.shape) ** 0.5) for part in whole.split(list(rows))]
-        update = torch.cat(parts).to(parameter.dtype)
+        parts = [
+            orthogonalised(part, self.dtype).to(parameter.dtype) * (RMS * max(part.shape) ** 0.5)
+            for part in whole.split(list(rows))
+        ]
+        update = torch.cat(parts)
         if isinstance(parameter, DTensor):
             mesh = parameter.device_mesh
             spread = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim, run_check=False)
@@ -97,8 +100,8 @@ def block_matrices(model: nn.Module) -> dict[nn.Parameter, tuple[int, ...] | Non
     """The linear maps inside the blocks of `model`, of its decoder and its towers, with the rows of each that are maps
     of their own; None: all are one.
 
-    Left out are embeddings, heads and connectors, whose rows or columns are no directions of the stream between blocks,
-    convolutions, and low-rank factors, of which only the product is a map.
+    Left out are embeddings, heads and linear connectors, whose rows or columns are no directions of the stream between
+    blocks, convolutions, and low-rank factors, of which only the product is a map.
     """
     found: dict[nn.Parameter, tuple[int, ...] | None] = {}
     for name, module in model.named_modules():
@@ -119,7 +122,7 @@ def _parts(owner: nn.Module, name: str, weight: Tensor) -> tuple[int, ...] | Non
         return heads * size, shared * size, shared * size
     if name == "qkv":  # of a vision or text tower
         return _equal(weight, 3)
-    if name == "gate_up":
+    if name in ("gate_up", "kv_proj"):
         return _equal(weight, 2)
     return None
 

@@ -54,8 +54,8 @@ class TrainConfig:
     """bf16 computes matrix products in bfloat16 under autocast, with float32 master weights for what is trained. `auto`
     takes it where the hardware multiplies it: a processor without the instructions is four times slower in bf16."""
     shard: int | None = 1
-    """Processes that share one copy of the model, each with a slice of every weight (FSDP2). 1: each has all of it; None:
-    all share one."""
+    """Processes that share one copy of the model, each with a slice of every weight (FSDP2). 1: each has all of it;
+    None: all of them share one."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the decoder's blocks compute again in the backward pass instead of keeping it. full: all but their inputs;
     selective: all but attention and every second matrix product."""
