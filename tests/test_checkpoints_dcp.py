@@ -1,12 +1,15 @@
 """Checkpoints of training state: across numbers of ranks, written in the background, and whatever goes wrong."""
 
+import contextlib
 import copy
 import json
+import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from toy_stage import ToyStage, losses, one_step, toy_config
 
 from mm_gpt.errors import CheckpointError, MMGPTError
-from mm_gpt.system import tensor_files, writing
+from mm_gpt.system import tensor_files
 from mm_gpt.training import checkpoint, saving
 from mm_gpt.training.averaging import WeightAverage
 from mm_gpt.training.checkpoint import Progress, load_training_state
@@ -39,7 +42,7 @@ CPU = torch.device("cpu")
 
 
 class Rows(nn.Module):
-    """Five rows, one row, seven rows and a weight that nothing uses: uneven and empty slices on every number of ranks."""
+    """Five rows, one row, three rows, and a weight that nothing uses: uneven and empty slices on any number of ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -423,3 +426,181 @@ def test_the_background_writes_what_was_there(tmp_path: Path, monkeypatch: pytes
         assert all(torch.equal(exported[name], tensor) for name, tensor in kept[step - 1][0].items())
     assert (load_file(tmp_path / "best" / "model.safetensors")["unused"] == kept[1][0]["unused"]).all()
     assert not any((states[0][name] == states[1][name]).all() for name in ("layers.0.weight", "layers.0.weight step"))
+
+
+class Slow(ToyStage):
+    """Its checkpoints are large enough to be killed while they are written; the model is one file beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ballast = torch.zeros(500_000)
+
+    def save(self, folder: Path) -> None:
+        tensor_files.write_tensors(self.model.state_dict(), folder / "model.safetensors")
+
+    def after_step(self) -> dict[str, float]:
+        self.ballast += 1  # the number of steps
+        return {}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {"ballast": self.ballast}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.ballast = tensors["ballast"].clone()
+
+
+@pytest.mark.parametrize("signalled", [False, True], ids=["to its end", "stopped"])
+def test_a_run_that_saves_in_the_background_is_the_same_run(tmp_path: Path, signalled: bool) -> None:
+    """The end of a run waits for what is being written, and so does Ctrl-C."""
+    for name, background in (("waiting", False), ("background", True)):
+        stage = Slow()
+        if signalled:
+            calls = iter(range(1, 100))
+
+            def stop(loss: Tensor, calls: Any = calls) -> Tensor:
+                if next(calls) == 4:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return loss
+
+            stage.on_loss = stop
+        config = toy_config(steps=6, save_every=1, validate_every=3, async_save=background)
+        with pytest.raises(KeyboardInterrupt) if signalled else contextlib.nullcontext():
+            train(stage, config, tmp_path / name, progress=False)
+    one, other = tmp_path / "waiting", tmp_path / "background"
+    assert losses(one) == losses(other)
+    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    last = 4 if signalled else 6
+    names = [path.name for path in sorted(other.glob("step-*"))]
+    assert names == [f"step-{last - 1:06d}", f"step-{last:06d}"]
+    assert len(files) == 5
+    for path in files:
+        found, expected = load_file(other / path), load_file(one / path)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found), path
+    assert not [path for path in other.iterdir() if path.name.startswith(".") and path.name != ".lock"]
+
+
+def test_a_failure_in_the_background_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the step behind, or where the next checkpoint begins; those from before stay."""
+    train(Slow(), toy_config(steps=2, save_every=1), tmp_path, progress=False)
+
+    def broken(*arguments: Any) -> None:
+        raise MMGPTError("model.safetensors: cannot be written (the disk is gone)")
+
+    monkeypatch.setattr(tensor_files, "_write", broken)
+    config = toy_config(steps=9, save_every=3, async_save=True)
+    with pytest.raises(MMGPTError, match=r"^model\.safetensors: cannot be written \(the disk is gone\)$"):
+        train(Slow(), config, tmp_path, resume=True, progress=False)
+    assert max(losses(tmp_path)) in (3, 4, 5)
+    assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step-000001", "step-000002"]
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_what_was_begun_is_ended_when_the_run_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    stage, calls = Slow(), iter(range(1, 100))
+
+    def fail(loss: Tensor) -> Tensor:
+        if next(calls) == 3:
+            threading.Timer(0.2, held.free.set).start()
+            raise MMGPTError("no more")
+        return loss
+
+    stage.on_loss = fail
+    with pytest.raises(MMGPTError, match="no more"):
+        train(stage, toy_config(steps=9, save_every=2, async_save=True), tmp_path, progress=False)
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-000002"
+
+
+def test_a_full_disk_of_one_rank_ends_all(tmp_path: Path) -> None:
+    """Each says whose it was; nothing is left of the checkpoint, and the one from before is whole."""
+
+    def run(rank: int, background: bool) -> str:
+        with process_group(CPU):
+            stage = Sharded()
+            optimizer = optimizer_of("adamw", stage)
+            with Saver(tmp_path, CPU, background=background) as saver:
+                saver.save(stage, optimizer, Progress(1), best=False)
+                saver.finish()
+                if rank == 1:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+                saver.save(stage, optimizer, Progress(2), best=True)
+                saver.finish()
+        return "saved"
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for background in (False, True):
+        first, second = on_ranks(lambda rank, background=background: run(rank, background))  # type: ignore[misc]
+        told = f"{tmp_path}/step-000002/training_state/rank-1-of-2.safetensors: cannot be written (File too large"
+        assert first.startswith(f"MMGPTError: rank 1: {told}")
+        assert second.startswith(f"MMGPTError: {told}")
+        assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def start_ranks(run: Callable[[int], None], world: int) -> list[Any]:
+    """As many processes as ranks, to be killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start(rank: int) -> None:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+        os.environ["WORLD_SIZE"] = str(world)
+        torch.set_num_threads(1)
+        with contextlib.suppress(RuntimeError):  # the other one is gone
+            run(rank)
+
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=start, args=(rank,)) for rank in range(world)]
+    for child in children:
+        child.start()
+    return children
+
+
+def killed_run(out: Path, seconds: float, world: int, *, background: bool) -> int:
+    """Go on with a run, on as many ranks, of which the last is killed so many seconds after the second step was logged.
+    Returns the last step that was."""
+    before = max(losses(out), default=0) if (out / "log.jsonl").exists() else 0
+
+    def run(rank: int) -> None:
+        train(Slow(), toy_config(steps=10**6, save_every=1, async_save=background), out, resume=True, progress=False)
+
+    children = start_ranks(run, world)
+    try:
+        end = time.monotonic() + 60
+        while not (out / "log.jsonl").exists() or max(losses(out), default=0) < before + 2:
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        time.sleep(seconds)
+        assert all(child.is_alive() for child in children)
+        children[-1].kill()
+        for child in children:
+            child.join(10)
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
+    return max(losses(out), default=0)
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
+@pytest.mark.parametrize(("world", "times"), [(1, 20), (2, 5), pytest.param(2, 20, marks=pytest.mark.slow)])
+def test_killed_while_it_saves_a_run_loses_an_interval_at_most(
+    tmp_path: Path, world: int, times: int, background: bool
+) -> None:
+    """Check 7 of parallel training: SIGKILL at 20 random moments of a run that does little but save; the newest
+    checkpoint can always be loaded, is whole, and is the one before the last that was begun, or newer."""
+    out, rng, last = tmp_path / "run", random.Random(world), 0
+    for _ in range(times):
+        logged = killed_run(out, rng.uniform(0, 0.1), world, background=background)
+        step, folder = 0, checkpoint.latest(out)
+        if folder is not None:
+            stage = Slow()
+            step = load_training_state(folder, stage, make_optimizer(stage.prepare(), toy_config())).step
+            assert (stage.ballast == step).all()
+            assert load_file(folder / "model.safetensors")
+        # A step is logged before its checkpoint is begun; in the background the one before may still be written then.
+        assert step >= logged - (2 if background else 1)
+        assert step >= last
+        last = step
+    assert last >= times
