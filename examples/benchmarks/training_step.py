@@ -3,12 +3,14 @@
 Three jobs, each a whole step: forward, backward, clip, AdamW, in bfloat16 where the processor multiplies in it.
 
     text     SmolLM2-135M (random weights), 4 x 256 tokens, all learned; the peer is transformers' LlamaForCausalLM
-    images   ViT-B/16, frozen, and the same decoder: 4 x 256 tokens, 196 of them an image's, the others learned; the peer is
-             transformers' LlavaForConditionalGeneration. Images are new in each step, and seen before in `images-again`
-    stage    the recipe `default` of the default model; the peer is another checkout, `--before FOLDER` (git worktree add)
+    images   ViT-B/16, frozen, and the same decoder: 4 x 256 tokens, 196 of them an image's, the others learned; the
+             peer is transformers' LlavaForConditionalGeneration. Images are new in each step; in `images-again` they
+             were seen before, as in all epochs but the first
+    stage    the recipe `default` of the default model; the peer is another checkout (git worktree add), `--before`
 
 Each side is a process of its own, with its own allocator and its own peak of memory; they take turns, step by step, so
-that a busy moment of the machine hits both. What counts is the ratio of the medians. `--without` turns one of our means
+that a busy moment of the machine hits both. What counts is the ratio of the medians; on a busy machine, that of
+processor seconds with `--threads 1`, which wait for nobody. `--without` turns one of our means
 off in the peer's place, which is then ourselves: what each means brings.
 
     python examples/benchmarks/training_step.py text images images-again
@@ -55,7 +57,7 @@ def main() -> None:
         work(args.jobs[0], args.worker, args.data, args.threads)
         return
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
-    results["machine"] = f"{platform.processor() or platform.machine()}, {args.threads} threads"
+    results["machine"] = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     results["command"] = "python examples/benchmarks/training_step.py " + " ".join(sys.argv[1:])
     for job in args.jobs:
         peers = [f"without {means}" for means in args.without] or ["before" if job == "stage" else "transformers"]
@@ -70,18 +72,26 @@ def compare(job: str, peer: str, args: argparse.Namespace) -> dict[str, Any]:
     """Medians of both sides, step by step in turns, the ratio, and the peak of memory of each."""
     sides = [Side(job, "ours", args, None), Side(job, peer, args, args.before if peer == "before" else None)]
     seconds: list[list[float]] = [[], []]
+    worked: list[list[float]] = [[], []]
     for step in range(args.steps + 2):
-        for side, times in zip(sides, seconds, strict=True):
-            took = side.step(step)
+        for side, times, work_times in zip(sides, seconds, worked, strict=True):
+            took, worked_for = side.step(step)
             if step >= 2:  # the first ones compile and allocate
                 times.append(took)
+                work_times.append(worked_for)
     peaks = [side.end() for side in sides]
     ours, theirs = (statistics.median(times) for times in seconds)
+    own_work, their_work = (statistics.median(times) for times in worked)
     return {
         "seconds": round(ours, 3),
         "peer_seconds": round(theirs, 3),
         "times_as_fast": round(theirs / ours, 3),
         "median_of_ratios": round(statistics.median(b / a for a, b in zip(*seconds, strict=True)), 3),
+        "processor_seconds": round(own_work, 3),
+        "peer_processor_seconds": round(their_work, 3),
+        "processor_ratio": round(their_work / own_work, 3),
+        "threads": args.threads,
+        "load": round(os.getloadavg()[0], 1),
         "target": None if peer.startswith("without") else TARGETS[job],
         "peak_mb": peaks[0],
         "peer_peak_mb": peaks[1],
@@ -101,8 +111,10 @@ class Side:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def step(self, number: int) -> float:
-        return float(self._ask(str(number)))
+    def step(self, number: int) -> tuple[float, float]:
+        """Seconds by the clock, and of processors."""
+        clock, worked = self._ask(str(number)).split()
+        return float(clock), float(worked)
 
     def end(self) -> int:
         """The peak of memory in MB."""
@@ -139,9 +151,9 @@ def work(job: str, name: str, data: str, threads: int) -> None:
             if line.strip() == "end":
                 print(">", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, flush=True)
                 return
-            begin = time.perf_counter()
+            begin, worked = time.perf_counter(), time.process_time()
             step(int(line))
-            print(">", time.perf_counter() - begin, flush=True)
+            print(">", time.perf_counter() - begin, time.process_time() - worked, flush=True)
 
 
 def prepare(stack: ExitStack, without: str) -> None:
