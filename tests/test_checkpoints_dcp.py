@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from conftest import make_tiny
 from forked_ranks import on_ranks
 from safetensors.torch import load_file
+from sharded_model import Given, batch_of, document
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from toy_stage import ToyStage, losses, one_step, toy_config
 
 from mm_gpt.errors import CheckpointError, MMGPTError
+from mm_gpt.hub.checkpoint import load_model, save_model
 from mm_gpt.system import tensor_files
 from mm_gpt.training import checkpoint, saving
 from mm_gpt.training.averaging import WeightAverage
@@ -35,14 +38,16 @@ from mm_gpt.training.checkpoint import Progress, load_training_state
 from mm_gpt.training.distributed import process_group, ranks
 from mm_gpt.training.loop import train
 from mm_gpt.training.optimizers import make_optimizer
+from mm_gpt.training.parallel import shard_model
 from mm_gpt.training.saving import Saver
+from mm_gpt.training.stage import ParameterGroup
 from mm_gpt.training.state_files import SavedTensors
 
 CPU = torch.device("cpu")
 
 
 class Rows(nn.Module):
-    """Five rows, one row, three rows, and a weight that nothing uses: uneven and empty slices on any number of ranks."""
+    """Five, one and three rows, and a weight that nothing uses: uneven and empty slices on any number of ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,10 +78,11 @@ class Sharded(ToyStage):
             shape = (world,) if self.copies == 1 else (self.copies, world // self.copies)
             names = ("shard",) if self.copies == 1 else ("copy", "shard")
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-            for module in (*self.model.layers, self.model):  # type: ignore[misc, union-attr]
+            layers: nn.Sequential = self.model.layers  # type: ignore[assignment]
+            for module in (*layers, self.model):
                 fully_shard(module, mesh=mesh)
-                module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
-                module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
         self.average = WeightAverage(self.model, 0.5)
         return super().prepare()
 
@@ -205,6 +211,58 @@ def test_saved_on_two_ranks_loaded_on_others(tmp_path: Path, kind: str, counts: 
             assert found["losses"] == pytest.approx(first["losses"], rel=1e-6)
 
 
+class Tiny(Given):
+    """A whole multimodal model."""
+
+    def __init__(self) -> None:
+        model, self.processor = make_tiny()
+        model.train()
+        super().__init__(model, [batch_of(self.processor, [document(n, image=n % 2 == 0)]) for n in range(2)])
+
+    def prepare(self) -> list[ParameterGroup]:
+        if ranks()[1] > 1:
+            shard_model(self.model, ranks()[1], CPU, bf16=False)
+        return super().prepare()
+
+    def save(self, folder: Path) -> None:
+        save_model(self.model, self.processor, folder)
+
+
+def tiny(out: Path, kind: str, *, load: bool) -> dict[str, Any]:
+    """The state of a saved or a loaded one, as arrays, and the loss of the step behind."""
+    with process_group(CPU):
+        stage, settings = Tiny(), toy_config(optimizer=kind, lr=1e-3)
+        optimizer = make_optimizer(stage.prepare(), settings, stage.model)
+        if load:
+            load_training_state(out / "step-000002", stage, optimizer)
+        else:
+            for step in range(2):
+                one_step(stage, optimizer, settings, step)
+            saving.save(stage, optimizer, Progress(2), out, best=False)
+        found = {n: whole(t).numpy().copy() for n, t in checkpoint._training_state(stage.model, optimizer).items()}
+        return {"state": found, "loss": one_step(stage, optimizer, settings, 2)["loss"]}
+
+
+@pytest.mark.parametrize(("kind", "count"), [("adamw", 2), ("muon", 2), ("adafactor", 1)])
+def test_every_optimizer_of_ours(tmp_path: Path, kind: str, count: int) -> None:
+    """A multimodal model with tied weights, saved by as many ranks, goes on in one process."""
+    make_tiny()  # imports what each process would import for seconds
+    (saved, *_), (loaded,) = (
+        on_ranks(lambda rank, load=load: tiny(tmp_path, kind, load=load), number)  # type: ignore[misc]
+        for load, number in ((False, count), (True, 1))
+    )
+    assert isinstance(saved, dict), saved
+    assert isinstance(loaded, dict), loaded
+    equal(saved["state"], loaded["state"])
+    assert loaded["loss"] == pytest.approx(saved["loss"], rel=1e-6)
+    kept = {name.rpartition(".")[2] for name in saved["state"] if name.startswith("optimizer.")}
+    assert kept >= {"adamw": {"exp_avg"}, "muon": {"momentum_buffer", "exp_avg"}, "adafactor": {"row_var"}}[kind]
+    exported, _ = load_model(tmp_path / "step-000002")
+    state = exported.state_dict()
+    names = [name.removeprefix("parameter.") for name in saved["state"] if name.startswith("parameter.")]
+    assert all(torch.allclose(state[n], torch.from_numpy(saved["state"][f"parameter.{n}"]), atol=1e-3) for n in names)
+
+
 def test_copies_of_a_sharded_model_are_saved_once(tmp_path: Path) -> None:
     """Four ranks, two copies of two slices: the second copy writes what it alone has."""
     first = on_ranks(lambda rank: save_shared(tmp_path, "adamw", copies=2), 4)[0]
@@ -284,7 +342,7 @@ def test_what_does_not_match_is_named(tmp_path: Path) -> None:
         return plain(stage)
 
     def frozen(stage: ToyStage) -> torch.optim.Optimizer:
-        stage.model.vector.requires_grad_(False)  # type: ignore[union-attr, operator]
+        stage.model.vector.requires_grad_(False)
         return plain(stage)
 
     def odd(stage: ToyStage) -> torch.optim.Optimizer:
