@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mm_gpt.kernels.parallel import PIECES
 from mm_gpt.kernels.training import LANES, Kind, kernel
@@ -61,7 +62,7 @@ class Fused:
 def fused(config: DecoderConfig, x: Tensor, rotation: Rotation | None, mask: Tensor | None) -> Fused | None:
     """The shared part for embeddings x (B, T, D), or None where blocks must run as they are written."""
     B, T, _ = x.shape
-    if x.device.type != "cpu" or T % LANES or not _is_plain(config):
+    if x.device.type != "cpu" or T % LANES or not has_function(config):
         return None
     if torch.is_autocast_enabled("cpu"):
         if torch.get_autocast_dtype("cpu") != torch.bfloat16:
@@ -112,8 +113,8 @@ def _spans(mask: Tensor | None, rows: int, tokens: int) -> Iterator[Span]:
             text = edge
 
 
-def _is_plain(config: DecoderConfig) -> bool:
-    """Llama's block, of sizes that fill vectors."""
+def has_function(config: DecoderConfig) -> bool:
+    """Whether a decoder has blocks that can be one function: Llama's, of sizes that fill vectors."""
     return (
         config.norm == "rms"
         and config.norm_place == "pre"
@@ -223,6 +224,7 @@ class _Block(torch.autograd.Function):
             return _forward(ctx, x, config, shared, scales, tensors)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast("cpu", enabled=False):
             return _backward(ctx, gradient)
