@@ -203,7 +203,12 @@ def test_evaluation_and_odd_lengths_are_written_out(monkeypatch: pytest.MonkeyPa
     """The function serves lengths that fill vectors; nothing is computed wrong for others."""
     calls: list[int] = []
     real = decoder_module.fused_block
-    monkeypatch.setattr(decoder_module, "fused_block", lambda *args: calls.append(1) or real(*args))
+
+    def counting(*args: Any) -> Tensor | None:
+        calls.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(decoder_module, "fused_block", counting)
     decoder = make()
     gradients(decoder, 33, None)
     decoder.eval()
@@ -263,7 +268,12 @@ def test_compiled_blocks_leave_it_to_the_function() -> None:
     decoder, mask = make(lora=True), packed(2, 112)
     expected = gradients(decoder, 112, mask)
     graphs: list[Any] = []
-    compile_blocks(decoder, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+
+    def counting(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compile_blocks(decoder, backend=counting)
     torch.testing.assert_close(gradients(decoder, 112, mask), expected, rtol=0, atol=0)
     assert not graphs
 
@@ -274,7 +284,7 @@ def test_what_is_not_a_number_comes_out_as_one_that_is_not(place: str) -> None:
     decoder = make()
     with torch.no_grad():
         if place == "norm":
-            decoder.blocks[0].mlp_norm.weight[3] = torch.nan  # type: ignore[union-attr, index]
+            dict(decoder.named_parameters())["blocks.0.mlp_norm.weight"][3] = torch.nan
         else:
             decoder.embedding.weight[:, 5] = torch.inf
     assert not gradients(decoder, 48, None)["loss"].isfinite()
