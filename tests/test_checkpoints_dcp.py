@@ -1,12 +1,15 @@
 """Checkpoints of training state: across numbers of ranks, written in the background, and whatever goes wrong."""
 
+import contextlib
 import copy
 import json
+import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -16,8 +19,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from conftest import make_tiny
 from forked_ranks import on_ranks
 from safetensors.torch import load_file
+from sharded_model import Given, batch_of, document
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,21 +30,24 @@ from torch.distributed.tensor import DTensor
 from toy_stage import ToyStage, losses, one_step, toy_config
 
 from mm_gpt.errors import CheckpointError, MMGPTError
-from mm_gpt.system import tensor_files, writing
+from mm_gpt.hub.checkpoint import load_model, save_model
+from mm_gpt.system import tensor_files
 from mm_gpt.training import checkpoint, saving
 from mm_gpt.training.averaging import WeightAverage
 from mm_gpt.training.checkpoint import Progress, load_training_state
 from mm_gpt.training.distributed import process_group, ranks
 from mm_gpt.training.loop import train
 from mm_gpt.training.optimizers import make_optimizer
+from mm_gpt.training.parallel import shard_model
 from mm_gpt.training.saving import Saver
+from mm_gpt.training.stage import ParameterGroup
 from mm_gpt.training.state_files import SavedTensors
 
 CPU = torch.device("cpu")
 
 
 class Rows(nn.Module):
-    """Five rows, one row, seven rows and a weight that nothing uses: uneven and empty slices on every number of ranks."""
+    """Five, one and three rows, and a weight that nothing uses: uneven and empty slices on any number of ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,10 +78,11 @@ class Sharded(ToyStage):
             shape = (world,) if self.copies == 1 else (self.copies, world // self.copies)
             names = ("shard",) if self.copies == 1 else ("copy", "shard")
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-            for module in (*self.model.layers, self.model):  # type: ignore[misc, union-attr]
+            layers: nn.Sequential = self.model.layers  # type: ignore[assignment]
+            for module in (*layers, self.model):
                 fully_shard(module, mesh=mesh)
-                module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
-                module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
         self.average = WeightAverage(self.model, 0.5)
         return super().prepare()
 
@@ -202,6 +211,58 @@ def test_saved_on_two_ranks_loaded_on_others(tmp_path: Path, kind: str, counts: 
             assert found["losses"] == pytest.approx(first["losses"], rel=1e-6)
 
 
+class Tiny(Given):
+    """A whole multimodal model."""
+
+    def __init__(self) -> None:
+        model, self.processor = make_tiny()
+        model.train()
+        super().__init__(model, [batch_of(self.processor, [document(n, image=n % 2 == 0)]) for n in range(2)])
+
+    def prepare(self) -> list[ParameterGroup]:
+        if ranks()[1] > 1:
+            shard_model(self.model, ranks()[1], CPU, bf16=False)
+        return super().prepare()
+
+    def save(self, folder: Path) -> None:
+        save_model(self.model, self.processor, folder)
+
+
+def tiny(out: Path, kind: str, *, load: bool) -> dict[str, Any]:
+    """The state of a saved or a loaded one, as arrays, and the loss of the step behind."""
+    with process_group(CPU):
+        stage, settings = Tiny(), toy_config(optimizer=kind, lr=1e-3)
+        optimizer = make_optimizer(stage.prepare(), settings, stage.model)
+        if load:
+            load_training_state(out / "step-000002", stage, optimizer)
+        else:
+            for step in range(2):
+                one_step(stage, optimizer, settings, step)
+            saving.save(stage, optimizer, Progress(2), out, best=False)
+        found = {n: whole(t).numpy().copy() for n, t in checkpoint._training_state(stage.model, optimizer).items()}
+        return {"state": found, "loss": one_step(stage, optimizer, settings, 2)["loss"]}
+
+
+@pytest.mark.parametrize(("kind", "count"), [("adamw", 2), ("muon", 2), ("adafactor", 1)])
+def test_every_optimizer_of_ours(tmp_path: Path, kind: str, count: int) -> None:
+    """A multimodal model with tied weights, saved by as many ranks, goes on in one process."""
+    make_tiny()  # imports what each process would import for seconds
+    (saved, *_), (loaded,) = (
+        on_ranks(lambda rank, load=load: tiny(tmp_path, kind, load=load), number)  # type: ignore[misc]
+        for load, number in ((False, count), (True, 1))
+    )
+    assert isinstance(saved, dict), saved
+    assert isinstance(loaded, dict), loaded
+    equal(saved["state"], loaded["state"])
+    assert loaded["loss"] == pytest.approx(saved["loss"], rel=1e-6)
+    kept = {name.rpartition(".")[2] for name in saved["state"] if name.startswith("optimizer.")}
+    assert kept >= {"adamw": {"exp_avg"}, "muon": {"momentum_buffer", "exp_avg"}, "adafactor": {"row_var"}}[kind]
+    exported, _ = load_model(tmp_path / "step-000002")
+    state = exported.state_dict()
+    names = [name.removeprefix("parameter.") for name in saved["state"] if name.startswith("parameter.")]
+    assert all(torch.allclose(state[n], torch.from_numpy(saved["state"][f"parameter.{n}"]), atol=1e-3) for n in names)
+
+
 def test_copies_of_a_sharded_model_are_saved_once(tmp_path: Path) -> None:
     """Four ranks, two copies of two slices: the second copy writes what it alone has."""
     first = on_ranks(lambda rank: save_shared(tmp_path, "adamw", copies=2), 4)[0]
@@ -281,7 +342,7 @@ def test_what_does_not_match_is_named(tmp_path: Path) -> None:
         return plain(stage)
 
     def frozen(stage: ToyStage) -> torch.optim.Optimizer:
-        stage.model.vector.requires_grad_(False)  # type: ignore[union-attr, operator]
+        stage.model.vector.requires_grad_(False)
         return plain(stage)
 
     def odd(stage: ToyStage) -> torch.optim.Optimizer:
@@ -423,3 +484,181 @@ def test_the_background_writes_what_was_there(tmp_path: Path, monkeypatch: pytes
         assert all(torch.equal(exported[name], tensor) for name, tensor in kept[step - 1][0].items())
     assert (load_file(tmp_path / "best" / "model.safetensors")["unused"] == kept[1][0]["unused"]).all()
     assert not any((states[0][name] == states[1][name]).all() for name in ("layers.0.weight", "layers.0.weight step"))
+
+
+class Slow(ToyStage):
+    """Its checkpoints are large enough to be killed while they are written; the model is one file beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ballast = torch.zeros(500_000)
+
+    def save(self, folder: Path) -> None:
+        tensor_files.write_tensors(self.model.state_dict(), folder / "model.safetensors")
+
+    def after_step(self) -> dict[str, float]:
+        self.ballast += 1  # the number of steps
+        return {}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {"ballast": self.ballast}
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.ballast = tensors["ballast"].clone()
+
+
+@pytest.mark.parametrize("signalled", [False, True], ids=["to its end", "stopped"])
+def test_a_run_that_saves_in_the_background_is_the_same_run(tmp_path: Path, signalled: bool) -> None:
+    """The end of a run waits for what is being written, and so does Ctrl-C."""
+    for name, background in (("waiting", False), ("background", True)):
+        stage = Slow()
+        if signalled:
+            calls = iter(range(1, 100))
+
+            def stop(loss: Tensor, calls: Any = calls) -> Tensor:
+                if next(calls) == 4:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return loss
+
+            stage.on_loss = stop
+        config = toy_config(steps=6, save_every=1, validate_every=3, async_save=background)
+        with pytest.raises(KeyboardInterrupt) if signalled else contextlib.nullcontext():
+            train(stage, config, tmp_path / name, progress=False)
+    one, other = tmp_path / "waiting", tmp_path / "background"
+    assert losses(one) == losses(other)
+    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    last = 4 if signalled else 6
+    names = [path.name for path in sorted(other.glob("step-*"))]
+    assert names == [f"step-{last - 1:06d}", f"step-{last:06d}"]
+    assert len(files) == 5
+    for path in files:
+        found, expected = load_file(other / path), load_file(one / path)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found), path
+    assert not [path for path in other.iterdir() if path.name.startswith(".") and path.name != ".lock"]
+
+
+def test_a_failure_in_the_background_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the step behind, or where the next checkpoint begins; those from before stay."""
+    train(Slow(), toy_config(steps=2, save_every=1), tmp_path, progress=False)
+
+    def broken(*arguments: Any) -> None:
+        raise MMGPTError("model.safetensors: cannot be written (the disk is gone)")
+
+    monkeypatch.setattr(tensor_files, "_write", broken)
+    config = toy_config(steps=9, save_every=3, async_save=True)
+    with pytest.raises(MMGPTError, match=r"^model\.safetensors: cannot be written \(the disk is gone\)$"):
+        train(Slow(), config, tmp_path, resume=True, progress=False)
+    assert max(losses(tmp_path)) in (3, 4, 5)
+    assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step-000001", "step-000002"]
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_what_was_begun_is_ended_when_the_run_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = Held(monkeypatch)
+    stage, calls = Slow(), iter(range(1, 100))
+
+    def fail(loss: Tensor) -> Tensor:
+        if next(calls) == 3:
+            threading.Timer(0.2, held.free.set).start()
+            raise MMGPTError("no more")
+        return loss
+
+    stage.on_loss = fail
+    with pytest.raises(MMGPTError, match="no more"):
+        train(stage, toy_config(steps=9, save_every=2, async_save=True), tmp_path, progress=False)
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-000002"
+
+
+def test_a_full_disk_of_one_rank_ends_all(tmp_path: Path) -> None:
+    """Each says whose it was; nothing is left of the checkpoint, and the one from before is whole."""
+
+    def run(rank: int, background: bool) -> str:
+        with process_group(CPU):
+            stage = Sharded()
+            optimizer = optimizer_of("adamw", stage)
+            with Saver(tmp_path, CPU, background=background) as saver:
+                saver.save(stage, optimizer, Progress(1), best=False)
+                saver.finish()
+                if rank == 1:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+                saver.save(stage, optimizer, Progress(2), best=True)
+                saver.finish()
+        return "saved"
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for background in (False, True):
+        first, second = on_ranks(lambda rank, background=background: run(rank, background))  # type: ignore[misc]
+        told = f"{tmp_path}/step-000002/training_state/rank-1-of-2.safetensors: cannot be written (File too large"
+        assert first.startswith(f"MMGPTError: rank 1: {told}")
+        assert second.startswith(f"MMGPTError: {told}")
+        assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def start_ranks(run: Callable[[int], None], world: int) -> list[Any]:
+    """As many processes as ranks, to be killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start(rank: int) -> None:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+        os.environ["WORLD_SIZE"] = str(world)
+        torch.set_num_threads(1)
+        with contextlib.suppress(RuntimeError):  # the other one is gone
+            run(rank)
+
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=start, args=(rank,)) for rank in range(world)]
+    for child in children:
+        child.start()
+    return children
+
+
+def killed_run(out: Path, seconds: float, world: int, *, background: bool) -> int:
+    """Go on with a run, on as many ranks, of which the last is killed so many seconds after the second step was logged.
+    Returns the last step that was."""
+    before = max(losses(out), default=0) if (out / "log.jsonl").exists() else 0
+
+    def run(rank: int) -> None:
+        train(Slow(), toy_config(steps=10**6, save_every=1, async_save=background), out, resume=True, progress=False)
+
+    children = start_ranks(run, world)
+    try:
+        end = time.monotonic() + 60
+        while not (out / "log.jsonl").exists() or max(losses(out), default=0) < before + 2:
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        time.sleep(seconds)
+        assert all(child.is_alive() for child in children)
+        children[-1].kill()
+        for child in children:
+            child.join(10)
+    finally:
+        for child in children:
+            child.kill()
+            child.join()
+    return max(losses(out), default=0)
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
+@pytest.mark.parametrize(("world", "times"), [(1, 20), (2, 5), pytest.param(2, 20, marks=pytest.mark.slow)])
+def test_killed_while_it_saves_a_run_loses_an_interval_at_most(
+    tmp_path: Path, world: int, times: int, background: bool
+) -> None:
+    """Check 7 of parallel training: SIGKILL at 20 random moments of a run that does little but save; the newest
+    checkpoint can always be loaded, is whole, and is the one before the last that was begun, or newer."""
+    out, rng, last = tmp_path / "run", random.Random(world), 0
+    for _ in range(times):
+        logged = killed_run(out, rng.uniform(0, 0.1), world, background=background)
+        step, folder = 0, checkpoint.latest(out)
+        if folder is not None:
+            stage = Slow()
+            step = load_training_state(folder, stage, make_optimizer(stage.prepare(), toy_config())).step
+            assert (stage.ballast == step).all()
+            assert load_file(folder / "model.safetensors")
+        # A step is logged before its checkpoint is begun; in the background the one before may still be written then.
+        assert step >= logged - (2 if background else 1)
+        assert step >= last
+        last = step
+    assert last >= times

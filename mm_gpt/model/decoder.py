@@ -10,7 +10,8 @@ Papers: GPT-1, GPT-2, GPT-3 (2005.14165), LLaMA (2302.13971), GQA (2305.13245), 
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from mm_gpt.model.attention import DENSE, attend
 from mm_gpt.model.cache import ForwardContext, KVCache
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.fused import fused, fused_block
-from mm_gpt.model.loss import CHUNK, next_token_loss
+from mm_gpt.model.loss import CHUNK, TiedEmbedding, next_token_loss
 from mm_gpt.model.norms import RMSNorm, make_norm
 from mm_gpt.model.packed import Matrix, PackedEmbedding, PackedLinear, stacked_product
 from mm_gpt.model.positions import mrope_components, rotate, rotation, sinusoids, xpos_rotation
@@ -178,6 +179,9 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(BLOCKS[config.norm_place](config, layer) for layer in range(config.num_layers))
         self.norm = nn.Identity() if config.norm_place == "post" else make_norm(config, config.width)
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self._one_gradient = False
+        self._tied: Tensor | None = None
+        """See `one_gradient`."""
         self._needs_positions = any(name.startswith("fixed") for name in config.attention)
 
     @property
@@ -212,8 +216,31 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings (…, D) of token ids (…), before positions."""
-        x = self.embedding(ids)
+        if self._one_gradient and self._is_tied_and_trained():
+            x, self._tied = TiedEmbedding.apply(self.embedding.weight, ids)
+        else:
+            x = self.embedding(ids)
         return x if self.config.embedding_scale == 1.0 else x * self.config.embedding_scale
+
+    @contextmanager
+    def one_gradient(self) -> Iterator[None]:
+        """Inside, the `loss` of what `embed` gave adds the gradients of both uses of a tied matrix in one place."""
+        self._one_gradient = True
+        try:
+            yield
+        finally:
+            self._one_gradient, self._tied = False, None
+
+    def _is_tied_and_trained(self) -> bool:
+        embedding = self.embedding
+        return (
+            self.head is None
+            and type(embedding) is nn.Embedding
+            and not embedding._forward_hooks  # as sharding has them
+            and self.training
+            and embedding.weight.requires_grad
+            and torch.is_grad_enabled()
+        )
 
     def forward(
         self,
@@ -310,7 +337,8 @@ class Decoder(nn.Module):
         hidden (B, T, D); labels (B, T), already shifted.
         """
         if not self.packed_head:
-            return next_token_loss(hidden, self.head_weight, labels, softcap=self.config.logit_softcap)
+            weight = self.head_weight if self._tied is None else self._tied
+            return next_token_loss(hidden, weight, labels, softcap=self.config.logit_softcap)
         supervised = labels != IGNORE_INDEX
         total = hidden.new_zeros(())
         for rows, targets in zip(hidden[supervised].split(CHUNK), labels[supervised].split(CHUNK), strict=True):
