@@ -168,7 +168,7 @@ def prepare(stack: ExitStack, without: str) -> None:
     if without != "memory":
         stack.enter_context(kept_memory(torch.device("cpu")))
     if without == "blocks":
-        decoder.fused = lambda *_: None  # type: ignore[assignment]
+        decoder.fused = lambda *_: None
     if without == "loss":
         loss.fused_kind = lambda *_: None  # type: ignore[assignment]
 

@@ -240,6 +240,7 @@ class Decoder(nn.Module):
         return (
             self.head is None
             and type(embedding) is nn.Embedding
+            and embedding.weight.device.type == "cpu"  # on a GPU rows are added in no fixed order
             and not embedding._forward_hooks  # as sharding has them
             and self.training
             and embedding.weight.requires_grad
