@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo  # sharding imports it: here once, instead of for seconds in each process
 
 
 def on_ranks(function: Callable[[int], Any], count: int = 2, *, seconds: float = 300) -> list[Any]:

@@ -38,6 +38,7 @@ ELSEWHERE = (
     "python examples/multilingual_tokenizer.py",  # needs those corpora
     "mm-gpt corpus build 's3://crawl/",
     "mm-gpt train kosmos-1 --data corpora",
+    "mm-gpt train gpt3-125m --data corpus train.steps=620000",  # 300 billion tokens
     "torchrun",
     # From the hub: test_repository.py runs such commands with a server of its own.
     "mm-gpt ask --model smolvlm",

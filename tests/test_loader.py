@@ -29,6 +29,7 @@ from mm_gpt.datasets.loading.index import Measure
 from mm_gpt.datasets.loading.loader import Loaded, Loader
 from mm_gpt.datasets.loading.plan import Plan, Row, SourceWeight
 from mm_gpt.datasets.loading.sources import IndexedSource, SourceConfig, open_sources
+from mm_gpt.datasets.loading.step_sizes import StepSizes
 from mm_gpt.datasets.samples import Conversation, ErrorCounter, Record, Sample
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import MMGPTError
@@ -126,7 +127,7 @@ def as_read(rows: Sequence[tuple[int, Row]]) -> Loaded:
 
 
 def numbers_loader(
-    rows: int, accumulate: int = 1, world: int = 1, rank: int = 0, workers: int = 0, **changes: Any
+    rows: int, accumulate: int | StepSizes = 1, world: int = 1, rank: int = 0, workers: int = 0, **changes: Any
 ) -> Loader:
     plan = numbers_plan(**changes)
     return Loader(plan, as_read, rows=rows, accumulate=accumulate, rank=rank, world=world, workers=workers)
@@ -187,6 +188,35 @@ def test_another_number_of_ranks_loses_nothing() -> None:
         state = loaders[0].state(step)
     assert [number for number, _ in seen] == list(range(len(seen)))
     assert [row for _, row in seen] == list(itertools.islice((row for row, _ in numbers_plan().rows()), len(seen)))
+
+
+def test_steps_that_grow() -> None:
+    """A ramp on any number of ranks: the same rows in each step, none lost or twice, stopped anywhere in it and
+    continued on another number of ranks; and one whose sizes change loses nothing either."""
+    counts = [2, 2, 2, 2, 4, 4, 6, 6, 6, 6]
+    expected = list(itertools.islice((row for row, _ in numbers_plan().rows()), 400))
+    begins = [6 * sum(counts[:step]) for step in range(len(counts))]
+    variants = ((3, StepSizes(6, 2, 14), 2), (6, StepSizes(6, 2, 14), 1), (3, StepSizes(12, 4, 28), 1))
+    states: list[Any] = []
+    for rows, sizes, world in variants:
+        loaders = [numbers_loader(rows, sizes, world, rank) for rank in range(world)]
+        for step, count in enumerate(counts):
+            states.append(json.loads(json.dumps(loaders[0].state(step))))
+            found = step_rows(loaders, step)
+            assert found == list(enumerate(expected))[begins[step] : begins[step] + 6 * count]
+    for state in states[:10]:
+        for rows, sizes, world in variants:
+            again = [numbers_loader(rows, sizes, world, rank) for rank in range(world)]
+            for loader in again:
+                loader.load_state(state)
+            begin = begins[state["step"]]
+            assert (
+                step_rows(again, state["step"]) == list(enumerate(expected))[begin : begin + 6 * counts[state["step"]]]
+            )
+        other = numbers_loader(5, StepSizes(4, 1, 9))
+        other.load_state(state)
+        seen = [row for step in range(state["step"], state["step"] + 5) for row in step_rows([other], step)]
+        assert seen == list(enumerate(expected))[begins[state["step"]] :][: len(seen)]
 
 
 def test_what_is_skipped_is_counted_once() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import MMGPTError
 from mm_gpt.model.lora import LoRAConfig, LoRALinear, add_lora, merge_lora
-from mm_gpt.model.mmgpt import MMGPT, ModelConfig, attention_mask
+from mm_gpt.model.masks import attention_mask
+from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import IGNORE_INDEX, Batch, Example, Processor, ProcessorConfig, collate
 
 FIELDS = ("image_rows", "image_grids", "image_tiles", "image_sizes", "pixel_values")

@@ -352,10 +352,12 @@ def test_gpt3_learning_rate() -> None:
     """Golden: half of the peak in the middle of 375M tokens of warm-up, a tenth of it at the end."""
     found = preset("gpt3-125m")
     assert found.batch_tokens == 500_000
-    config = TrainConfig(steps=520_000, **found.training)  # 260 billion tokens
+    config = TrainConfig(steps=600_000, **found.training)  # 300 billion tokens, were all steps whole ones
     assert learning_rate(config, 374) == pytest.approx(3e-4)
-    assert learning_rate(config, 750) == pytest.approx(6e-4)
-    assert learning_rate(config, 520_000) == pytest.approx(6e-5)
+    assert learning_rate(config, 749) == learning_rate(config, 750) == pytest.approx(6e-4)
+    assert learning_rate(config, 500_000) > 6.1e-5
+    assert [learning_rate(config, step) for step in (520_000, 599_999)] == pytest.approx([6e-5] * 2)
+    assert [preset(f"gpt3-{size}").training["ramp_tokens"] for size in ("125m", "175b")] == [4e9, 12e9]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ options = json.loads(sys.argv[1])
 tokenizer = make_tokenizer()
 recipe = LanguageRecipe(
     train=TrainConfig(steps=options.get("steps", {steps}), lr=3e-3, precision="fp32", device="cpu", log_every=1,
-                      validate_every=100, save_every=2, accumulate=options["accumulate"]),
+                      validate_every=100, save_every=2, accumulate=options["accumulate"], **options.get("train", {{}})),
     model=tiny_config(tokenizer.vocab_size),
     image=ImageTransformConfig(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
     sources=(SourceConfig(path=options.get("source", "corpus")),),
@@ -193,6 +193,25 @@ def test_another_number_of_ranks(folder: Path, whole: Run) -> None:
         if len(ids) == 2:  # by the one rank
             assert ids == [*whole.seen(0)[step], *whole.seen(1)[step]]
     assert again.losses() == pytest.approx(whole.losses(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_stopped_while_steps_grow(folder: Path) -> None:
+    """Steps of 2, 4 and 6 rows; killed among those of 4, and continued by one rank with two micro-batches for one: each
+    step has the rows that it would have had."""
+    train = {"step_tokens": 6 * 96, "ramp_from": 2 * 96, "ramp_tokens": 14 * 96}
+    grown = Run(folder, "grown", train=train)
+    grown.finish()
+    assert [len(grown.seen(0)[step]) for step in range(STEPS)] == [1, 1, 1, 1, 2, 2, 3, 3]
+    Run(folder, "grown-killed", train=train).kill_after(5)
+    again = Run(folder, "grown-killed", train=train, ranks=1, resume=True)
+    again.finish()
+    resumed = {step: ids for step, ids in again.seen(0).items() if len(ids) != len(grown.seen(0)[step])}
+    assert {4, 5, 6, 7} >= set(resumed) >= {6, 7}
+    for step, ids in resumed.items():
+        pairs = zip(grown.seen(0)[step], grown.seen(1)[step], strict=True)
+        assert ids == [row for pair in pairs for row in pair]
+    assert again.losses() == pytest.approx(grown.losses(), rel=1e-4)
 
 
 def test_each_document_once_an_epoch(whole: Run) -> None:

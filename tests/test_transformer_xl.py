@@ -30,7 +30,8 @@ from mm_gpt.inference.generation import Answer, GenerationConfig
 from mm_gpt.model.cache import ForwardContext, KVCache
 from mm_gpt.model.decoder import Decoder, init_weights
 from mm_gpt.model.decoder_config import DecoderConfig
-from mm_gpt.model.mmgpt import MMGPT, ModelConfig, attention_mask
+from mm_gpt.model.masks import attention_mask
+from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.model.relative import RelativeAttention, shift
 from mm_gpt.processor import IGNORE_INDEX, Processor, ProcessorConfig, collate
 from mm_gpt.templates.chat_template import ChatTemplate

@@ -3,7 +3,8 @@
 The workers only read: which rows make micro-batch n of rank r follows from the plan, so their number changes nothing.
 A step takes `rows x accumulate x ranks` rows from the plan, and each rank its part of them: as long as that product
 stays the same, a run may continue on another number of ranks with the same steps. If the product changes, the run still
-continues with the first row that was not learned yet: no sample is lost or comes twice in its epoch.
+continues with the first row that was not learned yet: no sample is lost or comes twice in its epoch. The same holds
+where `accumulate` grows from step to step (`StepSizes`).
 """
 
 import itertools
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from mm_gpt.datasets.loading.plan import Cursor, Plan, Row
+from mm_gpt.datasets.loading.step_sizes import StepSizes
 from mm_gpt.datasets.samples import ErrorCounter
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.processor import Batch
@@ -47,7 +49,7 @@ class Loader:
         read: Read,
         *,
         rows: int,
-        accumulate: int = 1,
+        accumulate: int | StepSizes = 1,
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
@@ -59,10 +61,12 @@ class Loader:
 
         Raises ConfigError for settings out of range.
         """
-        for setting, value, least in (("rows", rows, 1), ("accumulate", accumulate, 1), ("workers", workers, 0)):
+        full = accumulate.full if isinstance(accumulate, StepSizes) else accumulate
+        for setting, value, least in (("rows", rows, 1), ("accumulate", full, 1), ("workers", workers, 0)):
             if value < least:
                 raise ConfigError(f"{setting} must be at least {least}, not {value}")
-        self.plan, self.read, self.num_rows, self.accumulate = plan, read, rows, accumulate
+        self.plan, self.read, self.num_rows = plan, read, rows
+        self.sizes = accumulate if isinstance(accumulate, StepSizes) else StepSizes(accumulate)
         self.rank, self.world, self.workers, self._start_method = rank, world, workers, start_method
         self.errors = errors if errors is not None else ErrorCounter()
         self._base = (0, 0)  # (step, its first row)
@@ -71,21 +75,18 @@ class Loader:
         self._stream: Iterator[Loaded] | None = None
         self._pool: ProcessPoolExecutor | None = None
 
-    @property
-    def step_rows(self) -> int:
-        """Rows of all ranks in a step."""
-        return self.num_rows * self.accumulate * self.world
-
     def first_row(self, step: int) -> int:
+        """The number in the plan of the first row of all ranks in a step."""
         base_step, base_row = self._base
-        return base_row + (step - base_step) * self.step_rows
+        between = self.sizes.before(step) - self.sizes.before(base_step)
+        return base_row + between * self.num_rows * self.world
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step. Steps in a row are fast; another one starts the workers anew."""
         if step != self._next or self._stream is None:
             self._stream = self._start(step)
         try:
-            loaded = list(itertools.islice(self._stream, self.accumulate))
+            loaded = list(itertools.islice(self._stream, self.sizes.count(step)))
         except BrokenProcessPool:  # killed, or out of memory
             self.close()
             raise MMGPTError("a process that reads the data has died, for want of memory perhaps") from None
@@ -118,7 +119,7 @@ class Loader:
             return map(self.read, rows)
         context = multiprocessing.get_context(self._start_method)
         self._pool = ProcessPoolExecutor(self.workers, context, initializer=_start_worker, initargs=(self.read,))
-        return _in_order(self._pool, rows, ahead=max(2 * self.workers, self.accumulate))
+        return _in_order(self._pool, rows, ahead=max(2 * self.workers, self.sizes.full))
 
     def _iterate(self, cursor: Cursor, first: int) -> Iterator[list[tuple[int, Row]]]:
         """The row lists of this rank's micro-batches, from row `first` on. Remembers where windows start."""

@@ -4,8 +4,8 @@
 
 writes `PAGES/train` and `PAGES/held_out`, corpora for `mm-gpt train`, and `PAGES/questions.jsonl`, held-out pictures
 each with a question of one word's answer. A picture is 36 × 36 pixels of three by three cells, with one to four things
-in it. Colours and shapes are as rare as words are (Zipf 1949): the common ones are learned early, the rare ones late, so
-that the loss falls little by little instead of all at once (2303.13506).
+in it. Colours and shapes are as rare as words are (Zipf 1949): the common ones are learned early, the rare ones late,
+so that the loss falls little by little instead of all at once (2303.13506).
 """
 
 import argparse
@@ -144,9 +144,9 @@ def question(things: Sequence[Thing], rng: random.Random) -> tuple[str, str]:
 
 
 def page(rng: random.Random, number: int) -> Document:
-    """Two to four pictures, each with a caption, or a question and its answer, or both."""
+    """One or two pictures, each with a caption, or a question and its answer, or both."""
     segments: list[Segment] = [Text(rare_last(rng, OPENINGS))]
-    for _ in range(rng.randint(2, 4)):
+    for _ in range(rng.randint(1, 2)):
         things = draw_things(rng)
         segments.append(Image(draw(things, rng)))
         said = rng.choice(("caption", "caption", "question", "both"))

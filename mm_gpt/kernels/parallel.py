@@ -77,7 +77,7 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
         except (OSError, AttributeError):
             continue
         start.restype, start.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        return start  # type: ignore[no-any-return]
+        return start
     return None
 
 

@@ -1,8 +1,8 @@
 """What a training step does between its matrix products, forward and backward, each in one pass over its rows.
 
-Activations are bfloat16 or float32, all sums and functions float32. Residuals, norm weights, rotations and what is kept
-of a softmax are float32. Shapes: M tokens, D width, F inner width, H query and K key-value heads, G = H / K, C head size,
-V vocabulary, B rows, T tokens of a row. Sizes are part of the code; all but V are multiples of 16, C of 32.
+Activations are bfloat16 or float32, all sums and functions float32. Residuals, norm weights, rotations and what is
+kept of a softmax are float32. Shapes: M tokens, D width, F inner width, H query and K key-value heads, G = H / K, C
+head size, V vocabulary, B rows, T tokens of a row. Sizes are part of the code; all but V are multiples of 16, C of 32.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from functools import cache
 from typing import Literal
 
 from mm_gpt.kernels.elementwise import FLOATS, LANES, exp, sigmoid
+from mm_gpt.kernels.matmul import round_bf16, widen_bf16
 from mm_gpt.kernels.parallel import Body, Kernel
 from mm_gpt.kernels.simd import BF16, F32, I8, I16, I32, Code, Value, vector
-from mm_gpt.kernels.matmul import round_bf16, widen_bf16
 
 Kind = Literal["bf16", "f32"]
 HIDDEN = -1e30
@@ -137,9 +137,7 @@ def swiglu_backward(kind: Kind, inner: int) -> Body:
             gate, to = gate_up + m * (2 * size * inner), gradient + m * (2 * size * inner)
             row = m * (size * inner)
             with code.loop(0, inner, LANES) as i:
-                x, up, dy = (
-                    _read(code, kind, place, i) for place in (gate, gate + size * inner, slope + row)
-                )
+                x, up, dy = (_read(code, kind, place, i) for place in (gate, gate + size * inner, slope + row))
                 s = sigmoid(code, x)
                 active = x * s
                 _write(code, kind, active * up, out + row, i)
@@ -261,9 +259,7 @@ def _seen(code: Code, masking: Masking, mask: Value, visible: Value, i: Value) -
     return code.load(mask, vector(I8, LANES), i).compare("!=", 0)
 
 
-def _query(
-    masking: Masking, r: Value, args: tuple[Value, ...], heads: int, kv_heads: int
-) -> tuple[Value, Value]:
+def _query(masking: Masking, r: Value, args: tuple[Value, ...], heads: int, kv_heads: int) -> tuple[Value, Value]:
     """Of row r of the scores (B, K, Tq, G): the row of its mask, and how many keys it sees."""
     mask, queries, first, tokens = args
     group = heads // kv_heads

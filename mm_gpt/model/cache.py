@@ -4,6 +4,7 @@ Shapes: B batch, T new tokens, S tokens in the cache and new ones together, K ke
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.fused import Fused
 from mm_gpt.model.positions import Rotation
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class KVCache:
@@ -66,8 +70,8 @@ class ForwardContext:
     rotation: Rotation | None = None
     local_rotation: Rotation | None = None
     """Of the layers with local attention."""
-    mask: Tensor | None = None
-    local_mask: Tensor | None = None
+    mask: "Tensor | BlockMask | None" = None
+    local_mask: "Tensor | BlockMask | None" = None
     """All that layers with local attention may see, where that is not the window's part of `mask`."""
     positions: tuple[Tensor, Tensor] | None = None
     """Of queries (B, T) and keys (B, S), where a pattern needs them."""

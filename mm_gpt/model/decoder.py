@@ -8,9 +8,12 @@ Papers: GPT-1, GPT-2, GPT-3 (2005.14165), LLaMA (2302.13971), GQA (2305.13245), 
 `mm_gpt.model.presets` names the published models.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +25,15 @@ from mm_gpt.model.attention import DENSE, attend
 from mm_gpt.model.cache import ForwardContext, KVCache
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.fused import fused, fused_block
-from mm_gpt.model.loss import CHUNK, next_token_loss
+from mm_gpt.model.loss import CHUNK, TiedEmbedding, next_token_loss
 from mm_gpt.model.norms import RMSNorm, make_norm
 from mm_gpt.model.packed import Matrix, PackedEmbedding, PackedLinear, stacked_product
 from mm_gpt.model.positions import mrope_components, rotate, rotation, sinusoids, xpos_rotation
 from mm_gpt.model.relative import RelativeAttention
 from mm_gpt.processor import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Attention(nn.Module):
@@ -173,6 +179,9 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(BLOCKS[config.norm_place](config, layer) for layer in range(config.num_layers))
         self.norm = nn.Identity() if config.norm_place == "post" else make_norm(config, config.width)
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self._one_gradient = False
+        self._tied: Tensor | None = None
+        """See `one_gradient`."""
         self._needs_positions = any(name.startswith("fixed") for name in config.attention)
 
     @property
@@ -196,18 +205,50 @@ class Decoder(nn.Module):
         """Of hidden states."""
         return torch.float32 if self.packed_head else self.embedding.weight.dtype
 
+    def set_dropout(self, rate: float) -> None:
+        """Dropout in training at another rate, with the same weights. Raises ConfigError for one outside of [0, 1)."""
+        self.config = dataclasses.replace(self.config, dropout=rate)
+        self.drop = nn.Dropout(rate) if rate else nn.Identity()
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.drop = nn.Dropout(rate) if rate else nn.Identity()
+            block.attention.config = self.config
+
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings (…, D) of token ids (…), before positions."""
-        x = self.embedding(ids)
+        if self._one_gradient and self._is_tied_and_trained():
+            x, self._tied = TiedEmbedding.apply(self.embedding.weight, ids)
+        else:
+            x = self.embedding(ids)
         return x if self.config.embedding_scale == 1.0 else x * self.config.embedding_scale
+
+    @contextmanager
+    def one_gradient(self) -> Iterator[None]:
+        """Inside, the `loss` of what `embed` gave adds the gradients of both uses of a tied matrix in one place."""
+        self._one_gradient = True
+        try:
+            yield
+        finally:
+            self._one_gradient, self._tied = False, None
+
+    def _is_tied_and_trained(self) -> bool:
+        embedding = self.embedding
+        return (
+            self.head is None
+            and type(embedding) is nn.Embedding
+            and not embedding._forward_hooks  # as sharding has them
+            and self.training
+            and embedding.weight.requires_grad
+            and torch.is_grad_enabled()
+        )
 
     def forward(
         self,
         x: Tensor,
         positions: Tensor,
         *,
-        mask: Tensor | None = None,
-        local_mask: Tensor | None = None,
+        mask: "Tensor | BlockMask | None" = None,
+        local_mask: "Tensor | BlockMask | None" = None,
         cache: KVCache | None = None,
         added: Sequence[Tensor] = (),
     ) -> Tensor:
@@ -221,7 +262,7 @@ class Decoder(nn.Module):
         """
         x, step = self._begin(x, positions, mask, cache)
         step.local_mask = local_mask
-        if self.training and cache is None:
+        if self.training and cache is None and (mask is None or isinstance(mask, Tensor)):
             step.fused = fused(self.config, x, step.rotation, mask)
             x = x if step.fused is None else x.float()
         for layer, block in enumerate(self.blocks):
@@ -250,7 +291,7 @@ class Decoder(nn.Module):
         return self.norm(x), remembered
 
     def _begin(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, positions: Tensor, mask: "Tensor | BlockMask | None", cache: KVCache | None
     ) -> tuple[Tensor, ForwardContext]:
         """Positions put into the embeddings or into rotations, once for all layers."""
         config = self.config
@@ -296,7 +337,8 @@ class Decoder(nn.Module):
         hidden (B, T, D); labels (B, T), already shifted.
         """
         if not self.packed_head:
-            return next_token_loss(hidden, self.head_weight, labels, softcap=self.config.logit_softcap)
+            weight = self.head_weight if self._tied is None else self._tied
+            return next_token_loss(hidden, weight, labels, softcap=self.config.logit_softcap)
         supervised = labels != IGNORE_INDEX
         total = hidden.new_zeros(())
         for rows, targets in zip(hidden[supervised].split(CHUNK), labels[supervised].split(CHUNK), strict=True):

@@ -1,15 +1,16 @@
 """A decoder block as one function with its own gradient, for training on the CPU.
 
-Between its matrix products a block is memory traffic: norms, rotations, softmax, SwiGLU, residuals, casts. Here each of
-these is one compiled pass (`mm_gpt.kernels.training`), and what a pass can make again from its neighbour is not kept for
-the backward pass: norms' outputs, SwiGLU's, attention weights. Products are torch's, in the type of autocast; residuals,
-norms and softmax are float32, and so is the stream between blocks.
+Between its matrix products a block is memory traffic: norms, rotations, softmax, SwiGLU, residuals, casts. Here each
+of these is one compiled pass (`mm_gpt.kernels.training`), and what a pass can make again from its neighbour is not kept
+for the backward pass: norms' outputs, SwiGLU's, attention weights (2205.14135). Products are torch's, in the type of
+autocast; residuals, norms and softmax are float32, and so is the stream between blocks.
 
 Shapes: B rows, T tokens, M = B T, D width, H heads, K key-value heads, G = H / K, C head size, F inner width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,21 @@ from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRALinear
 from mm_gpt.model.positions import Rotation
 
-if TYPE_CHECKING:
-    from mm_gpt.model.decoder import Block
-
 QUERIES = 256
 """Queries whose scores exist at a time."""
+FEW = 128
+"""Tokens of short texts that are computed as one, under their mask."""
+
+
+class Span(NamedTuple):
+    """Queries of some rows, and the keys that are computed for them: as many as fill vectors."""
+
+    row: int
+    end_row: int
+    start: int
+    end: int
+    first_key: int
+    keys: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,20 +51,17 @@ class Fused:
     """(M, C) float32."""
     mask: Tensor | None
     """(B, T, T) uint8; None: causal."""
-    looks_back: bool
-    """Whether nobody sees what is ahead."""
+    spans: tuple[Span, ...]
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.kind == "bf16" else torch.float32
 
 
-def fused(
-    config: DecoderConfig, x: Tensor, rotation: Rotation | None, mask: Tensor | None
-) -> Fused | None:
+def fused(config: DecoderConfig, x: Tensor, rotation: Rotation | None, mask: Tensor | None) -> Fused | None:
     """The shared part for embeddings x (B, T, D), or None where blocks must run as they are written."""
     B, T, _ = x.shape
-    if not x.device.type == "cpu" or T % LANES or not _is_plain(config):
+    if x.device.type != "cpu" or T % LANES or not _is_plain(config):
         return None
     if torch.is_autocast_enabled("cpu"):
         if torch.get_autocast_dtype("cpu") != torch.bfloat16:
@@ -71,11 +79,37 @@ def fused(
             table.float().expand(B, 1, T, config.head_size).reshape(B * T, config.head_size).contiguous()
             for table in (rotation.cos, rotation.sin)
         ]
-    looks_back = True
     if mask is not None:
         mask = mask.expand(B, 1, T, T).reshape(B, T, T).contiguous().view(torch.uint8)
-        looks_back = not bool(mask.triu(1).any())
-    return Fused(kind, B, T, tables[0], tables[1], mask, looks_back)
+    return Fused(kind, B, T, tables[0], tables[1], mask, tuple(_spans(mask, B, T)))
+
+
+def _spans(mask: Tensor | None, rows: int, tokens: int) -> Iterator[Span]:
+    """Queries with the keys that they may see, those of a text together: nothing is computed between texts."""
+    if mask is None:
+        for start in range(0, tokens, QUERIES):
+            end = min(start + QUERIES, tokens)
+            yield Span(0, rows, start, end, 0, end)
+        return
+    first = mask.argmax(dim=2).flip(1).cummin(dim=1).values.flip(1)  # (B, T): of all queries from here on
+    last = (tokens - mask.flip(2).argmax(dim=2)).cummax(dim=1).values  # the end for all queries up to here
+    places = torch.arange(tokens)
+    begins = first >= places
+    begins[:, 1:] &= last[:, :-1] <= places[1:]
+    for row in range(rows):
+        edges = [*begins[row].nonzero().flatten().tolist(), tokens]
+        if edges[0]:  # a query that sees nothing
+            edges.insert(0, 0)
+        text = 0
+        for place, edge in enumerate(edges[1:], start=1):
+            if place + 1 < len(edges) and edges[place + 1] - text <= FEW:
+                continue  # short texts go together
+            for start in range(text, edge, QUERIES):
+                end = min(start + QUERIES, edge)
+                reach = max(int(last[row, end - 1]), end)
+                keys = min(-(-(reach - text) // LANES) * LANES, tokens)
+                yield Span(row, row + 1, start, end, min(text, tokens - keys), keys)
+            text = edge
 
 
 def _is_plain(config: DecoderConfig) -> bool:
@@ -113,7 +147,16 @@ def _linear(layer: nn.Module) -> Linear | None:
     return None
 
 
-def fused_block(block: "Block", x: Tensor, shared: Fused) -> Tensor | None:
+class PreNormBlock(Protocol):
+    """`mm_gpt.model.decoder.Block`, as far as it is needed here."""
+
+    attention_norm: Any
+    attention: Any
+    mlp_norm: Any
+    mlp: Any
+
+
+def fused_block(block: PreNormBlock, x: Tensor, shared: Fused) -> Tensor | None:
     """What the block gives for x (B, T, D), float32; None where it has layers that are not those of this function."""
     attention, mlp = block.attention, block.mlp
     if attention.pattern.kind != "dense":
@@ -125,35 +168,43 @@ def fused_block(block: "Block", x: Tensor, shared: Fused) -> Tensor | None:
     tensors = [t for layer in layers for t in (layer.weight, layer.a, layer.b)]
     norms = (block.attention_norm.weight, block.mlp_norm.weight)
     scales = tuple(layer.scale for layer in layers)
-    return _Block.apply(x, attention.config, shared, scales, *norms, *tensors)  # type: ignore[no-any-return]
+    return _Block.apply(x, attention.config, shared, scales, *norms, *tensors)
 
 
 class _Layer:
-    """One linear layer, in the type of products. What is trained stays float32: it is rounded for each pass over the block,
-    in less time than copies of all blocks, kept for a step, would take to come back from memory."""
+    """One linear layer, in the type of products. What is trained stays float32: it is rounded for each pass over the
+    block, in less time than copies of all blocks, kept for a step, would take to come back from memory."""
 
     def __init__(self, weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float, dtype: torch.dtype):
         self.weight = weight.detach().to(dtype)
         self.a = None if a is None else a.detach().to(dtype)
         self.b = None if b is None else (scale * b.detach()).to(dtype)
         self.scale = scale
+        self.through: Tensor | None = None
+        """(M, rank): the last `backward`'s slope behind B."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(M, in) -> (M, out)."""
         y = F.linear(x, self.weight)
-        return y if self.a is None or self.b is None else y.addmm_(F.linear(x, self.a), self.b.t())
+        if self.a is not None and self.b is not None:
+            y.addmm_(F.linear(x, self.a), self.b.t())
+        return y
 
     def backward(self, slope: Tensor) -> Tensor:
         """The gradient (M, out) of what came out -> that of what went in (M, in)."""
         gradient = slope @ self.weight
-        return gradient if self.a is None or self.b is None else gradient.addmm_(slope @ self.b, self.a)
+        if self.a is not None and self.b is not None:
+            self.through = slope @ self.b
+            gradient.addmm_(self.through, self.a)
+        return gradient
 
     def gradients(self, slope: Tensor, x: Tensor, wanted: tuple[bool, ...]) -> list[Tensor | None]:
         """Of the weight, A and B, in float32: those that are wanted."""
         weight = (slope.t() @ x).float() if wanted[0] else None
         if self.a is None or self.b is None:
             return [weight, None, None]
-        a = ((slope @ self.b).t() @ x).float() if wanted[1] else None
+        assert self.through is not None  # `backward` comes first, with the same slope
+        a = (self.through.t() @ x).float() if wanted[1] else None
         b = (slope.t() @ F.linear(x, self.a)).float().mul_(self.scale) if wanted[2] else None
         return [weight, a, b]
 
@@ -178,8 +229,12 @@ class _Block(torch.autograd.Function):
 
 
 def _layers(tensors: tuple[Tensor | None, ...], scales: tuple[float, ...], dtype: torch.dtype) -> list[_Layer]:
-    parts = tensors[2:]
-    return [_Layer(*parts[3 * i : 3 * i + 3], scale, dtype) for i, scale in enumerate(scales)]  # type: ignore[arg-type]
+    found = []
+    for i, scale in enumerate(scales):
+        weight, a, b = tensors[2 + 3 * i : 5 + 3 * i]
+        assert weight is not None
+        found.append(_Layer(weight, a, b, scale, dtype))
+    return found
 
 
 def _forward(
@@ -232,8 +287,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     _run("norm_backward", (kind, D), M, through, gradient, after, second, norms[1], middle, rounded, y, pieces)
     of_gate_up, of_norm = gate_up_layer.gradients(inner, y, wanted[8:11]), pieces.sum(0)
     del inner
+    through = out_layer.backward(rounded)
     of_out = out_layer.gradients(rounded, attended, wanted[5:8])
-    slope = _attend_backward(config, shared, q, k, v, attended, sums, out_layer.backward(rounded))
+    slope = _attend_backward(config, shared, q, k, v, attended, sums, through)
     result, pieces = torch.empty_like(x), x.new_zeros(PIECES, D)
     through = qkv_layer.backward(slope)
     _run("norm_backward", (kind, D), M, through, middle, x, first, norms[0], result, rounded, y, pieces)
@@ -255,13 +311,6 @@ def _scale(config: DecoderConfig) -> float:
     return config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
 
 
-def _spans(shared: Fused) -> list[tuple[int, int, int]]:
-    """(first query, end, keys that these may see)."""
-    T = shared.tokens
-    starts = range(0, T, QUERIES)
-    return [(a, min(a + QUERIES, T), min(a + QUERIES, T) if shared.looks_back else T) for a in starts]
-
-
 def _attend(config: DecoderConfig, shared: Fused, qkv: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Attention of qkv (M, (H + 2 K) C): (M, H C), and for the backward pass the sums of each span, and q, k and v."""
     H, K, C, T, shape = _shapes(config, shared)
@@ -272,27 +321,42 @@ def _attend(config: DecoderConfig, shared: Fused, qkv: Tensor) -> tuple[Tensor, 
     _run("rope_forward", (*shape, _scale(config)), M, qkv, cos, sin, q, k, v, turns=turns)
     y = torch.empty_like(q)
     sums = []
-    for start, end, keys in _spans(shared):
-        scores = torch.bmm(q[:, start * G : end * G], k[:, :keys].mT)
-        sums.append(qkv.new_empty(B * K, (end - start) * G, dtype=torch.float32))
-        _softmax("softmax_forward", config, shared, (start, end, keys), scores, sums[-1])
-        if (start, end) == (0, T):
-            torch.bmm(scores, v, out=y)
+    for span in shared.spans:
+        at = _of(span, K, G)
+        scores = torch.bmm(q[at.queries], k[at.keys].mT)
+        sums.append(scores.new_empty(scores.shape[:2], dtype=torch.float32))
+        _softmax("softmax_forward", config, shared, span, scores, sums[-1])
+        if scores.shape[1] == T * G:
+            torch.bmm(scores, v[at.keys], out=y[at.rows])
         else:
-            y[:, start * G : end * G] = torch.bmm(scores, v[:, :keys])
+            y[at.queries] = torch.bmm(scores, v[at.keys])
     attended = qkv.new_empty(M, H * C)
     _run("merge_heads", shape, M, y, attended)
     return attended, sums, [q, k, v]
 
 
-def _softmax(
-    name: str, config: DecoderConfig, shared: Fused, span: tuple[int, int, int], *tensors: Tensor
-) -> None:
-    start, end, keys = span
-    settings = (shared.kind, config.num_heads, config.num_kv_heads, "causal" if shared.mask is None else "mask")
-    mask = 0 if shared.mask is None else shared.mask
-    rows = shared.rows * config.num_heads * (end - start)
-    _run(name, settings, rows, *tensors, keys, mask, end - start, start, shared.tokens)
+class _Place(NamedTuple):
+    """Where the queries and keys of a span are, in (B K, T G, C) and (B K, T, C)."""
+
+    rows: slice
+    queries: tuple[slice, slice]
+    keys: tuple[slice, slice]
+
+
+def _of(span: Span, K: int, G: int) -> _Place:
+    rows = slice(span.row * K, span.end_row * K)
+    queries, keys = slice(span.start * G, span.end * G), slice(span.first_key, span.first_key + span.keys)
+    return _Place(rows, (rows, queries), (rows, keys))
+
+
+def _softmax(name: str, config: DecoderConfig, shared: Fused, span: Span, *tensors: Tensor) -> None:
+    masking, mask, queries = "causal", 0, span.end - span.start
+    if shared.mask is not None:
+        masking = "mask"
+        mask = shared.mask.data_ptr() + span.row * shared.tokens**2 + span.first_key
+    settings = (shared.kind, config.num_heads, config.num_kv_heads, masking)
+    rows = (span.end_row - span.row) * config.num_heads * queries
+    _run(name, settings, rows, *tensors, span.keys, mask, queries, span.start, shared.tokens)
 
 
 def _attend_backward(
@@ -303,24 +367,17 @@ def _attend_backward(
     B, G, M = shared.rows, H // K, len(slope)
     dy, dots = torch.empty_like(q), q.new_empty(B * K, T * G, dtype=torch.float32)
     _run("split_heads", shape, M, slope, y, dy, dots)
-    spans = _spans(shared)
-    several = len(spans) > 1
     dq = torch.empty_like(q)
-    dk, dv = (torch.zeros_like(each, dtype=torch.float32) if several else each for each in (k, v))
-    for span, own in zip(spans, sums, strict=True):
-        start, end, keys = span
-        at = slice(start * G, end * G)
-        weights = torch.bmm(q[:, at], k[:, :keys].mT)
-        change = torch.bmm(dy[:, at], v[:, :keys].mT)
-        part = dots[:, at].contiguous()
-        _softmax("softmax_backward", config, shared, span, weights, change, own, part)
-        if several:
-            dq[:, at] = torch.bmm(change, k[:, :keys])
-            dk[:, :keys] += torch.bmm(change.mT, q[:, at])
-            dv[:, :keys] += torch.bmm(weights.mT, dy[:, at])
-        else:
-            dq = torch.bmm(change, k)
-            dk, dv = torch.bmm(change.mT, q), torch.bmm(weights.mT, dy)
+    # Several spans may see one key: what they give is added up in float32
+    dk, dv = (torch.zeros_like(each, dtype=torch.float32) for each in (k, v))
+    for span, own in zip(shared.spans, sums, strict=True):
+        at = _of(span, K, G)
+        weights = torch.bmm(q[at.queries], k[at.keys].mT)
+        change = torch.bmm(dy[at.queries], v[at.keys].mT)
+        _softmax("softmax_backward", config, shared, span, weights, change, own, dots[at.queries].contiguous())
+        dq[at.queries] = torch.bmm(change, k[at.keys])
+        dk[at.keys] += torch.bmm(change.mT, q[at.queries])
+        dv[at.keys] += torch.bmm(weights.mT, dy[at.queries])
     dk, dv = dk.to(q.dtype), dv.to(q.dtype)
     gradient = q.new_empty(M, (H + 2 * K) * C)
     turns = shared.cos is not None

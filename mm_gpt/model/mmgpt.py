@@ -7,10 +7,9 @@ D width. An image is one tile, or several: its parts at full resolution and the 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm_gpt.errors import ConfigError, MMGPTError
@@ -18,13 +17,17 @@ from mm_gpt.model.cache import KVCache
 from mm_gpt.model.decoder import Decoder, init_weights
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRAConfig, add_lora, merge_lora
-from mm_gpt.processor import IGNORE_INDEX, Batch
+from mm_gpt.model.masks import attention_mask, block_mask, uses_blocks
+from mm_gpt.processor import Batch
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.vision.concepts import ConceptsConfig, ConceptTokens
 from mm_gpt.vision.connectors import ConnectorConfig, build_connector
 from mm_gpt.vision.encoder import VisionConfig, VisionEncoder
 from mm_gpt.vision.native_vit import NativeViT
 from mm_gpt.vision.tiling import TilingConfig, assemble
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,11 @@ class Embedded:
     """(B, T, D) each: what is added behind the first layers."""
 
 
+class SeesImages(Protocol):
+    def see(self, pixel_values: Tensor, grids: Sequence[tuple[int, int]] = ()) -> tuple[Tensor, Tensor | None]:
+        """As `VisionEncoder.see`."""
+
+
 class MMGPT(nn.Module):
     """The multimodal model. `decoder` keeps its own vocabulary."""
 
@@ -92,6 +100,8 @@ class MMGPT(nn.Module):
         self.image_marks: nn.Parameter | None = None
         self.image_newline: nn.Parameter | None = None
         self.concepts: ConceptTokens | None = None
+        self.frozen_tower: SeesImages | None = None
+        """What sees in the place of a frozen tower, in training."""
         if config.vision is None or config.connector is None:
             return
         self.vision = VisionEncoder(config.vision)
@@ -211,6 +221,9 @@ class MMGPT(nn.Module):
 
         On the CPU in float32, also inside autocast: bf16 convolutions are slower there."""
         assert self.vision is not None
+        if self.training and self.frozen_tower is not None:
+            patches, scores = self.frozen_tower.see(pixel_values, grids)
+            return patches.float(), scores
         dtype = next(self.vision.parameters()).dtype
         with torch.autocast(pixel_values.device.type, enabled=pixel_values.is_cuda and torch.is_autocast_enabled()):
             patches, scores = self.vision.see(pixel_values.to(dtype), grids)
@@ -260,7 +273,8 @@ class MMGPT(nn.Module):
         """Hidden states (B, T, D); logits are `decoder.logits` of the positions that need them.
 
         `images` are those of `image_tokens`, where they are known already: the batch then needs no pixels."""
-        masks = self.masks(batch)
+        by_blocks = self.training and cache is None and uses_blocks(self.decoder.config, self.device)
+        masks = self.masks(batch, by_blocks=by_blocks)
         embedded = self.embed(batch, images)
         x, positions, length = embedded.x, batch.position_ids, self.decoder.config.memory_length
         if not length or cache is not None:
@@ -270,20 +284,26 @@ class MMGPT(nn.Module):
         segment = min(length, self.decoder.config.max_length)
         for start in range(0, x.shape[1], segment):
             end, first = start + segment, max(0, start - length)
-            seen = None if masks["mask"] is None else masks["mask"][:, :, start:end, first:end]
+            seen = masks["mask"][:, :, start:end, first:end] if isinstance(masks["mask"], Tensor) else None
             hidden, memory = self.decoder.forward_segment(x[:, start:end], positions[:, start:end], memory, mask=seen)
             states.append(hidden)
         return torch.cat(states, dim=1)
 
-    def masks(self, batch: Batch, *, past: int = 0) -> dict[str, Tensor | None]:
+    def masks(self, batch: Batch, *, past: int = 0, by_blocks: bool = False) -> dict[str, "Tensor | BlockMask | None"]:
         """What the decoder's layers may look at: its arguments `mask` and `local_mask`.
 
         `past`: how many tokens of each row's document are in the cache. No image may begin in them and end here.
+        `by_blocks`: for flex attention, where `uses_blocks` says that it serves.
         """
         prefix_lm, window = self.config.prefix_lm, self.decoder.config.window
         images = batch.input_ids == self.placeholder_id if self.config.bidirectional_images else None
         if images is not None and not images.any():
             images = None
+        if by_blocks:
+            mask = block_mask(batch, prefix_lm=prefix_lm, images=images)
+            if mask is None or window is None:
+                return {"mask": mask, "local_mask": None}
+            return {"mask": mask, "local_mask": block_mask(batch, prefix_lm=prefix_lm, images=images, window=window)}
         local_mask = None
         if window is not None and (prefix_lm or images is not None or batch.branch_ids.any()):
             local_mask = attention_mask(batch, prefix_lm=prefix_lm, images=images, window=window, past=past)
@@ -294,57 +314,8 @@ class MMGPT(nn.Module):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed next-token cross-entropy in nats, and the number of supervised positions."""
-        return self.decoder.loss(self(batch), batch.labels)
-
-
-def attention_mask(
-    batch: Batch, *, prefix_lm: bool = False, images: Tensor | None = None, window: int | None = None, past: int = 0
-) -> Tensor | None:
-    """True where a query (B, 1, T, past + T) may look: back, inside its own document, in the shared part or its branch.
-
-    With `prefix_lm`, what stands before the first target of a document is seen by all of that part as well. `images`
-    (B, T) is True at the tokens of images: those of one image, which are one run, see each other. `window`: how far
-    back a query sees, itself included; a prefix is read whole nevertheless, and the end of an image's own run is always
-    in sight, but not its beginning. `past`: tokens in the cache, all of them of the row's one document.
-    None when every row is one document without branches or padding on its left: plain causal attention is faster, and
-    sparse patterns are only then cheaper in all their forms.
-    """
-    documents, branches = batch.document_ids, batch.branch_ids
-    # Padding on the right is seen by nobody before it, and nobody asks what it sees.
-    follows = (documents[:, 1:] == documents[:, :-1]) | (documents[:, 1:] == 0)
-    is_plain = not branches.any() and bool(follows.all()) and bool(documents[:, 0].all())
-    if is_plain and not prefix_lm and images is None:
-        return None
-    T = documents.shape[1]
-    same = documents.unsqueeze(2) == documents.unsqueeze(1)  # (B, query, key)
-    visible = (branches.unsqueeze(1) == 0) | (branches.unsqueeze(2) == branches.unsqueeze(1))
-    keys = torch.arange(past + T, device=documents.device)
-    looks = keys[past:, None] >= keys  # (T, past + T)
-    if images is not None:
-        starts = images & ~F.pad(images[:, :-1], (1, 0))
-        runs = starts.cumsum(dim=1).where(images, 0)
-        together = images.unsqueeze(2) & (runs.unsqueeze(2) == runs.unsqueeze(1))
-        looks = looks | F.pad(together, (past, 0))
-    if window is not None:
-        # A branch lies behind the shared part, whatever other branches stand between them in the row
-        places = past + (same & visible).tril().sum(dim=2) - 1  # (B, T) in the token's own text
-        behind = torch.cat([keys[:past].expand(len(places), -1), places], dim=1)
-        looks = looks & (places.unsqueeze(2) - behind.unsqueeze(1) < window)
-    if prefix_lm:
-        prefix = _before_targets(batch)
-        looks = looks | F.pad(prefix.unsqueeze(2) & prefix.unsqueeze(1), (past, 0))
-    # Padding sees padding only: a row of the mask without any True would make its softmax NaN.
-    return (F.pad(same & visible, (past, 0), value=True) & looks).unsqueeze(1)
-
-
-def _before_targets(batch: Batch) -> Tensor:
-    """(B, T), True at tokens of a document that are no target and stand before its first one."""
-    learned = (batch.labels != IGNORE_INDEX).long()
-    before = learned.cumsum(dim=1) - learned  # targets among the tokens up to this one: labels are those of the next
-    starts = torch.zeros_like(before)
-    new = batch.document_ids[:, 1:] != batch.document_ids[:, :-1]
-    starts[:, 1:] = torch.where(new, before[:, 1:], 0)
-    return before == starts.cummax(dim=1).values
+        with self.decoder.one_gradient():
+            return self.decoder.loss(self(batch), batch.labels)
 
 
 def pick_device(name: str) -> torch.device:

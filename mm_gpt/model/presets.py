@@ -5,7 +5,7 @@ decoder does otherwise, `differs` says so. Weights are a matter of `mm_gpt.hub`.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from mm_gpt.errors import ConfigError, unknown_name
 from mm_gpt.model.decoder_config import DecoderConfig, PatternName
@@ -19,8 +19,13 @@ class Hyperparameters(TypedDict, total=False):
     """Of pretraining, in the names of `TrainConfig`, as far as they were published."""
 
     lr: float
+    schedule: Literal["linear", "wsd"]
     warmup_steps: int
     final_lr: float
+    final_share: float
+    decay_share: float
+    ramp_from: int
+    ramp_tokens: int
     weight_decay: float
     beta1: float
     beta2: float
@@ -116,6 +121,9 @@ def _gpt3(size: str, width: int, num_layers: int, num_heads: int, lr: float, bat
             "lr": lr,
             "warmup_steps": round(375e6 / batch_tokens),
             "final_lr": 0.1,
+            "final_share": 40 / 300,  # after 260 of 300 billion tokens
+            "ramp_from": 32_000,
+            "ramp_tokens": round(4e9 + 8e9 * (batch_tokens - 500_000) / 2_700_000),
             "weight_decay": 0.1,
             "beta1": 0.9,
             "beta2": 0.95,
@@ -123,8 +131,9 @@ def _gpt3(size: str, width: int, num_layers: int, num_heads: int, lr: float, bat
             "clip": 1.0,
         },
         batch_tokens=batch_tokens,
-        differs="The band's width was not published: 256 is a choice, an eighth of the context. There the batch grows "
-        "at the start, and the learning rate stays at its tenth after 260 of 300 billion tokens." + note,
+        differs="The band's width was not published: 256 is a choice, an eighth of the context. Of the batch's growth "
+        "it is known that it takes 4 to 12 billion tokens by size; those between are in proportion to the batch."
+        + note,
     )
 
 
@@ -152,6 +161,7 @@ def _kosmos1(name: str, connector: ConnectorConfig, *, about: str) -> Preset:
         config=ModelConfig(decoder=decoder, vision=vision, connector=connector),
         training={
             "lr": 2e-4,
+            "schedule": "linear",
             "warmup_steps": 375,
             "weight_decay": 0.01,
             "beta1": 0.9,
@@ -160,7 +170,7 @@ def _kosmos1(name: str, connector: ConnectorConfig, *, about: str) -> Preset:
             "clip": 2.0,
         },
         batch_tokens=1_200_000,
-        differs="The learning rate falls in a cosine here, linearly there. The paper names a resampler, KOSMOS-2's "
+        differs="The paper names a resampler, KOSMOS-2's "
         "code has one cross-attention; class token, unit length and scaled embeddings are that code's. Of the ViT "
         "train the last block: `vision.unfreeze(1)`. The image's marks have their own embeddings besides the 64,007.",
     )
@@ -296,13 +306,15 @@ def _llama_7b() -> Preset:
     )
 
 
-def _smollm2(size: str, lr: float, batch_tokens: int, theta: float, *sizes: int) -> Preset:
+def _smollm2(size: str, lr: float, decay_share: float, batch_tokens: int, theta: float, *sizes: int) -> Preset:
     return Preset(
         name=f"smollm2-{size}",
         about="SmolLM2 (2502.02737): LLaMA, small, with tied embeddings",
         config=_llama(*sizes, vocab_size=49_152, max_length=8192, rope_theta=theta),
         training={
             "lr": lr,
+            "schedule": "wsd",
+            "decay_share": decay_share,
             "warmup_steps": 2000,
             "weight_decay": 0.01,
             "beta1": 0.9,
@@ -311,8 +323,8 @@ def _smollm2(size: str, lr: float, batch_tokens: int, theta: float, *sizes: int)
             "clip": 1.0,
         },
         batch_tokens=batch_tokens,
-        differs="The learning rate falls in a cosine here; there it stays, and falls at the end. Pretraining read 2048 "
-        "tokens with a smaller θ, and the longer context came last. Weight decay and batch were not looked up again.",
+        differs="Pretraining read 2048 tokens with a smaller θ, and the longer context came last. Weight decay, batch "
+        "and the share of the decay were not looked up again.",
     )
 
 
@@ -359,9 +371,9 @@ PRESETS: dict[str, Preset] = {
         _sparse("fixed", summary=32),
         _sparse("strided", summary=None),
         _llama_7b(),
-        _smollm2("135m", 3e-3, 2**20, 100_000.0, 576, 30, 9, 3, 1536),
-        _smollm2("360m", 3e-3, 2**20, 100_000.0, 960, 32, 15, 5, 2560),
-        _smollm2("1.7b", 5e-4, 2**21, 130_000.0, 2048, 24, 32, 32, 8192),
+        _smollm2("135m", 3e-3, 0.2, 2**20, 100_000.0, 576, 30, 9, 3, 1536),
+        _smollm2("360m", 3e-3, 0.2, 2**20, 100_000.0, 960, 32, 15, 5, 2560),
+        _smollm2("1.7b", 5e-4, 0.1, 2**21, 130_000.0, 2048, 24, 32, 32, 8192),
         _qwen(2, "0.5b", 896, 24, 14, 2, 4864, max_length=32_768, qkv_bias=True),
         _qwen(2, "1.5b", 1536, 28, 12, 2, 8960, max_length=32_768, qkv_bias=True),
         _qwen(3, "0.6b", 1024, 28, 16, 8, 3072, max_length=40_960, head_size=128, qk_norm=True),

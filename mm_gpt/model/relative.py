@@ -49,6 +49,7 @@ class RelativeAttention(nn.Module):
         r = rearrange(self.distance(sinusoids(distances, self.config.width, x.dtype)), "s (h c) -> h s c", h=H)
         bias = shift((q + self.position_bias[:, None].to(q.dtype)) @ r.transpose(-1, -2)) * scale  # (B, H, T, S)
         mask = step.mask
+        assert mask is None or isinstance(mask, Tensor)  # `uses_blocks` leaves these positions out
         if mask is None:
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         bias = bias.masked_fill(~mask, -torch.inf)

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.model.decoder import Decoder, init_weights
 from mm_gpt.model.decoder_config import DecoderConfig
-from mm_gpt.model.mmgpt import attention_mask
+from mm_gpt.model.masks import attention_mask
 from mm_gpt.processor import IGNORE_INDEX, Batch
 
 Spans = Sequence[tuple[int, int]]

@@ -19,6 +19,7 @@ import numpy as np
 
 from mm_gpt.config import from_dict
 from mm_gpt.errors import MMGPTError
+from mm_gpt.scaling.checks import MIN_DECADES, check_effects, check_ladder, checked
 from mm_gpt.scaling.forms import (
     COEFFICIENTS,
     FormName,
@@ -31,13 +32,11 @@ from mm_gpt.scaling.forms import (
     to_theta,
 )
 from mm_gpt.scaling.points import CannotTell, Point
-from mm_gpt.scaling.solver import CONVERGED, Array, Solutions, gradient_norm, log_law, minimise
+from mm_gpt.scaling.solver import CONVERGED, EXACT, Array, Solutions, gradient_norm, log_law, minimise
 
 DELTA = 1e-3
-STARTS = 60
+STARTS = 32
 MAX_STEPS = 400
-MIN_RUNGS = 3
-MIN_DECADES = 1.5
 RIVAL = 0.01
 """Optima whose objective is at most this share above the best one's are as good."""
 SPREAD = 0.01
@@ -120,10 +119,13 @@ class Fit:
     def interval(self, target: Point, *, share: float = 0.9, of_run: bool = True) -> tuple[float, float]:
         """Where the loss of a run lies with probability `share`; with `of_run=False` the law without a run's own noise.
 
-        Parametric bootstrap: laws refitted to what this law would give with noise as large as its residuals. How large
-        that is is itself uncertain with few runs, so each resample draws it (scaled inverse chi-squared): without that
-        intervals of 90 % cover 80 % for six runs. Raises CannotTell if no run is left to tell the noise.
+        Parametric bootstrap: laws refitted to what this law would give with noise as large as its residuals show. How
+        large that is is itself uncertain with few runs, so a first bootstrap finds how far residuals fall short of the
+        noise that made them, and each resample draws its noise accordingly: without that, intervals of 90 % cover 80 %
+        for six runs. Raises CannotTell if no run is left to tell the noise from.
         """
+        if not 0 < share < 1:
+            raise MMGPTError(f"share must be above 0 and below 1, not {share}")
         thetas, noise = self._resampled
         laws = log_law(thetas, logs(self.form, [target])[None])[:, 0]
         if of_run:
@@ -155,9 +157,9 @@ class Fit:
         return compute_optimal(self.coefficients, flops)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: everything above, with the bootstrap's covariance and quantiles where there are runs enough."""
+        """JSON-ready: everything above, with the bootstrap's covariance and quantiles where they can be told."""
         values = dataclasses.asdict(self)
-        if len(self.points) > len(self.coefficients):
+        if len(self.points) > len(self.coefficients) and np.isfinite(self.covariance).all():
             values |= {"covariance": self.covariance, "quantiles": self.quantiles}
         return values
 
@@ -183,14 +185,23 @@ class Fit:
             )
         x, y = logs(self.form, self.points), np.log([point.loss for point in self.points])
         scale = Scale.of(x)
-        theta = scale.standard(to_theta(self.form, self.coefficients))[None]
+        theta = np.repeat(scale.standard(to_theta(self.form, self.coefficients))[None], RESAMPLES, axis=0)
         z = scale.logs(x)[None]
-        law = log_law(theta, z)
+        law = log_law(theta[:1], z)
         rng = np.random.default_rng(self.seed)
-        noise = np.sqrt(((law - y) ** 2).sum() / rng.chisquare(free, RESAMPLES))
-        resampled = law + noise[:, None] * rng.standard_normal((RESAMPLES, len(y)))
-        found = minimise(np.repeat(theta, RESAMPLES, 0), z, resampled, delta=self.delta)
-        return scale.natural(found.theta), noise
+
+        def refit(noise: Array) -> tuple[Array, Array]:
+            """Laws (R, P) of resamples with this noise, and the sums of their squared residuals (R,)."""
+            resampled = law + noise[:, None] * rng.standard_normal((RESAMPLES, len(y)))
+            found = minimise(theta, z, resampled, delta=self.delta).theta
+            return found, ((log_law(found, z) - resampled) ** 2).sum(axis=1)
+
+        squares = float(((law - y) ** 2).sum())
+        if squares <= len(y) * EXACT**2:  # nothing but rounding
+            return scale.natural(theta), np.zeros(RESAMPLES)
+        guess = np.full(RESAMPLES, math.sqrt(squares / free))
+        noise = np.sqrt(squares / refit(guess)[1]) * guess
+        return scale.natural(refit(noise)[0]), noise
 
     @property
     def _resampled_coefficients(self) -> Array:
@@ -282,6 +293,7 @@ def check_gradient(
             f"these coefficients are no optimum of these {len(runs)} runs (gradient norm {norm:.1e}, at most "
             f"{CONVERGED:.0e}): the fit was stopped early, or one of the two was changed"
         )
+    check_effects(form, coefficients, runs)
     return norm
 
 
@@ -292,21 +304,6 @@ def compute_optimal(coefficients: Mapping[str, float], flops: float) -> Optimal:
     parameters = G * (flops / 6) ** (beta / (alpha + beta))
     tokens = flops / 6 / parameters
     return Optimal(parameters, tokens, A / parameters**alpha + B / tokens**beta + E)
-
-
-def checked(points: Sequence[Point]) -> list[Point]:
-    """Each run once, in an order of their own: a fit depends neither on order nor on repetition.
-
-    Raises CannotTell for numbers that are not finite and above 0.
-    """
-    for point in points:
-        for name in ("parameters", "tokens", "flops", "loss"):
-            value = getattr(point, name)
-            if not (math.isfinite(value) and value > 0):
-                hint = ": leave out runs that diverged" if name == "loss" else ""
-                raise CannotTell(f"run {point}: {name} is {value}{hint}")
-    unique = {(p.parameters, p.tokens, p.flops, p.loss): p for p in points}
-    return [unique[key] for key in sorted(unique)]
 
 
 def _fit(
@@ -321,7 +318,7 @@ def _fit(
     why: str = "",
 ) -> Fit:
     runs = checked(points)
-    _check_ladder(form, runs, decades, why)
+    check_ladder(form, runs, decades, why)
     x, y = logs(form, runs), np.log([point.loss for point in runs])
     scale = Scale.of(x)
     begin = scale.centred(random_starts(form, float(np.median(y)), starts, seed))
@@ -336,12 +333,7 @@ def _fit(
             f"{found.gradient_norm[lowest]:.1e}, at most {CONVERGED:.0e}): its coefficients would mean nothing"
         )
     first, *others = optima
-    for name, sign in {"alpha": 1, "beta": 1, "b": -1}.items():
-        if sign * first.coefficients.get(name, sign) <= 0:
-            raise CannotTell(
-                f"the loss of these runs does not fall with size (best fit: {name} = {first.coefficients[name]:.3g}): "
-                "look for runs that diverged or were tuned worse than others"
-            )
+    check_effects(form, first.coefficients, runs)
     return Fit(
         form=form,
         coefficients=first.coefficients,
@@ -367,24 +359,3 @@ def _optima(form: FormName, found: Solutions, scale: Scale) -> list[Optimum]:
             kept.append(int(index))
     natural = scale.natural(found.theta)
     return [Optimum(float(found.objective[index]), from_theta(form, natural[index])) for index in kept]
-
-
-def _check_ladder(form: FormName, runs: list[Point], decades: float, why: str) -> None:
-    what = "sizes of model" if form == "parametric" else "amounts of compute"
-    rungs = {rung(form, point) for point in runs}
-    if len(rungs) < MIN_RUNGS:
-        raise CannotTell(f"{len(rungs)} {what}{why} are too few: a fit needs at least {MIN_RUNGS}")
-    flops = [point.flops for point in runs]
-    span = math.log10(max(flops) / min(flops))
-    if span < decades:
-        raise CannotTell(f"the runs span {span:.2f} decades of compute: a fit needs at least {decades:g}")
-    if len(runs) < len(COEFFICIENTS[form]):
-        raise CannotTell(f"{len(runs)} runs{why} are too few for {len(COEFFICIENTS[form])} coefficients")
-    if form == "parametric":
-        x = logs(form, runs)
-        thinnest = np.linalg.svd(x - x.mean(axis=0), compute_uv=False)[-1] / math.sqrt(len(runs))
-        if thinnest < 1e-3:
-            raise CannotTell(
-                "tokens go with parameters in the same way in all runs, so that their effects cannot be told apart: "
-                "vary tokens per parameter, or fit the law of compute alone"
-            )

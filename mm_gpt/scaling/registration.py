@@ -1,9 +1,9 @@
 """Predictions that are filed before their run begins, and what became of them.
 
 A registration is a JSON file: the law and its coefficients, the runs that it was fitted to, how it missed the largest
-of them when that was held out, and the SHA-256 of everything that went in. It is of use when somebody else can see that
-it was there before the run: commit it. Changed afterwards, or with a changed log, it is not a registration any more. The
-verdict never fits again.
+of them when that was held out, and the SHA-256 of everything that went in. It is of use when somebody else can see
+that it was there before the run: commit it. Changed afterwards, or with a changed log, it is not a registration any
+more. The verdict never fits again.
 """
 
 import datetime

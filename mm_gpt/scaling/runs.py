@@ -22,10 +22,9 @@ from mm_gpt.training.recipes import run_recipe
 logger = logging.getLogger(__name__)
 
 LOG, RECIPE = "log.jsonl", "recipe.json"
-DIVERGED = 1.2
-"""A run whose training loss ends at so many times the lowest it has been has diverged."""
-TAIL = 5
-"""Logged steps at the end whose mean is that loss."""
+DIVERGED = 1.1
+"""A run whose training loss ends at so many times the lowest it has been has diverged: both are means over a fifth of
+the log, since steps are noisy and differ in what they read."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +97,12 @@ def read_run(out: Path, run: PlannedRun) -> Finished:
         raise CannotTell(f"{out}: not finished (step {at} of {run.steps}); `mm-gpt scaling run` goes on with it")
     losses = {key: float(value) for key, value in last["validation"].items() if key.startswith("loss")}
     train = [row["loss"] for row in steps]
-    tail = sum(train[-TAIL:]) / len(train[-TAIL:])
-    if not all(map(math.isfinite, losses.values())) or tail > DIVERGED * min(train):
+    size = max(1, len(train) // 5)
+    means = [sum(train[end - size : end]) / size for end in range(size, len(train) + 1)]
+    if not all(map(math.isfinite, losses.values())) or means[-1] > DIVERGED * min(means):
         raise CannotTell(
-            f"{out}: diverged (the training loss ends at {tail:.3g}, after {min(train):.3g}); lower the ladder's lr"
+            f"{out}: diverged (the training loss ends at {means[-1]:.3g}, after {min(means):.3g}): "
+            "lower the ladder's lr"
         )
     tokens, flops = steps[-1].get("tokens", run.tokens), steps[-1].get("flops", run.flops)
     seconds = sum(row.get("seconds", 0.0) for row in steps) * run.steps / len(steps)

@@ -65,26 +65,24 @@ def minimise(theta: Array, x: Array, y: Array, *, delta: float, max_steps: int =
     objective, norm = np.empty(rows), np.empty(rows)
     active = np.arange(rows)
     damping = np.full(rows, 1e-2)
-    value, gradient, size, hessian = _evaluate(best, x, y, delta)
+    value, gradient, size, hessian, bound = _evaluate(best, x, y, delta)
     objective[:], norm[:] = value, size
     for _ in range(max_steps):
         running = (norm[active] > CONVERGED * 1e-3) & (damping[active] < 1e12)
         if not running.any():
             break
-        active, gradient, hessian = active[running], gradient[running], hessian[running]
-        scale, vectors = np.linalg.eigh(hessian)  # (B, P), (B, P, P)
-        scale = np.abs(scale)
-        scale += damping[active, None] * scale.max(axis=1, keepdims=True) + 1e-300
-        step = -np.einsum("bij,bj->bi", vectors, np.einsum("bji,bj->bi", vectors, gradient) / scale)
+        active, gradient, hessian, bound = active[running], gradient[running], hessian[running], bound[running]
+        scale, vectors = np.linalg.eigh(hessian + damping[active, None, None] * bound)  # (B, P), (B, P, P)
+        step = -np.einsum("bij,bj->bi", vectors, np.einsum("bji,bj->bi", vectors, gradient) / (np.abs(scale) + 1e-300))
         length = np.abs(step).max(axis=1, keepdims=True)
         trial = best[active] + step / np.maximum(length / 5.0, 1.0)  # no exponent or coefficient jumps by more than 5
-        value, new_gradient, size, new_hessian = _evaluate(trial, x[active], y[active], delta)
+        value, new_gradient, size, new_hessian, new_bound = _evaluate(trial, x[active], y[active], delta)
         # At the end the objective only changes by rounding, and the gradient still tells better from worse
         tie = (value <= objective[active] * (1 + 1e-15)) & (size < norm[active])
         better = (value < objective[active]) | tie
         improved = active[better]
         best[improved], objective[improved], norm[improved] = trial[better], value[better], size[better]
-        gradient[better], hessian[better] = new_gradient[better], new_hessian[better]
+        gradient[better], hessian[better], bound[better] = new_gradient[better], new_hessian[better], new_bound[better]
         damping[active] = np.where(better, np.maximum(damping[active] / 4, 1e-12), damping[active] * 5)
     return Solutions(best, objective, norm)
 
@@ -101,8 +99,8 @@ def _terms(theta: Array, x: Array) -> tuple[Array, Array]:
     return (top + np.log(total))[:, :, 0], share / total
 
 
-def _evaluate(theta: Array, x: Array, y: Array, delta: float) -> tuple[Array, Array, Array, Array]:
-    """Objective (B,), gradient (B, P), gradient norm (B,) and Hessian (B, P, P)."""
+def _evaluate(theta: Array, x: Array, y: Array, delta: float) -> tuple[Array, Array, Array, Array, Array]:
+    """Objective (B,), gradient (B, P), its norm (B,), Hessian (B, P, P) and what bounds its curvature (B, P, P)."""
     laws = x.shape[2]
     law, share = _terms(theta, x)
     residual = law - y
@@ -125,4 +123,9 @@ def _evaluate(theta: Array, x: Array, y: Array, delta: float) -> tuple[Array, Ar
     hessian[:, laws + index, index] -= first
     hessian[:, laws + index, laws + index] += second
     hessian[:, 2 * laws, 2 * laws] += shares[:, :, laws].sum(axis=1)
-    return value, gradient, norm, hessian
+    # Where no run is within delta the objective is a polyhedron, without curvature. Parabolas that touch it from above
+    # have one: those of iteratively reweighted least squares
+    weights = np.minimum(1.0, delta / np.maximum(np.abs(residual), 1e-300))
+    bound = np.einsum("bnp,bnq->bpq", weights[:, :, None] * jacobian, jacobian)
+    bound += np.eye(bound.shape[1]) * (1e-6 * np.trace(bound, axis1=1, axis2=2)[:, None, None])
+    return value, gradient, norm, hessian, bound

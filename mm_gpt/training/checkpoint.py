@@ -11,7 +11,7 @@ import logging
 import zlib
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +48,31 @@ class Progress:
     flops: float = 0.0
     data: dict[str, Any] = field(default_factory=dict)
     """The place in the data, as JSON values."""
+    noise: list[float] = field(default_factory=list)
+    """The averages behind the gradient noise scale, where it is measured."""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Progress":
+        """What `dataclasses.asdict` gave; a field that is younger than the checkpoint has its default. Raises KeyError,
+        TypeError and ValueError."""
+        values = {"step": values["step"]} | dict(values)
+        kinds = {each.name: type(getattr(cls(), each.name)) for each in fields(cls)}
+        return cls(**{name: kind(values[name]) for name, kind in kinds.items() if name in values})
 
 
 def latest(out: Path) -> Path | None:
     """The newest whole checkpoint of a run."""
-    return max(step_folders(out), key=_step_of, default=None)
+    return max(step_folders(out), key=step_of, default=None)
 
 
 def step_folders(out: Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
     found = (path for path in out.glob("step-*") if path.name.removeprefix("step-").isdecimal())
-    return sorted(found, key=_step_of)
+    return sorted(found, key=step_of)
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Of the name of a step folder."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -165,12 +176,6 @@ def _named(found: Mapping[str, Any]) -> str:
     return f"{count} rank{'' if count == 1 else 's'}" + ("" if shard == 1 else f", {shard} to a copy of the model")
 
 
-def progress_text(progress: Progress, saved_by: Mapping[str, int], files: Mapping[str, int]) -> str:
-    """`PROGRESS_FILE`: `files` has the bytes of each file in `STATE_FOLDER`."""
-    values = asdict(progress) | {"format": FORMAT, "saved_by": dict(saved_by), "files": dict(files)}
-    return json.dumps(values) + "\n"
-
-
 # ---- putting it back ----
 
 
@@ -217,8 +222,7 @@ def _read_progress(folder: Path) -> tuple[Progress, dict[str, Any], dict[str, in
         state = json.loads(path.read_text())
         if state["format"] != FORMAT:
             raise CheckpointError(f"{path}: has format {state['format']!r}, not {FORMAT}: of another version of mm-gpt")
-        used = int(state["tokens"]), float(state["flops"])
-        progress = Progress(int(state["step"]), [int(end) for end in state["cycles"]], *used, dict(state["data"]))
+        progress = Progress.from_json(state)
         files = {str(name): int(size) for name, size in state["files"].items()}
         return progress, dict(state["saved_by"]), files
     except CheckpointError:

@@ -134,24 +134,22 @@ def average_statistics(model: nn.Module) -> None:
         buffer.copy_(part.view_as(buffer))
 
 
-def check_alike(step: int, model: nn.Module, device: torch.device, *, sharded: bool) -> None:
-    """Raises MMGPTError, on every rank, when not all ranks are at `step` with the same weights.
-
-    Of a sharded model each has its own slices, all from rank 0 or from one checkpoint: steps alone are compared."""
-    world = ranks()[1]
-    if world == 1:
-        return
-    state = {} if sharded else model.state_dict()
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(state[name].detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    mine = torch.tensor([step, int.from_bytes(digest.digest()[:7])], device=device)
-    everybody = [torch.zeros_like(mine) for _ in range(world)]
-    dist.all_gather(everybody, mine)
-    steps, sums = zip(*(found.tolist() for found in everybody), strict=True)
+def check_same_step(step: int, device: torch.device) -> None:
+    """Raises MMGPTError, on every rank, when not all ranks are about to go on from the same step."""
+    steps = [int(told) for told in gather_over_ranks(str(step).encode(), device)]
     if len(set(steps)) > 1:
         found = ", ".join(f"rank {number} at step {step}" for number, step in enumerate(steps))
         raise MMGPTError(f"the ranks do not continue from one checkpoint ({found}): --out must be a folder they share")
+
+
+def check_same_weights(step: int, model: nn.Module, device: torch.device) -> None:
+    """Raises MMGPTError, on every rank, when not all ranks have the same weights."""
+    if ranks()[1] == 1:
+        return
+    digest = hashlib.sha256()
+    for _, tensor in sorted(model.state_dict().items()):
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    sums = gather_over_ranks(digest.digest(), device)
     if len(set(sums)) > 1:
         other = next(number for number, found in enumerate(sums) if found != sums[0])
         raise MMGPTError(

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from mm_gpt.document import Document, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import compact, fill, load_decoder, load_model, save_model
 from mm_gpt.hub.vision_towers import load_open_clip
+from mm_gpt.hub.weights import unfilled
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.flops import batch_flops
 from mm_gpt.model.lora import LoRAConfig
@@ -39,8 +41,10 @@ from mm_gpt.templates.prompts import CAPTION_PROMPT, OTHER_CAPTION_PROMPTS
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.compiling import compile_blocks
 from mm_gpt.training.distributed import ranks, sum_over_ranks
+from mm_gpt.training.features import use_frozen_tower
 from mm_gpt.training.parallel import is_sharded, shard_model, sharing
 from mm_gpt.training.recompute import recompute_blocks
+from mm_gpt.training.schedules import step_sizes
 from mm_gpt.training.stage import LOWEST_LOSS, Decides, ParameterGroup, Term
 from mm_gpt.training.train_config import TrainConfig, use_bf16
 from mm_gpt.vision.concepts import ConceptsConfig
@@ -80,6 +84,9 @@ class LanguageRecipe:
     decoder: Literal["frozen", "full"] = "frozen"
     """`full` trains every weight of the decoder; with `model.lora` it stays frozen under its adaptation. Without
     `model`, the adaptation that `start` has becomes part of its weights."""
+    dropout: float | None = None
+    """Of the decoder while it trains: embeddings, attention weights, and what each layer adds. None: the model's own.
+    It is not saved with the model."""
     train_connector: bool = True
     vision_blocks: int | None = 0
     """How many of the vision tower's last blocks are trained; None trains the whole tower."""
@@ -97,9 +104,12 @@ class LanguageRecipe:
     augment: bool = True
     """Random crops and colour jitter, and the mirror image where no text of the document tells its sides apart. Models
     that cut images into tiles get the mirror image alone."""
+    feature_cache: int | None = None
+    """Megabytes for what a frozen vision tower has seen, so that it need not see it again; None: 1,024 where images are
+    not augmented, for then each epoch has the same ones."""
     compile: bool = False
-    """Compile the decoder's blocks for training (torch.compile): 1.4 times as fast on a CPU after a minute; needs a C++
-    compiler."""
+    """Compile the decoder's blocks for training (torch.compile). On a CPU this needs a C++ compiler, and is for blocks
+    that have no function of their own there, which Llama's have."""
     validation_images: int = 200
     exponent: float | None = None
     """Weighs the sources by (tokens)^exponent, as XLM does, instead of by their size; 0.7 favours the small ones."""
@@ -117,10 +127,11 @@ class LanguageRecipe:
         if bool(self.validation) == bool(self.holdout):
             raise ConfigError("give either validation sources or a holdout above 0 and below 1")
         check_numbers(self, "row_length", "rows", "window_rows", "validation_images", at_least=1)
-        check_numbers(self, "max_captions", "max_questions", "workers", "vision_blocks", at_least=0)
+        check_numbers(self, "max_captions", "max_questions", "workers", "vision_blocks", "feature_cache", at_least=0)
         check_numbers(self, "connector_lr", "vision_lr", at_least=0)
         check_numbers(self, "exponent", at_least=0, at_most=1)
         check_numbers(self, "concept_dropout", at_least=0, at_most=0.5)
+        check_numbers(self, "dropout", at_least=0, below=1)
         if self.model is None and self.start is None:
             raise ConfigError("give a model, or one to start from")
 
@@ -154,8 +165,12 @@ class LanguageTask:
         is_new = built is None and tokenizer is None and recipe.start is None
         if is_new and model is not None and not isinstance(model.decoder, str):
             tokenizer = learn_tokenizer(stores, model.decoder.vocab_size)
-        self.model, self.processor = build_model(recipe, tokenizer) if built is None else built
+        # Ranks that share a model get its weights from rank 0: they hold none of their own before.
+        empty = self.shards and sharing(recipe.train.shard) > 1 and ranks()[0] > 0
+        self.model, self.processor = build_model(recipe, tokenizer, empty=empty) if built is None else built
         self.row_length = min(recipe.row_length, self.processor.config.max_length)
+        rank, world = ranks()
+        self.step_sizes = step_sizes(recipe.train, recipe.rows * self.row_length * world)
         # The image is read with the question in view, or distances are those of the row: no two questions share it.
         separate = self.model.config.prefix_lm or self.model.decoder.config.positions == "relative"
         sampling = RecordSampling(recipe.max_captions, recipe.max_questions, recipe.augment, separate)
@@ -182,12 +197,11 @@ class LanguageTask:
         multiple = self.row_length if recipe.compile else 64
         dropout = 0.0 if self.model.concepts is None else recipe.concept_dropout
         self.reader = Reader(self.sources, self.processor, recipe.augment, seed, multiple, dropout)
-        rank, world = ranks()
         self.loader = Loader(
             plan,
             self.reader,
             rows=recipe.rows,
-            accumulate=recipe.train.accumulate,
+            accumulate=self.step_sizes,
             rank=rank,
             world=world,
             workers=recipe.workers,
@@ -201,7 +215,11 @@ class LanguageTask:
 
     def prepare(self) -> list[ParameterGroup]:
         """Freeze, cast and compile what the recipe says; what is trained."""
-        groups, self._frozen = prepare_language(self.model, self.recipe)
+        recipe = self.recipe
+        groups, self._frozen = prepare_language(self.model, recipe)
+        if use_bf16(recipe.train.precision, self.model.device) and not is_sharded(self.model):
+            megabytes = (0 if recipe.augment else 1024) if recipe.feature_cache is None else recipe.feature_cache
+            use_frozen_tower(self.model, max_bytes=megabytes * 2**20)
         return groups
 
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -219,7 +237,7 @@ class LanguageTask:
     # ---- what it is trained on ----
 
     def micro_batches(self, step: int, count: int) -> list[Batch]:
-        assert count == self.loader.accumulate
+        assert count == self.step_sizes.count(step)
         return self.loader.micro_batches(step)
 
     def data_state(self, step: int) -> dict[str, Any]:
@@ -314,8 +332,8 @@ def prepare_language(model: MMGPT, recipe: LanguageRecipe) -> tuple[list[Paramet
     bf16 = use_bf16(recipe.train.precision, device)
     frozen = _frozen_to_bf16(model) if bf16 else {}
     if recipe.compile:
-        compile_blocks(model.decoder, recompute=recompute)
-    elif recompute != "none":
+        compile_blocks(model.decoder, recompute=recompute, device=device)
+    else:
         recompute_blocks(model.decoder, recompute)
     if number > 1:
         shard_model(model, number, device, bf16=bf16)
@@ -385,8 +403,10 @@ def _message_texts(message: Any) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
-def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MMGPT, Processor]:
-    """The recipe's model, from `start` or from the decoder's own weights (random ones for a complete config)."""
+def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None, *, empty: bool = False) -> tuple[MMGPT, Processor]:
+    """The recipe's model, from `start` or from the decoder's own weights (random ones for a complete config).
+
+    `empty`: on the meta device, without weights. Random ones are then not drawn; others are read, and forgotten."""
     torch.manual_seed(recipe.train.seed)
     if recipe.start is not None:
         model, processor = load_model(recipe.start)
@@ -403,7 +423,8 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
             decoder, tokenizer = load_decoder(recipe.model.decoder)
         if tokenizer is None:
             raise ConfigError("a decoder that is not in the registry needs a tokenizer")
-        model = MMGPT(recipe.model, decoder)
+        with unfilled() if empty and decoder is None and recipe.concepts is None else nullcontext():
+            model = MMGPT(recipe.model, decoder)
         length, vocab_size = model.decoder.config.max_length, model.decoder.config.vocab_size
         if tokenizer.vocab_size > vocab_size:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the decoder {vocab_size}")
@@ -414,7 +435,8 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
     if recipe.vision_weights is not None:
         if model.vision is None:
             raise ConfigError("vision_weights need a model with a vision encoder")
-        load_vision(model.vision, recipe.vision_weights)
+        if not empty:
+            load_vision(model.vision, recipe.vision_weights)
     if recipe.concepts is not None and model.concepts is None:
         add_concepts(model, recipe.concepts, recipe.concept_weights, processor.tokenizer)
         sized = dataclasses.replace(processor.config, tokens_per_image=model.tokens_per_image)
@@ -424,7 +446,9 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
     if recipe.decoder == "full" and isinstance(model.config.decoder, str) and model.config.lora is None:
         # Its weights are no longer those that the name stands for: they are saved with the model.
         model.config = dataclasses.replace(model.config, decoder=model.decoder.config)
-    return model, processor
+    if recipe.dropout is not None:
+        model.decoder.set_dropout(recipe.dropout)
+    return model.to("meta") if empty else model, processor
 
 
 def add_concepts(model: MMGPT, config: ConceptsConfig, name: str, tokenizer: Tokenizer) -> None:

@@ -29,7 +29,8 @@ from mm_gpt.training import checkpoint
 from mm_gpt.training.checkpoint import Progress
 from mm_gpt.training.distributed import (
     average_statistics,
-    check_alike,
+    check_same_step,
+    check_same_weights,
     gather_over_ranks,
     of_rank_0,
     process_group,
@@ -39,11 +40,13 @@ from mm_gpt.training.distributed import (
     union_over_ranks,
     wait_for_all,
 )
+from mm_gpt.training.kept_memory import kept_memory
+from mm_gpt.training.noise_scale import NoiseScale
 from mm_gpt.training.optimizers import make_optimizer
 from mm_gpt.training.parallel import clip_gradients, forget_unused, is_sharded, reshard, sharing
 from mm_gpt.training.run_log import RunLog
 from mm_gpt.training.saving import Saver
-from mm_gpt.training.schedules import learning_rate
+from mm_gpt.training.schedules import cycle_ends, learning_rate, sizes_of
 from mm_gpt.training.stage import AfterStep, DataState, Shards, Stage
 from mm_gpt.training.telemetry import Telemetry
 from mm_gpt.training.trackers import tracking
@@ -70,7 +73,7 @@ def train(
     """
     device = pick_device(config.device)
     leads = ranks()[0] == 0
-    with process_group(device), _owned(out, resume=resume) if leads else nullcontext():
+    with kept_memory(device), process_group(device), _owned(out, resume=resume) if leads else nullcontext():
         wait_for_all()  # for what rank 0 tidies up
         run = Run(stage, config, out, device, resume=resume)
         if leads:
@@ -104,17 +107,25 @@ class Run:
             stage.model.to(device)
         elif not (isinstance(stage, Shards) and stage.shards):
             raise ConfigError("this stage is trained with the whole model on each rank: train.shard must be 1")
+        self.sizes = sizes_of(stage, config)
+        if config.noise_scale and self.sizes.full * ranks()[1] == 1:
+            raise ConfigError("noise_scale compares micro-batches: give accumulate=2 or more, or several processes")
+        if config.noise_scale and sharing(config.shard) > 1:
+            raise ConfigError("noise_scale needs each rank's own gradient: train.shard must be 1")
         groups = stage.prepare()
-        self.optimizer = make_optimizer(groups, config)
+        self.optimizer = make_optimizer(groups, config, stage.model)
         self.at = Progress()
-        if resume and (latest := checkpoint.latest(out)):
+        latest = checkpoint.latest(out) if resume else None
+        check_same_step(0 if latest is None else checkpoint.step_of(latest), device)
+        if latest is not None:
             self.at = checkpoint.load_training_state(latest, stage, self.optimizer)
             if isinstance(stage, DataState):
                 stage.load_data_state(self.at.data)
             logger.info("continuing from %s", latest)
-        check_alike(self.at.step, stage.model, device, sharded=is_sharded(stage.model))
-        if config.steps > max(self.at.cycles, default=0):
-            self.at.cycles.append(config.steps)
+        if not is_sharded(stage.model):  # else each rank has its own slices, of rank 0's or of one checkpoint
+            check_same_weights(self.at.step, stage.model, device)
+        self.at.cycles = cycle_ends(config, self.at.step, self.at.cycles, self.sizes)
+        self.noise = NoiseScale(self.at.noise) if config.noise_scale else None
         self.saver = Saver(out, device, background=config.async_save)
         self.log: RunLog | None = None
         if ranks()[0] == 0:
@@ -124,10 +135,21 @@ class Run:
             for group in groups:
                 trainable = sum(p.numel() for p in group.parameters if p.requires_grad)
                 logger.info("training %s: %s parameters, lr × %g", group.name, f"{trainable:,}", group.lr_scale)
-        best = None if self.log is None else self.log.best(stage.decides)
-        self.best = of_rank_0({"best": best}, device)["best"]
+        judged = {} if self.log is None else self.log.judged(stage.decides)
+        judged = of_rank_0(judged, device)
+        self.best: float | None = judged["best"]
+        self.worse: int = judged["worse"]
+        """Validations since the best one."""
+        if resume and self._out_of_patience() and self.at.step < config.steps and self.log is not None:
+            logger.warning(
+                "%s stopped at step %d, with no better %s in %d validations: with a larger train.patience it goes on",
+                out, self.at.step, stage.decides.metric, self.worse,
+            )  # fmt: skip
         self.telemetry = Telemetry(stage, config, device)
         stage.model.train()
+
+    def _out_of_patience(self) -> bool:
+        return self.config.patience is not None and self.worse >= self.config.patience
 
     def loop(self, *, progress: bool) -> None:
         """All steps that are left."""
@@ -137,15 +159,17 @@ class Run:
         prefetching = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         with Stopper() as stopper, bar, prefetching as reader, self.saver:
             ahead: Future[Sequence[Any]] | None = None  # read while the step before runs
-            while at.step < config.steps:
+            while at.step < config.steps and not self._out_of_patience():
                 begin = time.perf_counter()
-                batches = stage.micro_batches(at.step, config.accumulate) if ahead is None else ahead.result()
+                count, following = self.sizes.count(at.step), self.sizes.count(at.step + 1)
+                batches = stage.micro_batches(at.step, count) if ahead is None else ahead.result()
                 waited = time.perf_counter() - begin
                 if at.step + 1 < config.steps and not stage.on_policy:
-                    ahead = reader.submit(stage.micro_batches, at.step + 1, config.accumulate)
+                    ahead = reader.submit(stage.micro_batches, at.step + 1, following)
                 counted = self.telemetry.count(batches)
+                lr = learning_rate(config, at.step, at.cycles, self.sizes)
                 metrics = training_step(
-                    stage, batches, self.optimizer, config, at.step, self.device, cycles=at.cycles
+                    stage, batches, self.optimizer, config, at.step, self.device, lr=lr, noise=self.noise
                 ) | {"data_seconds": waited}
                 if isinstance(stage, AfterStep):
                     metrics |= stage.after_step()
@@ -162,6 +186,10 @@ class Run:
                 if self._judge_and_save(metrics, stopper, stop=asked > 0):
                     self.saver.finish()
                     raise KeyboardInterrupt(f"stopped after step {at.step}; continue with --resume")
+        if self.log is not None and self.best is not None:
+            judged = self.log.judged(stage.decides)
+            where = self.out / "best"
+            logger.info("the best %s, %.4g at step %d, is %s", stage.decides.metric, self.best, judged["step"], where)
 
     def _judge_and_save(self, metrics: dict[str, float], stopper: Stopper, *, stop: bool) -> bool:
         """What all ranks do after a step. Returns whether to stop, which a signal may have asked for meanwhile."""
@@ -171,8 +199,14 @@ class Run:
         if step % config.validate_every == 0 or last:
             values = of_rank_0(evaluate(self.stage, config, self.device), self.device)
             stop = stop or (stopper.requested and ranks()[1] == 1)
-        value = values.get(self.stage.decides.metric)
+        metric = self.stage.decides.metric
+        value = values.get(metric)
         improved = value is not None and self.stage.decides.is_better(value, self.best)
+        if value is not None:
+            self.worse = 0 if improved else self.worse + 1
+        if self._out_of_patience() and not last and self.log is not None:
+            logger.info("step %d ends the run: %d validations without a better %s", step, self.worse, metric)
+        last = last or self._out_of_patience()
         if self.log is not None:
             self.log.train(step, metrics, flush=step % config.log_every == 0 or last or stop)
             if values:
@@ -181,6 +215,7 @@ class Run:
             self.best = value
         if step % config.save_every == 0 or last or stop or improved:
             self.at.data = self.stage.data_state(step) if isinstance(self.stage, DataState) else {}
+            self.at.noise = [] if self.noise is None else self.noise.state
             self.saver.save(self.stage, self.optimizer, self.at, best=improved)
         return stop
 
@@ -193,22 +228,25 @@ def training_step(
     step: int,
     device: torch.device,
     *,
-    cycles: Sequence[int] = (),
+    lr: float | None = None,
+    noise: NoiseScale | None = None,
 ) -> dict[str, float]:
-    """One optimizer step; returns its loss and the mean of each of its terms, gradient norm, learning rate and speed.
+    """One optimizer step at the rate `lr` (None: that of a run of one cycle); returns its loss and the mean of each of
+    its terms, gradient norm, learning rate and speed, and the noise scale where `noise` measures it.
 
     Raises MMGPTError on NaN."""
     start = time.perf_counter()
     # Dropout, which differs between ranks; augmentation is seeded by the stage in the same way.
     torch.manual_seed(config.seed * 1_000_003 + step + ranks()[0] * 7_919_000_003)
-    lr = learning_rate(config, step, cycles)
+    lr = learning_rate(config, step) if lr is None else lr
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     counts = _summed([stage.counts(batch) for batch in batches], device)
     totals: dict[str, list[float]] = {}  # of each term its total, its count and its weight
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     sharded = is_sharded(stage.model)
     broken: list[str] = []  # the samples of micro-batches without a finite loss
-    for batch in batches:
+    for number, batch in enumerate(batches):
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16(config.precision, device)):
             terms = stage.loss(batch.to(device))
         # Shards are gathered and summed by all ranks together: one without targets takes part with zeros.
@@ -219,6 +257,8 @@ def training_step(
         parts = [term.total * (term.weight / (counts.get(name) or 1)) for name, term in learned.items()]
         if parts and (part := sum(parts[1:], start=parts[0])).requires_grad:  # not where all that is read is frozen
             part.backward()
+        if noise is not None and number == 0:
+            noise.see_first(trained, {name: term.count for name, term in learned.items()}, counts)
         for name, term in terms.items():
             known, total = totals.setdefault(name, [0.0, 0.0, term.weight]), float(term.total.detach())
             known[0] += total
@@ -229,7 +269,6 @@ def training_step(
     if not math.isfinite(loss):
         where = _where(broken, device)
         raise MMGPTError(f"the loss is {loss} at step {step + 1}{where}: lower the learning rate ({config.lr})")
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
     if sharded:
         forget_unused(stage.model)
     else:
@@ -238,6 +277,7 @@ def training_step(
     norm = clip_gradients(parameters, config.clip)
     if not math.isfinite(norm):  # one step further every weight would be NaN, and perhaps saved
         raise MMGPTError(f"the gradient is {float(norm)} at step {step + 1}: lower the learning rate ({config.lr})")
+    noisy = {} if noise is None else noise.after_step(norm, counts, device)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     average_statistics(stage.model)
@@ -246,6 +286,7 @@ def training_step(
         "loss": loss,
         **{name: mean for name, mean in means.items() if name != "loss"},
         "grad_norm": float(norm),
+        **noisy,
         "lr": lr,
         "targets_per_s": sum(counts.values()) / seconds,
         "seconds": seconds,

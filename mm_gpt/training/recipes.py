@@ -30,6 +30,7 @@ from mm_gpt.training.contrastive import ContrastiveRecipe, ContrastiveTask
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
 from mm_gpt.training.loop import train
+from mm_gpt.training.schedules import step_sizes
 from mm_gpt.training.self_critical import SelfCriticalRecipe, SelfCriticalTask
 from mm_gpt.training.semicausal import SemiCausalRecipe, SemiCausalTask
 from mm_gpt.training.stage import Stage
@@ -250,10 +251,7 @@ def finetune(data: str) -> LanguageRecipe:
 
 
 def classify(data: str) -> ClassificationRecipe:
-    """GPT-1's fine-tuning on labelled rows: three epochs of train.jsonl, checked on validation.jsonl or a tenth of it.
-
-    The paper's learning rate falls linearly, the loop's in a cosine.
-    """
+    """GPT-1's fine-tuning on labelled rows: three epochs of train.jsonl; validation.jsonl or a tenth of it checks."""
     has_validation = (Path(data) / "validation.jsonl").is_file()
     rows = count_rows(Path(data) / "train.jsonl") * (1.0 if has_validation else 0.9)
     steps = max(1, round(3 * rows / 32))
@@ -261,6 +259,7 @@ def classify(data: str) -> ClassificationRecipe:
         train=TrainConfig(
             steps=steps,
             lr=6.25e-5,
+            schedule="linear",
             warmup_steps=max(1, round(0.002 * steps)),
             weight_decay=0.01,
             beta2=0.999,
@@ -415,14 +414,14 @@ def of_preset(name: str, data: str) -> LanguageRecipe | SemiCausalRecipe:
     """A published model from random weights, with its paper's hyperparameters, on plain text or captioned images.
 
     The paper's learning rate belongs to its batch: see `peak_rate`. Its warm-up takes a tenth of the steps at most,
-    since these are few.
+    since these are few, and for the same reason they do not grow (GPT-3's `ramp_from`).
     """
     chosen = preset(name)
     config = chosen.config
     published = "lr" in chosen.training
     values: dict[str, Any] = {
         "lr": UNPUBLISHED_LR,
-        **chosen.training,
+        **{name: value for name, value in chosen.training.items() if not name.startswith("ramp")},
         "steps": PRESET_STEPS,
         "warmup_steps": min(chosen.training.get("warmup_steps", 0), PRESET_STEPS // 10),
         "batch_tokens": chosen.batch_tokens if published else UNPUBLISHED_BATCH,
@@ -497,15 +496,15 @@ def peak_rate(recipe: Recipe) -> float:
     length = recipe.row_length
     if isinstance(decoder, DecoderConfig) and not decoder.memory_length:  # with a memory, a row is longer than that
         length = min(length, decoder.max_length)
-    tokens = recipe.rows * length * config.accumulate * ranks()[1]
+    micro_tokens = recipe.rows * length * ranks()[1]
+    tokens = step_sizes(config, micro_tokens).full * micro_tokens
     if tokens >= config.batch_tokens:
         return config.lr
     rate = config.lr * math.sqrt(tokens / config.batch_tokens)
     logger.info(
         "a step holds up to %s tokens, the learning rate of %g is meant for %s: the peak is %.3g "
         "(train.accumulate=%d makes up the batch, at the full rate)",
-        f"{tokens:,}", config.lr, f"{config.batch_tokens:,}", rate,
-        math.ceil(config.accumulate * config.batch_tokens / tokens),
+        f"{tokens:,}", config.lr, f"{config.batch_tokens:,}", rate, math.ceil(config.batch_tokens / micro_tokens),
     )  # fmt: skip
     return rate
 
@@ -543,8 +542,14 @@ def _check_same(recipe: Recipe, path: Path) -> None:
     """A run continues only as what it was; the number of steps may grow."""
     before = read_json(path)
     now = json.loads(json.dumps(configs.to_dict(recipe)))
+    # A setting that came later had its default before.
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig) if f.default is not dataclasses.MISSING}
+    before["train"] = json.loads(json.dumps(defaults)) | before["train"]
     for values in (before, now):
-        for key in ("steps", "log_every", "validate_every", "save_every", "trackers", "mfu_peak"):
+        for key in (
+            *("steps", "log_every", "validate_every", "save_every", "patience"),
+            *("noise_scale", "trackers", "mfu_peak"),
+        ):
             values["train"].pop(key, None)
         # Another number of ranks, with as many rows a step; or of workers.
         for key in ("rows", "workers"):

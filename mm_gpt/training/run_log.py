@@ -35,12 +35,19 @@ class RunLog:
 
     def best(self, decides: Decides) -> float | None:
         """The best value so far of what decides; None before the first."""
-        best: float | None = None
+        return self.judged(decides)["best"]
+
+    def judged(self, decides: Decides) -> dict[str, Any]:
+        """The `best` value so far of what decides and its `step`, None before the first, and how many were `worse`
+        since."""
+        found: dict[str, Any] = {"best": None, "step": None, "worse": 0}
         for row in self.rows:
             value = row.get("validation", {}).get(decides.metric)
-            if value is not None and decides.is_better(value, best):
-                best = value
-        return best
+            if value is not None and decides.is_better(value, found["best"]):
+                found = {"best": value, "step": row["step"], "worse": 0}
+            elif value is not None:
+                found["worse"] += 1
+        return found
 
     def train(self, step: int, metrics: dict[str, float], *, flush: bool) -> None:
         self._pending.append(metrics)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,11 +21,11 @@ from mm_gpt.errors import MMGPTError
 from mm_gpt.system.tensor_files import Job, writing_later
 from mm_gpt.system.writing import begin_folder, drop_folder, hidden_folder, naming, put_folder, remove_folder
 from mm_gpt.training.checkpoint import (
+    FORMAT,
     PROGRESS_FILE,
     STATE_FOLDER,
     Progress,
     own_state,
-    progress_text,
     step_folders,
     topology,
 )
@@ -45,8 +45,8 @@ class _Pending:
 
     folders: list[Path]
     """Which get their names, in this order."""
-    progress: Progress
-    saved_by: dict[str, int]
+    about: dict[str, Any]
+    """For `PROGRESS_FILE`."""
     jobs: list[Job] = field(default_factory=list)
     """What this rank has to write."""
     errors: list[Exception] = field(default_factory=list)
@@ -84,7 +84,8 @@ class Saver:
         """
         self.finish()
         step = self.out / f"step-{progress.step:06d}"
-        pending = _Pending([self.out / "best", step] if best else [step], _copied(progress), topology(stage.model))
+        about = asdict(progress) | {"format": FORMAT, "saved_by": topology(stage.model)}
+        pending = _Pending([self.out / "best", step] if best else [step], about)
         self._pending = pending
         try:
             self._fill(pending, stage, optimizer)
@@ -158,7 +159,7 @@ class Saver:
     def _put(self, pending: _Pending, files: dict[str, int]) -> None:
         path = hidden_folder(pending.folders[-1]) / PROGRESS_FILE
         with naming(path):
-            path.write_text(progress_text(pending.progress, pending.saved_by, files))
+            path.write_text(json.dumps(pending.about | {"files": files}) + "\n")
         for folder in pending.folders:
             put_folder(folder)
         for old in step_folders(self.out)[:-KEEP]:  # only now that the new one is durable
@@ -206,9 +207,3 @@ def _besides() -> Iterator[None]:
         yield
     except MMGPTError as error:
         logger.error("%s", error)
-
-
-def _copied(progress: Progress) -> Progress:
-    """As it is now: the run changes it."""
-    values: dict[str, Any] = json.loads(json.dumps(progress.data))
-    return Progress(progress.step, list(progress.cycles), values)

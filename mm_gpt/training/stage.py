@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from mm_gpt.datasets.loading.step_sizes import StepSizes
+
 
 @dataclass(frozen=True)
 class ParameterGroup:
@@ -96,6 +98,14 @@ class DataState(Protocol):
 
     def load_data_state(self, state: dict[str, Any]) -> None:
         """Raises MMGPTError when the data is no longer what it was."""
+
+
+@runtime_checkable
+class SizedSteps(Protocol):
+    """A stage that knows how many tokens a micro-batch holds, and so how many of them make a step."""
+
+    @property
+    def step_sizes(self) -> StepSizes: ...
 
 
 @runtime_checkable

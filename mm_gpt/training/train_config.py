@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from mm_gpt.config import check_numbers
+from mm_gpt.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,22 +20,42 @@ class TrainConfig:
     (`mm_gpt.training.recipes.peak_rate`)."""
     accumulate: int = 1
     """Micro-batches per step."""
+    step_tokens: int | None = None
+    """Tokens in a step over all processes, padding included; sets `accumulate`, rounded up. For stages of packed
+    rows."""
+    ramp_from: int | None = None
+    """Tokens in the first step; they grow linearly, in multiples of this, to a whole step (GPT-3)."""
+    ramp_tokens: int | None = None
+    """Tokens over which steps grow from `ramp_from`. Meanwhile the schedule goes by tokens: `warmup_steps` stand for as
+    many whole ones."""
+    optimizer: Literal["adamw", "muon", "adafactor"] = "adamw"
+    """muon: orthogonalised momentum (2502.16982) for the matrices of blocks, whose updates are as long as AdamW's, and
+    AdamW for the rest. adafactor (1804.04235): `lr` is relative to the size of each parameter, as a rule 0.01."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """What follows the warm-up. wsd stays at the peak and falls linearly over the last `decay_share` of the run
+    (2404.06395); constant stays."""
     warmup_steps: int = 0
     """Linear warm-up from 0."""
     final_lr: float = 0.0
-    """Where the cosine ends, as a fraction of the peak."""
+    """Where the learning rate ends, as a fraction of the peak; `constant` has no use for it."""
+    decay_share: float = 0.1
+    """The share of the run over which `wsd` falls."""
+    final_share: float = 0.0
+    """The share of the run at its end that stays at `final_lr`."""
     weight_decay: float = 0.0
+    """Of matrices alone."""
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6
+    """Of AdamW, as are the betas."""
     clip: float = 1.0
     """Largest norm of all gradients together."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 computes matrix products in bfloat16 under autocast, with float32 master weights for what is trained. `auto`
     takes it where the hardware multiplies it: a processor without the instructions is four times slower in bf16."""
     shard: int | None = 1
-    """Processes that share one copy of the model, each with a slice of every weight (FSDP2). 1: each has all of it; None:
-    all share one."""
+    """Processes that share one copy of the model, each with a slice of every weight (FSDP2). 1: each has all of it;
+    None: all of them share one."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the decoder's blocks compute again in the backward pass instead of keeping it. full: all but their inputs;
     selective: all but attention and every second matrix product."""
@@ -45,6 +66,10 @@ class TrainConfig:
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where the log goes besides `log.jsonl`."""
     seed: int = 0
+    patience: int | None = None
+    """Validations without a better one after which the run ends; None: it goes to its last step."""
+    noise_scale: bool = False
+    """Log the gradient noise scale (1812.06162): the batch, in targets, beyond which more of them hardly help."""
     log_every: int = 10
     validate_every: int = 200
     save_every: int = 200
@@ -63,10 +88,18 @@ class TrainConfig:
             "shard",
             at_least=1,
         )
+        check_numbers(self, "step_tokens", "ramp_from", "ramp_tokens", "patience", at_least=1)
+        check_numbers(self, "decay_share", "final_share", at_least=0, at_most=1)
         check_numbers(self, "lr", "eps", "clip", above=0)
         check_numbers(self, "warmup_steps", "weight_decay", at_least=0)
         check_numbers(self, "final_lr", at_least=0, at_most=1)
         check_numbers(self, "beta1", "beta2", at_least=0, below=1)
+        if (self.ramp_from is None) != (self.ramp_tokens is None):
+            raise ConfigError("ramp_from and ramp_tokens go together: where the steps begin, and when they are whole")
+        if self.schedule == "wsd" and self.decay_share + self.final_share > 1:
+            raise ConfigError(
+                f"decay_share {self.decay_share} and final_share {self.final_share} are more than the run"
+            )
         check_numbers(self, "seed", at_least=0, below=2**32)  # times a million, it must fit into a generator's seed
 
 
