@@ -59,11 +59,11 @@ def main() -> None:
         return
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     results["machine"] = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    results["command"] = "python examples/benchmarks/training_step.py " + " ".join(sys.argv[1:])
+    command = "python examples/benchmarks/training_step.py " + " ".join(sys.argv[1:])
     for job in args.jobs:
         peers = [f"without {means}" for means in args.without] or ["before" if job == "stage" else "transformers"]
         for peer in peers:
-            found = compare(job, peer, args)
+            found = compare(job, peer, args) | {"command": command}
             results.setdefault(job, {})[peer] = found
             args.out.write_text(json.dumps(results, indent=2) + "\n")
             print(job, json.dumps({peer: found}))
@@ -170,7 +170,7 @@ def prepare(stack: ExitStack, without: str) -> None:
     if without == "blocks":
         decoder.fused = lambda *_: None
     if without == "loss":
-        loss.fused_kind = lambda *_: None  # type: ignore[assignment]
+        loss.fused_kind = lambda *_: None
 
 
 def batch_ids(step: int) -> Any:
