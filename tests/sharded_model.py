@@ -30,13 +30,13 @@ def document(number: int, *, image: bool) -> Document:
     return Document((Image(make_picture(number)), text) if image else (text,), id=f"doc{number}")
 
 
-def batch_of(processor: Processor, documents: Sequence[Document], *, learned: bool = True) -> Batch:
-    """One packed row. `learned`: whether anything of it is supervised."""
+def batch_of(processor: Processor, documents: Sequence[Document], *, learned: bool = True, multiple: int = 1) -> Batch:
+    """One packed row, padded to a `multiple` of tokens. `learned`: whether anything of it is supervised."""
     examples = [processor(each) for each in documents]
     transform = processor.transform
     assert transform is not None
     pixels = [transform(image.load()) for example in examples for image in example.images]
-    batch = collate([examples], torch.stack(pixels) if pixels else torch.zeros(0, 3, 32, 32))
+    batch = collate([examples], torch.stack(pixels) if pixels else torch.zeros(0, 3, 32, 32), pad_to_multiple=multiple)
     return batch if learned else dataclasses.replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX))
 
 

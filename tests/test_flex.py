@@ -5,7 +5,7 @@ check is taken away here. What only a compiled kernel shows, which blocks it vis
 slow test by the compiled forward pass.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.masks import attention_mask, block_mask, uses_blocks
 from mm_gpt.model.mmgpt import MMGPT
 from mm_gpt.processor import IGNORE_INDEX, Batch, collate
+from mm_gpt.training.recompute import recompute_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -108,8 +109,8 @@ def projections(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.usefixtures("with_gradients")
-@pytest.mark.parametrize(("name", "softcap"), [("documents", 5.0), *((name, None) for name in CASES)])
-def test_forward_and_backward_equal_the_masked_form(name: str, softcap: float | None) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_backward_equal_the_masked_form(name: str) -> None:
     """Equal to 1e-5, with grouped heads."""
     batch, options = CASES[name]
     mask, blocks = attention_mask(batch, **options), block_mask(batch, **options)
@@ -119,7 +120,7 @@ def test_forward_and_backward_equal_the_masked_form(name: str, softcap: float | 
     assert blocks is not None
     inputs = projections(batch)
     weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
-    ends = [attend(*inputs, mask=each, softcap=softcap, scale=0.3) for each in (mask, blocks)]
+    ends = [attend(*inputs, mask=each, scale=0.3) for each in (mask, blocks)]
     assert torch.allclose(*ends, atol=1e-5)
     masked, blocked = (torch.autograd.grad((end * weights).sum(), inputs) for end in ends)
     for expected, found in zip(masked, blocked, strict=True):
@@ -194,8 +195,8 @@ def test_a_row_of_one_document_needs_no_mask() -> None:
 
 def test_what_blocks_do_not_serve() -> None:
     blocks = block_mask(PACKED)
-    for options in ({"pattern": Pattern(kind="local", window=4)}, {"dropout": 0.5}):
-        with pytest.raises(ConfigError, match="a mask of blocks goes with dense attention without dropout"):
+    for options in ({"pattern": Pattern(kind="local", window=4)}, {"dropout": 0.5}, {"softcap": 5.0}):
+        with pytest.raises(ConfigError, match="a mask of blocks goes with dense attention, without dropout"):
             attend(*projections(PACKED), mask=blocks, **options)  # type: ignore[arg-type]
     sizes = {"vocab_size": 9, "width": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 2, "head_size": 16}
     sizes |= {"mlp_width": 8, "max_length": 64}
@@ -205,6 +206,7 @@ def test_what_blocks_do_not_serve() -> None:
     assert not uses_blocks(DecoderConfig(**sizes), cpu)  # type: ignore[arg-type]
     others: list[dict[str, Any]] = [
         {"dropout": 0.1},
+        {"attention_softcap": 30.0},
         {"positions": "relative"},
         {"head_size": 8},
         {"attention": ("strided",), "stride": 4},
@@ -230,9 +232,12 @@ def by_blocks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.usefixtures("with_gradients")
-def test_a_model_s_loss_and_gradients(by_blocks: list[Any]) -> None:
-    """Packed documents with images and branches, as a training step has them."""
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_model_s_loss_and_gradients(by_blocks: list[Any], recompute: Literal["none", "selective", "full"]) -> None:
+    """Packed documents with images and branches, as a training step has them; also where blocks are computed again."""
     model, processor = make_tiny()
+    if recompute != "none":
+        recompute_blocks(model.decoder, recompute)
     photo = Image(make_picture())
     rows = [
         [processor(processor.captions(photo, "Describe it.", ["A red circle.", "A blue square."]))] * 2,
@@ -248,7 +253,7 @@ def test_a_model_s_loss_and_gradients(by_blocks: list[Any]) -> None:
         return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     blocked, found = gradients(model.train())
-    assert len(by_blocks) == 3  # a layer each
+    assert len(by_blocks) == (3 if recompute == "none" else 6)  # a layer each
     by_blocks.clear()
     masked, expected = gradients(model.eval())  # evaluation has its many shapes, and masks
     assert not by_blocks

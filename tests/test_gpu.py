@@ -5,7 +5,9 @@ from typing import Literal
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import make_picture, make_tiny
+from sharded_model import batch_of, document, whole
 from test_flex import packed
 from toy_stage import logged
 
@@ -16,6 +18,7 @@ from mm_gpt.model.masks import block_mask, uses_blocks
 from mm_gpt.model.mmgpt import MMGPT, ModelConfig
 from mm_gpt.processor import Batch, collate
 from mm_gpt.training.compiling import compile_blocks
+from mm_gpt.training.parallel import gathered, shard_model
 from mm_gpt.training.recipes import run_recipe, tiny
 from mm_gpt.training.recompute import recompute_blocks
 from mm_gpt.training.telemetry import known_peak
@@ -61,7 +64,6 @@ def packed_model() -> tuple[MMGPT, Batch]:
         max_length=1024,
         attention=("dense", "local"),
         window=60,
-        attention_softcap=30.0,
     )
     torch.manual_seed(0)
     batch = packed([[(150,), (90,), (200,)], [(40, 30, 25, 60), (130, 140, 5), (5,)]], right=12)
@@ -75,7 +77,9 @@ def gradients(model: MMGPT, batch: Batch, dtype: torch.dtype | None = None) -> t
     with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
         loss, count = model.loss(batch)
     (loss / count).backward()
-    return float(loss / count), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return float((loss / count).detach()), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -148,3 +152,33 @@ def test_training_in_bf16_learns(tmp_path: Path) -> None:
     assert use_bf16("auto", torch.device("cuda"))
     run_recipe(tiny(str(shapes)), tmp_path / "run", progress=False)
     assert (tmp_path / "run/best/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_model_in_one_slice_is_a_whole_one(tmp_path: Path, bf16: bool) -> None:
+    """FSDP of one GPU: losses, gradients and what is saved."""
+    device = torch.device("cuda")
+    plain, processor = make_tiny()
+    model, _ = make_tiny()
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        plain.to(device).train()
+        shard_model(model.train(), 1, device, bf16=bf16)
+        with gathered(model):
+            for name, tensor in model.state_dict().items():
+                assert torch.equal(tensor, plain.state_dict()[name].cpu()), name
+        batch = batch_of(processor, [document(0, image=True)]).to(device)
+        losses = []
+        for each in (plain, model):
+            with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+                losses.append(each.loss(batch)[0])
+            losses[-1].backward()
+        tolerance = 2e-2 if bf16 else 1e-5
+        assert losses[1].item() == pytest.approx(losses[0].item(), rel=tolerance)
+        for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+            if q.grad is not None:
+                assert p.grad is not None
+                distance = (whole(p.grad).float() - q.grad).norm() / q.grad.norm()
+                assert distance < 5 * tolerance, name
+    finally:
+        dist.destroy_process_group()

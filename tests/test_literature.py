@@ -1,5 +1,6 @@
 """The experiments on what the literature around GPT-4 names: their parts, and that each command runs."""
 
+import argparse
 import json
 import math
 import random
@@ -14,23 +15,34 @@ import torch
 from forked_ranks import on_ranks
 from torch import Tensor, nn
 
+from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.training.distributed import process_group, sum_gradients
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples/literature"))
 pytest.importorskip("asynchronous", reason="the examples are not installed")
 import asynchronous
 import gimp_manual
+import objectives
 import small_runs
+import translation
 
 ROWS = [torch.randn(4, 6, generator=torch.Generator().manual_seed(n)) for n in range(12)]
 
 
 def run(module: Any, out: Path, monkeypatch: pytest.MonkeyPatch, seeds: int = 2) -> dict[str, Any]:
     plot = out.with_suffix(".png")
+    page = out.with_suffix(".md")
+    page.write_text(f"before\n<!-- {out.stem} -->\nold\n<!-- end of {out.stem} -->\nbehind\n")
     words = [module.__name__, "--quick", "--seeds", str(seeds), "-o", str(out), "--plot", str(plot)]
+    words += ["--page", str(page)]
     monkeypatch.setattr(sys, "argv", words)
     module.main()
     assert 4_000 < plot.stat().st_size < 40_000
+    lines = page.read_text().splitlines()
+    assert lines[0] == "before"
+    assert lines[-1] == "behind"
+    assert "old" not in lines
+    assert sum(line.startswith("|") for line in lines) >= 4
     return json.loads(out.read_text())
 
 
@@ -142,7 +154,156 @@ def test_the_experiment_on_delays_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert all(own["loss"]["mean"] > 0 for way in ways.values() for own in way.values())
 
 
+# ---- Objectives ----
+
+
+@pytest.fixture(scope="module")
+def made_up() -> Any:
+    args = small_runs.options(None, "objectives", 1).parse_args([])
+    return objectives.World(args, objectives.QUICK)
+
+
+def test_counted_flops_are_those_of_the_formula(made_up: Any) -> None:
+    """6 FLOPs a weight and token, 12·T·D a token for attention in each layer, and the head on what is supervised."""
+    sizes, model = objectives.QUICK, made_up.fresh(objectives.NEXT, 0)
+    tokens = sizes.rows * sizes.length
+    body = sum(p.numel() for name, p in model.blocks.named_parameters() if p.dim() == 2)
+    attention = 12 * sizes.length * sizes.width * sizes.layers * tokens
+    head = 6 * model.head_weight.numel() * tokens
+    assert made_up.flops[objectives.NEXT] == 6 * body * tokens + attention + head
+    masked = made_up.flops[objectives.MASKED] - (6 * body * tokens + attention)
+    assert 0.05 < masked / head < 0.3  # of 15 % of the tokens
+
+
+def test_objectives_spend_the_same(made_up: Any) -> None:
+    spent = [made_up.steps(name) * made_up.flops[name] for name in objectives.OBJECTIVES]
+    assert max(spent) - min(spent) <= max(made_up.flops.values())
+    rows = made_up.rows["train"][:3]
+    draw = torch.Generator().manual_seed(0)
+    counts = [
+        objectives.objective_loss(name, made_up.fresh(name, 0), rows, made_up.mask_id, draw)[1]
+        for name in objectives.OBJECTIVES
+    ]
+    assert counts[0] == 3 * objectives.QUICK.length
+    assert 0 < counts[1] < counts[0] / 3
+    assert counts[2] == 3
+
+
+def test_a_copy_for_generation_sees_only_what_came_before(made_up: Any) -> None:
+    """The adapted twin of a model that saw both sides: a later token changes no earlier state."""
+    model = made_up.fresh(objectives.MASKED, 0)
+    before = [p.clone() for p in model.parameters()]
+    twin = made_up.adapt(model, 1e-3, 0)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    ids = made_up.rows["test"][:1, :12]
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % 50
+    positions = torch.arange(12)[None]
+    with torch.no_grad():
+        for seen, equal in ((twin, True), (model, False)):
+            a, b = (seen(seen.embed(x), positions)[0, :-1] for x in (ids, other))
+            assert torch.allclose(a, b, atol=1e-5) is equal
+
+
+def test_gaps_have_one_right_word_and_a_causal_model_takes_the_likeliest_text(made_up: Any) -> None:
+    """The whole text, what comes after the gap included: scores of the gap alone would leave the right side unread."""
+    model, right = made_up.fresh(objectives.NEXT, 1), 0
+    positions = torch.arange(objectives.QUICK.length)[None]
+    for row, place, choices in made_up.items:
+        assert choices[0] == row[place]
+        assert len(set(choices)) == objectives.CHOICES
+        scores = []
+        for choice in choices:
+            filled = torch.cat([row[:place], torch.tensor([choice]), row[place + 1 :]])
+            with torch.no_grad():
+                logprobs = model.logits(model(model.embed(filled[None]), positions))[0].log_softmax(dim=-1)
+            scores.append(sum(float(logprobs[at, filled[at + 1]]) for at in range(len(filled) - 1)))
+        right += max(scores) == scores[0]
+    assert made_up.cloze_accuracy(objectives.NEXT, model) == right / len(made_up.items)
+
+
+def test_the_experiment_on_objectives_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(objectives, tmp_path / "objectives.json", monkeypatch, seeds=1)
+    ways = result["ways"]
+    assert set(ways) == {*objectives.OBJECTIVES, objectives.NONE}
+    assert "cloze" not in ways[objectives.SEGMENTS]
+    assert all(0 < way["generation"]["mean"] < 20 and 0 <= way["topics"]["mean"] <= 1 for way in ways.values())
+    assert ways[objectives.MASKED]["curves"][0][-1][0] == objectives.QUICK.adapt_steps
+
+
+# ---- Translations ----
+
+
+@pytest.fixture(scope="module")
+def two_languages() -> Any:
+    args = small_runs.options(None, "translation", 1).parse_args([])
+    return translation.World(args, translation.QUICK)
+
+
+def test_the_nearest_is_found_both_ways() -> None:
+    states = torch.eye(4)
+    assert translation.retrieval(states, 3 * states) == 1
+    assert translation.retrieval(states, states.roll(1, dims=0)) == 0
+    assert translation.retrieval(states, states[[0, 1, 3, 2]]) == 0.5
+
+
+def test_a_rare_language_is_rare_and_no_pair_is_of_another_page(two_languages: Any) -> None:
+    """Translations are of the pages whose German is known anyway, and test pairs of none of them."""
+    assert two_languages.counts["de"] < 0.7 * two_languages.counts["en"]
+    known = {tuple(row) for pair in two_languages.pairs for row in pair}
+    assert not known & {tuple(row) for pair in two_languages.test_pairs for row in pair}
+    ids, positions, languages, present = two_languages.translated(random.Random(0), True)
+    row, sides = ids[0][present[0]].tolist(), languages[0][present[0]].tolist()
+    cut = row.index(two_languages.separator)
+    assert positions[0, cut + 1] == 0
+    assert sides[: cut + 1] == [sides[0]] * (cut + 1)
+    pair = (row[:cut], row[cut + 1 : -1])
+    assert (pair if sides[0] == 0 else pair[::-1]) in two_languages.pairs
+    wrong, *_ = two_languages.translated(random.Random(0), False)
+    assert wrong.shape[1] <= translation.QUICK.length
+    assert wrong[0].tolist() != ids[0].tolist()
+
+
+def test_without_a_language_embedding_the_encoder_knows_no_language(two_languages: Any) -> None:
+    ids = two_languages.rows["test", "en"][:2]
+    for embedded in (False, True):
+        model = two_languages.fresh(translation.Way(language_embedding=embedded), 0)
+        one, other = (model(*two_languages.monolingual(ids, language)) for language in ("en", "de"))
+        assert torch.equal(one, other) is not embedded
+
+
+def test_the_experiment_on_translations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(translation, tmp_path / "translation.json", monkeypatch, seeds=1)
+    assert set(result["ways"]) == {*translation.WAYS, "random weights"}
+    shares = result["shares"]
+    assert shares["0.5"]["de"] > shares["0.7"]["de"] > shares["1.0"]["de"]
+    assert result["effects"]["translations beside plain"]["loss de"]["ci95"] is None
+    seen = result["tokens seen"]
+    assert seen["translations"]["de"] > 0
+
+
 # ---- What the experiments share ----
+
+
+def test_a_stopped_experiment_goes_on_and_not_with_other_settings(tmp_path: Path) -> None:
+    first = small_runs.Finished(tmp_path / "x.json", {"steps": 3})
+    assert first.get("a", lambda: [1, math.inf]) == [1, math.inf]
+    again = small_runs.Finished(tmp_path / "x.json", {"steps": 3})
+    assert again.get("a", lambda: pytest.fail("made again")) == [1, math.inf]
+    with pytest.raises(MMGPTError, match="other settings"):
+        small_runs.Finished(tmp_path / "x.json", {"steps": 4})
+    found = ["a: +1.000 [+0.500, +1.500]", f"b: loss: +0.100 [-1.000, +1.200]{small_runs.NO_EFFECT}"]
+    page = tmp_path / "page.md"
+    page.write_text("<!-- x -->\n<!-- end of x -->\n")
+    args = argparse.Namespace(output=tmp_path / "x.json", page=page, plot=tmp_path / "x.png")
+    small_runs.write({"found": found}, "| t |", args, again)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.md", "x.json"]
+    assert "- a: +1.000 [+0.500, +1.500]\n" in page.read_text()
+    assert "holds 0: b: loss.\n" in page.read_text()
+    assert "](x.png)\n<!-- end of x -->" in page.read_text()
+    page.write_text("nothing")
+    with pytest.raises(MMGPTError, match="lacks"):
+        small_runs.fill_page(page, "x", "")
 
 
 def test_a_rate_is_found_by_walking_downhill() -> None:
@@ -155,6 +316,15 @@ def test_a_rate_is_found_by_walking_downhill() -> None:
     assert small_runs.best_rate(loss, 8.0) == 0.25
     assert len(tried) == len(set(tried)) == 8  # none twice
     assert small_runs.best_rate(lambda rate: math.inf, 1.0) == 1.0
+
+
+def test_more_steps_can_be_asked_for() -> None:
+    words = small_runs.options(None, "objectives", 3).parse_args
+    assert small_runs.chosen(words([]), objectives.FULL, objectives.QUICK) == objectives.FULL
+    quick = small_runs.chosen(words(["--quick", "--steps", "9"]), objectives.FULL, objectives.QUICK)
+    assert (quick.steps, quick.width) == (9, objectives.QUICK.width)
+    with pytest.raises(ConfigError, match="--steps"):
+        small_runs.chosen(words(["--steps", "0"]), objectives.FULL, objectives.QUICK)
 
 
 def test_intervals_are_students() -> None:

@@ -28,8 +28,8 @@ from mm_gpt.datasets.building.shards import Corpus, ShardWriter, index_path, wri
 from mm_gpt.datasets.loading.index import Measure
 from mm_gpt.datasets.loading.loader import Loaded, Loader
 from mm_gpt.datasets.loading.plan import Plan, Row, SourceWeight
-from mm_gpt.datasets.loading.step_sizes import StepSizes
 from mm_gpt.datasets.loading.sources import IndexedSource, SourceConfig, open_sources
+from mm_gpt.datasets.loading.step_sizes import StepSizes
 from mm_gpt.datasets.samples import Conversation, ErrorCounter, Record, Sample
 from mm_gpt.document import Document, Image, Segment, Text
 from mm_gpt.errors import MMGPTError
@@ -191,11 +191,11 @@ def test_another_number_of_ranks_loses_nothing() -> None:
 
 
 def test_steps_that_grow() -> None:
-    """A ramp on any number of ranks: the same rows in each step, none lost or twice, stopped anywhere in it and continued
-    on another number of ranks; and one whose sizes change loses nothing either."""
+    """A ramp on any number of ranks: the same rows in each step, none lost or twice, stopped anywhere in it and
+    continued on another number of ranks; and one whose sizes change loses nothing either."""
     counts = [2, 2, 2, 2, 4, 4, 6, 6, 6, 6]
-    expected = list(itertools.islice((row for row, _ in numbers_plan().rows()), 200))
-    begins = [12 * sum(counts[:step]) // 2 for step in range(len(counts))]
+    expected = list(itertools.islice((row for row, _ in numbers_plan().rows()), 400))
+    begins = [6 * sum(counts[:step]) for step in range(len(counts))]
     variants = ((3, StepSizes(6, 2, 14), 2), (6, StepSizes(6, 2, 14), 1), (3, StepSizes(12, 4, 28), 1))
     states: list[Any] = []
     for rows, sizes, world in variants:

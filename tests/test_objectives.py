@@ -79,7 +79,9 @@ def test_halves_that_are_told_apart_and_halves_that_are_not() -> None:
     b, temperature = 6, 0.5
     apart = torch.eye(b) * 3
     expected = b * math.log(1 + (b - 1) * math.exp(-1 / temperature))
-    assert contrastive_segment_loss(apart, 2 * apart, temperature=temperature).item() == pytest.approx(expected, rel=1e-5)
+    assert contrastive_segment_loss(apart, 2 * apart, temperature=temperature).item() == pytest.approx(
+        expected, rel=1e-5
+    )
     alike = torch.ones(b, 4)
     assert contrastive_segment_loss(alike, alike).item() == pytest.approx(b * math.log(b), rel=1e-5)
     wrong = contrastive_segment_loss(apart, apart.roll(1, dims=0), temperature=temperature)

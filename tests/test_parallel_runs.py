@@ -1,7 +1,6 @@
 """Runs whose ranks share a model: the same losses, validation and saved models as those of one process."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +78,15 @@ def test_a_shared_model_is_trained_as_a_whole_one(data: Path, kind: str) -> None
     rounding = 1e-4 if kind == "full" else 1e-2
     assert losses(two).keys() == {1, 2, 3, 4}
     assert losses(two) == pytest.approx(losses(one), rel=rounding)
-    judged = [{step: values["loss"] for step, values in logged(out, "validation").items()} for out in (two, one)]
-    assert judged[0] == pytest.approx(judged[1], rel=rounding)
-    ours, theirs = (load_file(folder / "step-000002/model.safetensors") for folder in (two, one))
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
+    judged: list[dict[int, Any]] = [dict(logged(out, "validation")) for out in (two, one)]
+    ours, theirs = ({step: values["loss"] for step, values in each.items()} for each in judged)
+    assert ours == pytest.approx(theirs, rel=rounding)
+    saved, expected = (load_file(folder / "step-000002/model.safetensors") for folder in (two, one))
+    assert saved.keys() == expected.keys()
+    for name, tensor in expected.items():
         same = tensor.dim() > 1 and kind == "adapted" and name.startswith("decoder") and "lora" not in name
         tolerance = 0.0 if same else 10 * rounding
-        torch.testing.assert_close(ours[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
+        torch.testing.assert_close(saved[name], tensor, rtol=tolerance, atol=tolerance, msg=name)
     assert mm_gpt.load(two / "best").model.decoder.config.num_layers == 3
 
 
@@ -96,6 +96,8 @@ def test_other_stages_are_not_sharded(tmp_path: Path) -> None:
 
     message = "ConfigError: this stage is trained with the whole model on each rank: train.shard must be 1"
     assert on_ranks(refused) == [message] * 2
+    with pytest.raises(ConfigError, match="shard"):
+        toy_config(shard=0)
     with pytest.raises(ConfigError, match="2 ranks cannot share a copy of the model: the run has 1"):
         train(ToyStage(), toy_config(shard=2), tmp_path / "alone", progress=False)
 
@@ -161,13 +163,3 @@ def test_ranks_build_no_weights_of_their_own(data: Path, monkeypatch: pytest.Mon
         task = LanguageTask(recipe, make_tokenizer())
         assert {p.is_meta for p in task.model.parameters()} == {is_meta}
         assert ranks() == (rank, 2)
-
-
-def test_recipes_keep_their_sharding(tmp_path: Path) -> None:
-    """In `recipe.json`, whose reader is another process."""
-    values = dataclasses.asdict(config(shard=None, recompute="full"))
-    assert json.loads(json.dumps(values))["shard"] is None
-    with pytest.raises(ConfigError, match="shard"):
-        config(shard=0)
-    with pytest.raises(ConfigError, match="recompute"):
-        config(recompute="some")

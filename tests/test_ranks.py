@@ -195,6 +195,7 @@ def test_another_number_of_ranks(folder: Path, whole: Run) -> None:
     assert again.losses() == pytest.approx(whole.losses(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_stopped_while_steps_grow(folder: Path) -> None:
     """Steps of 2, 4 and 6 rows; killed among those of 4, and continued by one rank with two micro-batches for one: each
     step has the rows that it would have had."""

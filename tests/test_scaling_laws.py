@@ -244,6 +244,8 @@ def test_too_little_to_tell() -> None:
     assert fit_power(same).predict(TARGET) > 0
     with pytest.raises(CannotTell, match="3 runs for 3 coefficients leave none"):
         fit_power(with_losses("power", POWER, RUNGS[::4])).interval(TARGET)
+    with pytest.raises(MMGPTError, match="unknown form of law 'powr'; did you mean 'power'"):
+        predict_run(runs, TARGET, "powr")  # type: ignore[arg-type]
     with pytest.raises(CannotTell, match="3 runs are too few for 5 coefficients"):
         fit_parametric([runs[0], runs[5], runs[10]])
 

@@ -583,8 +583,8 @@ def tiny_task(recipe: LanguageRecipe) -> LanguageTask:
 LORA = LoRAConfig(rank=2, alpha=4, dropout=0.2)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_language_training_resumes_bit_by_bit(tmp_path: Path, data: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["full", "lora", "started"])
+def test_language_training_resumes_bit_by_bit(tmp_path: Path, data: Path, kind: str, tiny_model_folder: Path) -> None:
     """In the middle of an epoch, with augmentation, dropout, images in some batches only, and validation between."""
     changes: dict[str, Any] = {}
     if kind == "lora":
@@ -592,6 +592,8 @@ def test_language_training_resumes_bit_by_bit(tmp_path: Path, data: Path, kind: 
             "model": dataclasses.replace(tiny_config(make_tokenizer().vocab_size), lora=LORA),
             "decoder": "frozen",
         }
+    if kind == "started":
+        changes = {"model": None, "image": None, "start": str(tiny_model_folder), "dropout": 0.3}
     recipe = tiny_recipe(data, train={"accumulate": 2}, **changes)
     task = tiny_task(recipe)
     assert 2 < epoch_rows(task) < 14  # the run covers more than one epoch and stops inside one
@@ -617,6 +619,29 @@ def test_language_training_resumes_bit_by_bit(tmp_path: Path, data: Path, kind: 
         one, other = load_file(tmp_path / "whole" / name), load_file(tmp_path / "stopped" / name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+def test_dropout_of_a_model_to_start_from(tmp_path: Path, data: Path, tiny_model_folder: Path) -> None:
+    """A recipe sets it for the decoder of any model; validation and what is saved know nothing of it."""
+    recipe = tiny_recipe(data, model=None, image=None, start=str(tiny_model_folder), dropout=0.4)
+    task, plain = LanguageTask(recipe), LanguageTask(dataclasses.replace(recipe, dropout=None))
+    (batch,) = plain.micro_batches(0, 1)
+    values = []
+    for each in (task, plain):
+        each.model.train()
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            values.append(float(each.loss(batch)["loss"].total))
+    assert values[2] == values[3]
+    assert len(set(values)) == 3
+    for each in (task, plain):
+        each.model.eval()
+    assert task.validate() == pytest.approx(plain.validate(), rel=1e-5)
+    (tmp_path / "saved").mkdir()
+    task.save(tmp_path / "saved")
+    assert load_model(tmp_path / "saved")[0].decoder.config == plain.model.decoder.config
+    with pytest.raises(ConfigError, match="dropout must be at least 0 and below 1, not 1"):
+        dataclasses.replace(recipe, dropout=1.0)
 
 
 SCRIPT = """

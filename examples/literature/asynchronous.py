@@ -9,7 +9,7 @@ ways are held against synchronous training of one worker, all with as many gradi
   uneven         W workers whose speeds vary, so that delays do: τ updates on average
   synchronous    W workers that wait, and a mean of W gradients in each of the W times fewer updates
 
-python examples/literature/asynchronous.py debian -o docs/results/literature_asynchronous.json
+python examples/literature/asynchronous.py debian --page docs/literature.md
 python examples/literature/asynchronous.py --quick --seeds 1 -o /tmp/try.json --plot /tmp/try.png
 """
 
@@ -28,13 +28,15 @@ from typing import Any
 import torch
 from gimp_manual import split, texts, token_rows
 from small_runs import (
+    Finished,
     batches,
     best_rate,
     cell,
+    chosen,
     interval,
     options,
-    paired,
     pages_of,
+    paired,
     said,
     save_figure,
     small_config,
@@ -57,7 +59,7 @@ OPTIMIZERS = ("adamw", "sgd")
 
 
 def constant_versions(delay: int, updates: int) -> list[int]:
-    """For each update, the number of updates that its gradient's weights had seen: τ fewer, and none in the beginning."""
+    """For each update, how many updates the weights of its gradient had seen: τ fewer, and none in the beginning."""
     return [max(0, update - delay) for update in range(updates)]
 
 
@@ -127,8 +129,8 @@ def train_stale(
 
 @dataclass(frozen=True)
 class Sizes:
-    gradients: int = 256
-    """Of as many batches; a power of 2, so that workers share them evenly."""
+    steps: int = 256
+    """Of one worker, each with a batch of its own; a power of 2, so that workers share them evenly."""
     rows: int = 8
     length: int = 32
     width: int = 48
@@ -139,7 +141,7 @@ class Sizes:
     held_out: int = 128
 
 
-FULL, QUICK = Sizes(), Sizes(gradients=8, width=32, layers=1, vocab_size=300, delays=(0, 3), walks=1, held_out=4)
+FULL, QUICK = Sizes(), Sizes(steps=8, width=32, layers=1, vocab_size=300, delays=(0, 3), walks=1, held_out=4)
 RATES = {"adamw": 16e-3, "sgd": 2.0}
 """Where the search begins, at no delay."""
 
@@ -170,8 +172,8 @@ class World:
         """Nats a token on held-out text: of `validation` where rates are chosen, of `test` for figures."""
         sizes, workers = self.sizes, delay + 1
         together = workers if way == "synchronous" else 1  # gradients in an update
-        updates = sizes.gradients // together
-        data = list(islice(batches(self.rows["train"], sizes.rows, seed), sizes.gradients))
+        updates = sizes.steps // together
+        data = list(islice(batches(self.rows["train"], sizes.rows, seed), sizes.steps))
         steps = [data[at * together : (at + 1) * together] for at in range(updates)]
         if way == "uneven":
             versions = uneven_versions(workers, updates, random.Random(seed))
@@ -201,9 +203,14 @@ def stability(delay: int) -> float:
     return 2 * math.sin(math.pi / (2 * (2 * delay + 1)))
 
 
-def measure(world: World, seeds: int, progress: tqdm) -> dict[str, Any]:
+def measure(world: World, seeds: int, finished: Finished, progress: tqdm) -> dict[str, Any]:
     """optimizer -> way -> τ -> its best rate, losses by seed, and the same at the rate that is best without delay."""
     found: dict[str, Any] = {}
+
+    def loss(*run: Any) -> float:
+        progress.update()
+        return finished.get(" ".join(map(str, run)), lambda: world.run(*run))
+
     for optimizer in OPTIMIZERS:
         ways: dict[str, Any] = {}
         base = 0.0
@@ -215,19 +222,15 @@ def measure(world: World, seeds: int, progress: tqdm) -> dict[str, Any]:
                 progress.set_description(f"{optimizer} {way} τ={delay}")
 
                 def tried(lr: float, way: str = way, delay: int = delay, optimizer: str = optimizer) -> float:
-                    progress.update()
-                    return world.run(optimizer, way, delay, lr, 1000, "validation")
+                    return loss(optimizer, way, delay, lr, 1000, "validation")
 
                 best = start = best_rate(tried, start, walks=world.sizes.walks)
                 base = base or best
                 own: dict[str, Any] = {"lr": best, "losses": [], "at the rate without delay": []}
                 for seed in range(seeds):
-                    progress.update()
-                    own["losses"].append(world.run(optimizer, way, delay, best, seed, "test"))
+                    own["losses"].append(loss(optimizer, way, delay, best, seed, "test"))
                     if way == "delayed":
-                        same = best == base
-                        loss = own["losses"][-1] if same else world.run(optimizer, way, delay, base, seed, "test")
-                        own["at the rate without delay"].append(loss)
+                        own["at the rate without delay"].append(loss(optimizer, way, delay, base, seed, "test"))
                 ways.setdefault(way, {})[delay] = own
         found[optimizer] = ways
     return found
@@ -299,10 +302,11 @@ def draw(ways: dict[str, Any], path: Path) -> None:
 def main() -> None:
     args = options(__doc__, "asynchronous", 3).parse_args()
     torch.set_num_threads(1)
-    sizes, start = QUICK if args.quick else FULL, time.process_time()
+    sizes, start = chosen(args, FULL, QUICK), time.process_time()
     world = World(args, sizes)
+    finished = Finished(args.output, {"manual": args.manual is not None, **vars(sizes), "delays": list(sizes.delays)})
     with tqdm(unit="run", disable=None) as progress:
-        ways, sentences = summary(measure(world, args.seeds, progress))
+        ways, sentences = summary(measure(world, args.seeds, finished, progress))
     result = {
         "what": "nats a token on held-out pages; 95 % intervals of Student's t over seeds; differences are paired",
         "text": "GIMP's manual in English" if args.manual else "made up",
@@ -313,9 +317,8 @@ def main() -> None:
         "ways": ways,
         "found": sentences,
     }
-    write(result, args.output)
+    write(result, tables(ways), args, finished)
     draw(ways, args.plot)
-    print(tables(ways), *sentences, sep="\n")
 
 
 if __name__ == "__main__":

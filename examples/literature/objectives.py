@@ -7,7 +7,7 @@ forward and backward as torch counts them. Then every model is asked what it has
   topics         which chapter a paragraph of a held-out page is from, read off the frozen states by a linear model
   cloze          which of four words stood in a gap, for models that can say so without more training
 
-python examples/literature/objectives.py debian -o docs/results/literature_objectives.json
+python examples/literature/objectives.py debian --page docs/literature.md
 python examples/literature/objectives.py --quick --seeds 1 -o /tmp/try.json --plot /tmp/try.png
 """
 
@@ -23,14 +23,16 @@ from typing import Any
 import torch
 from gimp_manual import Page, split, texts, token_rows
 from small_runs import (
+    Finished,
     batches,
     best_rate,
     cell,
+    chosen,
     interval,
     linear_accuracy,
     options,
-    paired,
     pages_of,
+    paired,
     said,
     save_figure,
     small_config,
@@ -54,23 +56,25 @@ from mm_gpt.training.train_config import TrainConfig
 NEXT, MASKED, SEGMENTS, NONE = "next token", "masked tokens", "segments", "random weights"
 OBJECTIVES = (NEXT, MASKED, SEGMENTS)
 CHOICES = 4
+TUNED_SHARE = 0.25
+"""Of the FLOPs, for each learning rate that is tried."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    steps: int = 600
+    steps: int = 300
     """Of the next token, whose FLOPs all objectives may spend."""
-    adapt_steps: int = 120
-    rows: int = 16
-    documents: int = 32
+    adapt_steps: int = 50
+    rows: int = 8
+    documents: int = 16
     """Rows of a step of `segments`: each is told from the others of its step."""
     length: int = 64
-    width: int = 64
-    layers: int = 3
-    vocab_size: int = 1024
-    paragraphs: int = 900
-    held_out: int = 128
-    items: int = 300
+    width: int = 48
+    layers: int = 2
+    vocab_size: int = 512
+    paragraphs: int = 400
+    held_out: int = 96
+    items: int = 200
     walks: int = 3
 
 
@@ -182,7 +186,9 @@ class World:
 
     # ---- What a model has learned ----
 
-    def adapt(self, model: Decoder, lr: float, seed: int, watch: Callable[[Decoder, int], None] | None = None) -> Decoder:
+    def adapt(
+        self, model: Decoder, lr: float, seed: int, watch: Callable[[Decoder, int], None] | None = None
+    ) -> Decoder:
         """A copy that sees only what comes before, after `adapt_steps` of the next token."""
         twin = Decoder(replace(self.config, causal=True))
         twin.load_state_dict(model.state_dict())
@@ -250,6 +256,23 @@ class World:
             raise MMGPTError("no held-out row has a word of one token in its middle: a larger vocabulary is needed")
         return items
 
+    def measure(self, name: str, model: Decoder, adapt_lr: float, seed: int) -> dict[str, Any]:
+        """All that is asked of a model, and `curves`: its loss in the course of the adaptation."""
+        curve: list[tuple[int, float]] = []
+
+        def watched(twin: Decoder, step: int) -> None:
+            if step % max(1, self.sizes.adapt_steps // 5) == 0:
+                curve.append((step, self.held_out(NEXT, twin, "test")))
+
+        twin = self.adapt(model, adapt_lr, seed, watched)
+        curve.append((self.sizes.adapt_steps, self.held_out(NEXT, twin, "test")))
+        values: dict[str, Any] = {"curves": curve, "generation": curve[-1][1], "topics": self.topic_accuracy(model)}
+        if name in OBJECTIVES:
+            values["own loss"] = self.held_out(name, model, "test")
+        if name != SEGMENTS:  # which has no words to say
+            values["cloze"] = self.cloze_accuracy(MASKED if name == NONE else name, model)
+        return values
+
     @torch.no_grad()
     def cloze_accuracy(self, name: str, model: Decoder) -> float:
         """A masked model names the likeliest of the four words in the gap; a causal one takes the likeliest text."""
@@ -270,48 +293,46 @@ class World:
         return right / len(self.items)
 
 
-def measure(world: World, seeds: int, progress: tqdm) -> dict[str, dict[str, Any]]:
+def measure(world: World, seeds: int, finished: Finished, progress: tqdm) -> dict[str, dict[str, Any]]:
     """Of each objective, and of no training at all, its learning rates and what was measured, by seed."""
-    sizes, found = world.sizes, {}
-    adapt_start = 4e-3
+    found = {}
     for name in (*OBJECTIVES, NONE):
         progress.set_description(name)
 
         def pretrained(lr: float, seed: int, share: float = 1.0, name: str = name) -> Decoder:
-            progress.update()
             if name == NONE:
                 return world.fresh(name, seed)
             return world.train(name, world.fresh(name, seed), lr, seed, world.steps(name, share))
 
         def own_loss(lr: float, name: str = name, made: Any = pretrained) -> float:
-            return world.held_out(name, made(lr, 1000, 0.5), "validation")
+            progress.update()
+            key = f"{name} {lr} short"
+            return finished.get(key, lambda: world.held_out(name, made(lr, 1000, TUNED_SHARE), "validation"))
 
-        best = 0.0 if name == NONE else best_rate(own_loss, 8e-3, walks=sizes.walks)
-        first = pretrained(best, 1001)
+        best = 0.0 if name == NONE else best_rate(own_loss, 16e-3, walks=world.sizes.walks)
+        models: dict[int, Decoder] = {}  # the first one is there already when it is measured
 
-        def adapted_loss(lr: float, first: Decoder = first) -> float:
-            return world.held_out(NEXT, world.adapt(first, lr, 1001), "validation")
+        def model_of(
+            seed: int, models: dict[int, Decoder] = models, best: float = best, made: Any = pretrained
+        ) -> Decoder:
+            if seed not in models:
+                models[seed] = made(best, seed)
+            return models[seed]
 
-        adapt_lr = best_rate(adapted_loss, adapt_start, walks=sizes.walks + 1)
-        own: dict[str, Any] = {"lr": best, "adaptation lr": adapt_lr, "curves": []}
+        def adapted_loss(lr: float, name: str = name, best: float = best, model_of: Any = model_of) -> float:
+            progress.update()
+            key = f"{name} {best} adapted {lr}"
+            return finished.get(key, lambda: world.held_out(NEXT, world.adapt(model_of(0), lr, 0), "validation"))
+
+        adapt_lr = best_rate(adapted_loss, 8e-3, walks=world.sizes.walks)
+        own: dict[str, Any] = {"lr": best, "adaptation lr": adapt_lr}
         for seed in range(seeds):
-            model = pretrained(best, seed)
-            curve: list[tuple[int, float]] = []
-
-            def watched(twin: Decoder, step: int, curve: list[tuple[int, float]] = curve) -> None:
-                if step % max(1, sizes.adapt_steps // 8) == 0:
-                    curve.append((step, world.held_out(NEXT, twin, "test")))
-
-            twin = world.adapt(model, adapt_lr, seed, watched)
-            curve.append((sizes.adapt_steps, world.held_out(NEXT, twin, "test")))
-            own["curves"].append(curve)
-            values = {"generation": curve[-1][1], "topics": world.topic_accuracy(model)}
-            if name in OBJECTIVES:
-                values["own loss"] = world.held_out(name, model, "test")
-            if name != SEGMENTS:  # which has no words to say
-                values["cloze"] = world.cloze_accuracy(MASKED if name == NONE else name, model)
-            for key, value in values.items():
-                own.setdefault(key, []).append(value)
+            progress.update()
+            key = f"{name} {best} {adapt_lr} {seed}"
+            values = finished.get(key, lambda n=name, s=seed, m=model_of, lr=adapt_lr: world.measure(n, m(s), lr, s))
+            models.pop(seed, None)
+            for measured, value in values.items():
+                own.setdefault(measured, []).append(value)
         found[name] = own
     return found
 
@@ -335,7 +356,9 @@ def summary(found: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[str]
                 effect = ways[name]["beside next token"][key] = paired(own[key], found[NEXT][key])
                 sentences.append(said(effect, f"{name}: {key} beside next token"))
         if name != NONE:
-            effect = ways[name]["generation beside random weights"] = paired(own["generation"], found[NONE]["generation"])
+            effect = ways[name]["generation beside random weights"] = paired(
+                own["generation"], found[NONE]["generation"]
+            )
             sentences.append(said(effect, f"{name}: generation beside random weights"))
     return ways, sentences
 
@@ -382,7 +405,7 @@ def draw(ways: dict[str, Any], words: float, path: Path) -> None:
 def main() -> None:
     args = options(__doc__, "objectives", 3).parse_args()
     torch.set_num_threads(1)
-    sizes, start = QUICK if args.quick else FULL, time.process_time()
+    sizes, start = chosen(args, FULL, QUICK), time.process_time()
     world = World(args, sizes)
     spent = {
         name: {
@@ -392,8 +415,9 @@ def main() -> None:
         }
         for name in OBJECTIVES
     }
+    finished = Finished(args.output, {"manual": args.manual is not None, **vars(sizes)})
     with tqdm(unit="run", disable=None) as progress:
-        ways, sentences = summary(measure(world, args.seeds, progress))
+        ways, sentences = summary(measure(world, args.seeds, finished, progress))
     topics = world.topics["test"][1]
     words = world.word_accuracy()
     result = {
@@ -410,9 +434,8 @@ def main() -> None:
         "ways": ways,
         "found": sentences,
     }
-    write(result, args.output)
+    write(result, tables(ways, spent), args, finished)
     draw(ways, words, args.plot)
-    print(tables(ways, spent), f"topics from words alone: {words:.3f}", *sentences, sep="\n")
 
 
 if __name__ == "__main__":

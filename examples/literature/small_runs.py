@@ -5,16 +5,21 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from gimp_manual import Page, generated_manual, read_manual
 from torch import Tensor
 
+from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.model.decoder_config import DecoderConfig
 
+Sizes = TypeVar("Sizes")
+"""A dataclass with `steps`."""
+NO_EFFECT = "  no effect shown: the interval holds 0"
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 """The 97.5 % quantile of Student's t, by the number of seeds."""
 
@@ -74,6 +79,32 @@ def best_rate(loss_at: Callable[[float], float], start: float, *, factor: float 
     return start * factor**place
 
 
+class Finished:
+    """What runs have found, by name, in a file beside the result: the same command goes on where it was stopped."""
+
+    def __init__(self, output: Path, about: dict[str, Any]):
+        self.path = output.with_suffix(".runs.jsonl")
+        self.found: dict[str, Any] = {}
+        first = json.dumps({"about": about})
+        if self.path.is_file():
+            begun, *rows = self.path.read_text(encoding="utf-8").splitlines()
+            if begun != first:
+                raise MMGPTError(f"{self.path}: holds runs of other settings; delete it, or name another --output")
+            for row in rows:
+                self.found |= json.loads(row)
+        else:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(first + "\n", encoding="utf-8")
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """The value of a run, made where it is not there. It has to be one of JSON's."""
+        if name not in self.found:
+            self.found[name] = make()
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({name: self.found[name]}) + "\n")
+        return self.found[name]
+
+
 def linear_accuracy(
     train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
 ) -> float:
@@ -129,7 +160,7 @@ def said(effect: dict[str, Any], what: str, *, digits: int = 3) -> str:
         return f"{what}: {effect['mean']:+.{digits}f} (one seed)"
     low, high = effect["ci95"]
     found = f"{what}: {effect['mean']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return found if low > 0 or high < 0 else f"{found}  no effect shown: the interval holds 0"
+    return found if low > 0 or high < 0 else f"{found}{NO_EFFECT}"
 
 
 def cell(effect: dict[str, Any], digits: int = 3) -> str:
@@ -144,9 +175,33 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(result: dict[str, Any], output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def write(result: dict[str, Any], tables: str, args: argparse.Namespace, finished: Finished) -> None:
+    """The result as JSON, in place of the runs that it is made of, and its tables in the page, where there is one.
+
+    The page shows differences whose intervals leave out 0, and names the others, of which no effect is shown.
+    """
+    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    finished.path.unlink()
+    shown = [found for found in result["found"] if NO_EFFECT not in found]
+    unclear = [found.removesuffix(NO_EFFECT).rpartition(": ")[0] for found in result["found"] if NO_EFFECT in found]
+    text = f"{tables}\n\n" + "".join(f"- {found}\n" for found in shown)
+    if unclear:
+        text += f"\nNo effect shown, the interval holds 0: {'; '.join(unclear)}.\n"
+    print(text)
+    if args.page is not None and args.plot.parent.resolve() == args.page.parent.resolve():
+        text += f"\n![{args.output.stem.replace('_', ', ')}]({args.plot.name})\n"
+    if args.page is not None and args.page.is_file():
+        fill_page(args.page, args.output.stem, text)
+
+
+def fill_page(page: Path, name: str, text: str) -> None:
+    """Put a text between the marks of a page that are named for it. Raises MMGPTError where they are missing."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise MMGPTError(f"{page}: lacks {begin.strip()} or {end}")
+    page.write_text(f"{before}{begin}{text}{end}{after}", encoding="utf-8")
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -166,11 +221,23 @@ def options(about: str | None, name: str, seeds: int) -> argparse.ArgumentParser
     parser.add_argument("manual", type=Path, nargs="?", help="folder with GIMP's manual; without it, made-up text")
     parser.add_argument("--seeds", type=int, default=seeds, choices=[1, *sorted(STUDENT)])
     parser.add_argument("--quick", action="store_true", help="a few steps of everything: whether it runs")
+    parser.add_argument("--steps", type=int, help="train for as many, instead of for minutes")
     output = Path(f"docs/results/literature_{name}.json")
     parser.add_argument("-o", "--output", type=Path, default=output, help=f"JSON (default {output})")
     plot = Path(f"docs/literature_{name}.png")
     parser.add_argument("--plot", type=Path, default=plot, help=f"PNG (default {plot})")
+    parser.add_argument("--page", type=Path, help="whose table is replaced, such as docs/literature.md")
     return parser
+
+
+def chosen(args: argparse.Namespace, full: Sizes, quick: Sizes) -> Sizes:
+    """The sizes that the options ask for. Raises ConfigError for less than a step."""
+    sizes = quick if args.quick else full
+    if args.steps is None:
+        return sizes
+    if args.steps < 1:
+        raise ConfigError(f"--steps must be at least 1, not {args.steps}")
+    return replace(sizes, steps=args.steps)
 
 
 def pages_of(args: argparse.Namespace, languages: tuple[str, ...]) -> list[Page]:

@@ -31,7 +31,7 @@ from mm_gpt.vision.transforms import ImageTransformConfig
 from mm_gpt.vision.vit import ViTConfig
 
 VOCABULARY = 1024
-ROW = 256
+ROW = 128
 TOKENIZER_PAGES = 400
 """Manual pages, and ten times as many picture pages, that the tokenizer is learned from."""
 HALF = (0.5, 0.5, 0.5)
@@ -49,7 +49,7 @@ def texts(work: Path) -> Iterator[str]:
                 yield segment.text
 
 
-def recipe(work: Path, *, pages_share: float = 0.5, held_out_units: int = 600) -> LanguageRecipe:
+def recipe(work: Path, *, pages_share: float = 0.5, held_out_units: int = 2500) -> LanguageRecipe:
     """Of all runs; the ladder says the decoder's size, the steps, the rate and the rows of each."""
     shares = {"manuals/train.jsonl": 1 - pages_share, "pages/train": pages_share}
     decoder = DecoderConfig(
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--pages-share", type=float, default=0.5, help="of the tokens (default: %(default)s)")
-    parser.add_argument("--held-out", type=int, default=600, help="units of each source to validate on")
+    parser.add_argument("--held-out", type=int, default=2500, help="units of each source to validate on")
     parser.add_argument("-o", "--out", type=Path, help="default: WORK/recipe.json")
     args = parser.parse_args()
     if not (args.work / "tokenizer").is_dir():

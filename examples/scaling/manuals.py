@@ -3,15 +3,19 @@
     python examples/scaling/manuals.py TEXTS
     python examples/scaling/manuals.py TEXTS --packages FOLDER     (of .deb files, as `apt-get download` leaves them)
 
-writes `TEXTS/train.jsonl` and `TEXTS/held_out.jsonl`, a row a page, and `TEXTS/report.json`: what is from where, under
-which licence. Packages are fetched from a mirror and checked. Each paragraph is kept once, whatever page it stands on,
-so that what is held out is not known by heart; pages are divided by the hash of their name.
+writes `TEXTS/train.jsonl` and `TEXTS/held_out.jsonl`, a row a paragraph or a part of one, and `TEXTS/report.json`:
+what is from where, under which licence. Packages are fetched from a mirror and checked. Each paragraph is kept once,
+whatever page it stands on, so that what is held out is not known by heart; pages are divided by the hash of their name.
+Texts are short, since what small models gain from long ones is mostly that they begin to copy: that comes all at once,
+at some size, and no law sees it coming.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -46,6 +50,7 @@ PACKAGES = {
 HELD_OUT = 0.04
 HELD_OUT_CHARACTERS = 0.05
 """Characters to validate on, at most, for each to train on."""
+PART_CHARACTERS, MIN_PART = 300, 40
 MIN_CHARACTERS = 300
 """Of a page, when repeated paragraphs are gone."""
 
@@ -65,6 +70,20 @@ def manual_pages(root: Path, errors: ErrorCounter, seen: set[bytes]) -> Iterator
         text = "\n\n".join(kept)
         if len(text) >= MIN_CHARACTERS:
             yield document.id, text
+
+
+def parts(text: str) -> list[str]:
+    """The paragraphs of a page, longer ones in parts of whole sentences of about `PART_CHARACTERS`."""
+    found = []
+    for paragraph in text.split("\n\n"):
+        part = ""
+        for sentence in re.split(r"(?<=[.;:!?]) ", " ".join(paragraph.split())):
+            if part and len(part) + len(sentence) > PART_CHARACTERS:
+                found.append(part)
+                part = ""
+            part = f"{part} {sentence}".strip()[: 2 * PART_CHARACTERS]
+        found.append(part)
+    return [part for part in found if len(part) >= MIN_PART]
 
 
 def licence_of(root: Path, package: str) -> str:
@@ -88,7 +107,7 @@ def write_manuals(out: Path, packages: Path, characters: float, errors: ErrorCou
     """What the module says, of up to so many characters; returns the report, of all that there are."""
     out.mkdir(parents=True, exist_ok=True)
     seen: set[bytes] = set()
-    pages: dict[str, list[str]] = {"train": [], "held_out": []}
+    rows: dict[str, list[dict[str, str]]] = {"train": [], "held_out": []}
     report: dict[str, object] = {}
     for package, folder in PACKAGES.items():
         debs = sorted(packages.glob(f"{package}_*.deb"))
@@ -100,18 +119,15 @@ def write_manuals(out: Path, packages: Path, characters: float, errors: ErrorCou
         for name, text in manual_pages(root / folder, errors, seen):
             number = int.from_bytes(hashlib.sha256(f"{package} {name}".encode()).digest()[:4], "big")
             side = "held_out" if number < HELD_OUT * 2**32 else "train"
-            pages[side].append(json.dumps({"text": text, "source": package}, ensure_ascii=False))
+            rows[side] += [{"text": part, "source": package} for part in parts(text)]
             counts[f"{side} pages"] += 1
             counts[f"{side} characters"] += len(text)
         report[package] = {"package": debs[-1].name, "licence": licence_of(root, package), **counts}
         print(package, dict(counts), flush=True)
     for side, limit in (("train", characters), ("held_out", characters * HELD_OUT_CHARACTERS)):
-        random.Random(0).shuffle(pages[side])
-        kept, left = [], limit
-        for row in pages[side]:
-            if len(row) <= left:
-                kept.append(row)
-                left -= len(row)
+        random.Random(0).shuffle(rows[side])
+        ends = itertools.accumulate(len(row["text"]) for row in rows[side])
+        kept = [json.dumps(row, ensure_ascii=False) for row, end in zip(rows[side], ends, strict=True) if end <= limit]
         (out / f"{side}.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report

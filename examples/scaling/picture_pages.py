@@ -144,9 +144,9 @@ def question(things: Sequence[Thing], rng: random.Random) -> tuple[str, str]:
 
 
 def page(rng: random.Random, number: int) -> Document:
-    """Two to four pictures, each with a caption, or a question and its answer, or both."""
+    """One or two pictures, each with a caption, or a question and its answer, or both."""
     segments: list[Segment] = [Text(rare_last(rng, OPENINGS))]
-    for _ in range(rng.randint(2, 4)):
+    for _ in range(rng.randint(1, 2)):
         things = draw_things(rng)
         segments.append(Image(draw(things, rng)))
         said = rng.choice(("caption", "caption", "question", "both"))

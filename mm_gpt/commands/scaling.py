@@ -37,6 +37,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--budgets", type=_numbers(float), metavar="X,...", help="multiples of it, of each rung")
     group.add_argument("--seeds", type=int, metavar="N", help="runs of the small rungs (default: 1)")
     group.add_argument("--seeds-width", type=int, metavar="N", help="how wide a small rung is at most")
+    group.add_argument("--layers", type=int, metavar="N", help="of all sizes (default: by --width-per-layer)")
     group.add_argument("--width-per-layer", type=int, metavar="N", help="a layer for each N (default: 16)")
     group.add_argument("--head-size", type=int, metavar="N", help="(default: 16)")
     group.add_argument("--lr", type=float, metavar="X", help="peak at N = 100,000 (default: 5e-3)")

@@ -147,7 +147,7 @@ def attend(
     """Attention of q (B, H, T, C) over k and v (B, K, S, C) -> (B, H, T, C); the queries are the last T of the S keys.
 
     mask: boolean, broadcast to (B, 1, T, S), True where a query may look: all about causality, documents and padding.
-    Or the same as blocks (`mm_gpt.model.masks`), for the dense pattern without dropout.
+    Or the same as blocks (`mm_gpt.model.masks`), for the dense pattern without dropout and soft cap.
     Patterns but dense take away from it what lies ahead or out of sight; a query that is left with nothing gets zeros.
     positions: places (B, T) of queries and (B, S) of keys in their documents; None: places in the row. Only the fixed
     patterns need them, since differences inside a document are those of the row, and they cost a dense product.
@@ -157,9 +157,9 @@ def attend(
     Cheaper than dense: all patterns where T = S, and local with a cache. The rest is a dense product under a mask.
     """
     if mask is not None and not isinstance(mask, Tensor):
-        if pattern.kind != "dense" or dropout:
-            raise ConfigError(f"a mask of blocks goes with dense attention without dropout, not {pattern.kind!r}")
-        return flex_attend(q, k, v, mask, scale=scale, softcap=softcap)
+        if pattern.kind != "dense" or dropout or softcap is not None:
+            raise ConfigError("a mask of blocks goes with dense attention, without dropout and soft cap")
+        return flex_attend(q, k, v, mask, scale=scale)
     if pattern.halves is not None:
         return _attend_halves(
             q, k, v, pattern.halves, mask=mask, positions=positions, scale=scale, softcap=softcap, dropout=dropout

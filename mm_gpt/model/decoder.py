@@ -10,7 +10,8 @@ Papers: GPT-1, GPT-2, GPT-3 (2005.14165), LLaMA (2302.13971), GQA (2305.13245), 
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from mm_gpt.model.attention import DENSE, attend
 from mm_gpt.model.cache import ForwardContext, KVCache
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.fused import fused, fused_block
-from mm_gpt.model.loss import CHUNK, next_token_loss
+from mm_gpt.model.loss import CHUNK, TiedEmbedding, next_token_loss
 from mm_gpt.model.norms import RMSNorm, make_norm
 from mm_gpt.model.packed import Matrix, PackedEmbedding, PackedLinear, stacked_product
 from mm_gpt.model.positions import mrope_components, rotate, rotation, sinusoids, xpos_rotation
@@ -178,6 +179,9 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(BLOCKS[config.norm_place](config, layer) for layer in range(config.num_layers))
         self.norm = nn.Identity() if config.norm_place == "post" else make_norm(config, config.width)
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self._learned: Tensor | None = None
+        self._tied: Tensor | None = None
+        """See `learning`."""
         self._needs_positions = any(name.startswith("fixed") for name in config.attention)
 
     @property
@@ -212,8 +216,36 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings (…, D) of token ids (…), before positions."""
-        x = self.embedding(ids)
+        if self._learned is not None and self._is_tied_and_trained():
+            x, self._tied = TiedEmbedding.apply(self.embedding.weight, ids)
+        else:
+            x = self.embedding(ids)
         return x if self.config.embedding_scale == 1.0 else x * self.config.embedding_scale
+
+    @contextmanager
+    def learning(self, labels: Tensor) -> Iterator[None]:
+        """Inside, one `embed`, one forward pass and its `loss` belong together; labels (B, T) are those of the loss.
+
+        Where it saves work, hidden states without a label are left out of the last block, and the gradients of both
+        uses of a tied matrix are added in one place.
+        """
+        self._learned = labels
+        try:
+            yield
+        finally:
+            self._learned = self._tied = None
+
+    def _is_tied_and_trained(self) -> bool:
+        embedding = self.embedding
+        return (
+            self.head is None
+            and type(embedding) is nn.Embedding
+            and embedding.weight.device.type == "cpu"  # on a GPU rows are added in no fixed order
+            and not embedding._forward_hooks  # as sharding has them
+            and self.training
+            and embedding.weight.requires_grad
+            and torch.is_grad_enabled()
+        )
 
     def forward(
         self,
@@ -239,6 +271,8 @@ class Decoder(nn.Module):
             step.fused = fused(self.config, x, step.rotation, mask)
             x = x if step.fused is None else x.float()
         for layer, block in enumerate(self.blocks):
+            if layer == len(self.blocks) - 1 and step.fused is not None and self._learned is not None:
+                step = dataclasses.replace(step, fused=step.fused.asked(self._learned))
             x = block(x, step)
             if layer < len(added):
                 x = x + added[layer]
@@ -310,7 +344,8 @@ class Decoder(nn.Module):
         hidden (B, T, D); labels (B, T), already shifted.
         """
         if not self.packed_head:
-            return next_token_loss(hidden, self.head_weight, labels, softcap=self.config.logit_softcap)
+            weight = self.head_weight if self._tied is None else self._tied
+            return next_token_loss(hidden, weight, labels, softcap=self.config.logit_softcap)
         supervised = labels != IGNORE_INDEX
         total = hidden.new_zeros(())
         for rows, targets in zip(hidden[supervised].split(CHUNK), labels[supervised].split(CHUNK), strict=True):

@@ -22,23 +22,12 @@ def _kernel(is_compiled: bool) -> Callable[..., Tensor]:
     return torch.compile(kernel) if is_compiled else kernel
 
 
-def flex_attend(
-    q: Tensor, k: Tensor, v: Tensor, blocks: "BlockMask", *, scale: float | None = None, softcap: float | None = None
-) -> Tensor:
+def flex_attend(q: Tensor, k: Tensor, v: Tensor, blocks: "BlockMask", *, scale: float | None = None) -> Tensor:
     """Attention of q (B, H, T, C) over k and v (B, K, T, C) -> (B, H, T, C), by a mask of blocks
     (`mm_gpt.model.masks`).
 
     On a GPU one compiled kernel; elsewhere what torch computes in its place, T² scores and all, which tests compare.
     """
     dtype = torch.get_autocast_dtype(q.device.type) if torch.is_autocast_enabled(q.device.type) else v.dtype
-    cap: Callable[..., Tensor] | None = None
-    if softcap is not None:
-        limit = softcap
-
-        def cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return limit * torch.tanh(score / limit)
-
-    y = _kernel(q.is_cuda)(
-        q.to(dtype), k.to(dtype), v.to(dtype), score_mod=cap, block_mask=blocks, scale=scale, enable_gqa=True
-    )
-    return y.to(v.dtype)
+    kernel = _kernel(q.is_cuda)
+    return kernel(q.to(dtype), k.to(dtype), v.to(dtype), block_mask=blocks, scale=scale, enable_gqa=True).to(v.dtype)

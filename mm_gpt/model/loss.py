@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mm_gpt.kernels.training import LANES, Kind, kernel
 from mm_gpt.processor import IGNORE_INDEX
@@ -102,7 +103,9 @@ def _fused_forward(
                 grad_hidden[at] = logits @ matrix
             if wants_weight:
                 part = logits.t() @ rows[at]
+                del logits  # before there is more
                 grad_weight = part.to(torch.float32) if grad_weight is None else grad_weight.add_(part)
+                del part
     if wants_weight and grad_weight is None:
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
     ctx.once = True
@@ -131,6 +134,28 @@ def next_token_loss(
     own = None if scales is None else scales[supervised]
     loss = _ChunkedCrossEntropy.apply(rows, weight, labels[supervised], softcap, own)
     return loss, supervised.sum()
+
+
+class TiedEmbedding(torch.autograd.Function):
+    """Rows of a matrix (V, D), and the matrix itself for the output layer. Their gradients meet here: those of the rows
+    are added into the other, where torch would fill a second (V, D) with zeros for them, and then add the two up."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        ctx.set_materialize_grads(False)
+        return F.embedding(ids, weight), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, rows: Tensor | None, whole: Tensor | None) -> tuple[Tensor | None, None]:
+        (ids,) = ctx.saved_tensors
+        if rows is None:
+            return whole, None
+        if whole is None:
+            whole = rows.new_zeros(ctx.shape)
+        return whole.index_add_(0, ids.flatten(), rows.flatten(0, -2).to(whole.dtype)), None
 
 
 class _ChunkedLogprobs(torch.autograd.Function):

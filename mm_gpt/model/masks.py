@@ -28,12 +28,14 @@ def uses_blocks(config: DecoderConfig, device: torch.device) -> bool:
     """Whether flex attention serves a decoder that is trained on this device.
 
     It has no gradient on a CPU (torch 2.14), no dropout, and none of the sparse or relative patterns here; below a head
-    size of 16 it has no kernel.
+    size of 16 it has no kernel. Soft caps are left to the mask: where a block is computed again in the backward pass,
+    torch's stand-in for the kernel gives gradients of 1e38 with them, and the kernel itself was not seen.
     """
     return (
         device.type == "cuda"
         and config.causal
         and config.dropout == 0.0
+        and config.attention_softcap is None
         and config.positions != "relative"
         and config.head_size >= 16
         and set(config.attention) <= {"dense", "local"}

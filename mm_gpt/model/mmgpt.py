@@ -314,7 +314,8 @@ class MMGPT(nn.Module):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed next-token cross-entropy in nats, and the number of supervised positions."""
-        return self.decoder.loss(self(batch), batch.labels)
+        with self.decoder.learning(batch.labels):
+            return self.decoder.loss(self(batch), batch.labels)
 
 
 def pick_device(name: str) -> torch.device:

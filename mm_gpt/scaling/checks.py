@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mm_gpt.scaling.forms import COEFFICIENTS, FormName, logs, rung
+from mm_gpt.scaling.forms import COEFFICIENTS, FormName, check_form, logs, rung
 from mm_gpt.scaling.points import CannotTell, Point
 
 MIN_RUNGS = 3
@@ -50,6 +50,7 @@ def check_effects(form: FormName, coefficients: Mapping[str, float], runs: list[
 
 def check_ladder(form: FormName, runs: list[Point], decades: float, why: str) -> None:
     """Raise CannotTell for too few rungs or runs, too small a span, or tokens that go with parameters."""
+    check_form(form)
     what = "sizes of model" if form == "parametric" else "amounts of compute"
     rungs = {rung(form, point) for point in runs}
     if len(rungs) < MIN_RUNGS:

@@ -20,10 +20,14 @@ COEFFICIENTS: dict[str, tuple[str, ...]] = {
 """L(N, D) = A / N^alpha + B / D^beta + E; L(C) = a C^b + c; L(C) = a C^b."""
 
 
-def logs(form: FormName, points: Sequence[Point]) -> Array:
-    """What the law is of, as logarithms: (n, K)."""
+def check_form(form: str) -> None:
+    """Raise MMGPTError for a form that is none of `COEFFICIENTS`."""
     if form not in COEFFICIENTS:
         raise MMGPTError(unknown_name("form of law", form, COEFFICIENTS))
+
+
+def logs(form: FormName, points: Sequence[Point]) -> Array:
+    """What the law is of, as logarithms: (n, K)."""
     if form == "parametric":
         return np.log(np.array([[point.parameters, point.tokens] for point in points], dtype=float))
     return np.log(np.array([[point.flops] for point in points], dtype=float))
@@ -41,6 +45,7 @@ def predicted(form: FormName, coefficients: Mapping[str, float], points: Sequenc
 
 def to_theta(form: FormName, coefficients: Mapping[str, float]) -> Array:
     """Coefficients as the solver's parameters: (P,). Raises MMGPTError for one that is missing or out of range."""
+    check_form(form)
     for name in COEFFICIENTS[form]:
         value = coefficients.get(name, math.nan)
         if not math.isfinite(value) or (name in "ABEac" and value < 0):

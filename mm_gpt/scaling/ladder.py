@@ -46,6 +46,8 @@ class LadderConfig:
     """Of the rungs, ascending."""
     targets: tuple[int, ...] = ()
     """Widths of what is to be predicted."""
+    layers: int | None = None
+    """Of all sizes; None: one for each `width_per_layer`. A law bends where depth is what small sizes lack."""
     width_per_layer: int = 16
     head_size: int = 16
     tokens_per_parameter: float = 20.0
@@ -72,14 +74,14 @@ class LadderConfig:
                 raise ConfigError(f"{name} must be different numbers above 0, not {','.join(map(str, values))}")
         if self.targets and min(self.targets) <= max(self.widths):
             raise ConfigError(f"the target {min(self.targets)} must be wider than the widest rung {max(self.widths)}")
-        check_numbers(self, "width_per_layer", "head_size", "seeds", at_least=1)
+        check_numbers(self, "layers", "width_per_layer", "head_size", "seeds", at_least=1)
         check_numbers(self, "tokens_per_parameter", "lr", "batch_tokens", above=0)
         check_numbers(self, "seeds_width", "warmup_tokens_per_parameter", at_least=0)
         check_numbers(self, "lr_exponent", "batch_exponent", at_least=-2, at_most=2)
 
 
 FORMULAS = {
-    "layers": "max(1, width // width_per_layer)",
+    "layers": "layers, or max(1, width // width_per_layer)",
     "heads": "max(1, round(width / head_size))",
     "tokens": "tokens_per_parameter * N",
     "lr": "lr * (N / 100000) ** lr_exponent",
@@ -96,7 +98,7 @@ def decoder_of(base: DecoderConfig, width: int, config: LadderConfig) -> Decoder
     return dataclasses.replace(
         base,
         width=width,
-        num_layers=max(1, width // config.width_per_layer),
+        num_layers=config.layers or max(1, width // config.width_per_layer),
         num_heads=heads,
         num_kv_heads=heads,
         head_size=config.head_size,

@@ -124,6 +124,8 @@ class Fit:
         noise that made them, and each resample draws its noise accordingly: without that, intervals of 90 % cover 80 %
         for six runs. Raises CannotTell if no run is left to tell the noise from.
         """
+        if not 0 < share < 1:
+            raise MMGPTError(f"share must be above 0 and below 1, not {share}")
         thetas, noise = self._resampled
         laws = log_law(thetas, logs(self.form, [target])[None])[:, 0]
         if of_run:

@@ -40,6 +40,7 @@ from mm_gpt.system.tensor_files import write_tensors
 from mm_gpt.tokenizer import Tokenizer
 from mm_gpt.training.distributed import ranks
 from mm_gpt.training.epochs import epoch_order
+from mm_gpt.training.recompute import recompute_blocks
 from mm_gpt.training.stage import LOWEST_LOSS, Decides, ParameterGroup, Term
 from mm_gpt.training.train_config import TrainConfig
 
@@ -211,6 +212,7 @@ class ClassificationTask:
         return rows.only(kept)
 
     def prepare(self) -> list[ParameterGroup]:
+        recompute_blocks(self.model.decoder, self.recipe.train.recompute)
         return [
             ParameterGroup("decoder", list(self.model.decoder.parameters())),
             ParameterGroup("head and marks", [*self.model.head.parameters(), self.model.marks]),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mm_gpt.model.cache import ForwardContext
 from mm_gpt.model.decoder import Block, Decoder
+from mm_gpt.model.fused import has_function
 from mm_gpt.training.recompute import Forward, recompute_blocks, recomputed
 
 logger = logging.getLogger(__name__)
@@ -18,19 +19,22 @@ def compile_blocks(
     decoder: Decoder,
     *,
     recompute: Literal["none", "selective", "full"] = "none",
+    device: torch.device | None = None,
     backend: str | Callable[..., Any] = "inductor",
 ) -> None:
     """Run each block compiled while it trains; evaluation, with its many shapes, stays as it is.
 
     All blocks of a class share one compiled function, so that a deep decoder takes no longer to compile than a shallow
     one. It is the class's own forward: they differ in where the norms stand. `recompute` is compiled with it
-    (`mm_gpt.training.recompute`).
+    (`mm_gpt.training.recompute`). `device`: where the decoder will be, if it is not there yet.
 
     Blocks that the CPU has one function for (`mm_gpt.model.fused`) take that instead: it is faster, and at once.
     Without a C++ compiler a line says so, and blocks run as they are written.
     """
-    if backend == "inductor" and decoder.device.type == "cpu" and (lack := _no_compiler()):
-        logger.warning("blocks are not compiled: %s", lack)
+    device = decoder.device if device is None else device
+    if backend == "inductor" and device.type == "cpu" and (lack := _no_compiler()):
+        if not has_function(decoder.config):
+            logger.warning("blocks are not compiled: %s", lack)
         if recompute != "none":
             recompute_blocks(decoder, recompute)
         return

@@ -57,6 +57,8 @@ class ContrastiveRecipe:
             raise ConfigError("contrastive training needs a text tower (model.text)")
         if not self.sources or not self.validation:
             raise ConfigError("give sources, and validation sources")
+        if self.train.recompute != "none":
+            raise ConfigError("contrastive training recomputes nothing: train.recompute must be none")
         if self.train.batch_tokens is not None:
             raise ConfigError("train.batch_tokens is for rows of tokens, not for pairs")
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from mm_gpt.document import Document, Text
 from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.hub.checkpoint import compact, fill, load_decoder, load_model, save_model
 from mm_gpt.hub.vision_towers import load_open_clip
+from mm_gpt.hub.weights import unfilled
 from mm_gpt.model.decoder import Decoder
 from mm_gpt.model.flops import batch_flops
 from mm_gpt.model.lora import LoRAConfig
@@ -163,7 +165,9 @@ class LanguageTask:
         is_new = built is None and tokenizer is None and recipe.start is None
         if is_new and model is not None and not isinstance(model.decoder, str):
             tokenizer = learn_tokenizer(stores, model.decoder.vocab_size)
-        self.model, self.processor = build_model(recipe, tokenizer) if built is None else built
+        # Ranks that share a model get its weights from rank 0: they hold none of their own before.
+        empty = self.shards and sharing(recipe.train.shard) > 1 and ranks()[0] > 0
+        self.model, self.processor = build_model(recipe, tokenizer, empty=empty) if built is None else built
         self.row_length = min(recipe.row_length, self.processor.config.max_length)
         rank, world = ranks()
         self.step_sizes = step_sizes(recipe.train, recipe.rows * self.row_length * world)
@@ -328,8 +332,8 @@ def prepare_language(model: MMGPT, recipe: LanguageRecipe) -> tuple[list[Paramet
     bf16 = use_bf16(recipe.train.precision, device)
     frozen = _frozen_to_bf16(model) if bf16 else {}
     if recipe.compile:
-        compile_blocks(model.decoder, recompute=recompute)
-    elif recompute != "none":
+        compile_blocks(model.decoder, recompute=recompute, device=device)
+    else:
         recompute_blocks(model.decoder, recompute)
     if number > 1:
         shard_model(model, number, device, bf16=bf16)
@@ -399,8 +403,10 @@ def _message_texts(message: Any) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
-def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MMGPT, Processor]:
-    """The recipe's model, from `start` or from the decoder's own weights (random ones for a complete config)."""
+def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None, *, empty: bool = False) -> tuple[MMGPT, Processor]:
+    """The recipe's model, from `start` or from the decoder's own weights (random ones for a complete config).
+
+    `empty`: on the meta device, without weights. Random ones are then not drawn; others are read, and forgotten."""
     torch.manual_seed(recipe.train.seed)
     if recipe.start is not None:
         model, processor = load_model(recipe.start)
@@ -417,7 +423,8 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
             decoder, tokenizer = load_decoder(recipe.model.decoder)
         if tokenizer is None:
             raise ConfigError("a decoder that is not in the registry needs a tokenizer")
-        model = MMGPT(recipe.model, decoder)
+        with unfilled() if empty and decoder is None and recipe.concepts is None else nullcontext():
+            model = MMGPT(recipe.model, decoder)
         length, vocab_size = model.decoder.config.max_length, model.decoder.config.vocab_size
         if tokenizer.vocab_size > vocab_size:
             raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the decoder {vocab_size}")
@@ -428,7 +435,8 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
     if recipe.vision_weights is not None:
         if model.vision is None:
             raise ConfigError("vision_weights need a model with a vision encoder")
-        load_vision(model.vision, recipe.vision_weights)
+        if not empty:
+            load_vision(model.vision, recipe.vision_weights)
     if recipe.concepts is not None and model.concepts is None:
         add_concepts(model, recipe.concepts, recipe.concept_weights, processor.tokenizer)
         sized = dataclasses.replace(processor.config, tokens_per_image=model.tokens_per_image)
@@ -440,7 +448,7 @@ def build_model(recipe: LanguageRecipe, tokenizer: Tokenizer | None) -> tuple[MM
         model.config = dataclasses.replace(model.config, decoder=model.decoder.config)
     if recipe.dropout is not None:
         model.decoder.set_dropout(recipe.dropout)
-    return model, processor
+    return model.to("meta") if empty else model, processor
 
 
 def add_concepts(model: MMGPT, config: ConceptsConfig, name: str, tokenizer: Tokenizer) -> None:

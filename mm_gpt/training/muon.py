@@ -100,8 +100,8 @@ def block_matrices(model: nn.Module) -> dict[nn.Parameter, tuple[int, ...] | Non
     """The linear maps inside the blocks of `model`, of its decoder and its towers, with the rows of each that are maps
     of their own; None: all are one.
 
-    Left out are embeddings, heads and connectors, whose rows or columns are no directions of the stream between blocks,
-    convolutions, and low-rank factors, of which only the product is a map.
+    Left out are embeddings, heads and linear connectors, whose rows or columns are no directions of the stream between
+    blocks, convolutions, and low-rank factors, of which only the product is a map.
     """
     found: dict[nn.Parameter, tuple[int, ...] | None] = {}
     for name, module in model.named_modules():
@@ -122,7 +122,7 @@ def _parts(owner: nn.Module, name: str, weight: Tensor) -> tuple[int, ...] | Non
         return heads * size, shared * size, shared * size
     if name == "qkv":  # of a vision or text tower
         return _equal(weight, 3)
-    if name == "gate_up":
+    if name in ("gate_up", "kv_proj"):
         return _equal(weight, 2)
     return None
 

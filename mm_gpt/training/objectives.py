@@ -1,7 +1,7 @@
 """What to learn from text besides the next token: masked tokens, halves of a document, and translations.
 
-Functions of tensors, for models made of a `Decoder`, with `causal` off where each token is to see the whole text. GPT-4's
-report says that its model predicts the next token; these are what the literature around it trains with, to hold
+Functions of tensors, for models made of a `Decoder`, with `causal` off where each token is to see the whole text.
+GPT-4's report says that its model predicts the next token; these are what the literature around it trains with, to hold
 against that (docs/literature.md).
 
 Shapes: B batch, T tokens, D width, L languages.
@@ -35,10 +35,10 @@ def mask_tokens(
 ) -> tuple[Tensor, Tensor]:
     """What a masked language model is shown, and what it is to say: ids and labels, both as `ids` (B, T).
 
-    Each token is chosen with probability `rate`, by itself, so that their number is binomial. Of those chosen 80 % become
-    `mask_id`, 10 % a token drawn evenly from the `vocab_size` first ids, and 10 % stay. A label stands at its own place,
-    not one before it, and is `IGNORE_INDEX` elsewhere. `maskable` (B, T): False for what is never chosen, such as padding.
-    Raises ConfigError for a rate that is no probability.
+    Each token is chosen with probability `rate`, by itself, so that their number is binomial. Of those chosen 80 %
+    become `mask_id`, 10 % a token drawn evenly from the `vocab_size` first ids, and 10 % stay. A label stands at its
+    own place, not one before it, and is `IGNORE_INDEX` elsewhere. `maskable` (B, T): False for what is never chosen,
+    such as padding. Raises ConfigError for a rate that is no probability.
     """
     if not 0 <= rate <= 1:
         raise ConfigError(f"the rate of masked tokens must be in [0, 1], not {rate}")
@@ -65,9 +65,9 @@ def mean_state(hidden: Tensor, present: Tensor | None = None) -> Tensor:
 def contrastive_segment_loss(first: Tensor, second: Tensor, *, temperature: float = 0.07) -> Tensor:
     """InfoNCE between the halves of documents, in nats, summed over the B documents; both sides ask, and are averaged.
 
-    first, second (B, D): states of the two halves, row i of document i; they are compared by cosine. Every other document
-    of the batch is a wrong answer, so that not knowing anything costs ln B a document. Raises ConfigError for a
-    temperature below 0.01, at which cosines become overflows.
+    first, second (B, D): states of the two halves, row i of document i; they are compared by cosine. Every other
+    document of the batch is a wrong answer, so that not knowing anything costs ln B a document. Raises ConfigError for
+    a temperature below 0.01, where the scale of similarities is capped.
     """
     if not temperature >= 0.01:
         raise ConfigError(f"the temperature must be at least 0.01, not {temperature}")
@@ -106,10 +106,10 @@ def translation_pairs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sentences and their translations as rows for the translation objective (TLM): ids, positions, languages, present.
 
-    A row is source, separator, target, separator. Positions of the target begin at 0 again, and each token has the language
-    of its side, so that two words of one meaning look alike but for their language. All (B, T); T is the longest row, and
-    `present` is False at the padding behind the shorter ones. Masked with `mask_tokens` at 15 %, a word can be found in its
-    own sentence or in the other. Raises MMGPTError where the lists differ in length, and ContextOverflowError for a row of
+    A row is source, separator, target, separator. Positions of the target begin at 0 again, and each token has the
+    language of its side, so that the words of both stand at like places. All (B, T); T is the longest row, and
+    `present` is False at the padding behind the shorter ones. Masked with `mask_tokens`, a word can be found in its own
+    sentence or in the other. Raises MMGPTError where the lists differ in length, and ContextOverflowError for a row of
     more than `max_length` tokens.
     """
     if len(sources) != len(targets):

@@ -46,8 +46,10 @@ def recomputed(forward: Forward, kind: Literal["selective", "full"]) -> Forward:
     return run
 
 
-def recompute_blocks(decoder: Decoder, kind: Literal["selective", "full"]) -> None:
+def recompute_blocks(decoder: Decoder, kind: Literal["none", "selective", "full"]) -> None:
     """Let each block of `decoder` compute again in the backward pass what it does not keep."""
+    if kind == "none":
+        return
     for block in decoder.blocks:
         assert isinstance(block, Block)
         block.forward = partial(recomputed(type(block).forward, kind), block)  # type: ignore[method-assign]

@@ -19,6 +19,7 @@ from mm_gpt.model.semicausal import SemiCausalConfig, SemiCausalLM, Spans, outsi
 from mm_gpt.processor import IGNORE_INDEX, Batch, Processor
 from mm_gpt.system.tensor_files import write_tensors
 from mm_gpt.training.language import LanguageRecipe, LanguageTask
+from mm_gpt.training.recompute import recompute_blocks
 from mm_gpt.training.stage import ParameterGroup, Term
 from mm_gpt.training.train_config import TrainConfig
 
@@ -88,6 +89,8 @@ class SemiCausalTask(LanguageTask):
         self.model.freeze_encoder(train_last=last)
         if self.spans_of.encoder is None:
             self.model.encoder.requires_grad_(True)
+        for part in (self.model.decoder, self.model.encoder):
+            recompute_blocks(part, self.recipe.train.recompute)
         return [
             ParameterGroup("decoder", list(self.model.decoder.parameters())),
             ParameterGroup("encoder", [*self.model.encoder.parameters(), *self.model.connector.parameters()]),
