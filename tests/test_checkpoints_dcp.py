@@ -243,7 +243,7 @@ def tiny(out: Path, kind: str, *, load: bool) -> dict[str, Any]:
         return {"state": found, "loss": one_step(stage, optimizer, settings, 2)["loss"]}
 
 
-@pytest.mark.parametrize(("kind", "count"), [("adamw", 2), ("muon", 2), ("adafactor", 1)])
+@pytest.mark.parametrize(("kind", "count"), [("muon", 2), ("adafactor", 1)])
 def test_every_optimizer_of_ours(tmp_path: Path, kind: str, count: int) -> None:
     """A multimodal model with tied weights, saved by as many ranks, goes on in one process."""
     make_tiny()  # imports what each process would import for seconds
@@ -256,7 +256,7 @@ def test_every_optimizer_of_ours(tmp_path: Path, kind: str, count: int) -> None:
     equal(saved["state"], loaded["state"])
     assert loaded["loss"] == pytest.approx(saved["loss"], rel=1e-6)
     kept = {name.rpartition(".")[2] for name in saved["state"] if name.startswith("optimizer.")}
-    assert kept >= {"adamw": {"exp_avg"}, "muon": {"momentum_buffer", "exp_avg"}, "adafactor": {"row_var"}}[kind]
+    assert kept >= ({"momentum_buffer", "exp_avg"} if kind == "muon" else {"row_var", "variance"})
     exported, _ = load_model(tmp_path / "step-000002")
     state = exported.state_dict()
     names = [name.removeprefix("parameter.") for name in saved["state"] if name.startswith("parameter.")]

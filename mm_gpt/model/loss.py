@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mm_gpt.kernels.training import LANES, Kind, kernel
 from mm_gpt.processor import IGNORE_INDEX
@@ -147,6 +148,7 @@ class TiedEmbedding(torch.autograd.Function):
         return F.embedding(ids, weight), weight.view_as(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, rows: Tensor | None, whole: Tensor | None) -> tuple[Tensor | None, None]:
         (ids,) = ctx.saved_tensors
         if rows is None:
