@@ -98,6 +98,10 @@ def test_what_is_not_registered_is_said(recipe: Path, tmp_path: Path, capsys: py
     fake_run(tmp_path, plan, plan.run("w32"), law(plan.run("w32")))
     assert scaling("verdict", path, filed) == 0
     assert "error -0.00%" in capsys.readouterr().out.replace("+0.00%", "-0.00%")
+    assert scaling("plan", recipe, "--widths", "4,8", "-o", path, "--untimed", *OPTIONS) == EXIT_ERROR
+    assert "w4 has begun by it: choose another folder" in capsys.readouterr().err
+    assert scaling("run", path, "--only", "") == EXIT_ERROR
+    assert "the plan has no run ''" in capsys.readouterr().err
     log = tmp_path / "w8/log.jsonl"
     log.write_text(log.read_text().replace("1", "2", 1))
     assert scaling("verdict", path, filed) == EXIT_ERROR
