@@ -132,13 +132,13 @@ def test_memory_is_kept_inside_and_given_back_after(monkeypatch: pytest.MonkeyPa
 
     def fails() -> None:
         with kept_memory.kept_memory(torch.device("cpu")):
-            assert (kept_memory.M_MMAP_MAX, 0) in calls
+            assert (kept_memory.M_MMAP_THRESHOLD, 64 << 20) in calls
             raise KeyError
 
     with pytest.raises(KeyError):
         fails()
     assert calls[-1] == (0, 0)
-    assert (kept_memory.M_MMAP_MAX, 65_536) in calls
+    assert (kept_memory.M_MMAP_THRESHOLD, 128 << 10) in calls
     calls.clear()
     with kept_memory.kept_memory(torch.device("cuda")):
         pass
