@@ -58,6 +58,19 @@ def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "") -> T:
         raise ConfigError(f"{where}: {error}") from None
 
 
+def first_difference(one: Any, other: Any, where: str = "") -> str | None:
+    """The key, as an override would write it, at which two JSON-ready dicts differ; one that is missing differs."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return None if one == other else where
+    for key in [*one, *(key for key in other if key not in one)]:
+        path = f"{where}.{key}" if where else key
+        if key not in one or key not in other:
+            return path
+        if (found := first_difference(one[key], other[key], path)) is not None:
+            return found
+    return None
+
+
 def override(config: T, assignments: list[str]) -> T:
     """Apply command-line overrides such as `optimizer.lr=1e-3` to a (nested) dataclass and return the new one.
 

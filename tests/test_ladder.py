@@ -21,7 +21,7 @@ from mm_gpt.scaling import registration
 from mm_gpt.scaling.ladder import FORMULAS, LadderConfig, LadderPlan, Settings, flops_per_token, make_plan, table
 from mm_gpt.scaling.points import CannotTell
 from mm_gpt.scaling.registration import register, verdicts
-from mm_gpt.scaling.runs import read_run, train_runs
+from mm_gpt.scaling.runs import read_run, read_runs, train_runs
 from mm_gpt.vision.connectors import ConnectorConfig
 from mm_gpt.vision.encoder import VisionConfig
 from mm_gpt.vision.transforms import ImageTransformConfig
@@ -147,6 +147,7 @@ def test_data_that_would_repeat_are_refused(texts: Path) -> None:
         ({"widths": (8, 8)}, "different numbers above 0, not 8,8"),
         ({"widths": (8, 16), "targets": (16,)}, "the target 16 must be wider than the widest rung 16"),
         ({"widths": (8,), "lr": float("nan")}, "lr must be"),
+        ({"widths": (8,), "budgets": ()}, "budgets is empty"),
     ],
 )
 def test_rules_are_checked(wrong: dict[str, object], message: str) -> None:
@@ -158,6 +159,46 @@ def test_a_ladder_starts_from_nothing(texts: Path) -> None:
     for change in ({"start": "default"}, {"decoder": "frozen"}, {"model": None, "start": "default"}):
         with pytest.raises(ConfigError, match="a ladder trains"):
             make_plan(replace(text_recipe(texts), **change), LadderConfig(widths=(8,)), timed=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("train", "name"),
+    [
+        ({"accumulate": 2}, "accumulate"),
+        ({"step_tokens": 4096}, "step_tokens"),
+        ({"ramp_from": 256, "ramp_tokens": 5000}, "ramp_from"),
+        ({"patience": 1}, "patience"),
+        ({"noise_scale": True}, "noise_scale"),
+    ],
+)
+def test_a_ladder_sizes_its_steps_itself(train: dict[str, object], name: str, texts: Path) -> None:
+    """Runs with other steps than the plan says would be no points of it, or never be finished."""
+    base = text_recipe(texts)
+    with pytest.raises(ConfigError, match=rf"leave out train\.{name}"):
+        make_plan(replace(base, train=replace(base.train, **train)), LadderConfig(widths=(8,)), timed=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "../w4"}, "is no name of a run"),
+        ({"name": "w8"}, "two runs are called w8"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"flops": -1.0}, "flops must be above 0"),
+    ],
+)
+def test_an_edited_plan_is_checked(changes: dict[str, object], message: str, plan: LadderPlan, tmp_path: Path) -> None:
+    """A folder outside of the plan's would be written to, and a log would count twice."""
+    plan.save(tmp_path / "plan.json")
+    values = json.loads((tmp_path / "plan.json").read_text())
+    values["runs"][0] |= changes
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=f"plan.json.*{message}"):
+        LadderPlan.load(tmp_path / "plan.json")
+    values["runs"] = []
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="a plan needs rungs"):
+        LadderPlan.load(tmp_path / "plan.json")
 
 
 # ---- Runs ----
@@ -174,7 +215,7 @@ def test_runs_are_trained_once_and_as_planned(plan: LadderPlan, tmp_path: Path) 
     before = (tmp_path / run.name / "log.jsonl").read_bytes()
     assert train_runs(plan, tmp_path, [run], progress=False) == []
     assert (tmp_path / run.name / "log.jsonl").read_bytes() == before
-    with pytest.raises(MMGPTError, match="is not the plan's w4: another train"):
+    with pytest.raises(MMGPTError, match=r"is not the plan's w4: another train\.lr"):
         train_runs(plan, tmp_path, [replace(run, lr=run.lr / 2)], progress=False)
 
 
@@ -202,6 +243,42 @@ def test_only_finished_schedules_are_points(plan: LadderPlan, tmp_path: Path) ->
     log.write_text("".join([*lines[:-1], *worse, lines[-1]]))
     with pytest.raises(CannotTell, match=r"diverged .*: lower the ladder's lr"):
         read_run(tmp_path / run.name, run)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"step": 1, "loss": "low"}, "line 1 is no row of a log"),
+        ({"step": 1, "loss": None}, "line 1 is no row of a log"),
+        ({"step": 1, "loss": 2.0, "flops": 10**400}, "line 1 is no row of a log"),
+        ({"step": 1, "validation": []}, "line 1 is no row of a log"),
+        ({"step": 1, "validation": {"loss": "low"}}, "line 1 is no row of a log"),
+        ({"step": 1, "loss": float("nan")}, "diverged"),
+        (None, "not readable as text"),
+    ],
+)
+def test_a_broken_log_is_one_line(row: dict[str, object] | None, message: str, plan: LadderPlan, ladder: Path) -> None:
+    log = ladder.parent / "w8/log.jsonl"
+    first = b"\xff\xfe" if row is None else json.dumps(row).encode()
+    log.write_bytes(first + b"\n" + log.read_bytes())
+    with pytest.raises(MMGPTError, match=f"w8.*{message}"):
+        read_runs(plan, ladder.parent, plan.of_role("rung"))
+
+
+def test_only_the_plans_own_runs_are_points(plan: LadderPlan, ladder: Path) -> None:
+    """A run by other settings, in a folder of the right name, would bend the law without a word."""
+    path = ladder.parent / "w8/recipe.json"
+    values = json.loads(path.read_text())
+    del values["train"]["shard"]  # as before there was such a setting
+    path.write_text(json.dumps(values))
+    assert len(read_runs(plan, ladder.parent, plan.of_role("rung"))) == len(WIDTHS)
+    values["train"]["weight_decay"] = 0.5
+    path.write_text(json.dumps(values))
+    with pytest.raises(MMGPTError, match=r"is not the plan's w8: another train\.weight_decay"):
+        register(ladder, "w32", ladder.parent / "filed.json")
+    path.unlink()
+    with pytest.raises(MMGPTError, match=r"w8: no recipe.json"):
+        register(ladder, "w32", ladder.parent / "filed.json")
 
 
 # ---- Predictions ----
@@ -260,6 +337,26 @@ def test_an_edited_input_is_not_registered(edited: str, plan: LadderPlan, ladder
         path.write_text(path.read_text() + "\n")
     with pytest.raises(MMGPTError, match=r"^not registered: "):
         verdicts(filed, ladder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"inputs": []}, {"inputs": {"plan.json": 1}}, {"target": "w32"}, {"time": "yesterday"}]
+    + [{"predictions": each} for each in ([], {"loss": 1}, {"loss": {"loss": 1.0}}, {"loss": {"loss": "x"}})],
+)
+def test_what_is_no_registration_is_one_line(changes: dict[str, object], ladder: Path) -> None:
+    filed = ladder.parent / "filed.json"
+    values = register(ladder, "w32", filed) | changes
+    filed.write_text(json.dumps(values | {"digest": registration.digest(values)}))
+    with pytest.raises(MMGPTError, match=r"filed\.json: no registration"):
+        verdicts(filed, ladder)
+
+
+def test_a_target_by_other_settings_is_not_judged(plan: LadderPlan, ladder: Path) -> None:
+    register(ladder, "w32", ladder.parent / "filed.json")
+    fake_run(ladder.parent, plan, replace(plan.run("w32"), lr=0.5), 2.0)
+    with pytest.raises(MMGPTError, match=r"is not the plan's w32: another train\.lr"):
+        verdicts(ladder.parent / "filed.json", ladder)
 
 
 def test_a_target_that_began_before_is_not_registered(plan: LadderPlan, ladder: Path) -> None:

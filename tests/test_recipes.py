@@ -62,6 +62,23 @@ def test_finished_run_is_not_overwritten(shapes: Path, tmp_path: Path) -> None:
         run_recipe(recipe, tmp_path / "run", progress=False)
 
 
+def test_a_run_goes_on_computed_in_another_way(shapes: Path, tmp_path: Path) -> None:
+    """How many processes share a copy, what is computed again and when it is saved are no part of what a run is."""
+    few = ["train.steps=1", "train.warmup_steps=0", "rows=2"]
+    run_recipe(override(tiny(str(shapes)), few), tmp_path, progress=False)
+    few[0] = "train.steps=2"
+    other = ["train.shard=none", "train.recompute=full", "train.async_save=true"]
+    run_recipe(override(tiny(str(shapes)), few + other), tmp_path, progress=False, resume=True)
+    assert (tmp_path / "step-000002").is_dir()
+    for change in ("train.optimizer=muon", "train.schedule=wsd"):
+        name = change.partition("=")[0]
+        with pytest.raises(MMGPTError, match=f"was trained with another {name}: "):
+            run_recipe(override(tiny(str(shapes)), [*few, change]), tmp_path, progress=False, resume=True)
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(MMGPTError, match=r"recipe\.json: no recipe of a run"):
+        run_recipe(override(tiny(str(shapes)), few), tmp_path, progress=False, resume=True)
+
+
 def test_resuming_another_recipe_is_refused(shapes: Path, tmp_path: Path) -> None:
     """Silently going on with other settings would make a run that nothing describes."""
     recipe = override(tiny(str(shapes)), ["train.steps=2", "train.warmup_steps=1"])

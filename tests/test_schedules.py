@@ -122,7 +122,10 @@ def test_step_tokens_set_accumulate() -> None:
 
 def impossible_steps() -> list[tuple[Callable[[], Any], str]]:
     return [
-        (lambda: step_sizes(toy_config(step_tokens=10, accumulate=2), 1), "give step_tokens=10 or accumulate=2"),
+        (lambda: toy_config(step_tokens=10, accumulate=2), "give step_tokens=10 or accumulate=2"),
+        (lambda: toy_config(step_tokens=10**23), "step_tokens must be at most 1,000,000,000, not 1"),
+        (lambda: toy_config(accumulate=10**23), "accumulate must be at most 1,000,000, not 1"),
+        (lambda: toy_config(trackers=("wandb", "wandb")), "trackers has wandb twice"),
         (lambda: step_sizes(toy_config(step_tokens=90, ramp_from=50, ramp_tokens=9), 100), "a larger step_tokens"),
         (lambda: toy_config(ramp_from=5), "ramp_from and ramp_tokens go together"),
         (lambda: toy_config(patience=0), "patience must be at least 1"),

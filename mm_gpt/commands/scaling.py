@@ -51,11 +51,16 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 def run_plan(args: argparse.Namespace) -> int:
     check_folder(args.out.absolute().parent)
     from mm_gpt.config import override
-    from mm_gpt.scaling.ladder import LadderConfig, make_plan, table
+    from mm_gpt.scaling.ladder import LadderConfig, LadderPlan, make_plan, table
+    from mm_gpt.scaling.runs import has_begun
 
     names = {field.name for field in dataclasses.fields(LadderConfig)}
     rules = {name: value for name, value in vars(args).items() if name in names and value is not None}
     config = LadderConfig(**rules, targets=args.target)
+    if args.out.exists() and (
+        begun := [r.name for r in LadderPlan.load(args.out).runs if has_begun(args.out.parent / r.name)]
+    ):
+        raise MMGPTError(f"{args.out} is there already, and {begun[0]} has begun by it: choose another folder")
     plan = make_plan(override(_recipe(args.recipe, args.data), args.overrides), config, timed=not args.untimed)
     plan.save(args.out)
     print(table(plan))
@@ -97,7 +102,7 @@ def run_run(args: argparse.Namespace) -> int:
 
     plan = LadderPlan.load(args.plan)
     if args.only is not None:
-        runs = tuple(plan.run(name) for name in args.only.split(",") if name)
+        runs = tuple(plan.run(name) for name in args.only.split(","))
     else:
         runs = plan.of_role("target" if args.target else "rung")
     if not runs:
@@ -124,7 +129,7 @@ def run_fit(args: argparse.Namespace) -> int:
     from mm_gpt.scaling.runs import read_runs
 
     plan = LadderPlan.load(args.plan)
-    finished = points_of(plan, read_runs(args.plan.parent, plan.of_role("rung")), args.form)
+    finished = points_of(plan, read_runs(plan, args.plan.parent, plan.of_role("rung")), args.form)
     metrics = list(finished[0].losses) if args.metric is None else [args.metric]
     fits = {}
     for metric in metrics:

@@ -30,6 +30,7 @@ from mm_gpt.system.writing import write_text
 from mm_gpt.training.language import LanguageRecipe, LanguageTask, prepare_language
 from mm_gpt.training.loop import training_step
 from mm_gpt.training.optimizers import make_optimizer
+from mm_gpt.training.train_config import TrainConfig
 
 REFERENCE = 100_000
 """The N at which `lr` and `batch_tokens` hold."""
@@ -68,6 +69,8 @@ class LadderConfig:
     def __post_init__(self) -> None:
         if not self.widths:
             raise ConfigError("widths is empty: name the widths of the rungs")
+        if not self.budgets:
+            raise ConfigError("budgets is empty: 1 is that of a ladder with one run for each size")
         for name in ("widths", "targets", "budgets"):
             values = getattr(self, name)
             if any(not value > 0 for value in values) or len(set(values)) < len(values):
@@ -161,6 +164,13 @@ class PlannedRun:
     seconds: float | None = None
     """An estimate from a few steps, on the machine that made the plan."""
 
+    def __post_init__(self) -> None:
+        if Path(self.name).name != self.name:
+            raise ConfigError(f"{self.name!r} is no name of a run: its folder lies beside the plan")
+        check_numbers(self, "width", "layers", "heads", "mlp_width", "rows", "steps", at_least=1)
+        check_numbers(self, "budget", "parameters", "tokens", "flops", "lr", above=0)
+        check_numbers(self, "seed", "warmup_steps", at_least=0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanData:
@@ -187,6 +197,13 @@ class LadderPlan:
     data: PlanData
     runs: tuple[PlannedRun, ...]
     formulas: dict[str, str] = dataclasses.field(default_factory=lambda: dict(FORMULAS))
+
+    def __post_init__(self) -> None:
+        names = [run.name for run in self.runs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"two runs are called {twice[0]}")
+        if not self.of_role("rung"):
+            raise ConfigError("a plan needs rungs")
 
     def run(self, name: str) -> PlannedRun:
         """Raises MMGPTError for a name that the plan does not have."""
@@ -246,6 +263,9 @@ def check_base(base: LanguageRecipe) -> None:
         raise ConfigError("a ladder trains all of the decoder: decoder=full, without lora")
     if base.model.decoder.memory_length:
         raise ConfigError("a ladder's decoder has no segment memory")
+    for name in ("accumulate", "step_tokens", "ramp_from", "patience", "noise_scale"):
+        if getattr(base.train, name) != getattr(TrainConfig, name):
+            raise ConfigError(f"a ladder says itself how large and how many its steps are: leave out train.{name}")
 
 
 def make_plan(base: LanguageRecipe, config: LadderConfig, *, timed: bool = True) -> LadderPlan:

@@ -9,6 +9,7 @@ more. The verdict never fits again.
 import datetime
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from mm_gpt.hub.weights import read_json
 from mm_gpt.scaling.ladder import LadderPlan, PlannedRun
 from mm_gpt.scaling.laws import Fit, Prediction, predict_run
 from mm_gpt.scaling.points import CannotTell, Point
-from mm_gpt.scaling.runs import LOG, RECIPE, Finished, has_begun, read_run, read_runs, target_point
+from mm_gpt.scaling.runs import LOG, RECIPE, Finished, has_begun, read_runs, target_point
 from mm_gpt.system.writing import write_text
 
 VERSION = 1
@@ -42,7 +43,7 @@ def predict(
     begun: what is known is not predicted."""
     if has_begun(folder / target.name):
         raise MMGPTError(f"{folder / target.name} has begun: a prediction is made before")
-    finished = points_of(plan, read_runs(folder, plan.of_role("rung")), form)
+    finished = points_of(plan, read_runs(plan, folder, plan.of_role("rung")), form)
     found: dict[str, Prediction | CannotTell] = {}
     for metric in finished[0].losses:
         try:
@@ -169,8 +170,8 @@ def verdicts(path: Path, plan_path: Path) -> list[Verdict]:
         if hashlib.sha256(file.read_bytes()).hexdigest() != before:
             raise MMGPTError(f"not registered: {file} has changed since {path}")
     run = plan.run(values["target"]["name"])
-    finished = read_run(folder / run.name, run)
-    filed = datetime.datetime.fromisoformat(values["time"]).timestamp()
+    (finished,) = read_runs(plan, folder, [run])
+    filed = _time(values["time"]).timestamp()
     if (folder / run.name / RECIPE).stat().st_mtime < filed:
         raise MMGPTError(f"not registered: {folder / run.name} had begun before {path}")
     return [
@@ -203,4 +204,17 @@ def _read(path: Path) -> dict[str, Any]:
         raise MMGPTError(f"{path}: of version {values['version']}, and this program reads {VERSION}")
     if digest(values) != values["digest"]:
         raise MMGPTError(f"not registered: {path} has been edited since")
+    try:
+        from_dict(PlannedRun, values["target"])
+        _time(values["time"])
+        for each in values["predictions"].values():
+            if "loss" in each:
+                math.fsum((each["loss"], each["low"], each["high"]))
+        b"".join(bytes.fromhex(each) for each in values["inputs"].values())
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, MMGPTError) as error:
+        raise MMGPTError(f"{path}: no registration (a prediction that was filed): {error}") from None
     return values
+
+
+def _time(text: str) -> datetime.datetime:
+    return datetime.datetime.fromisoformat(text)

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mm_gpt.config import to_dict
+from mm_gpt.config import first_difference, from_dict, to_dict
 from mm_gpt.errors import MMGPTError
-from mm_gpt.hub.weights import read_json
+from mm_gpt.hub.weights import read_json, read_text
 from mm_gpt.scaling.ladder import LadderPlan, PlannedRun
 from mm_gpt.scaling.points import CannotTell, Point
+from mm_gpt.training.language import LanguageRecipe
 from mm_gpt.training.recipes import run_recipe
 
 logger = logging.getLogger(__name__)
@@ -81,16 +82,19 @@ def train_runs(plan: LadderPlan, folder: Path, runs: Sequence[PlannedRun], *, pr
 def check_recipe(out: Path, run: PlannedRun, recipe: dict[str, Any]) -> None:
     """Raises MMGPTError where a folder holds another run than the plan's."""
     if (out / RECIPE).exists():
-        before, now = read_json(out / RECIPE), json.loads(json.dumps(recipe))
-        for key in now:
-            if before.get(key) != now[key]:
-                raise MMGPTError(f"{out} is not the plan's {run.name}: another {key}; choose another folder")
+        # A setting that came after the run had its default then
+        before = to_dict(from_dict(LanguageRecipe, read_json(out / RECIPE), where=str(out / RECIPE)))
+        key = first_difference(*(json.loads(json.dumps(each)) for each in (recipe, before)))
+        if key is not None:
+            raise MMGPTError(f"{out} is not the plan's {run.name}: another {key}; choose another folder")
 
 
 def read_run(out: Path, run: PlannedRun) -> Finished:
     """A finished run. Raises CannotTell for one that is missing, unfinished or diverged, naming the folder."""
     rows = _rows(out / LOG)
-    steps = [row for row in rows if "validation" not in row and math.isfinite(row.get("loss", math.nan))]
+    steps = [row for row in rows if "validation" not in row and "loss" in row]
+    if broken := [row["step"] for row in steps if not math.isfinite(row["loss"])]:
+        raise CannotTell(f"{out}: diverged (no finite loss at step {broken[0]}): lower the ladder's lr")
     last = next((row for row in rows if "validation" in row and row["step"] == run.steps), None)
     if not steps or last is None:
         at = max((row["step"] for row in rows), default=0)
@@ -109,16 +113,23 @@ def read_run(out: Path, run: PlannedRun) -> Finished:
     return Finished(run, losses, float(tokens), float(flops), seconds)
 
 
-def read_runs(folder: Path, runs: Sequence[PlannedRun]) -> list[Finished]:
-    """Raises CannotTell as `read_run` does."""
-    return [read_run(folder / run.name, run) for run in runs]
+def read_runs(plan: LadderPlan, folder: Path, runs: Sequence[PlannedRun]) -> list[Finished]:
+    """Raises CannotTell as `read_run` does, and MMGPTError for what is not the plan's run, but has its name."""
+    found = []
+    for run in runs:
+        out = folder / run.name
+        check_recipe(out, run, to_dict(plan.recipe_of(run)))
+        found.append(read_run(out, run))
+        if not (out / RECIPE).is_file():
+            raise MMGPTError(f"{out}: no {RECIPE}, which would tell that it is the plan's {run.name}")
+    return found
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     """What a run has logged; a last line that was cut off is left out. Raises MMGPTError for other lines."""
-    if not path.is_file():
+    if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -127,7 +138,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise MMGPTError(f"{path}: line {number} is not JSON") from None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        if not (isinstance(row, dict) and isinstance(row.get("step"), int) and _has_numbers(row)):
             raise MMGPTError(f"{path}: line {number} is no row of a log")
         rows.append(row)
     return rows
+
+
+def _has_numbers(row: dict[str, Any]) -> bool:
+    """Whether what a ladder reads of a row of a log are numbers that it can count with."""
+    validation = row.get("validation", {})
+    if not isinstance(validation, dict):
+        return False
+    read = [row[key] for key in ("loss", "tokens", "flops", "seconds") if key in row]
+    read += [value for key, value in validation.items() if key.startswith("loss")]
+    return all(isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1000) for value in read)

@@ -541,6 +541,8 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: boo
 def _check_same(recipe: Recipe, path: Path) -> None:
     """A run continues only as what it was; the number of steps may grow."""
     before = read_json(path)
+    if not isinstance(before.get("train"), dict):
+        raise MMGPTError(f"{path}: no recipe of a run")
     now = json.loads(json.dumps(configs.to_dict(recipe)))
     # A setting that came later had its default before.
     defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig) if f.default is not dataclasses.MISSING}
@@ -556,8 +558,6 @@ def _check_same(recipe: Recipe, path: Path) -> None:
         for key in ("rows", "workers"):
             values.pop(key, None)
         values["train"].pop("accumulate", None)
-    for key in now:
-        if now[key] != before.get(key):
-            raise MMGPTError(
-                f"{path.parent} was trained with another {key}: use the same recipe and overrides to resume"
-            )
+    before = {key: before.get(key) for key in now}
+    if (key := configs.first_difference(now, before)) is not None:
+        raise MMGPTError(f"{path.parent} was trained with another {key}: use the same recipe and overrides to resume")

@@ -83,12 +83,8 @@ def sizes_of(stage: Stage, config: TrainConfig) -> StepSizes:
 def step_sizes(config: TrainConfig, micro_tokens: int) -> StepSizes:
     """The micro-batches of each step, of which one holds `micro_tokens` over all ranks, padding included.
 
-    Raises ConfigError for settings that contradict each other.
+    Raises ConfigError for a ramp that does not grow.
     """
-    if config.step_tokens is not None and config.accumulate != 1:
-        raise ConfigError(
-            f"step_tokens sets accumulate: give step_tokens={config.step_tokens} or accumulate={config.accumulate}"
-        )
     full = config.accumulate if config.step_tokens is None else math.ceil(config.step_tokens / micro_tokens)
     if config.ramp_from is None or config.ramp_tokens is None:
         return StepSizes(full)

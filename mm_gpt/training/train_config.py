@@ -89,6 +89,13 @@ class TrainConfig:
             at_least=1,
         )
         check_numbers(self, "step_tokens", "ramp_from", "ramp_tokens", "patience", at_least=1)
+        check_numbers(self, "accumulate", at_most=10**6)  # a step's micro-batches are in memory together
+        check_numbers(self, "step_tokens", "ramp_from", at_most=10**9)
+        check_numbers(self, "steps", "ramp_tokens", "batch_tokens", at_most=10**18)
+        if self.step_tokens is not None and self.accumulate != 1:
+            raise ConfigError(
+                f"step_tokens sets accumulate: give step_tokens={self.step_tokens} or accumulate={self.accumulate}"
+            )
         check_numbers(self, "decay_share", "final_share", at_least=0, at_most=1)
         check_numbers(self, "lr", "eps", "clip", above=0)
         check_numbers(self, "warmup_steps", "weight_decay", at_least=0)
@@ -100,6 +107,8 @@ class TrainConfig:
             raise ConfigError(
                 f"decay_share {self.decay_share} and final_share {self.final_share} are more than the run"
             )
+        if twice := [name for name in self.trackers if self.trackers.count(name) > 1]:
+            raise ConfigError(f"trackers has {twice[0]} twice")
         check_numbers(self, "seed", at_least=0, below=2**32)  # times a million, it must fit into a generator's seed
 
 
