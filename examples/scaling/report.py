@@ -38,8 +38,8 @@ def finished(plan_path: Path) -> list[Finished]:
     return found
 
 
-def mixed(plan_path: Path, pages_share: float, *, most: float = float("inf")) -> list[MixedPoint]:
-    """The runs of a plan with so many FLOPs at most, by what they read of each kind."""
+def mixed(plan_path: Path, pages_share: float) -> list[MixedPoint]:
+    """The rungs of a plan, by what they read of each kind."""
     return [
         MixedPoint(
             each.run.parameters,
@@ -49,15 +49,14 @@ def mixed(plan_path: Path, pages_share: float, *, most: float = float("inf")) ->
             f"{each.run.name} {pages_share:g}",
         )
         for each in finished(plan_path)
-        if each.flops <= most
+        if each.run.role == "rung"
     ]
 
 
 def worth(plan_path: Path, mixtures: list[tuple[float, Path]]) -> dict[str, Any]:
     """What a token of the other kind is worth to each kind, or why that cannot be told."""
     others = [point for share, path in mixtures for point in mixed(path, share)]
-    top = max(point.flops for point in others) * 1.01
-    points = [*mixed(plan_path, 0.5, most=top), *others]
+    points = [*mixed(plan_path, 0.5), *others]
     values: dict[str, Any] = {
         "runs": [
             {"name": p.name, "N": p.parameters, "tokens": dict(p.tokens), "losses": dict(p.losses)} for p in points
