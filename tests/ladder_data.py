@@ -15,10 +15,10 @@ from mm_gpt.training.train_config import TrainConfig
 RULES = {
     "width_per_layer": 8,
     "head_size": 4,
-    "tokens_per_parameter": 4.0,
+    "tokens_per_parameter": 2.0,
     "batch_tokens": 1024.0,
     "batch_exponent": 0.3,
-    "lr": 0.01,
+    "lr": 3e-3,
 }
 
 

@@ -30,6 +30,7 @@ ELSEWHERE = (
     "python examples/english_text.py",  # needs the Debian package that apt-get fetches
     "python examples/photo_set.py",  # downloads packages; test_photo_set.py runs its parts
     "python examples/alignment/",  # minutes each; test_alignment_examples.py and test_refusals.py run them small
+    "python examples/literature/",  # minutes each; test_literature.py runs them small
     "python examples/benchmarks",  # minutes, and its result is a matter of the machine
     "python examples/quantisation_quality.py",  # minutes; test_quantisation_quality.py runs its parts
     "pip install",

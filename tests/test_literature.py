@@ -1,5 +1,6 @@
 """The experiments on what the literature around GPT-4 names: their parts, and that each command runs."""
 
+import argparse
 import json
 import math
 import random
@@ -14,7 +15,7 @@ import torch
 from forked_ranks import on_ranks
 from torch import Tensor, nn
 
-from mm_gpt.errors import MMGPTError
+from mm_gpt.errors import ConfigError, MMGPTError
 from mm_gpt.training.distributed import process_group, sum_gradients
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples/literature"))
@@ -30,10 +31,18 @@ ROWS = [torch.randn(4, 6, generator=torch.Generator().manual_seed(n)) for n in r
 
 def run(module: Any, out: Path, monkeypatch: pytest.MonkeyPatch, seeds: int = 2) -> dict[str, Any]:
     plot = out.with_suffix(".png")
+    page = out.with_suffix(".md")
+    page.write_text(f"before\n<!-- {out.stem} -->\nold\n<!-- end of {out.stem} -->\nbehind\n")
     words = [module.__name__, "--quick", "--seeds", str(seeds), "-o", str(out), "--plot", str(plot)]
+    words += ["--page", str(page)]
     monkeypatch.setattr(sys, "argv", words)
     module.main()
     assert 4_000 < plot.stat().st_size < 40_000
+    lines = page.read_text().splitlines()
+    assert lines[0] == "before"
+    assert lines[-1] == "behind"
+    assert "old" not in lines
+    assert sum(line.startswith("|") for line in lines) >= 4
     return json.loads(out.read_text())
 
 
@@ -283,8 +292,18 @@ def test_a_stopped_experiment_goes_on_and_not_with_other_settings(tmp_path: Path
     assert again.get("a", lambda: pytest.fail("made again")) == [1, math.inf]
     with pytest.raises(MMGPTError, match="other settings"):
         small_runs.Finished(tmp_path / "x.json", {"steps": 4})
-    small_runs.write({"done": 1}, tmp_path / "x.json", again)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    found = ["a: +1.000 [+0.500, +1.500]", f"b: loss: +0.100 [-1.000, +1.200]{small_runs.NO_EFFECT}"]
+    page = tmp_path / "page.md"
+    page.write_text("<!-- x -->\n<!-- end of x -->\n")
+    args = argparse.Namespace(output=tmp_path / "x.json", page=page, plot=tmp_path / "x.png")
+    small_runs.write({"found": found}, "| t |", args, again)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.md", "x.json"]
+    assert "- a: +1.000 [+0.500, +1.500]\n" in page.read_text()
+    assert "holds 0: b: loss.\n" in page.read_text()
+    assert "](x.png)\n<!-- end of x -->" in page.read_text()
+    page.write_text("nothing")
+    with pytest.raises(MMGPTError, match="lacks"):
+        small_runs.fill_page(page, "x", "")
 
 
 def test_a_rate_is_found_by_walking_downhill() -> None:
@@ -297,6 +316,15 @@ def test_a_rate_is_found_by_walking_downhill() -> None:
     assert small_runs.best_rate(loss, 8.0) == 0.25
     assert len(tried) == len(set(tried)) == 8  # none twice
     assert small_runs.best_rate(lambda rate: math.inf, 1.0) == 1.0
+
+
+def test_more_steps_can_be_asked_for() -> None:
+    words = small_runs.options(None, "objectives", 3).parse_args
+    assert small_runs.chosen(words([]), objectives.FULL, objectives.QUICK) == objectives.FULL
+    quick = small_runs.chosen(words(["--quick", "--steps", "9"]), objectives.FULL, objectives.QUICK)
+    assert (quick.steps, quick.width) == (9, objectives.QUICK.width)
+    with pytest.raises(ConfigError, match="--steps"):
+        small_runs.chosen(words(["--steps", "0"]), objectives.FULL, objectives.QUICK)
 
 
 def test_intervals_are_students() -> None:

@@ -189,7 +189,7 @@ def test_dropout_is_off_unless_asked(data: Path, tiny_model_folder: Path) -> Non
     lora = LoRAConfig(rank=4, alpha=8, dropout=0.5)
     found = {}
     for dropout in (False, True):
-        task, optimizer = started(tiny_recipe(data, tiny_model_folder, lora=lora, dropout=dropout))
+        task, optimizer = started(tiny_recipe(data, tiny_model_folder, lora=lora, use_dropout=dropout))
         one_step(task, optimizer, task.recipe.train, 0)  # of a fresh adaptation nothing can be dropped
         (batch,) = task.micro_batches(1, 1)
         found[dropout] = [task.loss(batch)["loss/sigmoid"].total.item() for _ in range(2)]

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from forked_ranks import on_ranks
 from toy_stage import Pairs, ToyStage, logged, toy_config
 
 from mm_gpt.config import override
 from mm_gpt.errors import ConfigError
 from mm_gpt.training import checkpoint
 from mm_gpt.training.checkpoint import Progress
+from mm_gpt.training.distributed import ranks
 from mm_gpt.training.loop import train
 from mm_gpt.training.recipes import run_recipe, tiny
 from mm_gpt.training.run_log import RunLog
@@ -67,6 +69,21 @@ def test_tokens_and_flops_go_on_exactly_where_a_run_does(tmp_path: Path) -> None
     assert all(speed > 0 for speed in logged(tmp_path, "tokens_per_s").values())
     assert all(memory > 2**20 for memory in logged(tmp_path, "memory").values())
     assert logged(tmp_path, "mfu") == {}  # the peak of this processor is not known
+
+
+def test_tokens_are_those_of_all_ranks(tmp_path: Path) -> None:
+    """Each sees its own rows; rank 0 logs, and MFU is of all devices."""
+
+    class Uneven(Counted):
+        def tokens(self, batch: Pairs) -> int:
+            return 10 + ranks()[0]
+
+    def run(rank: int) -> None:
+        train(Uneven(), toy_config(steps=2, validate_every=100), tmp_path, progress=False)
+
+    assert on_ranks(run) == [None, None]
+    assert logged(tmp_path, "tokens") == {1: 21, 2: 42}
+    assert logged(tmp_path, "flops") == {1: 240, 2: 480}
 
 
 def test_a_stage_that_does_not_count_has_no_tokens(tmp_path: Path) -> None:

@@ -39,7 +39,8 @@ MEANS = ("blocks", "loss", "memory", "optimizer", "tower")
 ROWS, LENGTH, IMAGE_TOKENS, IMAGE_SIZE = 4, 256, 196, 224
 SIZES = {"width": 576, "layers": 30, "heads": 9, "kv_heads": 3, "inner": 1536, "vocabulary": 49_152}
 
-Step = Callable[[int], None]
+Step = Callable[[int], Callable[[], object]]
+"""Reads the batch of a step, and gives what is timed."""
 
 
 def main() -> None:
@@ -58,11 +59,11 @@ def main() -> None:
         return
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     results["machine"] = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    results["command"] = "python examples/benchmarks/training_step.py " + " ".join(sys.argv[1:])
+    command = "python examples/benchmarks/training_step.py " + " ".join(sys.argv[1:])
     for job in args.jobs:
         peers = [f"without {means}" for means in args.without] or ["before" if job == "stage" else "transformers"]
         for peer in peers:
-            found = compare(job, peer, args)
+            found = compare(job, peer, args) | {"command": command}
             results.setdefault(job, {})[peer] = found
             args.out.write_text(json.dumps(results, indent=2) + "\n")
             print(job, json.dumps({peer: found}))
@@ -151,8 +152,9 @@ def work(job: str, name: str, data: str, threads: int) -> None:
             if line.strip() == "end":
                 print(">", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, flush=True)
                 return
+            run = step(int(line))
             begin, worked = time.perf_counter(), time.process_time()
-            step(int(line))
+            run()
             print(">", time.perf_counter() - begin, time.process_time() - worked, flush=True)
 
 
@@ -166,9 +168,9 @@ def prepare(stack: ExitStack, without: str) -> None:
     if without != "memory":
         stack.enter_context(kept_memory(torch.device("cpu")))
     if without == "blocks":
-        decoder.fused = lambda *_: None  # type: ignore[assignment]
+        decoder.fused = lambda *_: None
     if without == "loss":
-        loss.fused_kind = lambda *_: None  # type: ignore[assignment]
+        loss.fused_kind = lambda *_: None
 
 
 def batch_ids(step: int) -> Any:
@@ -220,13 +222,16 @@ def transformers_step(job: str) -> Step:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
-    def step(number: int) -> None:
+    def step(number: int) -> Callable[[], object]:
         ids = batch_ids(number)[:, :-1].clamp(min=2)
         inputs, labels = {"input_ids": ids}, ids.clone()
         if job != "text":
             ids[:, :IMAGE_TOKENS] = 1
             labels[:, :IMAGE_TOKENS] = -100
             inputs["pixel_values"] = images_of(job, number)
+        return lambda: learn(inputs, labels)
+
+    def learn(inputs: dict[str, Any], labels: Any) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**inputs, labels=labels).loss
         loss.backward()
@@ -302,7 +307,7 @@ def our_step(job: str, without: str) -> Step:
 
     stage: Any = Learns()
 
-    def step(number: int) -> None:
+    def step(number: int) -> Callable[[], object]:
         given = batch_ids(number).clamp(min=2)
         ids, labels = given[:, :-1].clone(), given[:, 1:].clone()
         images = 0 if job == "text" else ROWS
@@ -321,7 +326,7 @@ def our_step(job: str, without: str) -> Step:
             image_sizes=torch.zeros(images, 2, dtype=torch.long),
             pixel_values=images_of(job, number) if images else torch.zeros(0),
         )
-        training_step(stage, [batch], optimizer, train, number, torch.device("cpu"))
+        return lambda: training_step(stage, [batch], optimizer, train, number, torch.device("cpu"))
 
     return step
 
@@ -342,9 +347,9 @@ def stage_step(data: str, without: str) -> Step:
     task.model.train()
     optimizer = an_optimizer(groups, recipe.train, without)
 
-    def step(number: int) -> None:
+    def step(number: int) -> Callable[[], object]:
         batches = task.micro_batches(number, recipe.train.accumulate)
-        training_step(task, batches, optimizer, recipe.train, number, torch.device("cpu"))
+        return lambda: training_step(task, batches, optimizer, recipe.train, number, torch.device("cpu"))
 
     return step
 

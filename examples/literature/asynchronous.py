@@ -9,7 +9,7 @@ ways are held against synchronous training of one worker, all with as many gradi
   uneven         W workers whose speeds vary, so that delays do: τ updates on average
   synchronous    W workers that wait, and a mean of W gradients in each of the W times fewer updates
 
-python examples/literature/asynchronous.py debian -o docs/results/literature_asynchronous.json
+python examples/literature/asynchronous.py debian --page docs/literature.md
 python examples/literature/asynchronous.py --quick --seeds 1 -o /tmp/try.json --plot /tmp/try.png
 """
 
@@ -317,9 +317,8 @@ def main() -> None:
         "ways": ways,
         "found": sentences,
     }
-    write(result, args.output, finished)
+    write(result, tables(ways), args, finished)
     draw(ways, args.plot)
-    print(tables(ways), *sentences, sep="\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ forward and backward as torch counts them. Then every model is asked what it has
   topics         which chapter a paragraph of a held-out page is from, read off the frozen states by a linear model
   cloze          which of four words stood in a gap, for models that can say so without more training
 
-python examples/literature/objectives.py debian -o docs/results/literature_objectives.json
+python examples/literature/objectives.py debian --page docs/literature.md
 python examples/literature/objectives.py --quick --seeds 1 -o /tmp/try.json --plot /tmp/try.png
 """
 
@@ -434,9 +434,8 @@ def main() -> None:
         "ways": ways,
         "found": sentences,
     }
-    write(result, args.output, finished)
+    write(result, tables(ways, spent), args, finished)
     draw(ways, words, args.plot)
-    print(tables(ways, spent), f"topics from words alone: {words:.3f}", *sentences, sep="\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from mm_gpt.model.decoder_config import DecoderConfig
 
 Sizes = TypeVar("Sizes")
 """A dataclass with `steps`."""
+NO_EFFECT = "  no effect shown: the interval holds 0"
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 """The 97.5 % quantile of Student's t, by the number of seeds."""
 
@@ -159,7 +160,7 @@ def said(effect: dict[str, Any], what: str, *, digits: int = 3) -> str:
         return f"{what}: {effect['mean']:+.{digits}f} (one seed)"
     low, high = effect["ci95"]
     found = f"{what}: {effect['mean']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return found if low > 0 or high < 0 else f"{found}  no effect shown: the interval holds 0"
+    return found if low > 0 or high < 0 else f"{found}{NO_EFFECT}"
 
 
 def cell(effect: dict[str, Any], digits: int = 3) -> str:
@@ -174,10 +175,33 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(result: dict[str, Any], output: Path, finished: Finished) -> None:
-    """The result, in place of the runs that it is made of."""
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def write(result: dict[str, Any], tables: str, args: argparse.Namespace, finished: Finished) -> None:
+    """The result as JSON, in place of the runs that it is made of, and its tables in the page, where there is one.
+
+    The page shows differences whose intervals leave out 0, and names the others, of which no effect is shown.
+    """
+    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     finished.path.unlink()
+    shown = [found for found in result["found"] if NO_EFFECT not in found]
+    unclear = [found.removesuffix(NO_EFFECT).rpartition(": ")[0] for found in result["found"] if NO_EFFECT in found]
+    text = f"{tables}\n\n" + "".join(f"- {found}\n" for found in shown)
+    if unclear:
+        text += f"\nNo effect shown, the interval holds 0: {'; '.join(unclear)}.\n"
+    print(text)
+    if args.page is not None and args.plot.parent.resolve() == args.page.parent.resolve():
+        text += f"\n![{args.output.stem.replace('_', ', ')}]({args.plot.name})\n"
+    if args.page is not None and args.page.is_file():
+        fill_page(args.page, args.output.stem, text)
+
+
+def fill_page(page: Path, name: str, text: str) -> None:
+    """Put a text between the marks of a page that are named for it. Raises MMGPTError where they are missing."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise MMGPTError(f"{page}: lacks {begin.strip()} or {end}")
+    page.write_text(f"{before}{begin}{text}{end}{after}", encoding="utf-8")
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -202,6 +226,7 @@ def options(about: str | None, name: str, seeds: int) -> argparse.ArgumentParser
     parser.add_argument("-o", "--output", type=Path, default=output, help=f"JSON (default {output})")
     plot = Path(f"docs/literature_{name}.png")
     parser.add_argument("--plot", type=Path, default=plot, help=f"PNG (default {plot})")
+    parser.add_argument("--page", type=Path, help="whose table is replaced, such as docs/literature.md")
     return parser
 
 

@@ -11,7 +11,7 @@ not. Measured on pages that nobody has seen, in the rare language above all:
 
 Control: `wrong translations` pairs each paragraph with another one's, so that the tokens are the same.
 
-python examples/literature/translation.py debian -o docs/results/literature_translation.json
+python examples/literature/translation.py debian --page docs/literature.md
 python examples/literature/translation.py --quick --seeds 1 -o /tmp/try.json --plot /tmp/try.png
 """
 
@@ -428,9 +428,8 @@ def main() -> None:
         "effects": effects,
         "found": sentences,
     }
-    write(result, args.output, finished)
+    write(result, tables(ways), args, finished)
     draw(ways, without, args.plot)
-    print(tables(ways), without, *sentences, sep="\n")
 
 
 if __name__ == "__main__":

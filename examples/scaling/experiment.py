@@ -5,8 +5,8 @@
     python examples/scaling/experiment.py WORK
 
 writes `WORK/tokenizer` and `WORK/recipe.json`, for `mm-gpt scaling plan WORK/recipe.json ...`. Half of the tokens are
-text, half are pages, unless `--pages-share` says otherwise. The vision tower is as small as towers get and of one size
-on all rungs: a projection of each patch, and a block of attention over the nine of them.
+text, half are pages, unless `--pages-share` says otherwise; with 0 there is no tower. The tower is as small as towers
+get and of one size on all rungs: a projection of each patch, and a block of attention over the nine of them.
 """
 
 import argparse
@@ -35,6 +35,7 @@ ROW = 128
 TOKENIZER_PAGES = 400
 """Manual pages, and ten times as many picture pages, that the tokenizer is learned from."""
 HALF = (0.5, 0.5, 0.5)
+HELD_OUT = {"manuals/train.jsonl": "manuals/held_out.jsonl", "pages/train": "pages/held_out"}
 
 
 def texts(work: Path) -> Iterator[str]:
@@ -74,12 +75,12 @@ def recipe(work: Path, *, pages_share: float = 0.5, held_out_units: int = 2500) 
         train=TrainConfig(steps=1, lr=1e-3, weight_decay=0.1, beta2=0.98, precision="fp32", device="cpu"),
         model=ModelConfig(
             decoder=decoder,
-            vision=VisionConfig(model=tower, image_size=tower.image_size),
-            connector=ConnectorConfig(kind="linear"),
+            vision=VisionConfig(model=tower, image_size=tower.image_size) if pages_share else None,
+            connector=ConnectorConfig(kind="linear") if pages_share else None,
         ),
-        image=ImageTransformConfig(size=tower.image_size, mean=HALF, std=HALF),
+        image=ImageTransformConfig(size=tower.image_size, mean=HALF, std=HALF) if pages_share else None,
         sources=tuple(SourceConfig(path=path, weight=share) for path, share in shares.items() if share),
-        validation=(SourceConfig(path="manuals/held_out.jsonl"), SourceConfig(path="pages/held_out")),
+        validation=tuple(SourceConfig(path=HELD_OUT[path]) for path, share in shares.items() if share),
         tokenizer=str(work / "tokenizer"),
         decoder="full",
         vision_blocks=None,

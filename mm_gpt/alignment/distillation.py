@@ -377,12 +377,15 @@ class DistillationTask(LanguageTask):
         """`nll` of the right tokens and `kl`, T² times the divergence from the teacher; what weighs nothing is not
         computed."""
         assert isinstance(batch, TaughtBatch)
-        hidden, alpha, counts = self.model(batch), self.recipe.alpha, self.counts(batch)
-        terms = {}
+        alpha, counts = self.recipe.alpha, self.counts(batch)
+        if not counts:
+            return {}
+        if "kl" not in counts:
+            return {"nll": Term(self.model.loss(batch)[0], counts["nll"], 1 - alpha)}
+        hidden, terms = self.model(batch), {}
         if "nll" in counts:
             terms["nll"] = Term(self.model.decoder.loss(hidden, batch.labels)[0], counts["nll"], 1 - alpha)
-        if "kl" in counts:
-            terms["kl"] = Term(self._divergence(hidden, batch), counts["kl"], alpha)
+        terms["kl"] = Term(self._divergence(hidden, batch), counts["kl"], alpha)
         return terms
 
     def _divergence(self, hidden: Tensor, batch: TaughtBatch) -> Tensor:

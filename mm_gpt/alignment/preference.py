@@ -104,7 +104,7 @@ class PreferenceRecipe:
     reference: Literal["model", "precomputed", "stored"] = "model"
     """`model`: the policy as it began, computed in each step. `precomputed`: once, before the first step, and kept with
     the checkpoints. `stored`: as the rows have them (`ref_chosen_logps` and the like)."""
-    dropout: bool = False
+    use_dropout: bool = False
     """The model's own dropout in training, in the policy."""
     batch_size: int = 4
     """Comparisons of a rank in a micro-batch."""
@@ -317,7 +317,7 @@ class PreferenceTask:
         if reference is None and self.reference is not None:
             with self.reference.active():
                 reference = completion_sums(self._logprobs(completions)[0], completions)
-        with nullcontext() if self.recipe.dropout else sampling(self.model):
+        with nullcontext() if self.recipe.use_dropout else sampling(self.model):
             logprobs, entropy = self._logprobs(completions)
         return Answers(
             completion_sums(logprobs, completions),

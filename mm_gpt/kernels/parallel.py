@@ -69,7 +69,8 @@ def _openmp() -> Callable[[int, int, int, int], None] | None:
     """GNU's entry into a parallel region, of the library that torch has loaded. LLVM's own has it as well."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.is_file() else []
-    for path in sorted({line.split(maxsplit=5)[5] for line in lines if "omp" in line and line.count(" ") >= 5}):
+    paths = {line.split(maxsplit=5)[5] for line in lines if "omp" in line and line.count(" ") >= 5}
+    for path in sorted(paths, key=lambda path: ("torch" not in path, path)):
         if not Path(path).name.startswith(("libgomp", "libomp", "libiomp")):
             continue
         try:

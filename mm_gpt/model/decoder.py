@@ -179,9 +179,9 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(BLOCKS[config.norm_place](config, layer) for layer in range(config.num_layers))
         self.norm = nn.Identity() if config.norm_place == "post" else make_norm(config, config.width)
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
-        self._one_gradient = False
+        self._learned: Tensor | None = None
         self._tied: Tensor | None = None
-        """See `one_gradient`."""
+        """See `learning`."""
         self._needs_positions = any(name.startswith("fixed") for name in config.attention)
 
     @property
@@ -216,26 +216,31 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings (…, D) of token ids (…), before positions."""
-        if self._one_gradient and self._is_tied_and_trained():
+        if self._learned is not None and self._is_tied_and_trained():
             x, self._tied = TiedEmbedding.apply(self.embedding.weight, ids)
         else:
             x = self.embedding(ids)
         return x if self.config.embedding_scale == 1.0 else x * self.config.embedding_scale
 
     @contextmanager
-    def one_gradient(self) -> Iterator[None]:
-        """Inside, the `loss` of what `embed` gave adds the gradients of both uses of a tied matrix in one place."""
-        self._one_gradient = True
+    def learning(self, labels: Tensor) -> Iterator[None]:
+        """Inside, one `embed`, one forward pass and its `loss` belong together; labels (B, T) are those of the loss.
+
+        Where it saves work, hidden states without a label are left out of the last block, and the gradients of both
+        uses of a tied matrix are added in one place.
+        """
+        self._learned = labels
         try:
             yield
         finally:
-            self._one_gradient, self._tied = False, None
+            self._learned = self._tied = None
 
     def _is_tied_and_trained(self) -> bool:
         embedding = self.embedding
         return (
             self.head is None
             and type(embedding) is nn.Embedding
+            and embedding.weight.device.type == "cpu"  # on a GPU rows are added in no fixed order
             and not embedding._forward_hooks  # as sharding has them
             and self.training
             and embedding.weight.requires_grad
@@ -266,6 +271,8 @@ class Decoder(nn.Module):
             step.fused = fused(self.config, x, step.rotation, mask)
             x = x if step.fused is None else x.float()
         for layer, block in enumerate(self.blocks):
+            if layer == len(self.blocks) - 1 and step.fused is not None and self._learned is not None:
+                step = dataclasses.replace(step, fused=step.fused.asked(self._learned))
             x = block(x, step)
             if layer < len(added):
                 x = x + added[layer]

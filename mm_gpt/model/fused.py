@@ -8,6 +8,7 @@ autocast; residuals, norms and softmax are float32, and so is the stream between
 Shapes: B rows, T tokens, M = B T, D width, H heads, K key-value heads, G = H / K, C head size, F inner width.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -15,12 +16,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mm_gpt.kernels.parallel import PIECES
 from mm_gpt.kernels.training import LANES, Kind, kernel
 from mm_gpt.model.decoder_config import DecoderConfig
 from mm_gpt.model.lora import LoRALinear
 from mm_gpt.model.positions import Rotation
+from mm_gpt.processor import IGNORE_INDEX
 
 QUERIES = 256
 """Queries whose scores exist at a time."""
@@ -52,6 +55,14 @@ class Fused:
     mask: Tensor | None
     """(B, T, T) uint8; None: causal."""
     spans: tuple[Span, ...]
+    learned: Tensor | None = None
+    """(N,) the positions out of M that the loss asks for, where this is the last block; it gives zeros for others."""
+
+    def asked(self, labels: Tensor) -> "Fused":
+        """For the last block, where only positions with labels (B, T) are asked for, if that saves much."""
+        learned = (labels.flatten() != IGNORE_INDEX).nonzero().flatten()
+        fits = labels.shape == (self.rows, self.tokens) and 0 < len(learned) <= 0.9 * labels.numel()
+        return dataclasses.replace(self, learned=learned) if fits else self
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,7 +72,7 @@ class Fused:
 def fused(config: DecoderConfig, x: Tensor, rotation: Rotation | None, mask: Tensor | None) -> Fused | None:
     """The shared part for embeddings x (B, T, D), or None where blocks must run as they are written."""
     B, T, _ = x.shape
-    if x.device.type != "cpu" or T % LANES or not _is_plain(config):
+    if x.device.type != "cpu" or T % LANES or not has_function(config):
         return None
     if torch.is_autocast_enabled("cpu"):
         if torch.get_autocast_dtype("cpu") != torch.bfloat16:
@@ -112,8 +123,8 @@ def _spans(mask: Tensor | None, rows: int, tokens: int) -> Iterator[Span]:
             text = edge
 
 
-def _is_plain(config: DecoderConfig) -> bool:
-    """Llama's block, of sizes that fill vectors."""
+def has_function(config: DecoderConfig) -> bool:
+    """Whether a decoder has blocks that can be one function: Llama's, of sizes that fill vectors."""
     return (
         config.norm == "rms"
         and config.norm_place == "pre"
@@ -223,6 +234,7 @@ class _Block(torch.autograd.Function):
             return _forward(ctx, x, config, shared, scales, tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast("cpu", enabled=False):
             return _backward(ctx, gradient)
@@ -245,20 +257,22 @@ def _forward(
     x = x.contiguous()
     qkv_layer, out_layer, gate_up_layer, down_layer = _layers(tensors, scales, dtype)
     norms = [weight.detach().float() for weight in tensors[:2]]
-    y = x.new_empty(M, D, dtype=dtype)
+    y, flat = x.new_empty(M, D, dtype=dtype), x.view(M, D)
     inverses = [x.new_empty(M) for _ in range(2)]
     _run("norm_forward", (kind, D, config.norm_eps), M, x, 0, norms[0], 0, y, inverses[0], adds=False)
     qkv = qkv_layer.forward(y)
     attended, sums, heads = _attend(config, shared, qkv)
-    after = torch.empty_like(x)
-    h = out_layer.forward(attended)
-    _run("norm_forward", (kind, D, config.norm_eps), M, x, h, norms[1], after, y, inverses[1], adds=True)
-    gate_up = gate_up_layer.forward(y)
-    active = x.new_empty(M, config.mlp_width, dtype=dtype)
-    _run("swiglu_forward", (kind, config.mlp_width), M, gate_up, active)
-    out = torch.empty_like(x)
-    _run("add", (kind, D), M, after, down_layer.forward(active), out)
     assert attended.shape == (M, H * C)
+    own = _some(flat, shared.learned)  # from here on each position is for itself
+    N, after = len(own), torch.empty_like(own)
+    h, y = out_layer.forward(_some(attended, shared.learned)), y[:N]
+    _run("norm_forward", (kind, D, config.norm_eps), N, own, h, norms[1], after, y, inverses[1], adds=True)
+    gate_up = gate_up_layer.forward(y)
+    active = x.new_empty(N, config.mlp_width, dtype=dtype)
+    _run("swiglu_forward", (kind, config.mlp_width), N, gate_up, active)
+    out = torch.empty_like(own)
+    _run("add", (kind, D), N, after, down_layer.forward(active), out)
+    out = _spread(out, shared.learned, M).view_as(x)
     ctx.config, ctx.shared, ctx.scales, ctx.num = config, shared, scales, len(tensors)
     ctx.save_for_backward(*tensors, x, after, *inverses, *heads, attended, *sums, gate_up)
     return out
@@ -273,23 +287,24 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     M, D = shared.rows * shared.tokens, config.width
     qkv_layer, out_layer, gate_up_layer, down_layer = _layers(tensors, ctx.scales, dtype)
     norms = [weight.detach().float() for weight in tensors[:2]]
-    gradient = gradient.contiguous()
-    slope = gradient if kind == "f32" else gradient.to(dtype)
-    slope = slope.view(M, D)
+    gradient = _some(gradient.reshape(M, D), shared.learned).contiguous()
+    slope, N = gradient.to(dtype), len(gradient)
 
-    active, inner = x.new_empty(M, config.mlp_width, dtype=dtype), torch.empty_like(gate_up)
-    _run("swiglu_backward", (kind, config.mlp_width), M, gate_up, down_layer.backward(slope), active, inner)
+    active, inner = x.new_empty(N, config.mlp_width, dtype=dtype), torch.empty_like(gate_up)
+    _run("swiglu_backward", (kind, config.mlp_width), N, gate_up, down_layer.backward(slope), active, inner)
     of_down = down_layer.gradients(slope, active, wanted[11:14])
     del active, gate_up
-    y, rounded = x.new_empty(M, D, dtype=dtype), x.new_empty(M, D, dtype=dtype)
-    middle, pieces = torch.empty_like(x), x.new_zeros(PIECES, D)
+    y, rounded = x.new_empty(N, D, dtype=dtype), x.new_empty(N, D, dtype=dtype)
+    middle, pieces = torch.empty_like(after), x.new_zeros(PIECES, D)
     through = gate_up_layer.backward(inner)
-    _run("norm_backward", (kind, D), M, through, gradient, after, second, norms[1], middle, rounded, y, pieces)
+    _run("norm_backward", (kind, D), N, through, gradient, after, second, norms[1], middle, rounded, y, pieces)
     of_gate_up, of_norm = gate_up_layer.gradients(inner, y, wanted[8:11]), pieces.sum(0)
     del inner
-    through = out_layer.backward(rounded)
-    of_out = out_layer.gradients(rounded, attended, wanted[5:8])
+    through = _spread(out_layer.backward(rounded), shared.learned, M)
+    of_out = out_layer.gradients(rounded, _some(attended, shared.learned), wanted[5:8])
     slope = _attend_backward(config, shared, q, k, v, attended, sums, through)
+    middle = _spread(middle, shared.learned, M)
+    y, rounded = x.new_empty(M, D, dtype=dtype), x.new_empty(M, D, dtype=dtype)
     result, pieces = torch.empty_like(x), x.new_zeros(PIECES, D)
     through = qkv_layer.backward(slope)
     _run("norm_backward", (kind, D), M, through, middle, x, first, norms[0], result, rounded, y, pieces)
@@ -300,6 +315,16 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         for want, found, weight in zip(wanted, all_of, tensors, strict=True)
     ]
     return (result, None, None, None, *grads)
+
+
+def _some(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Some rows of x; None: all."""
+    return x if rows is None else x[rows]
+
+
+def _spread(x: Tensor, rows: Tensor | None, total: int) -> Tensor:
+    """The other way: zeros in all other rows."""
+    return x if rows is None else x.new_zeros(total, x.shape[1]).index_copy_(0, rows, x)
 
 
 def _shapes(config: DecoderConfig, shared: Fused) -> tuple[int, int, int, int, tuple[object, ...]]:

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mm_gpt.kernels.training import LANES, Kind, kernel
 from mm_gpt.processor import IGNORE_INDEX
 
 CHUNK = 512  # positions projected at a time: 512 · 49,152 float32 logits are 100 MB
-FUSED_CHUNK = 1024
-"""The same where logits become their gradient in their own place: in bfloat16 they take as much."""
+FUSED_CHUNK = 512
+"""The same where logits become their gradient in their own place."""
+WORDS = 8192
+"""Of the vocabulary, whose gradients are rounded at a time."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -101,10 +104,12 @@ def _fused_forward(
             if grad_hidden is not None:
                 grad_hidden[at] = logits @ matrix
             if wants_weight:
-                part = logits.t() @ rows[at]
-                del logits  # before there is more
-                grad_weight = part.to(torch.float32) if grad_weight is None else grad_weight.add_(part)
-                del part
+                if grad_weight is None:
+                    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+                for word in range(0, len(weight), WORDS):
+                    some = slice(word, word + WORDS)
+                    grad_weight[some] += logits[:, some].t() @ rows[at]
+            del logits  # before there are others
     if wants_weight and grad_weight is None:
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
     ctx.once = True
@@ -147,6 +152,7 @@ class TiedEmbedding(torch.autograd.Function):
         return F.embedding(ids, weight), weight.view_as(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, rows: Tensor | None, whole: Tensor | None) -> tuple[Tensor | None, None]:
         (ids,) = ctx.saved_tensors
         if rows is None:

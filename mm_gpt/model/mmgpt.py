@@ -314,7 +314,7 @@ class MMGPT(nn.Module):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed next-token cross-entropy in nats, and the number of supervised positions."""
-        with self.decoder.one_gradient():
+        with self.decoder.learning(batch.labels):
             return self.decoder.loss(self(batch), batch.labels)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mm_gpt.model.cache import ForwardContext
 from mm_gpt.model.decoder import Block, Decoder
+from mm_gpt.model.fused import has_function
 from mm_gpt.training.recompute import Forward, recompute_blocks, recomputed
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ def compile_blocks(
     """
     device = decoder.device if device is None else device
     if backend == "inductor" and device.type == "cpu" and (lack := _no_compiler()):
-        logger.warning("blocks are not compiled: %s", lack)
+        if not has_function(decoder.config):
+            logger.warning("blocks are not compiled: %s", lack)
         if recompute != "none":
             recompute_blocks(decoder, recompute)
         return

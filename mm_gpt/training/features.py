@@ -33,6 +33,7 @@ class FrozenTower:
         self.vision = copy.deepcopy(vision).requires_grad_(False).eval()
         if lack := self.vision.prepare("bf16"):
             logger.info("the frozen vision tower runs in float32: %s", lack)
+            self.vision = vision  # which takes no second place in memory
         self.dtype = next(self.vision.parameters()).dtype
         self.room = 0 if isinstance(vision.tower, NativeViT) else max_bytes
         self.remembered: dict[bytes, Seen] = {}

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 
 import torch
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-_KEPT = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20}
-_DEFAULTS = {M_MMAP_MAX: 65_536, M_TRIM_THRESHOLD: 128 << 10, M_TOP_PAD: 128 << 10}
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+_KEPT = {M_MMAP_THRESHOLD: 64 << 20, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 8 << 20}
+"""The few largest pieces, such as the gradient of a vocabulary, still come and go: among the others they would leave
+holes that nothing fits into."""
+_DEFAULTS = {M_MMAP_THRESHOLD: 128 << 10, M_TRIM_THRESHOLD: 128 << 10, M_TOP_PAD: 128 << 10}
 
 
 @contextmanager

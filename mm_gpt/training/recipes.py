@@ -551,7 +551,7 @@ def _check_same(recipe: Recipe, path: Path) -> None:
         for key in (
             *("steps", "log_every", "validate_every", "save_every", "patience"),
             *("noise_scale", "trackers", "mfu_peak"),
-            *("shard", "recompute", "async_save"),  # how it is computed and saved, not what
+            *("shard", "recompute", "async_save"),  # how it is computed and kept, not what
         ):
             values["train"].pop(key, None)
         # Another number of ranks, with as many rows a step; or of workers.
