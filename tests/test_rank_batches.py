@@ -176,6 +176,39 @@ def test_ranks_with_other_weights_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run/log.jsonl").exists()
 
 
+def test_ranks_with_other_settings_are_refused(tmp_path: Path) -> None:
+    """With other numbers of steps they would wait for each other at the end, for hours."""
+
+    def run(rank: int) -> None:
+        train(ToyStage(), toy_config(steps=4 + rank), tmp_path / "run", progress=False)
+
+    for found in on_ranks(run):
+        assert found.startswith("MMGPTError: rank 1 has another train.steps than rank 0: start all ranks by the same")
+    assert not (tmp_path / "run/log.jsonl").exists()
+
+
+class ToyData(ToyStage):
+    """Whose data is `content`."""
+
+    content = ""
+
+    def data_state(self, step: int) -> dict[str, Any]:
+        return {"sources": [["shapes", 3, 100, self.content]]}
+
+    def load_data_state(self, state: dict[str, Any]) -> None:
+        assert state == self.data_state(0)
+
+
+def test_ranks_with_other_data_are_refused(tmp_path: Path) -> None:
+    def run(rank: int) -> None:
+        stage = ToyData()
+        stage.content = f"digest {rank}"
+        train(stage, toy_config(steps=4), tmp_path / "run", progress=False)
+
+    for found in on_ranks(run):
+        assert found.startswith("MMGPTError: rank 1 has another data.sources than rank 0")
+
+
 def test_two_ranks_resume_together(tmp_path: Path) -> None:
     def run(steps: int, resume: bool) -> list[Any]:
         def each(rank: int) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from mm_gpt.config import first_difference
 from mm_gpt.errors import MMGPTError
 
 TIMEOUT = datetime.timedelta(hours=2)
@@ -132,6 +133,17 @@ def average_statistics(model: nn.Module) -> None:
     flat /= world
     for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(part.view_as(buffer))
+
+
+def check_same_settings(values: dict[str, Any], device: torch.device) -> None:
+    """Raises MMGPTError, on every rank, when JSON values that describe a run are not those of rank 0 on all of them:
+    ranks with other numbers of steps would wait for each other, and with other data learn on without a word."""
+    first, *others = [json.loads(told) for told in gather_over_ranks(json.dumps(values).encode(), device)]
+    for number, other in enumerate(others, 1):
+        if (key := first_difference(first, other)) is not None:
+            raise MMGPTError(
+                f"rank {number} has another {key} than rank 0: start all ranks by the same command, on the same data"
+            )
 
 
 def check_same_step(step: int, device: torch.device) -> None:

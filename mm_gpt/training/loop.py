@@ -29,6 +29,7 @@ from mm_gpt.training import checkpoint
 from mm_gpt.training.checkpoint import Progress
 from mm_gpt.training.distributed import (
     average_statistics,
+    check_same_settings,
     check_same_step,
     check_same_weights,
     gather_over_ranks,
@@ -103,6 +104,8 @@ class Run:
 
     def __init__(self, stage: Stage, config: TrainConfig, out: Path, device: torch.device, *, resume: bool):
         self.stage, self.config, self.out, self.device = stage, config, out, device
+        settings = {"train": dataclasses.asdict(config)}
+        check_same_settings(settings | ({"data": stage.data_state(0)} if isinstance(stage, DataState) else {}), device)
         if sharing(config.shard) == 1:
             stage.model.to(device)
         elif not (isinstance(stage, Shards) and stage.shards):
