@@ -180,7 +180,8 @@ def write(result: dict[str, Any], tables: str, args: argparse.Namespace, finishe
 
     The page shows differences whose intervals leave out 0, and names the others, of which no effect is shown.
     """
-    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    rows = ",\n".join(f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in result.items())
+    args.output.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")
     finished.path.unlink()
     shown = [found for found in result["found"] if NO_EFFECT not in found]
     unclear = [found.removesuffix(NO_EFFECT).rpartition(": ")[0] for found in result["found"] if NO_EFFECT in found]

@@ -560,4 +560,6 @@ def _check_same(recipe: Recipe, path: Path) -> None:
         values["train"].pop("accumulate", None)
     before = {key: before.get(key) for key in now}
     if (differs := configs.first_difference(now, before)) is not None:
-        raise MMGPTError(f"{path.parent} was trained with another {differs}: use the same recipe and overrides to resume")
+        raise MMGPTError(
+            f"{path.parent} was trained with another {differs}: use the same recipe and overrides to resume"
+        )
