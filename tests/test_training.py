@@ -496,7 +496,18 @@ def test_a_corrupted_training_state_is_named(tmp_path: Path) -> None:
         counter.write_bytes(broken_text.encode("latin-1"))
         with pytest.raises(CheckpointError, match="cannot continue from it"):
             train(ToyStage(), toy_config(), tmp_path, resume=True, progress=False)
+    for wrong in ({"step": -1}, {"step": 99}, {"cycles": ["x"]}, {"cycles": [-3]}):
+        counter.write_text(json.dumps(json.loads(text) | wrong))
+        with pytest.raises(CheckpointError, match="cannot continue from it"):
+            train(ToyStage(), toy_config(), tmp_path, resume=True, progress=False)
     counter.write_text(text)
+    log = tmp_path / "log.jsonl"
+    rows = log.read_text()
+    for row in ("[1]", "{}"):
+        log.write_text(f"{row}\n{rows}")
+        with pytest.raises(MMGPTError, match=r"log\.jsonl: .* is no row of a log"):
+            train(ToyStage(), toy_config(), tmp_path, resume=True, progress=False)
+    log.write_text(rows)
     with pytest.raises(CheckpointError, match=r"tensors do not match this model, such as buffer\.norm"):
         train(ToyStage(norm=True), toy_config(), tmp_path, resume=True, progress=False)
     other = ToyStage()

@@ -223,6 +223,8 @@ def _read_progress(folder: Path) -> tuple[Progress, dict[str, Any], dict[str, in
         if state["format"] != FORMAT:
             raise CheckpointError(f"{path}: has format {state['format']!r}, not {FORMAT}: of another version of mm-gpt")
         progress = Progress.from_json(state)
+        if progress.step != step_of(folder) or not all(isinstance(end, int) and end > 0 for end in progress.cycles):
+            raise ValueError(f"step {progress.step}, cycles {progress.cycles}")
         files = {str(name): int(size) for name, size in state["files"].items()}
         return progress, dict(state["saved_by"]), files
     except CheckpointError:

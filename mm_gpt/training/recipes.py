@@ -559,7 +559,5 @@ def _check_same(recipe: Recipe, path: Path) -> None:
             values.pop(key, None)
         values["train"].pop("accumulate", None)
     before = {key: before.get(key) for key in now}
-    if (differs := configs.first_difference(now, before)) is not None:
-        raise MMGPTError(
-            f"{path.parent} was trained with another {differs}: use the same recipe and overrides to resume"
-        )
+    if (other := configs.first_difference(now, before)) is not None:
+        raise MMGPTError(f"{path.parent} was trained with another {other}: use the same recipe and overrides to resume")

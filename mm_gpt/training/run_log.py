@@ -84,14 +84,17 @@ def _summary(key: str, steps: list[dict[str, float]]) -> float:
 
 
 def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a log, up to one that a killed process left half written. Raises MMGPTError when it is no text."""
+    """The rows of a log, up to one that a killed process left half written. Raises MMGPTError when it is no log."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise MMGPTError(f"{path}: cannot be read ({error})") from None
     for line in lines:
         try:
-            yield json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError:
             logger.warning("%s: half a line is dropped", path)
             return
+        if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
+            raise MMGPTError(f"{path}: {line[:40]!r} is no row of a log")
+        yield row
