@@ -178,16 +178,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write(result: dict[str, Any], tables: str, args: argparse.Namespace, finished: Finished) -> None:
     """The result as JSON, in place of the runs that it is made of, and its tables in the page, where there is one.
 
-    The page shows differences whose intervals leave out 0, and names the others, of which no effect is shown.
+    The page shows the differences whose intervals leave out 0; the JSON has the others too.
     """
     rows = ",\n".join(f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in result.items())
     args.output.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")
     finished.path.unlink()
     shown = [found for found in result["found"] if NO_EFFECT not in found]
-    unclear = [found.removesuffix(NO_EFFECT).rpartition(": ")[0] for found in result["found"] if NO_EFFECT in found]
     text = f"{tables}\n\n" + "".join(f"- {found}\n" for found in shown)
-    if unclear:
-        text += f"\nNo effect shown, the interval holds 0: {'; '.join(unclear)}.\n"
+    if len(shown) < len(result["found"]):
+        text += "\nOf all other pairs the interval of the difference holds 0.\n"
     print(text)
     if args.page is not None and args.plot.parent.resolve() == args.page.parent.resolve():
         text += f"\n![{args.output.stem.replace('_', ', ')}]({args.plot.name})\n"
