@@ -31,6 +31,9 @@ ELSEWHERE = (
     "python examples/photo_set.py",  # downloads packages; test_photo_set.py runs its parts
     "python examples/alignment/",  # minutes each; test_alignment_examples.py and test_refusals.py run them small
     "python examples/literature/",  # minutes each; test_literature.py runs them small
+    "mm-gpt scaling",  # hours; test_scaling_commands.py runs a plan to its verdict
+    "python examples/scaling/",  # minutes, and packages of Debian; test_ladder.py runs its parts
+    "git add predictions",
     "python examples/benchmarks",  # minutes, and its result is a matter of the machine
     "python examples/quantisation_quality.py",  # minutes; test_quantisation_quality.py runs its parts
     "pip install",

@@ -35,7 +35,7 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in TRACKERS:
             raise ConfigError(unknown_name("tracker", name, TRACKERS))
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f'train.trackers={name} needs the package {name}: pip install "mm-gpt[track]"')
+            raise ConfigError(f'train.trackers={name} needs the package {name}: pip install -e ".[track]"')
 
 
 @contextmanager
