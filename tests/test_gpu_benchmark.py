@@ -59,6 +59,7 @@ def test_packed_rows(script: dict[str, Any], measure: Any) -> None:
     assert packed["flops_per_token"] < plain["flops_per_token"]  # attention within documents
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_result(
     script: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -299,7 +299,7 @@ def test_a_stopped_experiment_goes_on_and_not_with_other_settings(tmp_path: Path
     small_runs.write({"found": found}, "| t |", args, again)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.md", "x.json"]
     assert "- a: +1.000 [+0.500, +1.500]\n" in page.read_text()
-    assert "holds 0: b: loss.\n" in page.read_text()
+    assert "Of all other pairs the interval of the difference holds 0.\n" in page.read_text()
     assert "](x.png)\n<!-- end of x -->" in page.read_text()
     page.write_text("nothing")
     with pytest.raises(MMGPTError, match="lacks"):

@@ -48,6 +48,7 @@ def test_from_pictures_to_answers(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "w24" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", sorted(path.name for path in FOLDER.glob("*.py")))
 def test_each_script_says_how_it_is_used(script: str) -> None:
     told = run(script, "--help")

@@ -201,7 +201,7 @@ def test_what_is_shown_of_a_row() -> None:
 
 def test_a_missing_package_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'needs the package wandb: pip install "mm-gpt\[track\]"'):
+    with pytest.raises(ConfigError, match=r'needs the package wandb: pip install -e "\.\[track\]"'):
         run_recipe(override(tiny(str(tmp_path)), ["train.trackers=wandb"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="did you mean 'wandb'"):
