@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from toy_stage import ToyStage, losses, one_step, toy_config
+from toy_stage import ToyStage, losses, one_step, save_checkpoint, toy_config
 
 from mm_gpt.errors import CheckpointError, MMGPTError
 from mm_gpt.hub.checkpoint import load_model, save_model
 from mm_gpt.system import tensor_files
-from mm_gpt.training import checkpoint, saving
+from mm_gpt.training import checkpoint
 from mm_gpt.training.averaging import WeightAverage
 from mm_gpt.training.checkpoint import Progress, load_training_state
 from mm_gpt.training.distributed import process_group, ranks
@@ -162,7 +162,7 @@ def save_shared(out: Path, kind: str, copies: int = 1) -> dict[str, Any]:
         stage = Sharded(copies=copies)
         optimizer = optimizer_of(kind, stage)
         trained(stage, optimizer, range(3))
-        saving.save(stage, optimizer, Progress(3, data={"row": 7}), out, best=False)
+        save_checkpoint(stage, optimizer, Progress(3, data={"row": 7}), out, best=False)
         return {"state": everything(stage, optimizer), "losses": trained(stage, optimizer, range(3, 6))}
 
 
@@ -238,7 +238,7 @@ def tiny(out: Path, kind: str, *, load: bool) -> dict[str, Any]:
         else:
             for step in range(2):
                 one_step(stage, optimizer, settings, step)
-            saving.save(stage, optimizer, Progress(2), out, best=False)
+            save_checkpoint(stage, optimizer, Progress(2), out, best=False)
         found = {n: whole(t).numpy().copy() for n, t in checkpoint._training_state(stage.model, optimizer).items()}
         return {"state": found, "loss": one_step(stage, optimizer, settings, 2)["loss"]}
 
@@ -369,7 +369,7 @@ def test_what_does_not_match_is_named(tmp_path: Path) -> None:
 def test_a_stage_without_state_refuses_that_of_another(tmp_path: Path) -> None:
     stage = Sharded()
     optimizer = optimizer_of("adamw", stage)
-    saving.save(stage, optimizer, Progress(1), tmp_path, best=False)
+    save_checkpoint(stage, optimizer, Progress(1), tmp_path, best=False)
 
     class Without(ToyStage):
         def __init__(self) -> None:
@@ -389,7 +389,7 @@ def test_a_value_that_differs_between_ranks_needs_the_rank_in_its_name(tmp_path:
             stage = Sharded()
             optimizer = optimizer_of("adamw", stage)
             stage.own = {"seed": torch.tensor([rank])}
-            saving.save(stage, optimizer, Progress(1), tmp_path, best=False)
+            save_checkpoint(stage, optimizer, Progress(1), tmp_path, best=False)
         return "saved"
 
     for told in on_ranks(differing):

@@ -83,6 +83,14 @@ def test_sizes_are_counted_with_and_without_embeddings_and_vision(plan: LadderPl
     assert f"{plan.runs[0].parameters:,}" in printed
 
 
+def test_every_optimizer_is_timed(texts: Path) -> None:
+    """Muon asks where each parameter belongs."""
+    base = text_recipe(texts)
+    base = replace(base, train=replace(base.train, optimizer="muon"))
+    made = make_plan(base, LadderConfig(widths=(8,), targets=(16,), **RULES))
+    assert all(run.seconds is not None and run.seconds > 0 for run in made.runs)
+
+
 @pytest.mark.parametrize("gated", [True, False])
 def test_flops_are_those_of_a_counted_pass(gated: bool) -> None:
     """Check 8: 6 N D and attention and vision, within 2 % of what a counted forward and backward pass takes."""
@@ -254,7 +262,7 @@ def test_only_finished_schedules_are_points(plan: LadderPlan, tmp_path: Path) ->
         ({"step": 1, "validation": []}, "line 1 is no row of a log"),
         ({"step": 1, "validation": {"loss": "low"}}, "line 1 is no row of a log"),
         ({"step": 1, "loss": float("nan")}, "diverged"),
-        (None, "not readable as text"),
+        (None, "cannot be read"),
     ],
 )
 def test_a_broken_log_is_one_line(row: dict[str, object] | None, message: str, plan: LadderPlan, ladder: Path) -> None:

@@ -13,12 +13,12 @@ import pytest
 from safetensors.torch import load_file
 from test_ranks import Run, rows, write_corpus
 from torch import Tensor
-from toy_stage import ToyStage, losses, toy_config
+from toy_stage import ToyStage, losses, save_checkpoint, toy_config
 
 from mm_gpt.errors import MMGPTError
 from mm_gpt.system import writing
 from mm_gpt.system.locks import open_locked
-from mm_gpt.training import checkpoint, saving
+from mm_gpt.training import checkpoint
 from mm_gpt.training.checkpoint import Progress
 from mm_gpt.training.loop import train
 from mm_gpt.training.optimizers import make_optimizer
@@ -38,7 +38,7 @@ class Versioned(ToyStage):
 
 def save_version(stage: Versioned, out: Path, version: int, *, best: bool) -> None:
     stage.version = version
-    saving.save(stage, make_optimizer(stage.prepare(), toy_config()), Progress(version), out, best=best)
+    save_checkpoint(stage, make_optimizer(stage.prepare(), toy_config()), Progress(version), out, best=best)
 
 
 def version_of(folder: Path) -> int:

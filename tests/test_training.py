@@ -309,9 +309,9 @@ def test_what_decides(tmp_path: Path) -> None:
     train(task, toy_config(validate_every=1), tmp_path / "run", progress=False)
     assert len(saved) == 2
     log = RunLog(tmp_path / "run")
-    assert log.best(task.decides) == 0.9
-    assert log.best(Decides()) == 1.0
-    assert log.best(Decides("missing")) is None
+    assert log.judged(task.decides)["best"] == 0.9
+    assert log.judged(Decides())["best"] == 1.0
+    assert log.judged(Decides("missing"))["best"] is None
 
 
 def test_nothing_to_train() -> None:

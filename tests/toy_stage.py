@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mm_gpt.training.checkpoint import Progress
 from mm_gpt.training.loop import training_step
+from mm_gpt.training.saving import Saver
 from mm_gpt.training.stage import LOWEST_LOSS, ParameterGroup, Stage, Term
 from mm_gpt.training.train_config import TrainConfig
 
@@ -72,6 +74,14 @@ class ToyStage:
 
     def save(self, folder: Path) -> None:
         (folder / "weights.txt").write_text(str(self.model.matrix[0, 0].item()))  # type: ignore[union-attr, index]
+
+
+def save_checkpoint(
+    stage: Stage, optimizer: torch.optim.Optimizer, progress: Progress, out: Path, *, best: bool
+) -> None:
+    """One checkpoint, which is there when this returns."""
+    with Saver(out, next(stage.model.parameters()).device) as saver:
+        saver.save(stage, optimizer, progress, best=best)
 
 
 def toy_config(**changes: Any) -> TrainConfig:

@@ -147,7 +147,7 @@ def swiglu_backward(kind: Kind, inner: int) -> Body:
     return body
 
 
-def rope_forward(kind: Kind, tokens: int, heads: int, kv_heads: int, size: int, scale: float, *, turns: bool) -> Body:
+def rope_forward(kind: Kind, tokens: int, heads: int, kv_heads: int, size: int, scale: float) -> Body:
     """Queries, keys and values out of one matrix, turned, queries times `scale`.
 
     qkv (M, (H + 2 K) C), cos and sin f32 (M, C) to q (B, K, T, G, C), k and v (B, K, T, C).
@@ -163,7 +163,7 @@ def rope_forward(kind: Kind, tokens: int, heads: int, kv_heads: int, size: int, 
                 to = _head_place(kind, head, b, t, (q, k, v), tokens, heads, kv_heads, size)
                 for i in range(0, half, LANES):
                     first, second = (_read(code, kind, row, head * size + i + at) for at in (0, half))
-                    if head < heads + kv_heads and turns:
+                    if head < heads + kv_heads:
                         c, s = (_read(code, "f32", table + angle, i) for table in (cos, sin))
                         first, second = first * c - second * s, code.fma(second, c, first * s)
                     if head < heads:
@@ -175,7 +175,7 @@ def rope_forward(kind: Kind, tokens: int, heads: int, kv_heads: int, size: int, 
     return body
 
 
-def rope_backward(kind: Kind, tokens: int, heads: int, kv_heads: int, size: int, scale: float, *, turns: bool) -> Body:
+def rope_backward(kind: Kind, tokens: int, heads: int, kv_heads: int, size: int, scale: float) -> Body:
     """The gradient of qkv from those of q, k and v: turned back."""
     half = size // 2
 
@@ -190,7 +190,7 @@ def rope_backward(kind: Kind, tokens: int, heads: int, kv_heads: int, size: int,
                     first, second = _read(code, kind, place, i), _read(code, kind, place, i + half)
                     if head < heads:
                         first, second = first * scale, second * scale
-                    if head < heads + kv_heads and turns:
+                    if head < heads + kv_heads:
                         c, s = (_read(code, "f32", table + angle, i) for table in (cos, sin))
                         first, second = code.fma(first, c, second * s), second * c - first * s
                     _write(code, kind, first, row, head * size + i)

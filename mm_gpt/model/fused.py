@@ -49,8 +49,8 @@ class Fused:
     kind: Kind
     rows: int
     tokens: int
-    cos: Tensor | None
-    sin: Tensor | None
+    cos: Tensor
+    sin: Tensor
     """(M, C) float32."""
     mask: Tensor | None
     """(B, T, T) uint8; None: causal."""
@@ -82,17 +82,14 @@ def fused(config: DecoderConfig, x: Tensor, rotation: Rotation | None, mask: Ten
         kind = "f32"
     else:
         return None
-    tables: list[Tensor | None] = [None, None]
-    if rotation is not None:
-        if rotation.scale is not None:
-            return None
-        tables = [
-            table.float().expand(B, 1, T, config.head_size).reshape(B * T, config.head_size).contiguous()
-            for table in (rotation.cos, rotation.sin)
-        ]
+    assert rotation is not None  # of rotary positions
+    cos, sin = (
+        table.float().expand(B, 1, T, config.head_size).reshape(B * T, config.head_size).contiguous()
+        for table in (rotation.cos, rotation.sin)
+    )
     if mask is not None:
         mask = mask.expand(B, 1, T, T).reshape(B, T, T).contiguous().view(torch.uint8)
-    return Fused(kind, B, T, tables[0], tables[1], mask, tuple(_spans(mask, B, T)))
+    return Fused(kind, B, T, cos, sin, mask, tuple(_spans(mask, B, T)))
 
 
 def _spans(mask: Tensor | None, rows: int, tokens: int) -> Iterator[Span]:
@@ -128,7 +125,7 @@ def has_function(config: DecoderConfig) -> bool:
     return (
         config.norm == "rms"
         and config.norm_place == "pre"
-        and config.positions in ("rope", "none")
+        and config.positions == "rope"
         and config.gated_mlp
         and config.activation == "silu"
         and config.causal
@@ -341,9 +338,7 @@ def _attend(config: DecoderConfig, shared: Fused, qkv: Tensor) -> tuple[Tensor, 
     H, K, C, T, shape = _shapes(config, shared)
     B, G, M = shared.rows, H // K, len(qkv)
     q, k, v = (qkv.new_empty(B * K, T * g, C) for g in (G, 1, 1))
-    turns = shared.cos is not None
-    cos, sin = (0 if table is None else table for table in (shared.cos, shared.sin))
-    _run("rope_forward", (*shape, _scale(config)), M, qkv, cos, sin, q, k, v, turns=turns)
+    _run("rope_forward", (*shape, _scale(config)), M, qkv, shared.cos, shared.sin, q, k, v)
     y = torch.empty_like(q)
     sums = []
     for span in shared.spans:
@@ -405,7 +400,5 @@ def _attend_backward(
         dv[at.keys] += torch.bmm(weights.mT, dy[at.queries])
     dk, dv = dk.to(q.dtype), dv.to(q.dtype)
     gradient = q.new_empty(M, (H + 2 * K) * C)
-    turns = shared.cos is not None
-    cos, sin = (0 if table is None else table for table in (shared.cos, shared.sin))
-    _run("rope_backward", (*shape, _scale(config)), M, dq, dk, dv, cos, sin, gradient, turns=turns)
+    _run("rope_backward", (*shape, _scale(config)), M, dq, dk, dv, shared.cos, shared.sin, gradient)
     return gradient

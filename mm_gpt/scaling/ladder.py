@@ -293,11 +293,8 @@ def make_plan(base: LanguageRecipe, config: LadderConfig, *, timed: bool = True)
                 extra = width <= config.seeds_width and role == "rung" and budget == config.budgets[0]
                 for seed in range(config.seeds if extra else 1):
                     runs.append(_planned(base, config, role, width, budget, seed, data, batches))
-        if role == "rung" and timed:
-            seconds = {width: _seconds_per_token(base, config, width) for width in {run.width for run in runs}}
-            if config.targets:
-                seconds |= {width: _seconds_per_token(base, config, width) for width in config.targets}
     if timed:
+        seconds = {width: _seconds_per_token(base, config, width) for width in (*config.widths, *config.targets)}
         runs = [dataclasses.replace(run, seconds=run.tokens / data.fill * seconds[run.width]) for run in runs]
     _check_enough(data, runs)
     return LadderPlan(ladder=config, recipe=json.loads(json.dumps(to_dict(base))), data=data, runs=tuple(runs))
@@ -390,7 +387,7 @@ def _seconds_per_token(base: LanguageRecipe, config: LadderConfig, width: int) -
     """For each place of a row; the fastest of a few steps, since others may use the machine as well."""
     recipe = dataclasses.replace(base, model=_model(base, width, config))
     task = LanguageTask(recipe)
-    optimizer = make_optimizer(task.prepare(), recipe.train)
+    optimizer = make_optimizer(task.prepare(), recipe.train, task.model)
     task.model.train()
     found = []
     for step in range(TIMED_STEPS + 1):

@@ -14,11 +14,12 @@ from typing import Any
 
 from mm_gpt.config import first_difference, from_dict, to_dict
 from mm_gpt.errors import MMGPTError
-from mm_gpt.hub.weights import read_json, read_text
+from mm_gpt.hub.weights import read_json
 from mm_gpt.scaling.ladder import LadderPlan, PlannedRun
 from mm_gpt.scaling.points import CannotTell, Point
 from mm_gpt.training.language import LanguageRecipe
 from mm_gpt.training.recipes import run_recipe
+from mm_gpt.training.run_log import read_log
 
 logger = logging.getLogger(__name__)
 
@@ -126,21 +127,11 @@ def read_runs(plan: LadderPlan, folder: Path, runs: Sequence[PlannedRun]) -> lis
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """What a run has logged; a last line that was cut off is left out. Raises MMGPTError for other lines."""
-    if not path.exists():
-        return []
-    lines = read_text(path).splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            raise MMGPTError(f"{path}: line {number} is not JSON") from None
-        if not (isinstance(row, dict) and isinstance(row.get("step"), int) and _has_numbers(row)):
+    """What a run has logged. Raises MMGPTError for a row that a ladder cannot count with."""
+    rows = read_log(path) if path.exists() else []
+    for number, row in enumerate(rows, 1):
+        if not _has_numbers(row):
             raise MMGPTError(f"{path}: line {number} is no row of a log")
-        rows.append(row)
     return rows
 
 

@@ -487,9 +487,8 @@ def _frozen_to_bf16(model: MMGPT) -> dict[str, Tensor]:
     kept = {}
     for name, parameter in model.decoder.named_parameters(prefix="decoder"):
         if not parameter.requires_grad:
-            if ranks()[0] == 0 and not isinstance(
-                model.config.decoder, str
-            ):  # else the name stands for them, and they are not saved
+            # Where the decoder has a name, that stands for them, and they are not saved
+            if ranks()[0] == 0 and not isinstance(model.config.decoder, str):
                 kept[name] = compact(parameter.detach().cpu(), name).clone()
             parameter.data = parameter.data.to(torch.bfloat16)
     return kept

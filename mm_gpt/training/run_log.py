@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class RunLog:
     def __init__(self, out: Path):
         """What a run in `out`, an existing folder, has logged so far; a run that begins has no log."""
         self.out, self.path = out, out / "log.jsonl"
-        self.rows: list[dict[str, Any]] = list(_whole_rows(self.path)) if self.path.exists() else []
+        self.rows: list[dict[str, Any]] = read_log(self.path) if self.path.exists() else []
         self._pending: list[dict[str, float]] = []
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         """Called with each row that is written."""
@@ -32,10 +32,6 @@ class RunLog:
         """Forget what was logged after `step`: those steps are about to be repeated."""
         self.rows = [row for row in self.rows if row["step"] <= step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def best(self, decides: Decides) -> float | None:
-        """The best value so far of what decides; None before the first."""
-        return self.judged(decides)["best"]
 
     def judged(self, decides: Decides) -> dict[str, Any]:
         """The `best` value so far of what decides and its `step`, None before the first, and how many were `worse`
@@ -83,18 +79,24 @@ def _summary(key: str, steps: list[dict[str, float]]) -> float:
     return sum(values) / len(values)
 
 
-def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a log, up to one that a killed process left half written. Raises MMGPTError when it is no log."""
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log, but for a last one that a killed process left half written.
+
+    Raises MMGPTError that names the file, and the line that is no row."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise MMGPTError(f"{path}: cannot be read ({error})") from None
-    for line in lines:
+    rows = []
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
+            if number < len(lines):
+                raise MMGPTError(f"{path}: line {number} is not JSON") from None
             logger.warning("%s: half a line is dropped", path)
-            return
+            break
         if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
-            raise MMGPTError(f"{path}: {line[:40]!r} is no row of a log")
-        yield row
+            raise MMGPTError(f"{path}: line {number} is no row of a log")
+        rows.append(row)
+    return rows

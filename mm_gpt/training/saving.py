@@ -177,13 +177,6 @@ class Saver:
                 drop_folder(folder)
 
 
-def save(stage: Stage, optimizer: torch.optim.Optimizer, progress: Progress, out: Path, *, best: bool) -> None:
-    """One checkpoint, which is there when this returns: `Saver.save`."""
-    device = next(stage.model.parameters()).device
-    with Saver(out, device) as saver:
-        saver.save(stage, optimizer, progress, best=best)
-
-
 def _run(pending: _Pending) -> None:
     with _noted(pending):
         for job in pending.jobs:
